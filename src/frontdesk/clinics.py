@@ -1,0 +1,92 @@
+"""The clinics, whose time zones decide what today is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from frontdesk.db import schema
+from frontdesk.db.database import Database, Transaction
+from frontdesk.db.records import Records
+from frontdesk.errors import ClinicNotFound
+from frontdesk.intent import Intent, claim
+from frontdesk.paging import Listing, Page
+from frontdesk.reference import e164, require_country, require_zone
+
+
+@dataclass(frozen=True, slots=True)
+class Clinic:
+    id: str
+    name: str
+    address: str
+    city: str
+    state: str
+    postal_code: str
+    country: str
+    phone: str
+    email: str
+    time_zone: str
+    active: bool
+    version: int
+    create_time: datetime
+    update_time: datetime
+
+
+records = Records(schema.clinic, Clinic, ClinicNotFound)
+
+
+class Clinics:
+    """Open, read and change clinics."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    async def create(self, intent: Intent, values: Mapping[str, Any]) -> tuple[Clinic, bool]:
+        """Open a clinic; also says whether this is a replay. Raises InvalidField."""
+        values = _checked(values, values.get("country", ""))
+
+        async def work(tx: Transaction) -> tuple[Clinic, bool]:
+            claimed = await claim(tx, intent, "CreateClinic")
+            if claimed.replayed:
+                return await records.get(tx, claimed.result_id), True
+            return await records.insert(tx, claimed.result_id, values), False
+
+        return await self._db.transaction(work)
+
+    async def get(self, clinic_id: str) -> Clinic:
+        """Raises ClinicNotFound."""
+        return await records.get(self._db, clinic_id)
+
+    async def update(
+        self, intent: Intent, clinic_id: str, changes: Mapping[str, Any], version: int | None
+    ) -> tuple[Clinic, bool]:
+        """Change the given columns. Raises ClinicNotFound, EtagMismatch, InvalidField."""
+
+        async def work(tx: Transaction) -> tuple[Clinic, bool]:
+            claimed = await claim(tx, intent, "UpdateClinic")
+            current = await records.get(tx, clinic_id, lock=True)
+            if claimed.replayed:
+                return current, True
+            checked = _checked(changes, changes.get("country", current.country))
+            return await records.update(tx, clinic_id, checked, version), False
+
+        return await self._db.transaction(work)
+
+    async def list(self, page: Page, *, city: str) -> Listing[Clinic]:
+        """Clinics, of one city if given, the oldest first."""
+        filters: dict[str, tuple[sa.ColumnElement[bool], Any]] = {}
+        if city:
+            filters["city"] = (sa.func.lower(schema.clinic.c.city) == sa.func.lower(sa.bindparam("city")), city)
+        return await records.page(self._db, page, filters)
+
+
+def _checked(values: Mapping[str, Any], country: str) -> dict[str, Any]:
+    checked = dict(values)
+    require_country(country, "clinic.country")
+    if "time_zone" in checked:
+        require_zone(checked["time_zone"], "clinic.time_zone")
+    if "phone" in checked:
+        checked["phone"] = e164(checked["phone"], country, "clinic.phone")
+    return checked

@@ -1,0 +1,296 @@
+"""Everything of the first release: clinics, patients, doctors, their days, slots, appointments, events, keys."""
+
+import sqlalchemy as sa
+from alembic import context, op
+from sqlalchemy.dialects import postgresql
+
+revision = "0001"
+down_revision = None
+
+
+def upgrade() -> None:
+    # A range of ids lets GiST compare them for equality; btree_gist, which does the same, is an extension that not
+    # every server has.
+    op.execute("create type uuidrange as range (subtype = uuid)")
+
+    op.create_table(
+        "appointment",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("patient_id", sa.Uuid(), nullable=False),
+        sa.Column("doctor_id", sa.Uuid(), nullable=False),
+        sa.Column("clinic_id", sa.Uuid(), nullable=False),
+        sa.Column("date", sa.Date(), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("slot_id", sa.Uuid(), nullable=True),
+        sa.Column("start_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("end_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("reason", sa.Text(), server_default="", nullable=False),
+        sa.Column("notes", sa.Text(), server_default="", nullable=False),
+        sa.Column("cancel_reason", sa.Text(), server_default="", nullable=False),
+        sa.Column("check_in_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("start_visit_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("complete_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("cancel_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("no_show_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("leave_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("ticket", sa.Integer(), nullable=True),
+        sa.Column("line_order", sa.BigInteger(), nullable=True),
+        sa.Column("queue_state", sa.Text(), nullable=True),
+        sa.Column("room", sa.Text(), server_default="", nullable=False),
+        sa.Column("call_count", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("call_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("version", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        postgresql.ExcludeConstraint(
+            (sa.text("uuidrange(patient_id, patient_id, '[]')"), "&&"),
+            (sa.text("tstzrange(start_time, end_time)"), "&&"),
+            where=sa.text("start_time is not null and state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION')"),
+            using="gist",
+            name="appointment_patient_overlap",
+        ),
+        sa.CheckConstraint(
+            "case state"
+            " when 'CHECKED_IN' then coalesce(queue_state in ('WAITING', 'CALLED', 'PARKED', 'MISSED'), false)"
+            " when 'IN_CONSULTATION' then queue_state is not distinct from 'IN_CONSULTATION'"
+            " when 'COMPLETED' then queue_state is not distinct from 'DONE'"
+            " when 'LEFT' then queue_state is not distinct from 'LEFT'"
+            " when 'CANCELLED' then coalesce(queue_state = 'LEFT', true)"
+            " else queue_state is null end",
+            name="appointment_visit_and_line_check",
+        ),
+        sa.CheckConstraint(
+            "queue_state in ('WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED', 'DONE', 'LEFT')",
+            name="appointment_queue_state_check",
+        ),
+        sa.CheckConstraint(
+            "state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION', 'COMPLETED', 'CANCELLED', 'NO_SHOW', 'LEFT')",
+            name="appointment_state_check",
+        ),
+        sa.CheckConstraint(
+            "(slot_id is null or start_time is not null) and (start_time is null) = (end_time is null)",
+            name="appointment_slot_check",
+        ),
+        sa.CheckConstraint("(ticket is null) = (queue_state is null)", name="appointment_ticket_check"),
+        sa.CheckConstraint("number between 1 and 1000", name="appointment_number_check"),
+        sa.PrimaryKeyConstraint("id", name="appointment_pkey"),
+    )
+    op.create_index("appointment_clinic_idx", "appointment", ["clinic_id", "state", "date", "id"], unique=False)
+    op.create_index("appointment_date_idx", "appointment", ["state", "date", "id"], unique=False)
+    op.create_index("appointment_doctor_idx", "appointment", ["doctor_id", "date", "id"], unique=False)
+    op.create_index(
+        "appointment_number_key",
+        "appointment",
+        ["doctor_id", "date", "number"],
+        unique=True,
+        postgresql_where=sa.text("state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION', 'COMPLETED')"),
+    )
+    op.create_index(
+        "appointment_patient_day_key",
+        "appointment",
+        ["patient_id", "doctor_id", "date"],
+        unique=True,
+        postgresql_where=sa.text("state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION')"),
+    )
+    op.create_index("appointment_patient_idx", "appointment", ["patient_id", "date", "id"], unique=False)
+    op.create_index(
+        "appointment_slot_idx",
+        "appointment",
+        ["slot_id"],
+        unique=False,
+        postgresql_where=sa.text(
+            "slot_id is not null and state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION', 'COMPLETED')"
+        ),
+    )
+    op.create_index(
+        "appointment_ticket_key",
+        "appointment",
+        ["doctor_id", "date", "ticket"],
+        unique=True,
+        postgresql_where=sa.text("ticket is not null"),
+    )
+    op.create_table(
+        "clinic",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("address", sa.Text(), server_default="", nullable=False),
+        sa.Column("city", sa.Text(), server_default="", nullable=False),
+        sa.Column("state", sa.Text(), server_default="", nullable=False),
+        sa.Column("postal_code", sa.Text(), server_default="", nullable=False),
+        sa.Column("country", sa.Text(), server_default="", nullable=False),
+        sa.Column("phone", sa.Text(), server_default="", nullable=False),
+        sa.Column("email", sa.Text(), server_default="", nullable=False),
+        sa.Column("time_zone", sa.Text(), nullable=False),
+        sa.Column("active", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column("is_default", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("version", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="clinic_pkey"),
+    )
+    op.create_index("clinic_city_idx", "clinic", [sa.literal_column("lower(city)"), "id"], unique=False)
+    op.create_index("clinic_default_key", "clinic", ["is_default"], unique=True, postgresql_where="is_default")
+    op.create_table(
+        "doctor_day",
+        sa.Column("doctor_id", sa.Uuid(), nullable=False),
+        sa.Column("date", sa.Date(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("last_ticket", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("is_present", sa.Boolean(), nullable=True),
+        sa.Column("note", sa.Text(), server_default="", nullable=False),
+        sa.Column("max_patients", sa.Integer(), nullable=True),
+        sa.Column("update_time", sa.DateTime(timezone=True), nullable=False),
+        sa.CheckConstraint("last_ticket >= 0", name="doctor_day_last_ticket_check"),
+        sa.CheckConstraint("max_patients between 0 and 1000", name="doctor_day_max_patients_check"),
+        sa.CheckConstraint("revision >= 2", name="doctor_day_revision_check"),
+        sa.PrimaryKeyConstraint("doctor_id", "date", name="doctor_day_pkey"),
+        postgresql_with={"fillfactor": "70"},
+    )
+    op.create_table(
+        "event",
+        sa.Column("doctor_id", sa.Uuid(), nullable=False),
+        sa.Column("date", sa.Date(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("appointment_id", sa.Uuid(), nullable=True),
+        sa.Column("queue_state", sa.Text(), nullable=True),
+        sa.Column("ticket", sa.Integer(), nullable=True),
+        sa.Column("room", sa.Text(), nullable=True),
+        sa.Column("call_count", sa.Integer(), nullable=True),
+        sa.Column("check_in_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("call_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("start_visit_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("create_time", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("doctor_id", "date", "revision", name="event_pkey"),
+    )
+    op.create_table(
+        "idempotency",
+        sa.Column("caller", sa.Text(), nullable=False),
+        sa.Column("method", sa.Text(), nullable=False),
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("fingerprint", sa.LargeBinary(), nullable=False),
+        sa.Column("result_id", sa.Uuid(), nullable=True),
+        sa.Column("snapshot", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
+        sa.Column("revision", sa.BigInteger(), nullable=True),
+        sa.Column("vacated_revision", sa.BigInteger(), nullable=True),
+        sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.PrimaryKeyConstraint("caller", "method", "key", name="idempotency_pkey"),
+    )
+    op.create_index(
+        "idempotency_create_time_idx", "idempotency", ["create_time"], unique=False, postgresql_using="brin"
+    )
+    op.create_table(
+        "installation",
+        sa.Column("one_row", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column("functions", sa.Text(), nullable=False),
+        sa.CheckConstraint("one_row", name="installation_one_row_check"),
+        sa.PrimaryKeyConstraint("one_row", name="installation_pkey"),
+    )
+    op.create_table(
+        "patient",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("given_name", sa.Text(), nullable=False),
+        sa.Column("family_name", sa.Text(), server_default="", nullable=False),
+        sa.Column("name_key", sa.Text(), nullable=False),
+        sa.Column("family_key", sa.Text(), server_default="", nullable=False),
+        sa.Column("phone", sa.Text(), nullable=False),
+        sa.Column("birth_date", sa.Date(), nullable=True),
+        sa.Column("gender", sa.Text(), server_default="UNSPECIFIED", nullable=False),
+        sa.Column("email", sa.Text(), server_default="", nullable=False),
+        sa.Column("blood_group", sa.Text(), server_default="", nullable=False),
+        sa.Column("allergies", sa.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column("emergency_name", sa.Text(), server_default="", nullable=False),
+        sa.Column("emergency_phone", sa.Text(), server_default="", nullable=False),
+        sa.Column(
+            "insurances", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'[]'"), nullable=False
+        ),
+        sa.Column("active", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column("version", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="patient_pkey"),
+    )
+    op.create_index(
+        "patient_family_idx", "patient", ["family_key"], unique=False, postgresql_ops={"family_key": "text_pattern_ops"}
+    )
+    op.create_index(
+        "patient_insurances_idx",
+        "patient",
+        ["insurances"],
+        unique=False,
+        postgresql_using="gin",
+        postgresql_ops={"insurances": "jsonb_path_ops"},
+    )
+    op.create_index(
+        "patient_name_idx", "patient", ["name_key"], unique=False, postgresql_ops={"name_key": "text_pattern_ops"}
+    )
+    op.create_index(
+        "patient_person_key",
+        "patient",
+        ["phone", "name_key", sa.literal_column("coalesce(birth_date, 'infinity'::date)")],
+        unique=True,
+    )
+    op.create_table(
+        "slot",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("doctor_id", sa.Uuid(), nullable=False),
+        sa.Column("clinic_id", sa.Uuid(), nullable=False),
+        sa.Column("date", sa.Date(), nullable=False),
+        sa.Column("start_time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("end_time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("capacity", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("state", sa.Text(), server_default="OPEN", nullable=False),
+        sa.Column("block_reason", sa.Text(), server_default="", nullable=False),
+        sa.Column("version", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        postgresql.ExcludeConstraint(
+            (sa.text("uuidrange(doctor_id, doctor_id, '[]')"), "&&"),
+            (sa.text("tstzrange(start_time, end_time)"), "&&"),
+            using="gist",
+            name="slot_doctor_overlap",
+        ),
+        sa.CheckConstraint("state in ('OPEN', 'BLOCKED')", name="slot_state_check"),
+        sa.CheckConstraint("capacity between 1 and 1000", name="slot_capacity_check"),
+        sa.CheckConstraint("start_time < end_time", name="slot_interval_check"),
+        sa.PrimaryKeyConstraint("id", name="slot_pkey"),
+    )
+    op.create_index("slot_clinic_idx", "slot", ["clinic_id", "start_time", "id"], unique=False)
+    op.create_index("slot_doctor_idx", "slot", ["doctor_id", "start_time", "id"], unique=False)
+    op.create_index("slot_start_idx", "slot", ["start_time", "id"], unique=False)
+    op.create_table(
+        "doctor",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("code", sa.Text(), nullable=False),
+        sa.Column("display_name", sa.Text(), nullable=False),
+        sa.Column("specialty", sa.Text(), server_default="", nullable=False),
+        sa.Column("license_number", sa.Text(), server_default="", nullable=False),
+        sa.Column("qualifications", sa.Text(), server_default="", nullable=False),
+        sa.Column("experience_years", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("clinic_id", sa.Uuid(), nullable=False),
+        sa.Column("max_patients_per_day", sa.Integer(), server_default="10", nullable=False),
+        sa.Column("active", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column("version", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.CheckConstraint("max_patients_per_day between 1 and 1000", name="doctor_max_patients_per_day_check"),
+        sa.ForeignKeyConstraint(["clinic_id"], ["clinic.id"], name="doctor_clinic_id_fkey"),
+        sa.PrimaryKeyConstraint("id", name="doctor_pkey"),
+        sa.UniqueConstraint("code", name="doctor_code_key"),
+    )
+    op.create_index("doctor_clinic_idx", "doctor", ["clinic_id", "id"], unique=False)
+    op.create_index(
+        "doctor_license_number_key",
+        "doctor",
+        ["license_number"],
+        unique=True,
+        postgresql_where=sa.text("license_number <> ''"),
+    )
+    op.create_index("doctor_specialty_idx", "doctor", [sa.literal_column("lower(specialty)"), "id"], unique=False)
+
+    op.execute(
+        sa.text("insert into clinic (name, time_zone, is_default) values ('Default clinic', :zone, true)").bindparams(
+            zone=context.config.attributes["default_time_zone"]
+        )
+    )

@@ -1,0 +1,336 @@
+"""The tables, as SQLAlchemy Core knows them: what the migrations build and what the reads are written with.
+
+Every constraint is named, because `frontdesk.db.database` maps names to refusals. Texts are never null: empty means not
+given. The states are texts with a CHECK, so that a person at `psql` can read them.
+"""
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Date,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, ExcludeConstraint
+
+HOLDING = "state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION', 'COMPLETED')"
+"""The visits that hold a place of their doctor-day and slot."""
+
+LIVE = "state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION')"
+"""The visits that are still to end: one a patient and doctor-day, and none at the time of another."""
+
+VISIT_STATES = ("BOOKED", "CHECKED_IN", "IN_CONSULTATION", "COMPLETED", "CANCELLED", "NO_SHOW", "LEFT")
+QUEUE_STATES = ("WAITING", "CALLED", "IN_CONSULTATION", "PARKED", "MISSED", "DONE", "LEFT")
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "uq": "%(table_name)s_%(column_0_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+    }
+)
+
+
+def _id() -> Column[object]:
+    return Column("id", Uuid, primary_key=True, server_default=text("new_id()"))
+
+
+def _text(name: str) -> Column[str]:
+    return Column(name, Text, nullable=False, server_default="")
+
+
+def _instant(name: str) -> Column[object]:
+    return Column(name, DateTime(timezone=True))
+
+
+def _versioned() -> tuple[Column[object], ...]:
+    """The etag's number and the times, on every resource that can be changed."""
+    return (
+        Column("version", Integer, nullable=False, server_default="1"),
+        Column("create_time", DateTime(timezone=True), nullable=False, server_default=text("moment()")),
+        Column("update_time", DateTime(timezone=True), nullable=False, server_default=text("moment()")),
+    )
+
+
+def _one_of(column: str, values: tuple[str, ...]) -> CheckConstraint:
+    return CheckConstraint(f"{column} in ({', '.join(repr(value) for value in values)})", name=column)
+
+
+# The functions of db/sql/ that are made, so that a server can tell whether they are its own.
+installation = Table(
+    "installation",
+    metadata,
+    Column("one_row", Boolean, primary_key=True, server_default=text("true")),
+    Column("functions", Text, nullable=False),
+    CheckConstraint("one_row", name="one_row"),
+)
+
+clinic = Table(
+    "clinic",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False),
+    _text("address"),
+    _text("city"),
+    _text("state"),
+    _text("postal_code"),
+    _text("country"),
+    _text("phone"),
+    _text("email"),
+    Column("time_zone", Text, nullable=False),
+    Column("active", Boolean, nullable=False, server_default=text("true")),
+    # The clinic of doctors that name none.
+    Column("is_default", Boolean, nullable=False, server_default=text("false")),
+    *_versioned(),
+)
+Index("clinic_city_idx", func.lower(clinic.c.city), clinic.c.id)
+Index("clinic_default_key", clinic.c.is_default, unique=True, postgresql_where=clinic.c.is_default)
+
+patient = Table(
+    "patient",
+    metadata,
+    _id(),
+    Column("given_name", Text, nullable=False),
+    _text("family_name"),
+    # Given and family name, case-folded and with single spaces: what "the same name" compares.
+    Column("name_key", Text, nullable=False),
+    _text("family_key"),
+    Column("phone", Text, nullable=False),
+    Column("birth_date", Date),
+    Column("gender", Text, nullable=False, server_default="UNSPECIFIED"),
+    _text("email"),
+    _text("blood_group"),
+    Column("allergies", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    _text("emergency_name"),
+    _text("emergency_phone"),
+    # [{"country": "PE", "number": "00123"}]
+    Column("insurances", JSONB, nullable=False, server_default=text("'[]'")),
+    Column("active", Boolean, nullable=False, server_default=text("true")),
+    *_versioned(),
+)
+# Behind the check that register_patient makes under the lock of the phone.
+Index(
+    "patient_person_key",
+    patient.c.phone,
+    patient.c.name_key,
+    func.coalesce(patient.c.birth_date, text("'infinity'::date")),
+    unique=True,
+)
+Index("patient_name_idx", patient.c.name_key, postgresql_ops={"name_key": "text_pattern_ops"})
+Index("patient_family_idx", patient.c.family_key, postgresql_ops={"family_key": "text_pattern_ops"})
+Index(
+    "patient_insurances_idx",
+    patient.c.insurances,
+    postgresql_using="gin",
+    postgresql_ops={"insurances": "jsonb_path_ops"},
+)
+
+doctor = Table(
+    "doctor",
+    metadata,
+    _id(),
+    Column("code", Text, nullable=False, unique=True),
+    Column("display_name", Text, nullable=False),
+    _text("specialty"),
+    _text("license_number"),
+    _text("qualifications"),
+    Column("experience_years", Integer, nullable=False, server_default="0"),
+    Column("clinic_id", Uuid, ForeignKey("clinic.id"), nullable=False),
+    Column("max_patients_per_day", Integer, nullable=False, server_default="10"),
+    Column("active", Boolean, nullable=False, server_default=text("true")),
+    *_versioned(),
+    CheckConstraint("max_patients_per_day between 1 and 1000", name="max_patients_per_day"),
+)
+Index("doctor_license_number_key", doctor.c.license_number, unique=True, postgresql_where=text("license_number <> ''"))
+Index("doctor_clinic_idx", doctor.c.clinic_id, doctor.c.id)
+Index("doctor_specialty_idx", func.lower(doctor.c.specialty), doctor.c.id)
+
+# What is known of a doctor-day beyond its appointments. No row means: nothing has happened, revision 1.
+doctor_day = Table(
+    "doctor_day",
+    metadata,
+    Column("doctor_id", Uuid, nullable=False),
+    Column("date", Date, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("last_ticket", Integer, nullable=False, server_default="0"),
+    # Null until SetDoctorAvailability has spoken; no record means present.
+    Column("is_present", Boolean),
+    _text("note"),
+    Column("max_patients", Integer),
+    Column("update_time", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("doctor_id", "date"),
+    CheckConstraint("revision >= 2", name="revision"),
+    CheckConstraint("last_ticket >= 0", name="last_ticket"),
+    CheckConstraint("max_patients between 0 and 1000", name="max_patients"),
+    # Every change of the day updates its row; room in the page lets that be a HOT update.
+    postgresql_with={"fillfactor": "70"},
+)
+
+slot = Table(
+    "slot",
+    metadata,
+    _id(),
+    Column("doctor_id", Uuid, nullable=False),
+    Column("clinic_id", Uuid, nullable=False),
+    Column("date", Date, nullable=False),
+    Column("start_time", DateTime(timezone=True), nullable=False),
+    Column("end_time", DateTime(timezone=True), nullable=False),
+    Column("capacity", Integer, nullable=False, server_default="1"),
+    Column("state", Text, nullable=False, server_default="OPEN"),
+    _text("block_reason"),
+    *_versioned(),
+    _one_of("state", ("OPEN", "BLOCKED")),
+    CheckConstraint("start_time < end_time", name="interval"),
+    CheckConstraint("capacity between 1 and 1000", name="capacity"),
+    ExcludeConstraint(
+        (text("uuidrange(doctor_id, doctor_id, '[]')"), "&&"),
+        (text("tstzrange(start_time, end_time)"), "&&"),
+        using="gist",
+        name="slot_doctor_overlap",
+    ),
+)
+Index("slot_doctor_idx", slot.c.doctor_id, slot.c.start_time, slot.c.id)
+Index("slot_clinic_idx", slot.c.clinic_id, slot.c.start_time, slot.c.id)
+Index("slot_start_idx", slot.c.start_time, slot.c.id)
+
+# A booking, the visit and its place in the line: one row, because they change together.
+appointment = Table(
+    "appointment",
+    metadata,
+    _id(),
+    Column("patient_id", Uuid, nullable=False),
+    Column("doctor_id", Uuid, nullable=False),
+    Column("clinic_id", Uuid, nullable=False),
+    Column("date", Date, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("slot_id", Uuid),
+    _instant("start_time"),
+    _instant("end_time"),
+    Column("state", Text, nullable=False),
+    _text("reason"),
+    _text("notes"),
+    _text("cancel_reason"),
+    _instant("check_in_time"),
+    _instant("start_visit_time"),
+    _instant("complete_time"),
+    _instant("cancel_time"),
+    _instant("no_show_time"),
+    _instant("leave_time"),
+    # From here to call_time: the queue entry, from check-in on.
+    Column("ticket", Integer),
+    # Sorts the waiting: ticket << 32, or for one who missed the call (last ticket << 32) + revision.
+    Column("line_order", BigInteger),
+    Column("queue_state", Text),
+    _text("room"),
+    Column("call_count", Integer, nullable=False, server_default="0"),
+    _instant("call_time"),
+    *_versioned(),
+    _one_of("state", VISIT_STATES),
+    _one_of("queue_state", QUEUE_STATES),
+    CheckConstraint("number between 1 and 1000", name="number"),
+    CheckConstraint(
+        "(slot_id is null or start_time is not null) and (start_time is null) = (end_time is null)", name="slot"
+    ),
+    CheckConstraint(
+        "case state"
+        " when 'CHECKED_IN' then coalesce(queue_state in ('WAITING', 'CALLED', 'PARKED', 'MISSED'), false)"
+        " when 'IN_CONSULTATION' then queue_state is not distinct from 'IN_CONSULTATION'"
+        " when 'COMPLETED' then queue_state is not distinct from 'DONE'"
+        " when 'LEFT' then queue_state is not distinct from 'LEFT'"
+        " when 'CANCELLED' then coalesce(queue_state = 'LEFT', true)"
+        " else queue_state is null end",
+        name="visit_and_line",
+    ),
+    CheckConstraint("(ticket is null) = (queue_state is null)", name="ticket"),
+    ExcludeConstraint(
+        (text("uuidrange(patient_id, patient_id, '[]')"), "&&"),
+        (text("tstzrange(start_time, end_time)"), "&&"),
+        using="gist",
+        where=text(f"start_time is not null and {LIVE}"),
+        name="appointment_patient_overlap",
+    ),
+)
+Index(
+    "appointment_number_key",
+    appointment.c.doctor_id,
+    appointment.c.date,
+    appointment.c.number,
+    unique=True,
+    postgresql_where=text(HOLDING),
+)
+Index(
+    "appointment_ticket_key",
+    appointment.c.doctor_id,
+    appointment.c.date,
+    appointment.c.ticket,
+    unique=True,
+    postgresql_where=text("ticket is not null"),
+)
+Index(
+    "appointment_patient_day_key",
+    appointment.c.patient_id,
+    appointment.c.doctor_id,
+    appointment.c.date,
+    unique=True,
+    postgresql_where=text(LIVE),
+)
+Index("appointment_slot_idx", appointment.c.slot_id, postgresql_where=text(f"slot_id is not null and {HOLDING}"))
+# The lists. Those of a clinic and of dates alone are long, so the state leads: a list merges one scan a state.
+Index("appointment_patient_idx", appointment.c.patient_id, appointment.c.date, appointment.c.id)
+Index("appointment_doctor_idx", appointment.c.doctor_id, appointment.c.date, appointment.c.id)
+Index("appointment_clinic_idx", appointment.c.clinic_id, appointment.c.state, appointment.c.date, appointment.c.id)
+Index("appointment_date_idx", appointment.c.state, appointment.c.date, appointment.c.id)
+
+# Every change of a doctor-day, in commit order by revision; feeds WatchQueue. No patient data.
+event = Table(
+    "event",
+    metadata,
+    Column("doctor_id", Uuid, nullable=False),
+    Column("date", Date, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("appointment_id", Uuid),
+    # The queue entry as the change left it; null where the line is not touched.
+    Column("queue_state", Text),
+    Column("ticket", Integer),
+    Column("room", Text),
+    Column("call_count", Integer),
+    _instant("check_in_time"),
+    _instant("call_time"),
+    _instant("start_visit_time"),
+    Column("create_time", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("doctor_id", "date", "revision"),
+)
+
+# What a caller's key did, so that it is never done twice. Ids, states and a hash of the request; no patient data.
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("caller", Text, nullable=False),
+    Column("method", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("fingerprint", LargeBinary, nullable=False),
+    Column("result_id", Uuid),
+    # The columns of the result that may change later, as they were.
+    Column("snapshot", JSONB),
+    Column("revision", BigInteger),
+    Column("vacated_revision", BigInteger),
+    Column("create_time", DateTime(timezone=True), nullable=False, server_default=text("moment()")),
+    PrimaryKeyConstraint("caller", "method", "key"),
+)
+Index("idempotency_create_time_idx", idempotency.c.create_time, postgresql_using="brin")

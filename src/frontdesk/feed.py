@@ -1,0 +1,329 @@
+"""Live queues: one tailer a process reads what has changed, and every watcher of a doctor-day shares what it read.
+
+Level-triggered throughout. A call of `changed`, a hint from another process and the poll only say "look"; what is true
+is the revision in the database. A hint that is lost costs at most one poll.
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+import uuid
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from types import TracebackType
+
+import psycopg
+import structlog
+
+from frontdesk.db.database import Database
+from frontdesk.errors import DatabaseUnavailable, InvalidField, Refused
+from frontdesk.queues import Queue, QueueChange, read_changes, read_queue, read_revisions, with_positions
+
+DoctorDayKey = tuple[str, date]
+
+Render = Callable[[Queue, Sequence[QueueChange], int, str], bytes]
+"""Serialise an update: the queue, the changes, the previous revision (0 = fresh start) and the resume token."""
+
+POLL_SECONDS = 0.2
+"""How late a watcher sees a change of which every hint was lost."""
+
+_HINT_PAUSE = 0.01
+_HINTS_A_MESSAGE = 150  # of at most 48 bytes each; a payload holds 8,000
+_KEPT_CHANGES = 256
+_CHANNEL = "frontdesk_changed"
+
+_log = structlog.get_logger("frontdesk.feed")
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeToken:
+    """Where a stream stood. The stamp tells the revision from another of the same number after a restore."""
+
+    doctor_id: str
+    date: date
+    revision: int
+    stamp: int
+
+    def encode(self) -> str:
+        """As it is put on the wire; opaque there."""
+        packed = json.dumps([self.doctor_id, self.date.isoformat(), self.revision, self.stamp], separators=(",", ":"))
+        return base64.urlsafe_b64encode(packed.encode()).decode()
+
+    @classmethod
+    def decode(cls, text: str) -> "ResumeToken":
+        """Raises InvalidField where this server's encode cannot have made it."""
+        try:
+            doctor, day, revision, stamp = json.loads(base64.b64decode(text, altchars=b"-_", validate=True))
+            token = cls(str(uuid.UUID(doctor)), date.fromisoformat(day), int(revision), int(stamp))
+        except (ValueError, TypeError, AttributeError, RecursionError, binascii.Error):
+            raise InvalidField(("resume_token", "is malformed")) from None
+        if token.encode() != text:
+            raise InvalidField(("resume_token", "is malformed"))
+        return token
+
+
+class _Topic:
+    """One watched doctor-day: its present queue, its latest changes and who watches it."""
+
+    def __init__(self, key: DoctorDayKey) -> None:
+        self.key = key
+        self.queue: Queue | None = None
+        self.changes: deque[QueueChange] = deque(maxlen=_KEPT_CHANGES)
+        self.watchers: set[Subscription] = set()
+        self.messages: dict[int, bytes] = {}
+        """Updates to the present revision by the revision they start from, each serialised once."""
+        self.readers: list[asyncio.Future[None]] = []
+        """Who waits for a reading that begins after they asked."""
+
+
+class Feed:
+    """The process's one tailer, and its watchers."""
+
+    def __init__(self, db: Database, render: Render) -> None:
+        self._db = db
+        self._render = render
+        self._topics: dict[DoctorDayKey, _Topic] = {}
+        self._look: set[DoctorDayKey] = set()
+        self._wake = asyncio.Event()
+        self._hints: set[DoctorDayKey] = set()
+        self._hint_wake = asyncio.Event()
+        self._me = uuid.uuid4().hex[:12]
+        self._tasks: list[asyncio.Task[None]] = []
+        self.draining = False
+
+    @property
+    def watchers(self) -> int:
+        """How many streams are open."""
+        return sum(len(topic.watchers) for topic in self._topics.values())
+
+    def start(self) -> None:
+        """Begin to tail, to listen for the hints of other processes and to send ours."""
+        for work in (self._tail, self._listen, self._send_hints):
+            self._tasks.append(asyncio.create_task(_forever(work), name=work.__name__))
+
+    async def close(self) -> None:
+        """End the tasks."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def drain(self) -> None:
+        """Wake every watcher to tell it that the server stops."""
+        self.draining = True
+        for topic in self._topics.values():
+            for watcher in topic.watchers:
+                watcher.wake()
+
+    def changed(self, doctor_id: str, day: date) -> None:
+        """A doctor-day has changed: look now, and tell the other processes soon."""
+        key = (doctor_id, day)
+        self._look_at((key,))
+        self._hints.add(key)
+        self._hint_wake.set()
+
+    def subscribe(self, doctor_id: str, day: date) -> "Subscription":
+        """Watch a doctor-day, from the entry of this context manager to its exit."""
+        return Subscription(self, (doctor_id, day))
+
+    def _look_at(self, keys: Iterable[DoctorDayKey]) -> None:
+        watched = self._topics.keys() & set(keys)
+        if watched:
+            self._look |= watched
+            self._wake.set()
+
+    async def _tail(self) -> None:
+        while True:
+            try:
+                # Without watchers there is nothing to poll.
+                async with asyncio.timeout(POLL_SECONDS if self._topics else None):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._look |= self._topics.keys()
+            self._wake.clear()
+            look, self._look = self._look, set()
+            topics = [topic for key in look if (topic := self._topics.get(key)) is not None]
+            # Those who ask from now on wait for the next round: this one may have read already.
+            asked = {topic.key: topic.readers for topic in topics}
+            for topic in topics:
+                topic.readers = []
+            try:
+                await self._refresh(topics)
+            except BaseException as error:
+                refusal = error if isinstance(error, Refused) else DatabaseUnavailable()
+                for reader in (reader for readers in asked.values() for reader in readers):
+                    if not reader.done():
+                        reader.set_exception(refusal)
+                if isinstance(error, (Refused, TimeoutError)):
+                    await asyncio.sleep(POLL_SECONDS)
+                    continue
+                raise
+            for reader in (reader for readers in asked.values() for reader in readers):
+                if not reader.done():
+                    reader.set_result(None)
+
+    async def _refresh(self, topics: Sequence[_Topic]) -> None:
+        if not topics:
+            return
+        revisions = await read_revisions(self._db, [topic.key for topic in topics])
+        for topic in topics:
+            known = topic.queue
+            if known is not None and known.revision == revisions[topic.key]:
+                continue
+            queue = await read_queue(self._db, *topic.key)
+            if known is not None and queue.revision > known.revision:
+                topic.changes.extend(await read_changes(self._db, *topic.key, known.revision + 1, queue.revision))
+            else:
+                # The first reading, or a database that was restored under us: what we kept is of another history.
+                topic.changes.clear()
+            topic.queue = queue
+            topic.messages = {}
+            for watcher in topic.watchers:
+                watcher.wake()
+
+    async def _listen(self) -> None:
+        async with self._db.listening(_CHANNEL) as payloads:
+            # What was hinted while nobody listened.
+            self._look_at(list(self._topics))
+            async for payload in payloads:
+                sender, *keys = payload.split()
+                if sender != self._me:
+                    self._look_at((key[:36], date.fromisoformat(key[37:])) for key in keys)
+
+    async def _send_hints(self) -> None:
+        while True:
+            await self._hint_wake.wait()
+            self._hint_wake.clear()
+            hints, self._hints = list(self._hints), set()
+            for start in range(0, len(hints), _HINTS_A_MESSAGE):
+                keys = " ".join(f"{doctor}/{day}" for doctor, day in hints[start : start + _HINTS_A_MESSAGE])
+                # Not in a writer's transaction: NOTIFY serialises commits over the whole database.
+                await self._db.row("select pg_notify(%s, %s)", (_CHANNEL, f"{self._me} {keys}"), lambda _: None)
+            await asyncio.sleep(_HINT_PAUSE)
+
+
+class Subscription:
+    """One stream's view of a doctor-day: what it was sent last, and that there is news. Nothing is queued for it."""
+
+    def __init__(self, feed: Feed, key: DoctorDayKey) -> None:
+        self._feed = feed
+        self._key = key
+        self._news = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._sent = 0
+        self._sent_stamp = 0
+
+    def __enter__(self) -> "Subscription":
+        self._topic = self._feed._topics.setdefault(self._key, _Topic(self._key))
+        self._topic.watchers.add(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._topic.watchers.discard(self)
+        if not self._topic.watchers and self._feed._topics.get(self._key) is self._topic:
+            del self._feed._topics[self._key]
+
+    @property
+    def revision(self) -> int:
+        """What the watcher knows."""
+        return self._sent
+
+    @property
+    def token(self) -> str:
+        """Resumes after what the watcher knows."""
+        return ResumeToken(*self._key, self._sent, self._sent_stamp).encode()
+
+    def wake(self) -> None:
+        """There is news, or the feed drains."""
+        self._news = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def begin(self, resume: ResumeToken | None) -> bytes | None:
+        """The first message: the whole queue as of now, or what has changed since the token; None if nothing has.
+
+        Raises DatabaseUnavailable, DoctorNotFound.
+        """
+        # A reading that starts after this moment, shared by all who ask meanwhile: it sees every acknowledged change.
+        reading = asyncio.get_running_loop().create_future()
+        self._topic.readers.append(reading)
+        self._feed._look_at((self._key,))
+        await reading
+        queue = self._topic.queue
+        assert queue is not None
+        if resume is not None and await self._still_true(resume, queue):
+            self._sent, self._sent_stamp = resume.revision, resume.stamp
+            return await self.latest()
+        self._news = False
+        return await self._message_from(0, queue)
+
+    async def latest(self) -> bytes | None:
+        """The update from what the watcher knows to the present revision; None where that is what it knows."""
+        self._news = False
+        queue = self._topic.queue
+        assert queue is not None
+        if (queue.revision, queue.stamp) == (self._sent, self._sent_stamp):
+            return None
+        return await self._message_from(self._sent, queue)
+
+    async def news(self, seconds: float) -> bool:
+        """Wait for news, at most so long; whether there is any."""
+        if not self._news:
+            loop = asyncio.get_running_loop()
+            self._waiter = waiter = loop.create_future()
+            alarm = loop.call_later(seconds, lambda: waiter.done() or waiter.set_result(None))
+            try:
+                await waiter
+            finally:
+                alarm.cancel()
+                self._waiter = None
+        return self._news
+
+    async def _message_from(self, previous: int, queue: Queue) -> bytes:
+        topic = self._topic
+        if previous > queue.revision:
+            previous = 0
+        if previous not in topic.messages or topic.queue is not queue:
+            changes: Sequence[QueueChange] = ()
+            if previous:
+                changes = [change for change in topic.changes if previous < change.revision <= queue.revision]
+                if len(changes) != queue.revision - previous:
+                    changes = await read_changes(self._feed._db, *self._key, previous + 1, queue.revision)
+                if len(changes) != queue.revision - previous:
+                    # Longer ago than what is kept.
+                    previous, changes = 0, ()
+            token = ResumeToken(*self._key, queue.revision, queue.stamp).encode()
+            message = self._feed._render(queue, with_positions(changes, queue), previous, token)
+            if topic.queue is queue:
+                topic.messages[previous] = message
+        else:
+            message = topic.messages[previous]
+        self._sent, self._sent_stamp = queue.revision, queue.stamp
+        return message
+
+    async def _still_true(self, token: ResumeToken, queue: Queue) -> bool:
+        """Whether the token's revision is one of this database's history."""
+        if token.revision > queue.revision:
+            return False
+        if token.revision == queue.revision:
+            return token.stamp == queue.stamp
+        if token.revision == 1:
+            return token.stamp == 0
+        return any(
+            change.stamp == token.stamp
+            for change in await read_changes(self._feed._db, *self._key, token.revision, token.revision)
+        )
+
+
+async def _forever(work: Callable[[], Awaitable[None]]) -> None:
+    """Do the work again whenever it fails: the connection may come back."""
+    while True:
+        with suppress(Refused, psycopg.Error, TimeoutError, OSError):
+            await work()
+        _log.info("feed_interrupted", work=work.__name__)
+        await asyncio.sleep(POLL_SECONDS)

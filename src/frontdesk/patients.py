@@ -1,0 +1,175 @@
+"""The patients. The same person is found again, never registered twice; a shared phone is no second record."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import sqlalchemy as sa
+from psycopg.types.json import Jsonb
+from sqlalchemy.dialects.postgresql import JSONB
+
+from frontdesk.db import schema
+from frontdesk.db.database import Database, Transaction, compiled
+from frontdesk.db.records import Records
+from frontdesk.errors import InvalidField, PatientExists, PatientNotFound
+from frontdesk.intent import Intent, claim
+from frontdesk.paging import Listing, Page
+from frontdesk.reference import e164, folded, require_country
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    id: str
+    given_name: str
+    family_name: str
+    birth_date: date | None
+    gender: str
+    phone: str
+    email: str
+    blood_group: str
+    allergies: list[str]
+    emergency_name: str
+    emergency_phone: str
+    insurances: list[dict[str, str]]
+    active: bool
+    version: int
+    create_time: datetime
+    update_time: datetime
+
+
+records = Records(schema.patient, Patient, PatientNotFound)
+
+_t = schema.patient.c
+_birth = sa.bindparam("birth", type_=sa.Date)
+_same_person = compiled(
+    sa.select(_t.id)
+    .where(
+        _t.phone == sa.bindparam("phone"),
+        _t.name_key == sa.bindparam("name"),
+        sa.or_(_t.birth_date.is_(None), _birth.is_(None), _t.birth_date == _birth),
+        _t.id.is_distinct_from(sa.bindparam("but", type_=sa.Uuid)),
+    )
+    # The one with the very birth date before one that has none.
+    .order_by(sa.desc(_t.birth_date.is_not_distinct_from(_birth)), _t.id)
+)
+
+
+class Patients:
+    """Register, find and change patients."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    async def register(self, intent: Intent, values: Mapping[str, Any], country: str) -> tuple[Patient, bool, bool]:
+        """The patient, whether registered before, and whether this is a replay.
+
+        The same person is the same phone and the same folded name without a contradicting birth date. `country` reads
+        national numbers. Raises InvalidField.
+        """
+        values = _checked(values, country)
+        values["name_key"] = folded(values["given_name"], values.get("family_name", ""))
+        values["family_key"] = folded(values.get("family_name", ""))
+
+        async def work(tx: Transaction) -> tuple[Patient, bool, bool]:
+            claimed = await claim(tx, intent, "RegisterPatient")
+            if claimed.replayed:
+                before = await tx.row(
+                    "select coalesce((snapshot ->> 'already_registered')::boolean, false) from idempotency"
+                    " where caller = %s and method = 'RegisterPatient' and key = %s",
+                    (intent.caller, intent.key),
+                    bool,
+                )
+                return await records.get(tx, claimed.result_id), bool(before), True
+            found = await _find_person(tx, values["phone"], values["name_key"], values.get("birth_date"))
+            if found is None:
+                return await records.insert(tx, claimed.result_id, values), False, False
+            await tx.run(
+                "update idempotency set result_id = %s, snapshot = %s"
+                " where caller = %s and method = 'RegisterPatient' and key = %s",
+                (found, Jsonb({"already_registered": True}), intent.caller, intent.key),
+            )
+            return await records.get(tx, found), True, False
+
+        return await self._db.transaction(work)
+
+    async def get(self, patient_id: str) -> Patient:
+        """Raises PatientNotFound."""
+        return await records.get(self._db, patient_id)
+
+    async def update(
+        self, intent: Intent, patient_id: str, changes: Mapping[str, Any], version: int | None, country: str
+    ) -> tuple[Patient, bool]:
+        """Change the given columns. Raises PatientNotFound, PatientExists, EtagMismatch, InvalidField."""
+        changes = _checked(changes, country)
+
+        async def work(tx: Transaction) -> tuple[Patient, bool]:
+            claimed = await claim(tx, intent, "UpdatePatient")
+            current = await records.get(tx, patient_id, lock=True)
+            if claimed.replayed:
+                return current, True
+            merged = {name: changes.get(name, getattr(current, name)) for name in _PERSON}
+            keys = {
+                "name_key": folded(merged["given_name"], merged["family_name"]),
+                "family_key": folded(merged["family_name"]),
+            }
+            if _PERSON & changes.keys():
+                other = await _find_person(tx, merged["phone"], keys["name_key"], merged["birth_date"], but=patient_id)
+                if other is not None:
+                    raise PatientExists(other)
+                return await records.update(tx, patient_id, {**changes, **keys}, version), False
+            return await records.update(tx, patient_id, changes, version), False
+
+        return await self._db.transaction(work)
+
+    async def list(
+        self, page: Page, *, phone: str, country: str, name_prefix: str, insurance: Mapping[str, str] | None
+    ) -> Listing[Patient]:
+        """Patients for whom every given filter holds, the oldest first. Raises InvalidField."""
+        require_country(country, "default_country")
+        filters: dict[str, tuple[sa.ColumnElement[bool], Any]] = {}
+        if phone:
+            filters["phone"] = (_t.phone == sa.bindparam("phone"), e164(phone, country, "phone"))
+        if name_prefix:
+            start = folded(name_prefix).replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_") + "%"
+            prefix = sa.bindparam("name_prefix")
+            filters["name_prefix"] = (sa.or_(_t.name_key.like(prefix), _t.family_key.like(prefix)), start)
+        if insurance is not None:
+            wanted = sa.cast(sa.bindparam("insurance"), JSONB)
+            filters["insurance"] = (_t.insurances.contains(wanted), Jsonb([dict(insurance)]))
+        return await records.page(self._db, page, filters)
+
+
+_PERSON = frozenset({"given_name", "family_name", "phone", "birth_date"})
+"""The columns that tell persons apart."""
+
+
+async def _find_person(
+    tx: Transaction, phone: str, name_key: str, birth_date: date | None, but: str | None = None
+) -> str | None:
+    # Locked by phone, in a statement of its own, so that two registrations of one person find each other.
+    await tx.run("select lock_all(array['phone/' || %s::text])", (phone,))
+    return await tx.row(_same_person, {"phone": phone, "name": name_key, "birth": birth_date, "but": but}, str)
+
+
+def _checked(values: Mapping[str, Any], country: str) -> dict[str, Any]:
+    checked = dict(values)
+    require_country(country, "default_country")
+    if "phone" in checked:
+        checked["phone"] = e164(checked["phone"], country, "patient.phone")
+    if "emergency_phone" in checked:
+        checked["emergency_phone"] = e164(checked["emergency_phone"], country, "patient.emergency_contact.phone")
+    for insurance in checked.get("insurances", ()):
+        require_country(insurance["country"], "patient.insurances.country")
+    if checked.get("birth_date") is not None and checked["birth_date"] > _latest_today():
+        raise InvalidField(("patient.birth_date", "is in the future"))
+    return checked
+
+
+def _latest_today() -> date:
+    # A patient belongs to no clinic, so "today" is the furthest that any civil day has come (UTC+14).
+    return datetime.now(_FURTHEST).date()
+
+
+_FURTHEST = ZoneInfo("Pacific/Kiritimati")

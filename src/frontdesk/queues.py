@@ -1,0 +1,179 @@
+"""The line of a doctor-day: what it is at a revision, and what changed since another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date, datetime
+from typing import Any
+
+from frontdesk.appointments import Decision, decide
+from frontdesk.db.database import Database
+from frontdesk.errors import DoctorNotFound
+from frontdesk.intent import Changed, Intent
+
+
+@dataclass(frozen=True, slots=True)
+class QueueEntry:
+    """One patient in the line."""
+
+    ticket: int
+    position: int
+    """1 = next; 0 where the patient is not waiting. Derived from the order of the line, never stored."""
+    appointment_id: str
+    patient_id: str
+    patient_name: str
+    state: str
+    room: str
+    call_count: int
+    check_in_time: datetime
+    call_time: datetime | None
+    start_time: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The whole line of a doctor-day at one revision."""
+
+    doctor_id: str
+    date: date
+    revision: int
+    stamp: int
+    """When it was made, in microseconds since 1970; tells a revision from its namesake in a restored database."""
+    entries: tuple[QueueEntry, ...]
+    expected_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueueChange:
+    """One revision of a doctor-day."""
+
+    revision: int
+    stamp: int
+    kind: str
+    appointment_id: str
+    entry: QueueEntry | None
+    """As this change left it; None where the line was not touched."""
+
+
+# One statement, so one snapshot: the entries are those of the revision.
+_queue = """
+select d.id, day.date, coalesce(dd.revision, 1),
+       coalesce((extract(epoch from dd.update_time) * 1000000)::bigint, 0),
+       (select count(*) from appointment b
+        where b.doctor_id = d.id and b.date = day.date and b.state = 'BOOKED'),
+       a.ticket, a.id, a.patient_id, concat_ws(' ', p.given_name, nullif(p.family_name, '')), a.queue_state, a.room,
+       a.call_count, a.check_in_time, a.call_time, a.start_visit_time
+from doctor d
+join clinic c on c.id = d.clinic_id
+cross join lateral (select coalesce(%(date)s::date, (moment() at time zone c.time_zone)::date) as date) day
+left join doctor_day dd on dd.doctor_id = d.id and dd.date = day.date
+left join appointment a on a.doctor_id = d.id and a.date = day.date and a.ticket is not null
+     and a.state in ('CHECKED_IN', 'IN_CONSULTATION')
+left join patient p on p.id = a.patient_id
+where d.id = %(doctor)s
+order by array_position(array['WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED'], a.queue_state),
+         case when a.queue_state = 'WAITING' then a.line_order else a.ticket end
+"""
+
+_changes = """
+select e.revision, (extract(epoch from e.create_time) * 1000000)::bigint, e.kind, coalesce(e.appointment_id::text, ''),
+       e.ticket, a.patient_id, concat_ws(' ', p.given_name, nullif(p.family_name, '')), e.queue_state, e.room,
+       e.call_count, e.check_in_time, e.call_time, e.start_visit_time
+from event e
+left join appointment a on a.id = e.appointment_id and e.ticket is not null
+left join patient p on p.id = a.patient_id
+where e.doctor_id = %(doctor)s and e.date = %(date)s and e.revision between %(first)s and %(last)s
+order by e.revision
+"""
+
+_revisions = """
+select k.doctor_id, k.date, coalesce(dd.revision, 1)
+from unnest(%s::uuid[], %s::date[]) as k (doctor_id, date)
+left join doctor_day dd on dd.doctor_id = k.doctor_id and dd.date = k.date
+"""
+
+
+async def read_queue(db: Database, doctor_id: str, on: date | None) -> Queue:
+    """The line now; `on` defaults to the clinic's today. Raises DoctorNotFound."""
+    rows = await db.rows(_queue, {"doctor": doctor_id, "date": on}, lambda *columns: columns)
+    if not rows:
+        raise DoctorNotFound(doctor_id)
+    doctor, day, revision, stamp, expected = rows[0][:5]
+    entries = []
+    for place, (ticket, appointment, patient, name, state, *rest) in enumerate((row[5:] for row in rows), start=1):
+        if ticket is not None:
+            entries.append(
+                QueueEntry(ticket, place if state == "WAITING" else 0, appointment, patient, name, state, *rest)
+            )
+    return Queue(doctor, day, revision, stamp, tuple(entries), expected)
+
+
+async def read_changes(db: Database, doctor_id: str, on: date, first: int, last: int) -> Sequence[QueueChange]:
+    """What is kept of the revisions from `first` to `last`, both included, in order."""
+    wanted = {"doctor": doctor_id, "date": on, "first": first, "last": last}
+    return await db.rows(_changes, wanted, _change)
+
+
+async def read_revisions(db: Database, days: Sequence[tuple[str, date]]) -> dict[tuple[str, date], int]:
+    """The present revision of each doctor-day."""
+    found = await db.rows(
+        _revisions,
+        ([doctor for doctor, _ in days], [day for _, day in days]),
+        lambda doctor, day, revision: ((doctor, day), revision),
+    )
+    return dict(found)
+
+
+def with_positions(changes: Sequence[QueueChange], queue: Queue) -> list[QueueChange]:
+    """The changes, with each entry's position as of `queue`."""
+    now = {entry.appointment_id: entry.position for entry in queue.entries}
+    return [
+        replace(change, entry=replace(change.entry, position=now.get(change.appointment_id, 0)))
+        if change.entry is not None and change.entry.state == "WAITING"
+        else change
+        for change in changes
+    ]
+
+
+def entry_of(decision: Decision) -> QueueEntry:
+    """The entry that a decision about the line has left."""
+    a = decision.appointment
+    assert a.ticket is not None
+    assert a.queue_state is not None
+    assert a.check_in_time is not None
+    return QueueEntry(
+        a.ticket, decision.position, a.id, a.patient_id, decision.patient_name, a.queue_state, a.room, a.call_count,
+        a.check_in_time, a.call_time, a.start_visit_time,
+    )  # fmt: skip
+
+
+def _change(
+    revision: int, stamp: int, kind: str, appointment: str, ticket: int | None, patient: str, name: str, *rest: Any
+) -> QueueChange:
+    entry = None if ticket is None else QueueEntry(ticket, 0, appointment, patient, name, *rest)
+    return QueueChange(revision, stamp, kind, appointment, entry)
+
+
+class Queues:
+    """Read a line, and call its next patient. The other verbs of the line are `Appointments.change`."""
+
+    def __init__(self, db: Database, changed: Changed) -> None:
+        self._db = db
+        self._changed = changed
+
+    async def get(self, doctor_id: str, on: date | None) -> Queue:
+        """The line now; `on` defaults to the clinic's today. Raises DoctorNotFound."""
+        return await read_queue(self._db, doctor_id, on)
+
+    async def today(self, doctor_id: str) -> date:
+        """The civil date in the time zone of the doctor's clinic. Raises DoctorNotFound."""
+        found = await self._db.row("select clinic_today(%s)", (doctor_id,), lambda day: day)
+        if found is None:
+            raise DoctorNotFound(doctor_id)
+        return found
+
+    async def call_next(self, intent: Intent, doctor_id: str, on: date | None, room: str) -> Decision:
+        """Call the first waiting patient to `room`. Raises DoctorNotFound, QueueEmpty."""
+        return await decide(
+            self._db, self._changed, "call_next(%s, %s, %s, %s, %s, %s)",
+            (intent.caller, intent.key, intent.fingerprint, doctor_id, on, room),
+        )  # fmt: skip

@@ -1,0 +1,132 @@
+"""What an operator may set, from the environment (``FRONTDESK_*``) or the command line.
+
+This module and `frontdesk.cli` are the only readers of the environment and of argv.
+"""
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from zoneinfo import available_timezones
+
+import platformdirs
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class SettingsError(Exception):
+    """A setting cannot be used; the message is one line that names it."""
+
+
+class Settings(BaseSettings):
+    """Every setting of the service, with its default and range."""
+
+    model_config = SettingsConfigDict(env_prefix="FRONTDESK_", frozen=True, extra="forbid", env_ignore_empty=True)
+
+    listen: str = "127.0.0.1:50051"
+    """HOST:PORT to serve on; port 0 takes any free one. Without TLS client certificates only loopback is accepted."""
+    data_dir: Path = Field(default_factory=lambda: platformdirs.user_data_path("frontdesk"))
+    """Where the embedded PostgreSQL lives; unused when `database_url` is set."""
+    database_url: str | None = None
+    """A PostgreSQL 15 or newer to use instead of the embedded one, as a libpq URL or key=value string."""
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that serve the one port."""
+    default_time_zone: str = "UTC"
+    """IANA zone of the clinic that the first migration creates."""
+    pool_size: Annotated[int, Field(ge=1, le=200)] = 8
+    """Database connections of one worker."""
+    max_in_flight: Annotated[int, Field(ge=1, le=100_000)] = 1_000
+    """Unary calls that one worker works on at once; one more is UNAVAILABLE with a pushback."""
+    max_watchers: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
+    """Streams of one worker; one more is RESOURCE_EXHAUSTED. Counted apart from unary calls."""
+    max_streams_per_connection: Annotated[int, Field(ge=1, le=1_000_000)] = 100
+    """HTTP/2 streams that one connection may have open."""
+    drain_seconds: Annotated[float, Field(ge=0, le=600)] = 10.0
+    """How long SIGTERM waits for running calls and streams before it ends them."""
+    reflection: Literal["auto", "on", "off"] = "auto"
+    """Server reflection; auto means on loopback only."""
+    tls_cert: Path | None = None
+    """PEM file of the server's certificate chain; needs `tls_key`."""
+    tls_key: Path | None = None
+    """PEM file of the server's private key."""
+    tls_client_ca: Path | None = None
+    """PEM file of the authority that signs client certificates; set, every client must present one (mTLS)."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @classmethod
+    def load(cls, **given: Any) -> "Settings":
+        """Read the environment, let `given` values that are not None win, and say in one line what is wrong.
+
+        Raises SettingsError.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        try:
+            return cls(**given)
+        except ValidationError as bad:
+            first = bad.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else "settings"
+            label = f"--{name.replace('_', '-')}" if name in given else f"FRONTDESK_{name.upper()}"
+            message = first["msg"].removeprefix("Value error, ")
+            raise SettingsError(f"{label}: {message}" if first["loc"] else message) from None
+
+    @field_validator("listen")
+    @classmethod
+    def _listen_is_host_and_port(cls, value: str) -> str:
+        host, colon, port = value.rpartition(":")
+        if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+            raise ValueError(f"{value!r} is not HOST:PORT with a port from 0 to 65535")
+        return value
+
+    @field_validator("default_time_zone")
+    @classmethod
+    def _zone_exists(cls, value: str) -> str:
+        if value not in available_timezones():
+            raise ValueError(f"{value!r} is not an IANA time zone")
+        return value
+
+    @field_validator("tls_cert", "tls_key", "tls_client_ca")
+    @classmethod
+    def _file_is_readable(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            try:
+                value.read_bytes()
+            except OSError as error:
+                raise ValueError(f"{value}: {error.strerror}") from None
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> "Settings":
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("FRONTDESK_TLS_CERT and FRONTDESK_TLS_KEY go together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("FRONTDESK_TLS_CLIENT_CA needs FRONTDESK_TLS_CERT")
+        if not self.loopback and self.tls_client_ca is None:
+            raise ValueError(
+                f"--listen {self.listen}: without credentials (FRONTDESK_TLS_CERT, FRONTDESK_TLS_KEY, "
+                "FRONTDESK_TLS_CLIENT_CA) only loopback is served"
+            )
+        return self
+
+    @property
+    def host(self) -> str:
+        """The host of `listen`, without the brackets of IPv6."""
+        return self.listen.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """The port of `listen`."""
+        return int(self.listen.rpartition(":")[2])
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach `listen`."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def serves_reflection(self) -> bool:
+        """Whether clients may ask the server for its descriptors."""
+        return self.loopback if self.reflection == "auto" else self.reflection == "on"

@@ -1,0 +1,189 @@
+"""The bookable intervals of the doctors' days."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from frontdesk.db import schema
+from frontdesk.db.database import Database, compiled
+from frontdesk.errors import REFUSALS, InvalidField, SlotNotFound
+from frontdesk.intent import Intent
+from frontdesk.paging import Listing, Page, cut
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    id: str
+    doctor_id: str
+    clinic_id: str
+    date: date
+    start_time: datetime
+    end_time: datetime
+    capacity: int
+    booked_count: int
+    state: str
+    block_reason: str
+    version: int
+    create_time: datetime
+    update_time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class NewSlot:
+    doctor_id: str
+    start_time: datetime
+    end_time: datetime
+    capacity: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFilter:
+    """What ListSlots asks for; what is None does not matter."""
+
+    doctor_id: str | None
+    clinic_id: str | None
+    specialty: str | None
+    start_time_from: datetime | None
+    start_time_to: datetime | None
+    available_only: bool
+
+
+_s, _a, _dd = schema.slot.c, schema.appointment.c, schema.doctor_day.c
+_booked = (
+    sa.select(sa.func.count())
+    .where(_a.slot_id == _s.id, sa.text(f"appointment.{schema.HOLDING}"))
+    .scalar_subquery()
+    .correlate(schema.slot)
+)
+_columns = (
+    _s.id, _s.doctor_id, _s.clinic_id, _s.date, _s.start_time, _s.end_time, _s.capacity, _booked, _s.state,
+    _s.block_reason, _s.version, _s.create_time, _s.update_time,
+)  # fmt: skip
+_by_ids = compiled(sa.select(*_columns).where(_s.id == sa.any_(sa.bindparam("ids", type_=sa.ARRAY(sa.Uuid)))))
+
+
+class Slots:
+    """Open, list, block, release and delete slots."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._lists: dict[tuple[bool, ...], str] = {}
+
+    async def create(self, intent: Intent, method: str, wanted: Sequence[NewSlot]) -> tuple[Sequence[Slot], bool]:
+        """Open the slots, all or none, in their order; also says whether this is a replay.
+
+        Raises InvalidField, DoctorNotFound, DoctorInactive, SlotInPast, SlotOverlap.
+        """
+        return await self._decide(
+            "create_slots(%s, %s, %s, %s, %s::uuid[], %s::timestamptz[], %s::timestamptz[], %s::integer[])",
+            (intent.caller, method, intent.key, intent.fingerprint, [slot.doctor_id for slot in wanted],
+             [slot.start_time for slot in wanted], [slot.end_time for slot in wanted],
+             [slot.capacity for slot in wanted]),
+        )  # fmt: skip
+
+    async def get(self, slot_id: str) -> Slot:
+        """Raises SlotNotFound."""
+        found = await self._db.row(_by_ids, {"ids": [slot_id]}, Slot)
+        if found is None:
+            raise SlotNotFound(slot_id)
+        return found
+
+    async def list(self, page: Page, wanted: SlotFilter) -> Listing[Slot]:
+        """Slots for which every given filter holds, by start time, then id."""
+        values = {
+            "doctor_id": wanted.doctor_id, "clinic_id": wanted.clinic_id, "specialty": wanted.specialty,
+            "start_time_from": wanted.start_time_from, "start_time_to": wanted.start_time_to,
+            "after_time": page.after[0] if page.after else None, "after_id": page.after[1] if page.after else None,
+        }  # fmt: skip
+        shape = (*(value is not None for value in values.values()), wanted.available_only)
+        if shape not in self._lists:
+            self._lists[shape] = _list_statement({name for name, value in values.items() if value is not None}, wanted)
+        found = await self._db.rows(self._lists[shape], {**values, "size": page.size + 1}, Slot)
+        return cut(page, found, lambda slot: (slot.start_time.isoformat(), slot.id))
+
+    async def block(self, intent: Intent, slot_ids: Sequence[str], why: str) -> tuple[Sequence[Slot], bool]:
+        """Take slots out of booking; what is booked in them stays. Raises SlotNotFound."""
+        return await self._set_state(intent, "BlockSlots", slot_ids, "BLOCKED", why)
+
+    async def release(self, intent: Intent, slot_ids: Sequence[str]) -> tuple[Sequence[Slot], bool]:
+        """Open blocked slots again. Raises SlotNotFound."""
+        return await self._set_state(intent, "ReleaseSlots", slot_ids, "OPEN", "")
+
+    async def delete(self, intent: Intent, slot_id: str, version: int | None) -> bool:
+        """Remove a slot without live bookings; says whether this is a replay.
+
+        Raises SlotNotFound, SlotHasBookings, EtagMismatch.
+        """
+        _, replayed = await self._decide(
+            "delete_slot(%s, %s, %s, %s, %s)", (intent.caller, intent.key, intent.fingerprint, slot_id, version)
+        )
+        return replayed
+
+    async def _set_state(
+        self, intent: Intent, method: str, slot_ids: Sequence[str], state: str, why: str
+    ) -> tuple[Sequence[Slot], bool]:
+        return await self._decide(
+            "set_slots_state(%s, %s, %s, %s, %s::uuid[], %s, %s)",
+            (intent.caller, method, intent.key, intent.fingerprint, [*slot_ids], state, why),
+        )
+
+    async def _decide(self, call: str, params: tuple[Any, ...]) -> tuple[Sequence[Slot], bool]:
+        answer = await self._db.row(
+            f"select outcome, subject, detail, replayed, ids::text[] from {call}", params, lambda *columns: columns
+        )
+        assert answer is not None
+        outcome, subject, detail, replayed, ids = answer
+        if outcome == "OVER_MIDNIGHT":
+            raise InvalidField((f"slots[{detail}].end_time", "is not on the clinic's civil day of start_time"))
+        if outcome != "OK":
+            raise REFUSALS[outcome](subject, detail if outcome == "SLOT_OVERLAP" else None)
+        found = {slot.id: slot for slot in await self._db.rows(_by_ids, {"ids": ids}, Slot)}
+        # A replay may meet slots that have been deleted since.
+        return [found[slot_id] for slot_id in ids if slot_id in found], bool(replayed)
+
+
+def _list_statement(given: set[str], wanted: SlotFilter) -> str:
+    statement = sa.select(*_columns)
+    conditions: dict[str, sa.ColumnElement[bool]] = {
+        "doctor_id": _s.doctor_id == sa.bindparam("doctor_id"),
+        "clinic_id": _s.clinic_id == sa.bindparam("clinic_id"),
+        "specialty": sa.exists().where(
+            schema.doctor.c.id == _s.doctor_id,
+            sa.func.lower(schema.doctor.c.specialty) == sa.func.lower(sa.bindparam("specialty")),
+        ),
+        "start_time_from": _s.start_time >= sa.bindparam("start_time_from"),
+        "start_time_to": _s.start_time < sa.bindparam("start_time_to"),
+        "after_time": sa.tuple_(_s.start_time, _s.id)
+        > sa.tuple_(
+            sa.bindparam("after_time", type_=sa.DateTime(timezone=True)), sa.bindparam("after_id", type_=sa.Uuid)
+        ),
+    }
+    for name in sorted(given & conditions.keys()):
+        statement = statement.where(conditions[name])
+    if wanted.available_only:
+        doctor, clinic, day = schema.doctor.c, schema.clinic.c, schema.doctor_day
+        taken_that_day = (
+            sa.select(sa.func.count())
+            .where(_a.doctor_id == _s.doctor_id, _a.date == _s.date, sa.text(f"appointment.{schema.HOLDING}"))
+            .scalar_subquery()
+            .correlate(schema.slot)
+        )
+        statement = (
+            statement.join(schema.doctor, doctor.id == _s.doctor_id)
+            .join(schema.clinic, clinic.id == doctor.clinic_id)
+            .outerjoin(day, sa.and_(_dd.doctor_id == _s.doctor_id, _dd.date == _s.date))
+            .where(
+                _s.state == sa.literal_column("'OPEN'"),
+                _s.start_time > sa.func.moment(),
+                doctor.active,
+                clinic.active,
+                sa.func.coalesce(_dd.is_present, sa.true()),
+                _booked < _s.capacity,
+                taken_that_day < sa.func.coalesce(_dd.max_patients, doctor.max_patients_per_day),
+            )
+        )
+    statement = statement.order_by(_s.start_time, _s.id).limit(sa.bindparam("size", type_=sa.Integer))
+    return compiled(statement)
