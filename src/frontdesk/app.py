@@ -1,0 +1,115 @@
+"""The composition root: one worker, put together by plain constructors. Production and tests use this one."""
+
+import asyncio
+import signal
+from contextlib import suppress
+from multiprocessing.connection import Connection
+
+import structlog
+import uvloop
+
+from clinic.frontdesk.v1.appointment_pb2_grpc import add_AppointmentServiceServicer_to_server
+from clinic.frontdesk.v1.clinic_pb2_grpc import add_ClinicServiceServicer_to_server
+from clinic.frontdesk.v1.doctor_pb2_grpc import add_DoctorServiceServicer_to_server
+from clinic.frontdesk.v1.patient_pb2_grpc import add_PatientServiceServicer_to_server
+from clinic.frontdesk.v1.queue_pb2_grpc import add_QueueServiceServicer_to_server
+from clinic.frontdesk.v1.slot_pb2_grpc import add_SlotServiceServicer_to_server
+from frontdesk.appointments import Appointments
+from frontdesk.clinics import Clinics
+from frontdesk.db.database import Database
+from frontdesk.doctors import Doctors
+from frontdesk.errors import Refused
+from frontdesk.feed import Feed
+from frontdesk.log import configure_log
+from frontdesk.patients import Patients
+from frontdesk.queues import Queues
+from frontdesk.rpc.appointments import AppointmentServicer
+from frontdesk.rpc.clinics import ClinicServicer
+from frontdesk.rpc.doctors import DoctorServicer
+from frontdesk.rpc.patients import PatientServicer
+from frontdesk.rpc.pipeline import Pipeline
+from frontdesk.rpc.queues import QueueServicer, render
+from frontdesk.rpc.server import Server
+from frontdesk.rpc.slots import SlotServicer
+from frontdesk.settings import Settings
+from frontdesk.slots import Slots
+
+HEALTH_SECONDS = 1.0
+"""How often a worker asks whether the database is there."""
+
+
+class Worker:
+    """One process's part of the service: a pool, a feed, a server. Make it inside the running loop, after any fork."""
+
+    def __init__(self, settings: Settings, conninfo: str, *, reuse_port: bool = False) -> None:
+        self._db = Database(conninfo, pool_size=settings.pool_size)
+        self._feed = Feed(self._db, render)
+        changed = self._feed.changed
+        appointments = Appointments(self._db, changed)
+        pipeline = Pipeline(max_in_flight=settings.max_in_flight, mutual_tls=settings.tls_client_ca is not None)
+        add_ClinicServiceServicer_to_server(ClinicServicer(Clinics(self._db)), pipeline)
+        add_PatientServiceServicer_to_server(PatientServicer(Patients(self._db)), pipeline)
+        add_DoctorServiceServicer_to_server(DoctorServicer(Doctors(self._db, changed)), pipeline)
+        add_SlotServiceServicer_to_server(SlotServicer(Slots(self._db)), pipeline)
+        add_AppointmentServiceServicer_to_server(AppointmentServicer(appointments), pipeline)
+        add_QueueServiceServicer_to_server(
+            QueueServicer(Queues(self._db, changed), appointments, self._feed, max_watchers=settings.max_watchers),
+            pipeline,
+        )
+        self._server = Server(settings, pipeline, self._feed, reuse_port=reuse_port)
+        self._health: asyncio.Task[None] | None = None
+
+    async def start(self, address: str) -> int:
+        """Connect and serve; the port. Raises OSError where the address is taken."""
+        await self._db.open()
+        self._feed.start()
+        port = await self._server.start(address)
+        await self._look()
+        self._health = asyncio.create_task(self._keep_looking(), name="health")
+        return port
+
+    async def stop(self, *, drain: bool = True) -> None:
+        """End; with `drain`, let running calls finish and tell the watchers where to go."""
+        if self._health is not None:
+            self._health.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._health
+        await (self._server.drain() if drain else self._server.stop())
+        await self._feed.close()
+        await self._db.close()
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await asyncio.sleep(HEALTH_SECONDS)
+            await self._look()
+
+    async def _look(self) -> None:
+        try:
+            async with asyncio.timeout(HEALTH_SECONDS):
+                # A standby answers reads, and could take no booking.
+                standby = await self._db.row("select pg_is_in_recovery()", (), bool)
+        except (Refused, TimeoutError):
+            standby = True
+        await self._server.serving(not standby)
+
+
+def run_worker(settings: Settings, conninfo: str, address: str, reuse_port: bool, ready: Connection) -> None:
+    """The whole life of a worker process, until SIGTERM. Sends its port to `ready`, or why it cannot start."""
+    configure_log(settings.log_level)
+    uvloop.run(_serve(settings, conninfo, address, reuse_port, ready))
+
+
+async def _serve(settings: Settings, conninfo: str, address: str, reuse_port: bool, ready: Connection) -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    worker = Worker(settings, conninfo, reuse_port=reuse_port)
+    try:
+        port = await worker.start(address)
+    except OSError as error:
+        ready.send(str(error))
+        await worker.stop(drain=False)
+        return
+    ready.send(port)
+    structlog.get_logger("frontdesk.worker").info("serving", port=port)
+    await stop.wait()
+    await worker.stop()

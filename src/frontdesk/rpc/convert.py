@@ -1,0 +1,211 @@
+"""Between the wire's shapes and Python's: dates, instants, etags, masks, pages, keys."""
+
+import base64
+import binascii
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from datetime import UTC, date, datetime, timedelta
+from operator import attrgetter
+from typing import Any, TypeVar
+
+from google.protobuf import timestamp_pb2
+from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
+from google.type import date_pb2
+
+from frontdesk.errors import InvalidField
+from frontdesk.intent import Intent
+from frontdesk.paging import Page
+from frontdesk.rpc.pipeline import Call
+
+DEFAULT_PAGE = 50
+MOST_PAGE = 100
+
+M = TypeVar("M", bound=Message)
+
+Columns = Callable[[Any], Mapping[str, Any]]
+
+EVERY_FIELD = FieldMask(paths=["*"])
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def date_from(message: Message, field: str) -> date | None:
+    """The date in this field; None where it is absent. Raises InvalidField where there is no such day."""
+    if not message.HasField(field):
+        return None
+    value: date_pb2.Date = getattr(message, field)
+    try:
+        return date(value.year, value.month, value.day)
+    except ValueError:
+        raise InvalidField((field, "is no date")) from None
+
+
+def required_date(message: Message, field: str) -> date:
+    """The date in a field that must be there. Raises InvalidField."""
+    found = date_from(message, field)
+    if found is None:
+        raise InvalidField((field, "is required"))
+    return found
+
+
+def date_to(value: date) -> date_pb2.Date:
+    """The same civil day."""
+    return date_pb2.Date(year=value.year, month=value.month, day=value.day)
+
+
+def instant_from(message: Message, field: str) -> datetime | None:
+    """The instant in this field, to the microsecond; None where it is absent.
+
+    Raises InvalidField outside the years 1970 to 9999.
+    """
+    if not message.HasField(field):
+        return None
+    value: timestamp_pb2.Timestamp = getattr(message, field)
+    if not 0 <= value.nanos < 10**9 or not 0 <= value.seconds < 253402300800:
+        raise InvalidField((field, "is no instant of the years 1970 to 9999"))
+    return _EPOCH + timedelta(seconds=value.seconds, microseconds=value.nanos // 1000)
+
+
+def converter(message: type[M], shape: type[Any], **others: Callable[[Any], Any]) -> Callable[[Any], M]:
+    """A function from a dataclass of the core to its message: what has the same name is the same thing.
+
+    Dates, instants and states are put in the wire's form, and a `version` becomes the `etag`; `others` say how to make
+    fields that the dataclass does not have.
+    """
+    plan: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any] | None]] = []
+    names = {field.name for field in fields(shape)}
+    for field in message.DESCRIPTOR.fields:
+        if field.name in others:
+            plan.append((field.name, others[field.name], None))
+        elif field.name == "etag":
+            plan.append((field.name, attrgetter("version"), str))
+        elif field.name not in names:
+            raise TypeError(f"{shape.__name__} says nothing about {field.full_name}")
+        elif field.enum_type is not None:
+            plan.append((field.name, attrgetter(field.name), enum_numbers(field.enum_type).__getitem__))
+        elif field.message_type is not None and field.message_type.full_name == "google.type.Date":
+            plan.append((field.name, attrgetter(field.name), date_to))
+        else:
+            plan.append((field.name, attrgetter(field.name), None))
+
+    def convert(record: Any) -> M:
+        found = {}
+        for name, get, wire in plan:
+            value = get(record)
+            if value is not None:
+                found[name] = value if wire is None else wire(value)
+        return message(**found)
+
+    return convert
+
+
+def enum_numbers(enum: EnumDescriptor) -> dict[str, int]:
+    """The numbers of an enum by the names that the core uses: without the prefix that protobuf style asks for."""
+    prefix = len(enum.values_by_number[0].name) - len("UNSPECIFIED")
+    return {value.name[prefix:]: value.number for value in enum.values}
+
+
+def version_from(etag: str) -> int | None:
+    """The version that an etag names; None where none is given, and one that matches nothing where it is foreign."""
+    if not etag:
+        return None
+    return int(etag) if etag.isascii() and etag.isdigit() and len(etag) < 10 else -1
+
+
+def intent_of(request: Any, call: Call) -> Intent:
+    """Who asks, and the key with the fingerprint of the rest of the request. Takes the key out of the request."""
+    key = request.idempotency_key
+    if not key:
+        return Intent(call.caller)
+    request.ClearField("idempotency_key")
+    return Intent(call.caller, key, _fingerprint(request))
+
+
+def id_or_none(value: str) -> str | None:
+    """An optional id in its canonical form."""
+    return value.lower() or None
+
+
+def writable(*paths: str, **others: Callable[[Any], Mapping[str, Any]]) -> dict[str, Columns]:
+    """Which columns each path of a resource sets: its own name's, or what `others` say."""
+
+    def same(path: str) -> Columns:
+        return lambda resource: {path: getattr(resource, path)}
+
+    return {path: same(path) for path in paths} | others
+
+
+def active_from(resource: Any) -> dict[str, bool]:
+    """Absent means active."""
+    return {"active": resource.active if resource.HasField("active") else True}
+
+
+def changes_from(resource: Any, mask: FieldMask, columns: Mapping[str, Columns]) -> dict[str, Any]:
+    """The columns that an update changes, by the rules of the mask (AIP-134).
+
+    `columns` says for each path that may be written which columns it sets. No mask means the fields that are set, `*`
+    every one. Raises InvalidField for an unknown or output-only path.
+    """
+    paths: Sequence[str]
+    if not mask.paths:
+        paths = [field.name for field, _ in resource.ListFields() if field.name in columns]
+    elif list(mask.paths) == ["*"]:
+        paths = [path for path in columns if "." not in path]
+    else:
+        paths = mask.paths
+        for path in paths:
+            if path not in columns:
+                raise InvalidField(("update_mask", "names an unknown or output-only path"))
+    changes: dict[str, Any] = {}
+    for path in paths:
+        changes |= columns[path](resource)
+    return changes
+
+
+def page_from(request: Any, *kinds: Callable[[str], Any]) -> Page:
+    """The page that a List request asks for; `kinds` parse the parts of the sort key.
+
+    Raises InvalidField for a token that is not this filter's.
+    """
+    size = min(request.page_size or DEFAULT_PAGE, MOST_PAGE)
+    if not request.page_token:
+        return Page(size)
+    try:
+        mark, *after = json.loads(base64.b64decode(request.page_token, altchars=b"-_", validate=True))
+        if mark != _filter_mark(request) or len(after) != len(kinds):
+            raise ValueError
+        for parse, part in zip(kinds, after, strict=True):
+            parse(part)
+    except (ValueError, TypeError, AttributeError, RecursionError, binascii.Error):
+        raise InvalidField(("page_token", "is no token of this method and filter")) from None
+    return Page(size, tuple(after))
+
+
+def page_token(request: Any, after: tuple[str, ...] | None) -> str:
+    """The token of the page after this sort key; empty where there is none."""
+    if after is None:
+        return ""
+    return base64.urlsafe_b64encode(json.dumps([_filter_mark(request), *after]).encode()).decode()
+
+
+IDS = (uuid.UUID,)
+DATES = (date.fromisoformat,)
+DATES_AND_IDS = (date.fromisoformat, uuid.UUID)
+INSTANTS_AND_IDS = (datetime.fromisoformat, uuid.UUID)
+
+
+def _filter_mark(request: Any) -> str:
+    bare = type(request)()
+    bare.CopyFrom(request)
+    bare.ClearField("page_size")
+    bare.ClearField("page_token")
+    return hashlib.blake2b(request.DESCRIPTOR.full_name.encode() + _fingerprint(bare), digest_size=12).hexdigest()
+
+
+def _fingerprint(request: Message) -> bytes:
+    return hashlib.blake2b(request.SerializeToString(deterministic=True), digest_size=16).digest()

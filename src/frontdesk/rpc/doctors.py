@@ -1,0 +1,101 @@
+"""clinic.frontdesk.v1.DoctorService."""
+
+from clinic.frontdesk.v1 import doctor_pb2 as pb
+from clinic.frontdesk.v1.doctor_pb2_grpc import DoctorServiceServicer
+from frontdesk.doctors import Availability, Doctor, Doctors
+from frontdesk.rpc.convert import (
+    DATES,
+    EVERY_FIELD,
+    IDS,
+    active_from,
+    changes_from,
+    converter,
+    date_from,
+    intent_of,
+    page_from,
+    page_token,
+    required_date,
+    version_from,
+    writable,
+)
+from frontdesk.rpc.pipeline import Call
+
+DEFAULT_MAX_PATIENTS_PER_DAY = 10
+
+to_doctor = converter(pb.Doctor, Doctor)
+_to_availability = converter(pb.DoctorAvailability, Availability)
+
+_WRITABLE = writable(
+    "code",
+    "display_name",
+    "specialty",
+    "license_number",
+    "qualifications",
+    "experience_years",
+    "clinic_id",
+    max_patients_per_day=lambda doctor: {
+        "max_patients_per_day": doctor.max_patients_per_day or DEFAULT_MAX_PATIENTS_PER_DAY
+    },
+    active=active_from,
+)
+
+
+class DoctorServicer(DoctorServiceServicer):
+    """Translates; `Doctors` decides."""
+
+    def __init__(self, doctors: Doctors) -> None:
+        self._doctors = doctors
+
+    async def CreateDoctor(self, request: pb.CreateDoctorRequest, call: Call) -> pb.CreateDoctorResponse:
+        values = changes_from(request.doctor, EVERY_FIELD, _WRITABLE)
+        doctor, replayed = await self._doctors.create(intent_of(request, call), values)
+        return pb.CreateDoctorResponse(doctor=to_doctor(doctor), replayed=replayed)
+
+    async def GetDoctor(self, request: pb.GetDoctorRequest, call: Call) -> pb.GetDoctorResponse:
+        return pb.GetDoctorResponse(doctor=to_doctor(await self._doctors.get(request.doctor_id)))
+
+    async def UpdateDoctor(self, request: pb.UpdateDoctorRequest, call: Call) -> pb.UpdateDoctorResponse:
+        changes = changes_from(request.doctor, request.update_mask, _WRITABLE)
+        doctor, replayed = await self._doctors.update(
+            intent_of(request, call), request.doctor.id, changes, version_from(request.etag)
+        )
+        return pb.UpdateDoctorResponse(doctor=to_doctor(doctor), replayed=replayed)
+
+    async def ListDoctors(self, request: pb.ListDoctorsRequest, call: Call) -> pb.ListDoctorsResponse:
+        found = await self._doctors.list(
+            page_from(request, *IDS), specialty=request.specialty, clinic_id=request.clinic_id, code=request.code
+        )
+        return pb.ListDoctorsResponse(
+            doctors=map(to_doctor, found.items), next_page_token=page_token(request, found.next)
+        )
+
+    async def SetDoctorAvailability(
+        self, request: pb.SetDoctorAvailabilityRequest, call: Call
+    ) -> pb.SetDoctorAvailabilityResponse:
+        said = Availability(
+            request.doctor_id.lower(),
+            required_date(request, "date"),
+            request.is_present,
+            request.note,
+            request.max_patients if request.HasField("max_patients") else None,
+        )
+        answer = await self._doctors.set_availability(intent_of(request, call), said)
+        return pb.SetDoctorAvailabilityResponse(
+            availability=_to_availability(answer.availability),
+            affected_appointment_ids=answer.affected,
+            revision=answer.revision,
+            replayed=answer.replayed,
+        )
+
+    async def ListDoctorAvailability(
+        self, request: pb.ListDoctorAvailabilityRequest, call: Call
+    ) -> pb.ListDoctorAvailabilityResponse:
+        found = await self._doctors.list_availability(
+            page_from(request, *DATES),
+            request.doctor_id,
+            date_from(request, "from_date"),
+            date_from(request, "to_date"),
+        )
+        return pb.ListDoctorAvailabilityResponse(
+            availabilities=map(_to_availability, found.items), next_page_token=page_token(request, found.next)
+        )

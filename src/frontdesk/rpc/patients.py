@@ -1,0 +1,102 @@
+"""clinic.frontdesk.v1.PatientService."""
+
+from typing import Any
+
+from clinic.frontdesk.v1 import patient_pb2 as pb
+from clinic.frontdesk.v1.patient_pb2_grpc import PatientServiceServicer
+from frontdesk.patients import Patient, Patients
+from frontdesk.rpc.convert import (
+    EVERY_FIELD,
+    IDS,
+    active_from,
+    changes_from,
+    converter,
+    date_from,
+    intent_of,
+    page_from,
+    page_token,
+    version_from,
+    writable,
+)
+from frontdesk.rpc.pipeline import Call
+
+
+def _emergency_contact(patient: Patient) -> pb.EmergencyContact | None:
+    if not (patient.emergency_name or patient.emergency_phone):
+        return None
+    return pb.EmergencyContact(name=patient.emergency_name, phone=patient.emergency_phone)
+
+
+to_patient = converter(pb.Patient, Patient, emergency_contact=_emergency_contact)
+
+
+def _emergency_columns(patient: pb.Patient) -> dict[str, str]:
+    return {
+        "emergency_name": patient.emergency_contact.name,
+        "emergency_phone": patient.emergency_contact.phone,
+    }
+
+
+def _insurances(patient: pb.Patient) -> dict[str, Any]:
+    return {"insurances": [{"country": i.country, "number": i.number} for i in patient.insurances]}
+
+
+_WRITABLE = writable(
+    "given_name",
+    "family_name",
+    "phone",
+    "email",
+    "blood_group",
+    birth_date=lambda patient: {"birth_date": date_from(patient, "birth_date")},
+    gender=lambda patient: {"gender": pb.Gender.Name(patient.gender).removeprefix("GENDER_")},
+    allergies=lambda patient: {"allergies": list(patient.allergies)},
+    emergency_contact=_emergency_columns,
+    insurances=_insurances,
+    active=active_from,
+) | {
+    "emergency_contact.name": lambda patient: {"emergency_name": patient.emergency_contact.name},
+    "emergency_contact.phone": lambda patient: {"emergency_phone": patient.emergency_contact.phone},
+}
+
+
+class PatientServicer(PatientServiceServicer):
+    """Translates; `Patients` decides."""
+
+    def __init__(self, patients: Patients) -> None:
+        self._patients = patients
+
+    async def RegisterPatient(self, request: pb.RegisterPatientRequest, call: Call) -> pb.RegisterPatientResponse:
+        values = changes_from(request.patient, EVERY_FIELD, _WRITABLE)
+        patient, already, replayed = await self._patients.register(
+            intent_of(request, call), values, request.default_country
+        )
+        return pb.RegisterPatientResponse(patient=to_patient(patient), already_registered=already, replayed=replayed)
+
+    async def GetPatient(self, request: pb.GetPatientRequest, call: Call) -> pb.GetPatientResponse:
+        return pb.GetPatientResponse(patient=to_patient(await self._patients.get(request.patient_id)))
+
+    async def UpdatePatient(self, request: pb.UpdatePatientRequest, call: Call) -> pb.UpdatePatientResponse:
+        changes = changes_from(request.patient, request.update_mask, _WRITABLE)
+        patient, replayed = await self._patients.update(
+            intent_of(request, call),
+            request.patient.id,
+            changes,
+            version_from(request.etag),
+            request.default_country,
+        )
+        return pb.UpdatePatientResponse(patient=to_patient(patient), replayed=replayed)
+
+    async def ListPatients(self, request: pb.ListPatientsRequest, call: Call) -> pb.ListPatientsResponse:
+        insurance = request.insurance
+        found = await self._patients.list(
+            page_from(request, *IDS),
+            phone=request.phone,
+            country=request.default_country,
+            name_prefix=request.name_prefix,
+            insurance={"country": insurance.country, "number": insurance.number}
+            if request.HasField("insurance")
+            else None,
+        )
+        return pb.ListPatientsResponse(
+            patients=map(to_patient, found.items), next_page_token=page_token(request, found.next)
+        )

@@ -1,0 +1,182 @@
+"""clinic.frontdesk.v1.QueueService."""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from google.protobuf import duration_pb2
+
+from clinic.frontdesk.v1 import queue_pb2 as pb
+from clinic.frontdesk.v1.queue_pb2_grpc import QueueServiceServicer
+from frontdesk.appointments import Appointments
+from frontdesk.errors import InvalidField, TooManyWatchers, WatcherTooSlow
+from frontdesk.feed import Feed, ResumeToken, Subscription
+from frontdesk.queues import Queue, QueueChange, QueueEntry, Queues, entry_of
+from frontdesk.rpc.appointments import to_appointment
+from frontdesk.rpc.convert import converter, date_from, enum_numbers, intent_of
+from frontdesk.rpc.pipeline import Call
+
+MAX_AGE_SECONDS = (20 * 60, 30 * 60)
+"""A stream ends at a random age between these, so that streams which began together do not end together."""
+
+DRAIN_SPREAD_SECONDS = 5.0
+"""Watchers of a server that stops come back at random within so long."""
+
+WRITE_SECONDS = 30.0
+"""How long a watcher may leave a message unread once gRPC takes no more for it."""
+
+HEARTBEAT_SECONDS = (5.0, 60.0)
+DEFAULT_HEARTBEAT_SECONDS = 15.0
+
+R = TypeVar("R")
+
+to_entry = converter(pb.QueueEntry, QueueEntry)
+to_queue = converter(
+    pb.Queue,
+    Queue,
+    entries=lambda queue: map(to_entry, queue.entries),
+    waiting_count=lambda queue: sum(entry.state == "WAITING" for entry in queue.entries),
+)
+_KINDS = enum_numbers(pb.QueueChange.Kind.DESCRIPTOR)
+
+
+def render(queue: Queue, changes: Sequence[QueueChange], previous: int, token: str) -> bytes:
+    """An update as it goes on the wire, once for all its watchers."""
+    message = pb.WatchQueueResponse(
+        revision=queue.revision,
+        previous_revision=previous,
+        resume_token=token,
+        update=pb.QueueUpdate(queue=to_queue(queue), changes=map(_to_change, changes)),
+    )
+    message.server_time.GetCurrentTime()
+    return message.SerializeToString()
+
+
+def _to_change(change: QueueChange) -> pb.QueueChange:
+    message = pb.QueueChange(
+        revision=change.revision,
+        kind=_KINDS[change.kind],
+        appointment_id=change.appointment_id,
+        entry=None if change.entry is None else to_entry(change.entry),
+    )
+    message.change_time.FromMicroseconds(change.stamp)
+    return message
+
+
+class QueueServicer(QueueServiceServicer):
+    """Translates; `Queues`, `Appointments` and `Feed` decide."""
+
+    def __init__(self, queues: Queues, appointments: Appointments, feed: Feed, *, max_watchers: int) -> None:
+        self._queues = queues
+        self._appointments = appointments
+        self._feed = feed
+        self._max_watchers = max_watchers
+
+    async def CheckIn(self, request: pb.CheckInRequest, call: Call) -> pb.CheckInResponse:
+        return await self._change(
+            request, call, "CheckIn", pb.CheckInResponse, patient_id=request.patient_id.lower() or None
+        )
+
+    async def GetQueue(self, request: pb.GetQueueRequest, call: Call) -> pb.GetQueueResponse:
+        return pb.GetQueueResponse(
+            queue=to_queue(await self._queues.get(request.doctor_id, date_from(request, "date")))
+        )
+
+    async def CallNext(self, request: pb.CallNextRequest, call: Call) -> pb.CallNextResponse:
+        decision = await self._queues.call_next(
+            intent_of(request, call), request.doctor_id, date_from(request, "date"), request.room
+        )
+        return pb.CallNextResponse(
+            entry=to_entry(entry_of(decision)), revision=decision.revision, replayed=decision.replayed
+        )
+
+    async def CallAgain(self, request: pb.CallAgainRequest, call: Call) -> pb.CallAgainResponse:
+        return await self._change(request, call, "CallAgain", pb.CallAgainResponse, text=request.room)
+
+    async def ReturnToLine(self, request: pb.ReturnToLineRequest, call: Call) -> pb.ReturnToLineResponse:
+        return await self._change(request, call, "Return", pb.ReturnToLineResponse)
+
+    async def ParkPatient(self, request: pb.ParkPatientRequest, call: Call) -> pb.ParkPatientResponse:
+        return await self._change(request, call, "Park", pb.ParkPatientResponse)
+
+    async def MarkMissed(self, request: pb.MarkMissedRequest, call: Call) -> pb.MarkMissedResponse:
+        return await self._change(request, call, "Miss", pb.MarkMissedResponse)
+
+    async def LeaveQueue(self, request: pb.LeaveQueueRequest, call: Call) -> pb.LeaveQueueResponse:
+        return await self._change(request, call, "Leave", pb.LeaveQueueResponse)
+
+    async def _change(self, request: Any, call: Call, verb: str, response: type[R], **more: Any) -> R:
+        decision = await self._appointments.change(
+            intent_of(request, call),
+            type(request).__name__.removesuffix("Request"),
+            verb,
+            request.appointment_id,
+            **more,
+        )
+        return response(
+            entry=to_entry(entry_of(decision)),
+            appointment=to_appointment(decision.appointment),
+            revision=decision.revision,
+            replayed=decision.replayed,
+        )
+
+    async def WatchQueue(self, request: pb.WatchQueueRequest, call: Call) -> None:
+        if self._feed.watchers >= self._max_watchers:
+            raise TooManyWatchers
+        doctor_id, day = request.doctor_id.lower(), date_from(request, "date")
+        resume = ResumeToken.decode(request.resume_token) if request.resume_token else None
+        if resume is not None:
+            if resume.doctor_id != doctor_id or (day is not None and resume.date != day):
+                raise InvalidField(("resume_token", "is of another doctor-day"))
+            day = resume.date
+        if day is None:
+            day = await self._queues.today(doctor_id)
+        heartbeat = _heartbeat_seconds(request)
+        ends = time.monotonic() + random.uniform(*MAX_AGE_SECONDS)
+        with self._feed.subscribe(doctor_id, day) as watch:
+            message = await watch.begin(resume)
+            await _write(call, message or _heartbeat(watch))
+            while not self._feed.draining and (left := ends - time.monotonic()) > 0:
+                if await watch.news(min(heartbeat, left)):
+                    message = await watch.latest()
+                    if message is not None:
+                        await _write(call, message)
+                elif left > heartbeat:
+                    await _write(call, _heartbeat(watch))
+            await _write(call, _closing(watch, draining=self._feed.draining))
+
+
+async def _write(call: Call, message: bytes) -> None:
+    try:
+        async with asyncio.timeout(WRITE_SECONDS):
+            await call.write(message)
+    except TimeoutError:
+        raise WatcherTooSlow from None
+
+
+def _heartbeat_seconds(request: pb.WatchQueueRequest) -> float:
+    if not request.HasField("heartbeat_interval"):
+        return DEFAULT_HEARTBEAT_SECONDS
+    asked = request.heartbeat_interval.seconds + request.heartbeat_interval.nanos / 1e9
+    return min(max(asked, HEARTBEAT_SECONDS[0]), HEARTBEAT_SECONDS[1])
+
+
+def _heartbeat(watch: Subscription) -> bytes:
+    message = pb.WatchQueueResponse(
+        revision=watch.revision, previous_revision=watch.revision, resume_token=watch.token, heartbeat=pb.Heartbeat()
+    )
+    message.server_time.GetCurrentTime()
+    return message.SerializeToString()
+
+
+def _closing(watch: Subscription, *, draining: bool) -> bytes:
+    delay = random.uniform(0, DRAIN_SPREAD_SECONDS) if draining else 0.0
+    closing = pb.StreamClosing(
+        reason=pb.StreamClosing.REASON_DRAINING if draining else pb.StreamClosing.REASON_MAX_AGE,
+        reconnect_delay=duration_pb2.Duration(seconds=int(delay), nanos=int(delay % 1 * 1e9)),
+    )
+    message = pb.WatchQueueResponse(revision=watch.revision, previous_revision=watch.revision, closing=closing)
+    message.server_time.GetCurrentTime()
+    return message.SerializeToString()

@@ -1,0 +1,108 @@
+"""Put the gRPC server together: limits, credentials, health, reflection, drain."""
+
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from frontdesk.feed import Feed
+from frontdesk.rpc.pipeline import Pipeline
+from frontdesk.settings import Settings
+
+MAX_REQUEST_BYTES = 1024 * 1024
+MAX_METADATA_BYTES = 16 * 1024
+STREAM_AGE_GRACE_SECONDS = 31 * 60
+"""A connection that has come of age waits so long for its streams: longer than any stream lives."""
+
+
+def options(settings: Settings, *, reuse_port: bool) -> list[tuple[str, int]]:
+    """The channel arguments of the server."""
+    return [
+        ("grpc.so_reuseport", int(reuse_port)),
+        ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        # A burst of reconnecting watchers waits in line instead of being cancelled.
+        ("grpc.server.max_pending_requests", 20_000),
+        ("grpc.server.max_pending_requests_hard_limit", 40_000),
+        # Find out within half a minute that a client is gone, and allow clients to do the same.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 3),
+        # New connections now and then let a balancer spread the load anew.
+        ("grpc.max_connection_age_ms", 60 * 60 * 1000),
+        ("grpc.max_connection_age_grace_ms", STREAM_AGE_GRACE_SECONDS * 1000),
+        ("grpc.max_connection_idle_ms", 30 * 60 * 1000),
+    ]
+
+
+class Server:
+    """One worker's gRPC server."""
+
+    def __init__(self, settings: Settings, pipeline: Pipeline, feed: Feed, *, reuse_port: bool) -> None:
+        self._settings = settings
+        self._pipeline = pipeline
+        self._feed = feed
+        self._server = grpc.aio.server(options=options(settings, reuse_port=reuse_port))
+        self._server.add_generic_rpc_handlers(tuple(pipeline.handlers))
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if settings.serves_reflection:
+            names = (*pipeline.services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        self._serving: bool | None = None
+
+    async def start(self, address: str) -> int:
+        """Serve on `address`; the port that it got. Raises OSError where the address is taken."""
+        try:
+            credentials = _credentials(self._settings)
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
+        except RuntimeError:
+            raise OSError(f"cannot listen on {address}: is it taken?") from None
+        if port == 0:
+            raise OSError(f"cannot listen on {address}: is it taken?")
+        await self._server.start()
+        return port
+
+    async def serving(self, is_serving: bool) -> None:
+        """What health says, overall and of each service."""
+        if is_serving == self._serving:
+            return
+        self._serving = is_serving
+        status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", *self._pipeline.services):
+            await self._health.set(service, status)
+
+    async def drain(self) -> None:
+        """Take no new calls, tell the watchers to go, let the running calls end, and stop."""
+        await self.serving(False)
+        self._pipeline.draining = True
+        self._feed.drain()
+        # The watchers' closing messages and the running calls go out within the grace; stop() does not tell handlers.
+        await self._server.stop(self._settings.drain_seconds)
+
+    async def stop(self) -> None:
+        """Stop at once."""
+        await self._server.stop(0)
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    authority = _read(settings.tls_client_ca)
+    return grpc.ssl_server_credentials(
+        [(settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())],
+        root_certificates=authority,
+        require_client_auth=authority is not None,
+    )
+
+
+def _read(path: Path | None) -> bytes | None:
+    return path.read_bytes() if path is not None else None

@@ -1,0 +1,76 @@
+"""clinic.frontdesk.v1.SlotService."""
+
+from clinic.frontdesk.v1 import slot_pb2 as pb
+from clinic.frontdesk.v1.slot_pb2_grpc import SlotServiceServicer
+from frontdesk.errors import InvalidField
+from frontdesk.rpc.convert import (
+    INSTANTS_AND_IDS,
+    converter,
+    id_or_none,
+    instant_from,
+    intent_of,
+    page_from,
+    page_token,
+    version_from,
+)
+from frontdesk.rpc.pipeline import Call
+from frontdesk.slots import NewSlot, Slot, SlotFilter, Slots
+
+to_slot = converter(pb.Slot, Slot, available_count=lambda slot: max(slot.capacity - slot.booked_count, 0))
+
+
+class SlotServicer(SlotServiceServicer):
+    """Translates; `Slots` decides."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+
+    async def CreateSlot(self, request: pb.CreateSlotRequest, call: Call) -> pb.CreateSlotResponse:
+        wanted = [_wanted(request.slot, "slot")]
+        (slot, *_), replayed = await self._slots.create(intent_of(request, call), "CreateSlot", wanted)
+        return pb.CreateSlotResponse(slot=to_slot(slot), replayed=replayed)
+
+    async def BatchCreateSlots(self, request: pb.BatchCreateSlotsRequest, call: Call) -> pb.BatchCreateSlotsResponse:
+        wanted = [_wanted(slot, f"slots[{index}]") for index, slot in enumerate(request.slots)]
+        slots, replayed = await self._slots.create(intent_of(request, call), "BatchCreateSlots", wanted)
+        return pb.BatchCreateSlotsResponse(slots=map(to_slot, slots), replayed=replayed)
+
+    async def GetSlot(self, request: pb.GetSlotRequest, call: Call) -> pb.GetSlotResponse:
+        return pb.GetSlotResponse(slot=to_slot(await self._slots.get(request.slot_id)))
+
+    async def ListSlots(self, request: pb.ListSlotsRequest, call: Call) -> pb.ListSlotsResponse:
+        found = await self._slots.list(
+            page_from(request, *INSTANTS_AND_IDS),
+            SlotFilter(
+                id_or_none(request.doctor_id),
+                id_or_none(request.clinic_id),
+                request.specialty or None,
+                instant_from(request, "start_time_from"),
+                instant_from(request, "start_time_to"),
+                request.available_only,
+            ),
+        )
+        return pb.ListSlotsResponse(slots=map(to_slot, found.items), next_page_token=page_token(request, found.next))
+
+    async def BlockSlots(self, request: pb.BlockSlotsRequest, call: Call) -> pb.BlockSlotsResponse:
+        ids = [slot_id.lower() for slot_id in request.slot_ids]
+        slots, replayed = await self._slots.block(intent_of(request, call), ids, request.block_reason)
+        return pb.BlockSlotsResponse(slots=map(to_slot, slots), replayed=replayed)
+
+    async def ReleaseSlots(self, request: pb.ReleaseSlotsRequest, call: Call) -> pb.ReleaseSlotsResponse:
+        ids = [slot_id.lower() for slot_id in request.slot_ids]
+        slots, replayed = await self._slots.release(intent_of(request, call), ids)
+        return pb.ReleaseSlotsResponse(slots=map(to_slot, slots), replayed=replayed)
+
+    async def DeleteSlot(self, request: pb.DeleteSlotRequest, call: Call) -> pb.DeleteSlotResponse:
+        replayed = await self._slots.delete(intent_of(request, call), request.slot_id, version_from(request.etag))
+        return pb.DeleteSlotResponse(replayed=replayed)
+
+
+def _wanted(slot: pb.Slot, path: str) -> NewSlot:
+    start, end = instant_from(slot, "start_time"), instant_from(slot, "end_time")
+    if not slot.doctor_id or start is None or end is None:
+        raise InvalidField((path, "doctor_id, start_time and end_time are required"))
+    if end <= start:
+        raise InvalidField((f"{path}.end_time", "is not after start_time"))
+    return NewSlot(slot.doctor_id.lower(), start, end, slot.capacity or 1)

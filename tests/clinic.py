@@ -1,0 +1,171 @@
+"""What tests say to a clinic: stubs of every service and the steps that many tests begin with."""
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import grpc
+import psycopg
+from google.rpc import error_details_pb2
+from google.type.date_pb2 import Date
+from grpc_status.rpc_status import from_call
+
+from clinic.frontdesk.v1 import (
+    appointment_pb2,
+    appointment_pb2_grpc,
+    clinic_pb2,
+    clinic_pb2_grpc,
+    doctor_pb2,
+    doctor_pb2_grpc,
+    patient_pb2,
+    patient_pb2_grpc,
+    queue_pb2,
+    queue_pb2_grpc,
+    slot_pb2,
+    slot_pb2_grpc,
+)
+
+_numbers = itertools.count(1)
+ZONE = "America/Sao_Paulo"
+
+
+def day(value: date) -> Date:
+    """The wire's form of a date."""
+    return Date(year=value.year, month=value.month, day=value.day)
+
+
+def today(zone: str = ZONE) -> date:
+    """Today there."""
+    return datetime.now(ZoneInfo(zone)).date()
+
+
+def tomorrow(zone: str = ZONE) -> date:
+    """Tomorrow there."""
+    return today(zone) + timedelta(days=1)
+
+
+def details(error: grpc.RpcError) -> dict[str, Any]:
+    """The details of a refusal by the names of their types."""
+    status = from_call(error)
+    found: dict[str, Any] = {}
+    for packed in status.details if status else ():
+        for kind in (
+            error_details_pb2.ErrorInfo,
+            error_details_pb2.BadRequest,
+            error_details_pb2.ResourceInfo,
+            error_details_pb2.PreconditionFailure,
+            error_details_pb2.QuotaFailure,
+            error_details_pb2.RetryInfo,
+        ):
+            message = kind()
+            if packed.Unpack(message):
+                found[kind.__name__] = message
+    return found
+
+
+def reason_of(error: grpc.RpcError) -> str:
+    """The reason in a refusal's ErrorInfo."""
+    return details(error)["ErrorInfo"].reason
+
+
+async def outcome(call: Awaitable[Any]) -> str:
+    """OK, or why not."""
+    try:
+        await call
+    except grpc.RpcError as error:
+        return reason_of(error)
+    return "OK"
+
+
+async def refusal(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
+    """The error that this call must get."""
+    try:
+        answer = await call
+    except grpc.aio.AioRpcError as error:
+        return error
+    raise AssertionError(f"not refused: {answer}")
+
+
+@dataclass
+class Front:
+    """A front desk: a client of one server, and its database."""
+
+    channel: grpc.aio.Channel
+    conninfo: str
+    port: int
+
+    def __post_init__(self) -> None:
+        self.clinics = clinic_pb2_grpc.ClinicServiceStub(self.channel)
+        self.patients = patient_pb2_grpc.PatientServiceStub(self.channel)
+        self.doctors = doctor_pb2_grpc.DoctorServiceStub(self.channel)
+        self.slots = slot_pb2_grpc.SlotServiceStub(self.channel)
+        self.appointments = appointment_pb2_grpc.AppointmentServiceStub(self.channel)
+        self.queues = queue_pb2_grpc.QueueServiceStub(self.channel)
+
+    def sql(self, query: str, *params: Any) -> list[tuple[Any, ...]]:
+        """Ask the test's database."""
+        with psycopg.connect(self.conninfo, autocommit=True) as connection:
+            cursor = connection.execute(query, params or None)
+            return cursor.fetchall() if cursor.description else []
+
+    async def clinic(self, zone: str = ZONE, **fields: Any) -> clinic_pb2.Clinic:
+        """A clinic in this zone."""
+        wanted = clinic_pb2.Clinic(name="Clinic", time_zone=zone, **fields)
+        return (await self.clinics.CreateClinic(clinic_pb2.CreateClinicRequest(clinic=wanted))).clinic
+
+    async def doctor(self, zone: str = ZONE, **fields: Any) -> doctor_pb2.Doctor:
+        """A doctor of a clinic of their own in this zone, unless one is given."""
+        fields.setdefault("code", f"D-{next(_numbers)}")
+        fields.setdefault("display_name", "Doctor")
+        if "clinic_id" not in fields:
+            fields["clinic_id"] = (await self.clinic(zone)).id
+        wanted = doctor_pb2.Doctor(**fields)
+        return (await self.doctors.CreateDoctor(doctor_pb2.CreateDoctorRequest(doctor=wanted))).doctor
+
+    async def patient(self, **fields: Any) -> patient_pb2.Patient:
+        """A patient whom nobody knows yet."""
+        fields.setdefault("given_name", f"Patient {next(_numbers)}")
+        fields.setdefault("phone", "+5511987654321")
+        wanted = patient_pb2.Patient(**fields)
+        return (
+            await self.patients.RegisterPatient(patient_pb2.RegisterPatientRequest(patient=wanted))
+        ).patient
+
+    async def people(self, count: int) -> Sequence[patient_pb2.Patient]:
+        """So many patients."""
+        return await asyncio.gather(*(self.patient() for _ in range(count)))
+
+    async def book(
+        self, patient_id: str, doctor_id: str, on: date | None = None, **fields: Any
+    ) -> appointment_pb2.BookAppointmentResponse:
+        """Book this doctor's day; today unless another is given."""
+        target = appointment_pb2.DoctorDay(doctor_id=doctor_id, date=day(on or today()))
+        return await self.appointments.BookAppointment(
+            appointment_pb2.BookAppointmentRequest(patient_id=patient_id, doctor_day=target, **fields)
+        )
+
+    async def check_in(self, appointment_id: str, **fields: Any) -> queue_pb2.CheckInResponse:
+        """Put the patient in the line."""
+        return await self.queues.CheckIn(queue_pb2.CheckInRequest(appointment_id=appointment_id, **fields))
+
+    async def arrive(self, doctor_id: str, **fields: Any) -> queue_pb2.CheckInResponse:
+        """A new patient, booked today and checked in."""
+        person = await self.patient(**fields)
+        booked = await self.book(person.id, doctor_id)
+        return await self.check_in(booked.appointment.id)
+
+    async def queue(self, doctor_id: str, on: date | None = None) -> queue_pb2.Queue:
+        """The line now."""
+        request = queue_pb2.GetQueueRequest(doctor_id=doctor_id, date=day(on) if on else None)
+        return (await self.queues.GetQueue(request)).queue
+
+    async def slot(self, doctor_id: str, start: datetime, minutes: int = 30, capacity: int = 1) -> slot_pb2.Slot:
+        """A slot of this doctor."""
+        wanted = slot_pb2.Slot(
+            doctor_id=doctor_id, start_time=start, end_time=start + timedelta(minutes=minutes), capacity=capacity
+        )
+        return (await self.slots.CreateSlot(slot_pb2.CreateSlotRequest(slot=wanted))).slot

@@ -1,0 +1,76 @@
+"""A real PostgreSQL for the whole run, a database of its own for every test, a real server on a free port.
+
+`FRONTDESK_TEST_DATABASE_URL` names another PostgreSQL (15 or newer, a role that may create databases) than the embedded.
+"""
+
+import itertools
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import grpc
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from frontdesk.app import Worker
+from frontdesk.db.embedded import EmbeddedPostgres
+from frontdesk.db.migrate import migrate
+from frontdesk.settings import Settings
+from tests.clinic import Front
+
+_numbers = itertools.count(1)
+TEMPLATE = "frontdesk_template"
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A connection string with the right to create databases."""
+    given = os.environ.get("FRONTDESK_TEST_DATABASE_URL")
+    if given:
+        yield given
+        return
+    embedded = EmbeddedPostgres(tmp_path_factory.mktemp("postgres"))
+    embedded.start()
+    try:
+        yield embedded.conninfo
+    finally:
+        embedded.stop()
+
+
+@pytest.fixture(scope="session")
+def template(postgres: str) -> str:
+    """The name of a migrated database, cloned for each test in some 20 ms."""
+    with psycopg.connect(postgres, autocommit=True) as admin:
+        admin.execute(f"drop database if exists {TEMPLATE}")
+        admin.execute(f"create database {TEMPLATE}")
+    migrate(make_conninfo(postgres, dbname=TEMPLATE))
+    return TEMPLATE
+
+
+@pytest.fixture
+def conninfo(postgres: str, template: str) -> Iterator[str]:
+    """A fresh database of this test's own."""
+    name = f"frontdesk_test_{os.getpid()}_{next(_numbers)}"
+    with psycopg.connect(postgres, autocommit=True) as admin:
+        admin.execute(f"create database {name} template {template}")
+        try:
+            yield make_conninfo(postgres, dbname=name)
+        finally:
+            admin.execute(f"drop database {name} with (force)")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """What a server of the tests is set to."""
+    return Settings(listen="127.0.0.1:0", data_dir=tmp_path, drain_seconds=5, log_level="warning")
+
+
+@pytest.fixture
+async def front(conninfo: str, settings: Settings) -> AsyncIterator[Front]:
+    """A client of a real server on a fresh database."""
+    worker = Worker(settings, conninfo)
+    port = await worker.start("127.0.0.1:0")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield Front(channel, conninfo, port)
+    await worker.stop()
