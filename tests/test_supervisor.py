@@ -1,0 +1,438 @@
+"""The supervisor, with a worker that stands for the gRPC server: a socket that answers with its process id."""
+
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import structlog
+
+from frontdesk.settings import Settings, SettingsError
+from frontdesk.supervisor import _claim, supervise
+
+# --- What the processes under test run. ---
+
+
+def worker(settings: Settings, conninfo: str, address: str, reuse_port: bool, ready: Connection) -> None:
+    """Serves until SIGTERM, and drains as long as the file `drain` says."""
+    told_to_stop, stop = socket.socketpair()
+    signal.signal(signal.SIGTERM, lambda *_: stop.send(b"x"))
+    if refusal := (settings.data_dir.parent / "refuse").exists():
+        ready.send("the worker does not want to")
+    if refusal or (settings.data_dir.parent / "crash").exists():
+        sys.exit(3)
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    server = socket.socket(family)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(reuse_port))
+    server.bind((host.strip("[]"), int(port)))
+    server.listen()
+    ready.send(server.getsockname()[1])
+    with selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ)
+        selector.register(told_to_stop, selectors.EVENT_READ)
+        while told_to_stop not in [key.fileobj for key, _ in selector.select()]:
+            client, _ = server.accept()
+            client.sendall(f"{os.getpid()} {conninfo}\n".encode())
+            client.close()
+    drain = settings.data_dir.parent / "drain"
+    (settings.data_dir.parent / f"draining-{os.getpid()}").touch()
+    while drain.exists():
+        time.sleep(0.01)
+    # PostgreSQL is still there for what drains.
+    if settings.database_url is None:
+        with psycopg.connect(conninfo) as connection:
+            connection.execute("INSERT INTO said VALUES ('drained')")
+
+
+def migrate(conninfo: str) -> None:
+    with psycopg.connect(conninfo) as connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS said (what text)")
+
+
+def check_schema(conninfo: str) -> None:
+    if "old" in conninfo:
+        raise SettingsError("the schema is too old")
+
+
+def announce(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def serve() -> int:
+    settings = Settings.load(**json.loads(sys.argv[1]))
+    log = (settings.data_dir.parent / "log").open("a", buffering=1)
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(log))
+    return supervise(
+        settings,
+        worker=worker,
+        migrate=migrate,
+        check_schema=check_schema,
+        announce=announce,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(serve())
+
+
+# --- The tests. ---
+
+
+def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+    return value
+
+
+class Service:
+    """A supervisor in a process, and a process group, of its own."""
+
+    def __init__(self, directory: Path, **settings: Any) -> None:
+        given = {"listen": "127.0.0.1:0", "data_dir": str(directory / "data"), **settings}
+        self.directory = directory
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(given)],
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            start_new_session=True,
+        )
+
+    def serves(self) -> tuple[str, int]:
+        """Wait for the line that says where it serves."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("frontdesk serves on "), self.said()
+        host, _, port = line.removeprefix("frontdesk serves on ").strip().rpartition(":")
+        return host.strip("[]"), int(port)
+
+    def ends(self) -> int:
+        return self.process.wait(30)
+
+    def said(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read()
+
+    def postgres(self) -> int:
+        file = self.directory / "data" / "postgres" / "postmaster.pid"
+        return int(file.read_text().split()[0])
+
+    def rows(self) -> list[str]:
+        with psycopg.connect(conninfo(self.directory)) as connection:
+            return [what for (what,) in connection.execute("SELECT what FROM said").fetchall()]
+
+    def members(self) -> set[int]:
+        """Every process that it started, and itself: those of its data directory, and its descendants."""
+        found = {self.process.pid}
+        while more := {child for pid in found for child in children(pid)} - found:
+            found |= more
+        return found
+
+
+def children(pid: int) -> set[int]:
+    try:
+        return {int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+    except OSError:
+        return set()
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def until_gone(pids: set[int]) -> None:
+    until(lambda: not [pid for pid in pids if runs(pid)])
+
+
+def conninfo(directory: Path) -> str:
+    return f"host={directory}/data/postgres port=5432 user=frontdesk dbname=frontdesk"
+
+
+def call(at: tuple[str, int]) -> tuple[int, str] | None:
+    """What a worker answers: its process id and how it connects. None if none serves."""
+    try:
+        with socket.create_connection(at, timeout=5) as client:
+            text = client.makefile().readline()
+    except OSError:
+        return None
+    pid, _, rest = text.strip().partition(" ")
+    return (int(pid), rest) if pid else None
+
+
+def workers(at: tuple[str, int], many: int) -> set[int]:
+    """The process ids of `many` workers, once as many answer."""
+    seen: set[int] = set()
+
+    def enough() -> bool:
+        if answer := call(at):
+            seen.add(answer[0])
+        return len({pid for pid in seen if runs(pid)}) == many
+
+    until(enough)
+    return {pid for pid in seen if runs(pid)}
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp())
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def service(directory: Path) -> Iterator[Callable[..., Service]]:
+    """Starts services, by default without a database of their own, and ends them."""
+    started: list[Service] = []
+
+    def start(**settings: Any) -> Service:
+        started.append(Service(directory, **settings))
+        return started[-1]
+
+    yield start
+    members = {pid for one in started for pid in one.members()}
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+        one.errors.close()
+    until_gone(members)
+
+
+NOWHERE = "host=/nowhere dbname=none"
+"""A database that nobody connects to: starting PostgreSQL is not what most of these tests are about."""
+
+
+def test_it_serves_on_a_free_port_migrates_and_ends_properly(service: Callable[..., Service]) -> None:
+    one = service()
+    at = one.serves()
+    answer = call(at)
+    assert answer is not None
+    assert one.rows() == []
+    with psycopg.connect(answer[1]) as connection:
+        assert connection.execute("SELECT count(*) FROM said").fetchone() == (0,)
+    members = one.members()
+    assert len(members) > 5
+    postmaster = one.postgres()
+    one.process.send_signal(signal.SIGTERM)
+    assert one.ends() == 0
+    assert not runs(answer[0])
+    assert not runs(postmaster)
+    assert call(at) is None
+    # Only multiprocessing's resource tracker ends after the supervisor.
+    until_gone(members)
+    assert "received fast shutdown request" in (one.directory / "data" / "postgres.log").read_text()
+    # The worker reached PostgreSQL to the last; its row is there after the restart.
+    again = service()
+    again.serves()
+    assert again.rows() == ["drained"]
+
+
+@pytest.mark.parametrize("many", [1, 2])
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "localhost"])
+def test_addresses(service: Callable[..., Service], host: str, many: int) -> None:
+    if host == "[::1]":
+        try:
+            with socket.socket(socket.AF_INET6) as probe:
+                probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 here")
+    one = service(listen=f"{host}:0", database_url=NOWHERE, workers=many)
+    at = one.serves()
+    assert at[0] == host.strip("[]")
+    assert len(workers(at, many)) == many
+
+
+@pytest.mark.parametrize("many", [1, 2])
+def test_a_served_port_is_refused(service: Callable[..., Service], many: int) -> None:
+    one = service(database_url=NOWHERE, workers=many)
+    host, port = one.serves()
+    first = workers((host, port), many)
+    for second_many in (1, 2):
+        second = service(listen=f"{host}:{port}", database_url=NOWHERE, workers=second_many)
+        assert second.ends() == 1
+        assert second.said() == f"frontdesk: --listen {host}:{port}: in use by another process\n"
+    assert workers((host, port), many) == first
+
+
+def test_a_port_that_was_just_served_is_taken_again(service: Callable[..., Service]) -> None:
+    # The server closes first, so its connections stay in TIME_WAIT.
+    at = None
+    for many in (1, 2, 1):
+        one = service(listen=f"127.0.0.1:{at[1] if at else 0}", database_url=NOWHERE, workers=many)
+        at = one.serves()
+        assert call(at)
+        one.process.terminate()
+        assert one.ends() == 0, one.said()
+
+
+def test_a_claimed_port_is_open_to_so_reuseport_only() -> None:
+    claims = _claim("127.0.0.1", 0)
+    port = claims[0].getsockname()[1]
+    with pytest.raises(OSError, match="in use"):
+        _claim("127.0.0.1", port)
+    with socket.socket() as one, socket.socket() as two:
+        for server in (one, two):
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            server.bind(("127.0.0.1", port))
+            server.listen()
+        # The claim does not listen, so no connection is lost in it.
+        for _ in range(20):
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    for claim in claims:
+        claim.close()
+
+
+def test_a_served_directory_is_refused(service: Callable[..., Service]) -> None:
+    one = service()
+    one.serves()
+    second = service()
+    assert second.ends() == 1
+    assert second.said() == f"frontdesk: {one.directory}/data is in use by frontdesk process {one.process.pid}\n"
+    assert one.rows() == []
+
+
+def test_unusable_address_and_schema(service: Callable[..., Service]) -> None:
+    one = service(listen="127.0.0.1:0", database_url="dbname=old")
+    assert one.ends() == 1
+    assert one.said() == "frontdesk: the schema is too old\n"
+
+
+@pytest.mark.parametrize("many", [1, 2])
+def test_a_worker_that_cannot_start_ends_everything(
+    service: Callable[..., Service], directory: Path, many: int
+) -> None:
+    (directory / "refuse").touch()
+    one = service(workers=many)
+    assert one.ends() == 1
+    assert one.said() == "frontdesk: the worker does not want to\n"
+    assert not (directory / "data" / "postgres" / "postmaster.pid").exists()
+    (directory / "refuse").unlink()
+    (directory / "crash").touch()
+    two = service(workers=many, database_url=NOWHERE)
+    assert two.ends() == 1
+    assert "ended with status 3 before it served\n" in two.said()
+
+
+@pytest.mark.parametrize("many", [1, 2])
+def test_a_killed_worker_is_replaced_on_the_same_port(service: Callable[..., Service], many: int) -> None:
+    one = service(workers=many, database_url=NOWHERE)
+    at = one.serves()
+    before = workers(at, many)
+    for _ in range(2):
+        victim = next(iter(before))
+        os.kill(victim, signal.SIGKILL)
+        until_gone({victim})
+        after = workers(at, many)
+        assert len(after - before) == 1
+        before = after
+    one.process.send_signal(signal.SIGINT)
+    assert one.ends() == 0
+    assert (one.directory / "log").read_text().count("worker_died") == 2
+
+
+def test_a_worker_that_fails_later_is_tried_again(service: Callable[..., Service], directory: Path) -> None:
+    one = service(database_url=NOWHERE)
+    at = one.serves()
+    (directory / "refuse").touch()
+    (before,) = workers(at, 1)
+    os.kill(before, signal.SIGKILL)
+    until(lambda: call(at) is None)
+    (directory / "refuse").unlink()
+    workers(at, 1)
+    assert one.process.poll() is None
+
+
+def test_a_killed_postgresql_is_started_again_while_the_workers_stay(service: Callable[..., Service]) -> None:
+    one = service()
+    at = one.serves()
+    answer = call(at)
+    assert answer is not None
+    with psycopg.connect(answer[1]) as connection:
+        connection.execute("INSERT INTO said VALUES ('kept')")
+    before = one.postgres()
+    os.kill(before, signal.SIGKILL)
+
+    def back() -> bool:
+        assert call(at) == answer
+        try:
+            return one.rows() == ["kept"] and one.postgres() != before
+        except (psycopg.OperationalError, FileNotFoundError):
+            return False
+
+    until(back)
+    one.process.terminate()
+    assert one.ends() == 0
+
+
+def test_ctrl_c_drains(service: Callable[..., Service], directory: Path) -> None:
+    (directory / "drain").touch()
+    one = service()
+    (pid,) = workers(one.serves(), 1)
+    # A terminal signals the whole process group.
+    os.killpg(one.process.pid, signal.SIGINT)
+    until((directory / f"draining-{pid}").exists)
+    assert one.rows() == []
+    assert one.process.poll() is None
+    (directory / "drain").unlink()
+    assert one.ends() == 0
+    assert "Traceback" not in one.said()
+
+
+@pytest.mark.parametrize("how", ["second signal", "deadline"])
+def test_a_drain_does_not_last_forever(service: Callable[..., Service], directory: Path, how: str) -> None:
+    (directory / "drain").touch()
+    one = service(drain_seconds=600 if how == "second signal" else 0)
+    (pid,) = workers(one.serves(), 1)
+    members = one.members()
+    one.process.terminate()
+    until((directory / f"draining-{pid}").exists)
+    if how == "second signal":
+        one.process.terminate()
+    assert one.ends() == 0
+    assert not runs(pid)
+    until_gone(members)
+    assert "received fast shutdown request" in (directory / "data" / "postgres.log").read_text()
+
+
+def test_a_signal_while_it_starts(service: Callable[..., Service], directory: Path) -> None:
+    one = service()
+    until((directory / "data" / "lock").exists)
+    one.process.terminate()
+    assert one.ends() == 0
+    assert one.said() == ""
+    assert not (directory / "data" / "postgres" / "postmaster.pid").exists()
+
+
+def test_a_killed_supervisor_leaves_no_orphans(service: Callable[..., Service]) -> None:
+    one = service(workers=2)
+    at = one.serves()
+    members = one.members()
+    assert workers(at, 2) < members
+    assert one.postgres() in members
+    one.process.kill()
+    one.ends()
+    until_gone(members)
+    # And the next one serves at once.
+    two = service(workers=2)
+    two.serves()
+    two.rows()
