@@ -4,7 +4,7 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import date, datetime, time, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -48,6 +48,11 @@ def tomorrow(zone: str = ZONE) -> date:
     return today(zone) + timedelta(days=1)
 
 
+def soon(hours: float = 1) -> datetime:
+    """An instant tomorrow that leaves room for slots before the clinic's midnight: 08:00 there, and `hours` more."""
+    return datetime.combine(tomorrow(), time(8), ZoneInfo(ZONE)) + timedelta(hours=hours)
+
+
 def details(error: grpc.RpcError) -> dict[str, Any]:
     """The details of a refusal by the names of their types."""
     status = from_call(error)
@@ -69,7 +74,7 @@ def details(error: grpc.RpcError) -> dict[str, Any]:
 
 def reason_of(error: grpc.RpcError) -> str:
     """The reason in a refusal's ErrorInfo."""
-    return details(error)["ErrorInfo"].reason
+    return str(details(error)["ErrorInfo"].reason)
 
 
 async def outcome(call: Awaitable[Any]) -> str:
@@ -131,9 +136,7 @@ class Front:
         fields.setdefault("given_name", f"Patient {next(_numbers)}")
         fields.setdefault("phone", "+5511987654321")
         wanted = patient_pb2.Patient(**fields)
-        return (
-            await self.patients.RegisterPatient(patient_pb2.RegisterPatientRequest(patient=wanted))
-        ).patient
+        return (await self.patients.RegisterPatient(patient_pb2.RegisterPatientRequest(patient=wanted))).patient
 
     async def people(self, count: int) -> Sequence[patient_pb2.Patient]:
         """So many patients."""
@@ -147,6 +150,27 @@ class Front:
         return await self.appointments.BookAppointment(
             appointment_pb2.BookAppointmentRequest(patient_id=patient_id, doctor_day=target, **fields)
         )
+
+    async def book_slot(self, patient_id: str, slot_id: str, **fields: Any) -> appointment_pb2.BookAppointmentResponse:
+        """Book a place of this slot."""
+        return await self.appointments.BookAppointment(
+            appointment_pb2.BookAppointmentRequest(patient_id=patient_id, slot_id=slot_id, **fields)
+        )
+
+    async def appointment(self, appointment_id: str) -> appointment_pb2.Appointment:
+        """The appointment now."""
+        request = appointment_pb2.GetAppointmentRequest(appointment_id=appointment_id)
+        return (await self.appointments.GetAppointment(request)).appointment
+
+    async def cancel(self, appointment_id: str, why: str = "") -> appointment_pb2.CancelAppointmentResponse:
+        """Give the place up."""
+        return await self.appointments.CancelAppointment(
+            appointment_pb2.CancelAppointmentRequest(appointment_id=appointment_id, cancel_reason=why)
+        )
+
+    async def call_next(self, doctor_id: str, room: str = "") -> queue_pb2.CallNextResponse:
+        """Call the first waiting patient."""
+        return await self.queues.CallNext(queue_pb2.CallNextRequest(doctor_id=doctor_id, room=room))
 
     async def check_in(self, appointment_id: str, **fields: Any) -> queue_pb2.CheckInResponse:
         """Put the patient in the line."""
@@ -165,7 +189,7 @@ class Front:
 
     async def slot(self, doctor_id: str, start: datetime, minutes: int = 30, capacity: int = 1) -> slot_pb2.Slot:
         """A slot of this doctor."""
-        wanted = slot_pb2.Slot(
-            doctor_id=doctor_id, start_time=start, end_time=start + timedelta(minutes=minutes), capacity=capacity
-        )
+        wanted = slot_pb2.Slot(doctor_id=doctor_id, capacity=capacity)
+        wanted.start_time.FromDatetime(start)
+        wanted.end_time.FromDatetime(start + timedelta(minutes=minutes))
         return (await self.slots.CreateSlot(slot_pb2.CreateSlotRequest(slot=wanted))).slot

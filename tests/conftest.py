@@ -1,9 +1,11 @@
 """A real PostgreSQL for the whole run, a database of its own for every test, a real server on a free port.
 
-`FRONTDESK_TEST_DATABASE_URL` names another PostgreSQL (15 or newer, a role that may create databases) than the embedded.
+`FRONTDESK_TEST_DATABASE_URL` names another PostgreSQL than the embedded one: 15 or newer, a role that may create
+databases.
 """
 
 import itertools
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import grpc
 import psycopg
 import pytest
+import structlog
 from psycopg.conninfo import make_conninfo
 
 from frontdesk.app import Worker
@@ -20,6 +23,10 @@ from frontdesk.settings import Settings
 from tests.clinic import Front
 
 _numbers = itertools.count(1)
+
+# A line a call is for operators; a failing test is read better without them.
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+
 TEMPLATE = "frontdesk_template"
 
 

@@ -2,8 +2,8 @@
 
 import asyncio
 import signal
-from contextlib import suppress
 from multiprocessing.connection import Connection
+from typing import Any
 
 import structlog
 import uvloop
@@ -15,6 +15,7 @@ from clinic.frontdesk.v1.patient_pb2_grpc import add_PatientServiceServicer_to_s
 from clinic.frontdesk.v1.queue_pb2_grpc import add_QueueServiceServicer_to_server
 from clinic.frontdesk.v1.slot_pb2_grpc import add_SlotServiceServicer_to_server
 from frontdesk.appointments import Appointments
+from frontdesk.background import Background
 from frontdesk.clinics import Clinics
 from frontdesk.db.database import Database
 from frontdesk.doctors import Doctors
@@ -47,17 +48,19 @@ class Worker:
         changed = self._feed.changed
         appointments = Appointments(self._db, changed)
         pipeline = Pipeline(max_in_flight=settings.max_in_flight, mutual_tls=settings.tls_client_ca is not None)
-        add_ClinicServiceServicer_to_server(ClinicServicer(Clinics(self._db)), pipeline)
-        add_PatientServiceServicer_to_server(PatientServicer(Patients(self._db)), pipeline)
-        add_DoctorServiceServicer_to_server(DoctorServicer(Doctors(self._db, changed)), pipeline)
-        add_SlotServiceServicer_to_server(SlotServicer(Slots(self._db)), pipeline)
-        add_AppointmentServiceServicer_to_server(AppointmentServicer(appointments), pipeline)
+        # To the generated functions it stands for the server.
+        methods: Any = pipeline
+        add_ClinicServiceServicer_to_server(ClinicServicer(Clinics(self._db)), methods)
+        add_PatientServiceServicer_to_server(PatientServicer(Patients(self._db)), methods)
+        add_DoctorServiceServicer_to_server(DoctorServicer(Doctors(self._db, changed)), methods)
+        add_SlotServiceServicer_to_server(SlotServicer(Slots(self._db)), methods)
+        add_AppointmentServiceServicer_to_server(AppointmentServicer(appointments), methods)
         add_QueueServiceServicer_to_server(
             QueueServicer(Queues(self._db, changed), appointments, self._feed, max_watchers=settings.max_watchers),
-            pipeline,
+            methods,
         )
         self._server = Server(settings, pipeline, self._feed, reuse_port=reuse_port)
-        self._health: asyncio.Task[None] | None = None
+        self._background = Background()
 
     async def start(self, address: str) -> int:
         """Connect and serve; the port. Raises OSError where the address is taken."""
@@ -65,15 +68,12 @@ class Worker:
         self._feed.start()
         port = await self._server.start(address)
         await self._look()
-        self._health = asyncio.create_task(self._keep_looking(), name="health")
+        self._background.start(self._keep_looking)
         return port
 
     async def stop(self, *, drain: bool = True) -> None:
         """End; with `drain`, let running calls finish and tell the watchers where to go."""
-        if self._health is not None:
-            self._health.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._health
+        await self._background.close()
         await (self._server.drain() if drain else self._server.stop())
         await self._feed.close()
         await self._db.close()

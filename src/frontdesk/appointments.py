@@ -103,7 +103,8 @@ _answer = (
 def _decision(outcome: str, subject: str | None, detail: str | None, *columns: Any) -> Decision:
     if outcome != "OK":
         raise REFUSALS[outcome](subject, detail)
-    return Decision(*columns[:7], Appointment(*columns[7:]))
+    made: list[Any] = [*columns[:7], Appointment(*columns[7:])]
+    return Decision(*made)
 
 
 async def decide(db: Database, changed: Changed, call: str, params: tuple[Any, ...]) -> Decision:

@@ -10,15 +10,12 @@ import binascii
 import json
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from types import TracebackType
 
-import psycopg
-import structlog
-
+from frontdesk.background import Background
 from frontdesk.db.database import Database
 from frontdesk.errors import DatabaseUnavailable, InvalidField, Refused
 from frontdesk.queues import Queue, QueueChange, read_changes, read_queue, read_revisions, with_positions
@@ -35,8 +32,6 @@ _HINT_PAUSE = 0.01
 _HINTS_A_MESSAGE = 150  # of at most 48 bytes each; a payload holds 8,000
 _KEPT_CHANGES = 256
 _CHANNEL = "frontdesk_changed"
-
-_log = structlog.get_logger("frontdesk.feed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +87,7 @@ class Feed:
         self._hints: set[DoctorDayKey] = set()
         self._hint_wake = asyncio.Event()
         self._me = uuid.uuid4().hex[:12]
-        self._tasks: list[asyncio.Task[None]] = []
+        self._background = Background()
         self.draining = False
 
     @property
@@ -103,13 +98,11 @@ class Feed:
     def start(self) -> None:
         """Begin to tail, to listen for the hints of other processes and to send ours."""
         for work in (self._tail, self._listen, self._send_hints):
-            self._tasks.append(asyncio.create_task(_forever(work), name=work.__name__))
+            self._background.start(work)
 
     async def close(self) -> None:
         """End the tasks."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
 
     def drain(self) -> None:
         """Wake every watcher to tell it that the server stops."""
@@ -162,8 +155,7 @@ class Feed:
                     continue
                 raise
             for reader in (reader for readers in asked.values() for reader in readers):
-                if not reader.done():
-                    reader.set_result(None)
+                _let_go(reader)
 
     async def _refresh(self, topics: Sequence[_Topic]) -> None:
         if not topics:
@@ -241,8 +233,8 @@ class Subscription:
     def wake(self) -> None:
         """There is news, or the feed drains."""
         self._news = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            _let_go(self._waiter)
 
     async def begin(self, resume: ResumeToken | None) -> bytes | None:
         """The first message: the whole queue as of now, or what has changed since the token; None if nothing has.
@@ -276,7 +268,7 @@ class Subscription:
         if not self._news:
             loop = asyncio.get_running_loop()
             self._waiter = waiter = loop.create_future()
-            alarm = loop.call_later(seconds, lambda: waiter.done() or waiter.set_result(None))
+            alarm = loop.call_later(seconds, _let_go, waiter)
             try:
                 await waiter
             finally:
@@ -320,10 +312,6 @@ class Subscription:
         )
 
 
-async def _forever(work: Callable[[], Awaitable[None]]) -> None:
-    """Do the work again whenever it fails: the connection may come back."""
-    while True:
-        with suppress(Refused, psycopg.Error, TimeoutError, OSError):
-            await work()
-        _log.info("feed_interrupted", work=work.__name__)
-        await asyncio.sleep(POLL_SECONDS)
+def _let_go(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

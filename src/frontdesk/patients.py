@@ -133,7 +133,7 @@ class Patients:
             filters["phone"] = (_t.phone == sa.bindparam("phone"), e164(phone, country, "phone"))
         if name_prefix:
             start = folded(name_prefix).replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_") + "%"
-            prefix = sa.bindparam("name_prefix")
+            prefix = sa.bindparam("name_prefix", type_=sa.Text)
             filters["name_prefix"] = (sa.or_(_t.name_key.like(prefix), _t.family_key.like(prefix)), start)
         if insurance is not None:
             wanted = sa.cast(sa.bindparam("insurance"), JSONB)

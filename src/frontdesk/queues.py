@@ -166,7 +166,7 @@ class Queues:
 
     async def today(self, doctor_id: str) -> date:
         """The civil date in the time zone of the doctor's clinic. Raises DoctorNotFound."""
-        found = await self._db.row("select clinic_today(%s)", (doctor_id,), lambda day: day)
+        found: date | None = await self._db.row("select clinic_today(%s)", (doctor_id,), lambda day: day)
         if found is None:
             raise DoctorNotFound(doctor_id)
         return found

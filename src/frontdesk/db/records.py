@@ -62,7 +62,7 @@ class Records(Generic[R]):
             sa.update(self._table)
             .where(self._table.c.id == sa.bindparam("id_"))
             .values({name: sa.bindparam(name) for name in changes})
-            .values(version=self._table.c.version + 1, update_time=sa.func.moment())
+            .values(version=sa.literal_column("version + 1"), update_time=sa.func.moment())
             .returning(*self._columns)
         )
         made = await tx.row(compiled(statement), {**_adapted(changes), "id_": record_id}, self._shape)

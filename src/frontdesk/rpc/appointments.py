@@ -1,5 +1,6 @@
 """clinic.frontdesk.v1.AppointmentService."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
@@ -91,7 +92,7 @@ class AppointmentServicer(AppointmentServiceServicer):
         return pb.RescheduleAppointmentResponse(
             appointment=to_appointment(decision.appointment),
             revision=decision.revision,
-            vacated_revision=decision.vacated_revision,
+            vacated_revision=decision.vacated_revision or 0,
             replayed=decision.replayed,
         )
 
@@ -109,7 +110,7 @@ class AppointmentServicer(AppointmentServiceServicer):
     async def MarkNoShow(self, request: pb.MarkNoShowRequest, call: Call) -> pb.MarkNoShowResponse:
         return await self._change(request, call, "NoShow", pb.MarkNoShowResponse)
 
-    async def _change(self, request: Any, call: Call, verb: str, response: type[R], text: str = "") -> R:
+    async def _change(self, request: Any, call: Call, verb: str, response: Callable[..., R], text: str = "") -> R:
         decision = await self._appointments.change(
             intent_of(request, call),
             type(request).__name__.removesuffix("Request"),

@@ -62,7 +62,7 @@ class Pipeline:
     def add_registered_method_handlers(self, service: str, methods: Mapping[str, Any]) -> None:
         """Wrap the methods of one service."""
         self.services.append(service)
-        wrapped = {}
+        wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for name, method in methods.items():
             full_name = f"/{service}/{name}"
             if method.response_streaming:

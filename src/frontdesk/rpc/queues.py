@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf import duration_pb2
@@ -39,7 +39,7 @@ to_queue = converter(
     entries=lambda queue: map(to_entry, queue.entries),
     waiting_count=lambda queue: sum(entry.state == "WAITING" for entry in queue.entries),
 )
-_KINDS = enum_numbers(pb.QueueChange.Kind.DESCRIPTOR)
+_KINDS: dict[str, Any] = enum_numbers(pb.QueueChange.Kind.DESCRIPTOR)
 
 
 def render(queue: Queue, changes: Sequence[QueueChange], previous: int, token: str) -> bytes:
@@ -107,7 +107,7 @@ class QueueServicer(QueueServiceServicer):
     async def LeaveQueue(self, request: pb.LeaveQueueRequest, call: Call) -> pb.LeaveQueueResponse:
         return await self._change(request, call, "Leave", pb.LeaveQueueResponse)
 
-    async def _change(self, request: Any, call: Call, verb: str, response: type[R], **more: Any) -> R:
+    async def _change(self, request: Any, call: Call, verb: str, response: Callable[..., R], **more: Any) -> R:
         decision = await self._appointments.change(
             intent_of(request, call),
             type(request).__name__.removesuffix("Request"),

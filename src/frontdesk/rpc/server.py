@@ -24,6 +24,9 @@ def options(settings: Settings, *, reuse_port: bool) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        # On, this counts streams until the server has forgotten them, and refuses those of a client that keeps to the
+        # number it was told: 200 calls at once on one connection failed. Resets are limited by gRPC itself besides.
+        ("grpc.http.overload_protection", 0),
         # A burst of reconnecting watchers waits in line instead of being cancelled.
         ("grpc.server.max_pending_requests", 20_000),
         ("grpc.server.max_pending_requests_hard_limit", 40_000),

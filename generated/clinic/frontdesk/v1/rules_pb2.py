@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63linic/frontdesk/v1/rules.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto:\xf2\x01\n\x04line\x12\x19.buf.validate.StringRules\x18\xd1\x86\x03 \x01(\x08\x42\xc6\x01\xc2H\xc2\x01\n\xbf\x01\n\x0bstring.line\x12Gmust be one line without control or bidirectional formatting characters\x1ag!rule || this.matches(\'^[^\\\\p{Cc}\\\\x{061C}\\\\x{200E}\\\\x{200F}\\\\x{2028}-\\\\x{202E}\\\\x{2066}-\\\\x{2069}]*$\'):\xd9\x01\n\x04text\x12\x19.buf.validate.StringRules\x18\xd2\x86\x03 \x01(\x08\x42\xad\x01\xc2H\xa9\x01\n\xa6\x01\n\x0bstring.text\x12Qmust not contain control characters other than line feed, carriage return and tab\x1a\x44!rule || this.matches(\'^[^\\\\x00-\\\\x08\\\\x0B\\\\x0C\\\\x0E-\\\\x1F\\\\x7F]*$\')')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63linic/frontdesk/v1/rules.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto:\xf2\x01\n\x04line\x12\x19.buf.validate.StringRules\x18\xd1\x86\x03 \x01(\x08\x42\xc6\x01\xc2H\xc2\x01\n\xbf\x01\n\x0bstring.line\x12Gmust be one line without control or bidirectional formatting characters\x1ag!rule || this.matches(\'^[^\\\\p{Cc}\\\\x{061C}\\\\x{200E}\\\\x{200F}\\\\x{2028}-\\\\x{202E}\\\\x{2066}-\\\\x{2069}]*$\'):\xe3\x01\n\x04text\x12\x19.buf.validate.StringRules\x18\xd2\x86\x03 \x01(\x08\x42\xb7\x01\xc2H\xb3\x01\n\xb0\x01\n\x0bstring.text\x12Qmust not contain control characters other than line feed, carriage return and tab\x1aN!rule || this.matches(\'^[^\\\\x00-\\\\x08\\\\x0B\\\\x0C\\\\x0E-\\\\x1F\\\\x7F-\\\\x{009F}]*$\')')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,5 +35,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['line']._loaded_options = None
   _globals['line']._serialized_options = b'\302H\302\001\n\277\001\n\013string.line\022Gmust be one line without control or bidirectional formatting characters\032g!rule || this.matches(\'^[^\\\\p{Cc}\\\\x{061C}\\\\x{200E}\\\\x{200F}\\\\x{2028}-\\\\x{202E}\\\\x{2066}-\\\\x{2069}]*$\')'
   _globals['text']._loaded_options = None
-  _globals['text']._serialized_options = b'\302H\251\001\n\246\001\n\013string.text\022Qmust not contain control characters other than line feed, carriage return and tab\032D!rule || this.matches(\'^[^\\\\x00-\\\\x08\\\\x0B\\\\x0C\\\\x0E-\\\\x1F\\\\x7F]*$\')'
+  _globals['text']._serialized_options = b'\302H\263\001\n\260\001\n\013string.text\022Qmust not contain control characters other than line feed, carriage return and tab\032N!rule || this.matches(\'^[^\\\\x00-\\\\x08\\\\x0B\\\\x0C\\\\x0E-\\\\x1F\\\\x7F-\\\\x{009F}]*$\')'
 # @@protoc_insertion_point(module_scope)

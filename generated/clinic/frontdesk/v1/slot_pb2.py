@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.type import date_pb2 as google_dot_type_dot_date__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63linic/frontdesk/v1/slot.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\"\xc5\x04\n\x04Slot\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tclinic_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1f\n\x04\x64\x61te\x18\x06 \x01(\x0b\x32\x11.google.type.Date\x12\x1c\n\x08\x63\x61pacity\x18\x07 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x14\n\x0c\x62ooked_count\x18\x08 \x01(\x05\x12\x17\n\x0f\x61vailable_count\x18\t \x01(\x05\x12\x38\n\x05state\x18\n \x01(\x0e\x32\x1f.clinic.frontdesk.v1.Slot.StateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\"\n\x0c\x62lock_reason\x18\x0b \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\x04\x65tag\x18\x0e \x01(\tB\x07\xbaH\x04r\x02\x18@\"A\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0e\n\nSTATE_OPEN\x10\x01\x12\x11\n\rSTATE_BLOCKED\x10\x02\"q\n\x11\x43reateSlotRequest\x12/\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.SlotB\x06\xbaH\x03\xc8\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"O\n\x12\x43reateSlotResponse\x12\'\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"}\n\x17\x42\x61tchCreateSlotsRequest\x12\x35\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.SlotB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xf4\x03\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"V\n\x18\x42\x61tchCreateSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"+\n\x0eGetSlotRequest\x12\x19\n\x07slot_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\":\n\x0fGetSlotResponse\x12\'\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.Slot\"\xb7\x02\n\x10ListSlotsRequest\x12\x1e\n\tdoctor_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tclinic_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\tspecialty\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12\x33\n\x0fstart_time_from\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rstart_time_to\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x61vailable_only\x18\x06 \x01(\x08\x12\x1a\n\tpage_size\x18\x07 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x08 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\"V\n\x11ListSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x8c\x01\n\x11\x42lockSlotsRequest\x12&\n\x08slot_ids\x18\x01 \x03(\tB\x14\xbaH\x11\x92\x01\x0e\x08\x01\x10\xf4\x03\x18\x01\"\x05r\x03\xb0\x01\x01\x12\"\n\x0c\x62lock_reason\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"P\n\x12\x42lockSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"j\n\x13ReleaseSlotsRequest\x12&\n\x08slot_ids\x18\x01 \x03(\tB\x14\xbaH\x11\x92\x01\x0e\x08\x01\x10\xf4\x03\x18\x01\"\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"R\n\x14ReleaseSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"v\n\x11\x44\x65leteSlotRequest\x12\x19\n\x07slot_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x04\x65tag\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"&\n\x12\x44\x65leteSlotResponse\x12\x10\n\x08replayed\x18\x01 \x01(\x08\x32\xb2\x05\n\x0bSlotService\x12]\n\nCreateSlot\x12&.clinic.frontdesk.v1.CreateSlotRequest\x1a\'.clinic.frontdesk.v1.CreateSlotResponse\x12o\n\x10\x42\x61tchCreateSlots\x12,.clinic.frontdesk.v1.BatchCreateSlotsRequest\x1a-.clinic.frontdesk.v1.BatchCreateSlotsResponse\x12T\n\x07GetSlot\x12#.clinic.frontdesk.v1.GetSlotRequest\x1a$.clinic.frontdesk.v1.GetSlotResponse\x12Z\n\tListSlots\x12%.clinic.frontdesk.v1.ListSlotsRequest\x1a&.clinic.frontdesk.v1.ListSlotsResponse\x12]\n\nBlockSlots\x12&.clinic.frontdesk.v1.BlockSlotsRequest\x1a\'.clinic.frontdesk.v1.BlockSlotsResponse\x12\x63\n\x0cReleaseSlots\x12(.clinic.frontdesk.v1.ReleaseSlotsRequest\x1a).clinic.frontdesk.v1.ReleaseSlotsResponse\x12]\n\nDeleteSlot\x12&.clinic.frontdesk.v1.DeleteSlotRequest\x1a\'.clinic.frontdesk.v1.DeleteSlotResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63linic/frontdesk/v1/slot.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\"\xc9\x04\n\x04Slot\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tclinic_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1f\n\x04\x64\x61te\x18\x06 \x01(\x0b\x32\x11.google.type.Date\x12\x1c\n\x08\x63\x61pacity\x18\x07 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x14\n\x0c\x62ooked_count\x18\x08 \x01(\x05\x12\x17\n\x0f\x61vailable_count\x18\t \x01(\x05\x12\x38\n\x05state\x18\n \x01(\x0e\x32\x1f.clinic.frontdesk.v1.Slot.StateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\"\n\x0c\x62lock_reason\x18\x0b \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x0e \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\"A\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0e\n\nSTATE_OPEN\x10\x01\x12\x11\n\rSTATE_BLOCKED\x10\x02\"q\n\x11\x43reateSlotRequest\x12/\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.SlotB\x06\xbaH\x03\xc8\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"O\n\x12\x43reateSlotResponse\x12\'\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"}\n\x17\x42\x61tchCreateSlotsRequest\x12\x35\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.SlotB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xf4\x03\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"V\n\x18\x42\x61tchCreateSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"+\n\x0eGetSlotRequest\x12\x19\n\x07slot_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\":\n\x0fGetSlotResponse\x12\'\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.Slot\"\xb7\x02\n\x10ListSlotsRequest\x12\x1e\n\tdoctor_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tclinic_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\tspecialty\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12\x33\n\x0fstart_time_from\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rstart_time_to\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x61vailable_only\x18\x06 \x01(\x08\x12\x1a\n\tpage_size\x18\x07 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x08 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\"V\n\x11ListSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x8c\x01\n\x11\x42lockSlotsRequest\x12&\n\x08slot_ids\x18\x01 \x03(\tB\x14\xbaH\x11\x92\x01\x0e\x08\x01\x10\xf4\x03\x18\x01\"\x05r\x03\xb0\x01\x01\x12\"\n\x0c\x62lock_reason\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"P\n\x12\x42lockSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"j\n\x13ReleaseSlotsRequest\x12&\n\x08slot_ids\x18\x01 \x03(\tB\x14\xbaH\x11\x92\x01\x0e\x08\x01\x10\xf4\x03\x18\x01\"\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"R\n\x14ReleaseSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"v\n\x11\x44\x65leteSlotRequest\x12\x19\n\x07slot_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x04\x65tag\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"&\n\x12\x44\x65leteSlotResponse\x12\x10\n\x08replayed\x18\x01 \x01(\x08\x32\xb2\x05\n\x0bSlotService\x12]\n\nCreateSlot\x12&.clinic.frontdesk.v1.CreateSlotRequest\x1a\'.clinic.frontdesk.v1.CreateSlotResponse\x12o\n\x10\x42\x61tchCreateSlots\x12,.clinic.frontdesk.v1.BatchCreateSlotsRequest\x1a-.clinic.frontdesk.v1.BatchCreateSlotsResponse\x12T\n\x07GetSlot\x12#.clinic.frontdesk.v1.GetSlotRequest\x1a$.clinic.frontdesk.v1.GetSlotResponse\x12Z\n\tListSlots\x12%.clinic.frontdesk.v1.ListSlotsRequest\x1a&.clinic.frontdesk.v1.ListSlotsResponse\x12]\n\nBlockSlots\x12&.clinic.frontdesk.v1.BlockSlotsRequest\x1a\'.clinic.frontdesk.v1.BlockSlotsResponse\x12\x63\n\x0cReleaseSlots\x12(.clinic.frontdesk.v1.ReleaseSlotsRequest\x1a).clinic.frontdesk.v1.ReleaseSlotsResponse\x12]\n\nDeleteSlot\x12&.clinic.frontdesk.v1.DeleteSlotRequest\x1a\'.clinic.frontdesk.v1.DeleteSlotResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,7 +48,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SLOT'].fields_by_name['block_reason']._loaded_options = None
   _globals['_SLOT'].fields_by_name['block_reason']._serialized_options = b'\272H\tr\007\030\320\017\220\265\030\001'
   _globals['_SLOT'].fields_by_name['etag']._loaded_options = None
-  _globals['_SLOT'].fields_by_name['etag']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_SLOT'].fields_by_name['etag']._serialized_options = b'\272H\010r\006\030@\210\265\030\001'
   _globals['_CREATESLOTREQUEST'].fields_by_name['slot']._loaded_options = None
   _globals['_CREATESLOTREQUEST'].fields_by_name['slot']._serialized_options = b'\272H\003\310\001\001'
   _globals['_CREATESLOTREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
@@ -86,37 +86,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETESLOTREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
   _globals['_DELETESLOTREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
   _globals['_SLOT']._serialized_start=175
-  _globals['_SLOT']._serialized_end=756
-  _globals['_SLOT_STATE']._serialized_start=691
-  _globals['_SLOT_STATE']._serialized_end=756
-  _globals['_CREATESLOTREQUEST']._serialized_start=758
-  _globals['_CREATESLOTREQUEST']._serialized_end=871
-  _globals['_CREATESLOTRESPONSE']._serialized_start=873
-  _globals['_CREATESLOTRESPONSE']._serialized_end=952
-  _globals['_BATCHCREATESLOTSREQUEST']._serialized_start=954
-  _globals['_BATCHCREATESLOTSREQUEST']._serialized_end=1079
-  _globals['_BATCHCREATESLOTSRESPONSE']._serialized_start=1081
-  _globals['_BATCHCREATESLOTSRESPONSE']._serialized_end=1167
-  _globals['_GETSLOTREQUEST']._serialized_start=1169
-  _globals['_GETSLOTREQUEST']._serialized_end=1212
-  _globals['_GETSLOTRESPONSE']._serialized_start=1214
-  _globals['_GETSLOTRESPONSE']._serialized_end=1272
-  _globals['_LISTSLOTSREQUEST']._serialized_start=1275
-  _globals['_LISTSLOTSREQUEST']._serialized_end=1586
-  _globals['_LISTSLOTSRESPONSE']._serialized_start=1588
-  _globals['_LISTSLOTSRESPONSE']._serialized_end=1674
-  _globals['_BLOCKSLOTSREQUEST']._serialized_start=1677
-  _globals['_BLOCKSLOTSREQUEST']._serialized_end=1817
-  _globals['_BLOCKSLOTSRESPONSE']._serialized_start=1819
-  _globals['_BLOCKSLOTSRESPONSE']._serialized_end=1899
-  _globals['_RELEASESLOTSREQUEST']._serialized_start=1901
-  _globals['_RELEASESLOTSREQUEST']._serialized_end=2007
-  _globals['_RELEASESLOTSRESPONSE']._serialized_start=2009
-  _globals['_RELEASESLOTSRESPONSE']._serialized_end=2091
-  _globals['_DELETESLOTREQUEST']._serialized_start=2093
-  _globals['_DELETESLOTREQUEST']._serialized_end=2211
-  _globals['_DELETESLOTRESPONSE']._serialized_start=2213
-  _globals['_DELETESLOTRESPONSE']._serialized_end=2251
-  _globals['_SLOTSERVICE']._serialized_start=2254
-  _globals['_SLOTSERVICE']._serialized_end=2944
+  _globals['_SLOT']._serialized_end=760
+  _globals['_SLOT_STATE']._serialized_start=695
+  _globals['_SLOT_STATE']._serialized_end=760
+  _globals['_CREATESLOTREQUEST']._serialized_start=762
+  _globals['_CREATESLOTREQUEST']._serialized_end=875
+  _globals['_CREATESLOTRESPONSE']._serialized_start=877
+  _globals['_CREATESLOTRESPONSE']._serialized_end=956
+  _globals['_BATCHCREATESLOTSREQUEST']._serialized_start=958
+  _globals['_BATCHCREATESLOTSREQUEST']._serialized_end=1083
+  _globals['_BATCHCREATESLOTSRESPONSE']._serialized_start=1085
+  _globals['_BATCHCREATESLOTSRESPONSE']._serialized_end=1171
+  _globals['_GETSLOTREQUEST']._serialized_start=1173
+  _globals['_GETSLOTREQUEST']._serialized_end=1216
+  _globals['_GETSLOTRESPONSE']._serialized_start=1218
+  _globals['_GETSLOTRESPONSE']._serialized_end=1276
+  _globals['_LISTSLOTSREQUEST']._serialized_start=1279
+  _globals['_LISTSLOTSREQUEST']._serialized_end=1590
+  _globals['_LISTSLOTSRESPONSE']._serialized_start=1592
+  _globals['_LISTSLOTSRESPONSE']._serialized_end=1678
+  _globals['_BLOCKSLOTSREQUEST']._serialized_start=1681
+  _globals['_BLOCKSLOTSREQUEST']._serialized_end=1821
+  _globals['_BLOCKSLOTSRESPONSE']._serialized_start=1823
+  _globals['_BLOCKSLOTSRESPONSE']._serialized_end=1903
+  _globals['_RELEASESLOTSREQUEST']._serialized_start=1905
+  _globals['_RELEASESLOTSREQUEST']._serialized_end=2011
+  _globals['_RELEASESLOTSRESPONSE']._serialized_start=2013
+  _globals['_RELEASESLOTSRESPONSE']._serialized_end=2095
+  _globals['_DELETESLOTREQUEST']._serialized_start=2097
+  _globals['_DELETESLOTREQUEST']._serialized_end=2215
+  _globals['_DELETESLOTRESPONSE']._serialized_start=2217
+  _globals['_DELETESLOTRESPONSE']._serialized_end=2255
+  _globals['_SLOTSERVICE']._serialized_start=2258
+  _globals['_SLOTSERVICE']._serialized_end=2948
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,206 @@
+"""The visit and the line: tickets without gaps, calling order, every transition and every refusal of one."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from clinic.frontdesk.v1 import appointment_pb2 as pb
+from clinic.frontdesk.v1 import queue_pb2
+from tests.clinic import Front, details, outcome, reason_of, refusal, today, tomorrow
+
+Entry = queue_pb2.QueueEntry
+State = pb.Appointment
+
+
+async def test_tickets_without_gaps(front: Front) -> None:
+    """Two hundred patients who check in at once get the tickets 1 to 200."""
+    doctor = await front.doctor(max_patients_per_day=200)
+    booked = await asyncio.gather(*(front.book(p.id, doctor.id) for p in await front.people(200)))
+    arrived = await asyncio.gather(*(front.check_in(answer.appointment.id) for answer in booked))
+    assert sorted(answer.entry.ticket for answer in arrived) == list(range(1, 201))
+    queue = await front.queue(doctor.id)
+    assert [entry.ticket for entry in queue.entries] == list(range(1, 201))
+    assert [entry.position for entry in queue.entries] == list(range(1, 201))
+    assert (queue.waiting_count, queue.expected_count) == (200, 0)
+
+
+async def test_two_rooms_call_two_patients(front: Front) -> None:
+    """Two who call at once get two different patients, the first two of the line; an empty line says so."""
+    doctor = await front.doctor()
+    tickets = [(await front.arrive(doctor.id)).entry.ticket for _ in range(2)]
+    called = await asyncio.gather(*(front.call_next(doctor.id, room) for room in ("1", "2")))
+    assert sorted(answer.entry.ticket for answer in called) == tickets
+    assert {answer.entry.room for answer in called} == {"1", "2"}
+    assert await outcome(front.call_next(doctor.id)) == "QUEUE_EMPTY"
+
+
+async def test_the_life_of_a_visit(front: Front) -> None:
+    """Booked, checked in, called, in consultation, completed: the line and the visit move together."""
+    doctor = await front.doctor()
+    arrived = await front.arrive(doctor.id, given_name="Ana", family_name="Lima")
+    assert (arrived.entry.ticket, arrived.entry.position, arrived.entry.patient_name) == (1, 1, "Ana Lima")
+    assert arrived.appointment.state == State.STATE_CHECKED_IN
+    called = await front.call_next(doctor.id, "7")
+    assert (called.entry.state, called.entry.room, called.entry.call_count) == (Entry.STATE_CALLED, "7", 1)
+    appointment_id = arrived.appointment.id
+    started = await front.appointments.StartAppointment(pb.StartAppointmentRequest(appointment_id=appointment_id))
+    assert started.appointment.state == State.STATE_IN_CONSULTATION
+    (entry,) = (await front.queue(doctor.id)).entries
+    assert (entry.state, entry.room) == (Entry.STATE_IN_CONSULTATION, "7")
+    ended = await front.appointments.CompleteAppointment(pb.CompleteAppointmentRequest(appointment_id=appointment_id))
+    assert ended.appointment.state == State.STATE_COMPLETED
+    assert ended.revision == 6
+    assert not (await front.queue(doctor.id)).entries
+    # A completed visit keeps its place of the day.
+    assert front.sql("select number from appointment where id = %s", appointment_id) == [(1,)]
+
+
+async def test_places_in_the_line(front: Front) -> None:
+    """Back in line means the place of the ticket, after a missed call the end; parked patients wait aside."""
+    doctor = await front.doctor()
+    ids = [(await front.arrive(doctor.id)).appointment.id for _ in range(3)]
+
+    async def line() -> list[int]:
+        entries = (await front.queue(doctor.id)).entries
+        return [entry.ticket for entry in entries if entry.state == Entry.STATE_WAITING]
+
+    assert await line() == [1, 2, 3]
+    await front.call_next(doctor.id)
+    assert await line() == [2, 3]
+    await front.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=ids[0]))
+    assert await line() == [1, 2, 3]
+    await front.call_next(doctor.id)
+    await front.queues.MarkMissed(queue_pb2.MarkMissedRequest(appointment_id=ids[0]))
+    back = await front.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=ids[0]))
+    assert (back.entry.position, await line()) == (3, [2, 3, 1])
+    # Who comes later stays behind the one who missed.
+    await front.arrive(doctor.id)
+    assert await line() == [2, 3, 1, 4]
+    await front.queues.ParkPatient(queue_pb2.ParkPatientRequest(appointment_id=ids[1]))
+    assert await line() == [3, 1, 4]
+    await front.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=ids[1]))
+    assert await line() == [2, 3, 1, 4]
+    states = [entry.state for entry in (await front.queue(doctor.id)).entries]
+    assert states == [Entry.STATE_WAITING] * 4
+
+
+async def test_call_again(front: Front) -> None:
+    """A second call is counted, and may name another room."""
+    doctor = await front.doctor()
+    arrived = await front.arrive(doctor.id)
+    await front.call_next(doctor.id, "1")
+    again = await front.queues.CallAgain(queue_pb2.CallAgainRequest(appointment_id=arrived.appointment.id))
+    assert (again.entry.call_count, again.entry.room) == (2, "1")
+    moved = await front.queues.CallAgain(queue_pb2.CallAgainRequest(appointment_id=arrived.appointment.id, room="2"))
+    assert (moved.entry.call_count, moved.entry.room) == (3, "2")
+
+
+async def test_freed_places(front: Front) -> None:
+    """Cancelled, left and no-show visits give their place of the day back; completed ones do not."""
+    doctor = await front.doctor(max_patients_per_day=1)
+
+    async def full() -> bool:
+        (person,) = await front.people(1)
+        return await outcome(front.book(person.id, doctor.id, validate_only=True)) == "DAY_FULL"
+
+    left = await front.arrive(doctor.id)
+    assert await full()
+    await front.queues.LeaveQueue(queue_pb2.LeaveQueueRequest(appointment_id=left.appointment.id))
+    assert (await front.appointment(left.appointment.id)).state == State.STATE_LEFT
+    cancelled = await front.arrive(doctor.id)
+    await front.cancel(cancelled.appointment.id, "went home")
+    assert not (await front.queue(doctor.id)).entries
+    (absent,) = await front.people(1)
+    missed = await front.book(absent.id, doctor.id)
+    await front.appointments.MarkNoShow(pb.MarkNoShowRequest(appointment_id=missed.appointment.id))
+    seen = await front.arrive(doctor.id)
+    assert seen.entry.ticket == 3
+    await front.appointments.StartAppointment(pb.StartAppointmentRequest(appointment_id=seen.appointment.id))
+    await front.appointments.CompleteAppointment(pb.CompleteAppointmentRequest(appointment_id=seen.appointment.id))
+    assert await full()
+
+
+async def test_check_in_guards(front: Front) -> None:
+    """Check-in is for the right patient, on the right date, once."""
+    doctor = await front.doctor()
+    one, two = await front.people(2)
+    booked = (await front.book(one.id, doctor.id)).appointment
+    assert await outcome(front.check_in(booked.id, patient_id=two.id)) == "PATIENT_MISMATCH"
+    assert await outcome(front.check_in(booked.id, patient_id=one.id.upper())) == "OK"
+    assert await outcome(front.check_in(booked.id)) == "ALREADY_CHECKED_IN"
+    later = (await front.book(two.id, doctor.id, tomorrow())).appointment
+    error = await refusal(front.check_in(later.id))
+    assert reason_of(error) == "NOT_APPOINTMENT_DATE"
+    assert details(error)["ErrorInfo"].metadata["date"] == tomorrow().isoformat()
+    assert await outcome(front.appointments.MarkNoShow(pb.MarkNoShowRequest(appointment_id=later.id))) == "TOO_EARLY"
+
+
+async def test_every_transition(front: Front) -> None:
+    """Each verb goes from its states alone; elsewhere it is refused, says the state, and changes nothing."""
+    doctor = await front.doctor(max_patients_per_day=1000)
+    a, q = front.appointments, front.queues
+    verbs: dict[str, Callable[[str], Any]] = {
+        "CheckIn": lambda i: q.CheckIn(queue_pb2.CheckInRequest(appointment_id=i)),
+        "Start": lambda i: a.StartAppointment(pb.StartAppointmentRequest(appointment_id=i)),
+        "Complete": lambda i: a.CompleteAppointment(pb.CompleteAppointmentRequest(appointment_id=i)),
+        "Cancel": lambda i: a.CancelAppointment(pb.CancelAppointmentRequest(appointment_id=i)),
+        "NoShow": lambda i: a.MarkNoShow(pb.MarkNoShowRequest(appointment_id=i)),
+        "CallAgain": lambda i: q.CallAgain(queue_pb2.CallAgainRequest(appointment_id=i)),
+        "Return": lambda i: q.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=i)),
+        "Park": lambda i: q.ParkPatient(queue_pb2.ParkPatientRequest(appointment_id=i)),
+        "Miss": lambda i: q.MarkMissed(queue_pb2.MarkMissedRequest(appointment_id=i)),
+        "Leave": lambda i: q.LeaveQueue(queue_pb2.LeaveQueueRequest(appointment_id=i)),
+    }
+    ways = {
+        "BOOKED": [],
+        "WAITING": ["CheckIn"],
+        "CALLED": ["CheckIn", "call"],
+        "PARKED": ["CheckIn", "Park"],
+        "MISSED": ["CheckIn", "call", "Miss"],
+        "IN_CONSULTATION": ["CheckIn", "Start"],
+        "COMPLETED": ["CheckIn", "Start", "Complete"],
+        "CANCELLED": ["Cancel"],
+        "NO_SHOW": ["NoShow"],
+        "LEFT": ["CheckIn", "Leave"],
+    }
+    allowed = {
+        "BOOKED": {"CheckIn", "Cancel", "NoShow"},
+        "WAITING": {"Start", "Cancel", "Park", "Leave"},
+        "CALLED": {"Start", "Cancel", "CallAgain", "Return", "Park", "Miss", "Leave"},
+        "PARKED": {"Cancel", "Return", "Leave"},
+        "MISSED": {"Cancel", "Return", "Leave"},
+        "IN_CONSULTATION": {"Complete"},
+    }
+    for state, way in ways.items():
+        for verb, call in verbs.items():
+            (person,) = await front.people(1)
+            booked = (await front.book(person.id, doctor.id)).appointment
+            for step in way:
+                if step == "call":
+                    called = await front.call_next(doctor.id)
+                    assert called.entry.appointment_id == booked.id
+                else:
+                    await verbs[step](booked.id)
+            before = await front.appointment(booked.id)
+            if verb in allowed.get(state, set()):
+                await call(booked.id)
+            else:
+                error = await refusal(call(booked.id))
+                checked_in = verb == "CheckIn" and state in {"WAITING", "CALLED", "PARKED", "MISSED", "IN_CONSULTATION"}
+                assert reason_of(error) == ("ALREADY_CHECKED_IN" if checked_in else "INVALID_TRANSITION"), (state, verb)
+                if not checked_in:
+                    assert details(error)["ErrorInfo"].metadata["state"] == state
+                assert await front.appointment(booked.id) == before
+            # The line is empty again for the next round.
+            await outcome(a.CancelAppointment(pb.CancelAppointmentRequest(appointment_id=booked.id)))
+
+
+async def test_queue_of_another_day(front: Front) -> None:
+    """A line is its date's: tomorrow's is empty and expects who is booked."""
+    doctor = await front.doctor()
+    await front.arrive(doctor.id)
+    (person,) = await front.people(1)
+    await front.book(person.id, doctor.id, tomorrow())
+    queue = await front.queue(doctor.id, tomorrow())
+    assert (len(queue.entries), queue.expected_count, queue.revision) == (0, 1, 2)
+    assert (await front.queue(doctor.id)).date.day == today().day
