@@ -1,0 +1,105 @@
+"""Clinics and doctors: kept, found, changed; a doctor's presence by date."""
+
+from datetime import date, timedelta
+
+import grpc
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from clinic.frontdesk.v1 import clinic_pb2, doctor_pb2
+from tests.clinic import Front, day, details, outcome, reason_of, refusal, today
+
+
+async def test_clinics(front: Front) -> None:
+    """A clinic needs a name and a real time zone; its phone is read by its country; lists go by city, case ignored."""
+    clinic = await front.clinic(city="São Paulo", country="BR", phone="(11) 3333-4444", postal_code="01000-000")
+    assert clinic.phone == "+551133334444"
+    await front.clinic(city="Lima", country="PE")
+    found = await front.clinics.ListClinics(clinic_pb2.ListClinicsRequest(city="SÃO PAULO"))
+    assert [c.id for c in found.clinics] == [clinic.id]
+    everyone = await front.clinics.ListClinics(clinic_pb2.ListClinicsRequest())
+    assert len(everyone.clinics) == 3, "the default clinic is there from the first migration"
+    updated = await front.clinics.UpdateClinic(
+        clinic_pb2.UpdateClinicRequest(
+            clinic=clinic_pb2.Clinic(id=clinic.id, time_zone="America/Bahia"),
+            update_mask=FieldMask(paths=["time_zone"]),
+            etag=clinic.etag,
+        )
+    )
+    assert updated.clinic.time_zone == "America/Bahia"
+    assert updated.clinic.city == "São Paulo"
+    for bad in ("Mars/Olympus", "", "GMT+25"):
+        wrong = clinic_pb2.CreateClinicRequest(clinic=clinic_pb2.Clinic(name="X", time_zone=bad))
+        assert await outcome(front.clinics.CreateClinic(wrong)) == "INVALID_FIELD"
+
+
+async def test_a_doctor_of_no_named_clinic(front: Front) -> None:
+    """A doctor who names no clinic is the default clinic's, takes ten patients a day, and is active."""
+    request = doctor_pb2.CreateDoctorRequest(doctor=doctor_pb2.Doctor(code="D1", display_name="Dr. One"))
+    doctor = (await front.doctors.CreateDoctor(request)).doctor
+    assert front.sql("select is_default from clinic where id = %s", doctor.clinic_id) == [(True,)]
+    assert (doctor.max_patients_per_day, doctor.active) == (10, True)
+    unknown = doctor_pb2.CreateDoctorRequest(
+        doctor=doctor_pb2.Doctor(code="D2", display_name="X", clinic_id="0190a0b0-1111-7222-8333-444455556666")
+    )
+    assert await outcome(front.doctors.CreateDoctor(unknown)) == "CLINIC_NOT_FOUND"
+
+
+async def test_codes_and_licences_are_unique(front: Front) -> None:
+    """Two doctors have neither one code nor one licence number; the refusal names the doctor who has it."""
+    one = await front.doctor(code="A", license_number="L-1")
+    two = await front.doctor(code="B")
+    await front.doctor(code="C")
+    error = await refusal(front.doctor(code="A"))
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.ALREADY_EXISTS, "CODE_TAKEN")
+    assert details(error)["ResourceInfo"].resource_name == one.id
+    taken = doctor_pb2.UpdateDoctorRequest(doctor=doctor_pb2.Doctor(id=two.id, license_number="L-1"))
+    assert await outcome(front.doctors.UpdateDoctor(taken)) == "LICENSE_TAKEN"
+
+
+async def test_find_doctors(front: Front) -> None:
+    """Doctors are found by specialty, clinic and code."""
+    clinic = await front.clinic()
+    heart = await front.doctor(clinic_id=clinic.id, specialty="Cardiology", code="H")
+    await front.doctor(clinic_id=clinic.id, specialty="Dermatology")
+    await front.doctor(specialty="Cardiology")
+
+    async def found(**fields: str) -> list[str]:
+        answer = await front.doctors.ListDoctors(doctor_pb2.ListDoctorsRequest(**fields))  # type: ignore[arg-type]
+        return [doctor.id for doctor in answer.doctors]
+
+    assert len(await found()) == 3
+    assert len(await found(specialty="cardiology")) == 2
+    assert await found(specialty="cardiology", clinic_id=clinic.id) == [heart.id]
+    assert await found(code="H") == [heart.id]
+    assert await found(code="h") == []
+
+
+async def test_availability(front: Front) -> None:
+    """What was said of dates is listed by date within the bounds, both included, and pages go on where they ended."""
+    doctor = await front.doctor()
+    start = today()
+    for offset in (3, 1, 2, 5):
+        await front.doctors.SetDoctorAvailability(
+            doctor_pb2.SetDoctorAvailabilityRequest(
+                doctor_id=doctor.id, date=day(start + timedelta(days=offset)), is_present=False, note=f"day {offset}"
+            )
+        )
+    # A booking makes a doctor-day, and says nothing of presence.
+    (patient,) = await front.people(1)
+    await front.book(patient.id, doctor.id, start + timedelta(days=4))
+
+    async def listed(**fields: object) -> list[str]:
+        request = doctor_pb2.ListDoctorAvailabilityRequest(doctor_id=doctor.id, page_size=2, **fields)  # type: ignore[arg-type]
+        notes = []
+        while True:
+            page = await front.doctors.ListDoctorAvailability(request)
+            notes += [said.note for said in page.availabilities]
+            if not page.next_page_token:
+                return notes
+            request.page_token = page.next_page_token
+
+    def at(offset: int) -> date:
+        return start + timedelta(days=offset)
+
+    assert await listed() == ["day 1", "day 2", "day 3", "day 5"]
+    assert await listed(from_date=day(at(2)), to_date=day(at(3))) == ["day 2", "day 3"]
