@@ -11,9 +11,9 @@ PROTOS = $(shell find protos/clinic protos/buf -name '*.proto' | sort)
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(VENV)/installed: requirements.txt pyproject.toml
+$(VENV)/installed: requirements-dev.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
@@ -25,7 +25,7 @@ run: install ## Serve on FRONTDESK_LISTEN (127.0.0.1:50051) with a demo clinic, 
 test: install ## Run the tests against real servers and a real PostgreSQL
 	$(BIN)/python -m pytest
 
-check: install format lint types buf generated test ## Everything that CI demands
+check: install format lint types buf generated $(if $(SKIP_TESTS),,test) ## Everything that CI demands
 
 format: install ## Is every file formatted?
 	$(BIN)/ruff format --check .
@@ -54,9 +54,12 @@ generated: generate ## Does generated/ follow from protos/?
 bench: install ## Measure against the floor; prints a table and writes bench.json
 	$(BIN)/python -m benchmarks.bench
 
-lock: install ## Renew requirements.txt from pyproject.toml
-	$(BIN)/python -m piptools compile --quiet --generate-hashes --allow-unsafe --strip-extras --group dev \
-		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --output-file requirements.txt pyproject.toml
+lock: install ## Renew requirements.txt (the service) and requirements-dev.txt (with its tools) from pyproject.toml
+	$(COMPILE) --output-file requirements.txt pyproject.toml
+	$(COMPILE) --extra dev --output-file requirements-dev.txt pyproject.toml
+
+COMPILE = $(BIN)/python -m piptools compile --quiet --generate-hashes --allow-unsafe --strip-extras \
+	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options --no-header
 
 clean: ## Remove what make has made, the data in .data included
 	rm -rf $(VENV) .data .pytest_cache .mypy_cache .ruff_cache .hypothesis
