@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from zoneinfo import available_timezones
 
 import platformdirs
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -74,6 +76,17 @@ class Settings(BaseSettings):
         host, colon, port = value.rpartition(":")
         if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"{value!r} is not HOST:PORT with a port from 0 to 65535")
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _url_can_be_read(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                conninfo_to_dict(value)
+            except ProgrammingError:
+                # libpq's own message may quote the password.
+                raise ValueError("is no PostgreSQL URL or key=value string") from None
         return value
 
     @field_validator("default_time_zone")

@@ -65,8 +65,8 @@ def migrate(conninfo: str, *, default_time_zone: str = "UTC") -> None:
                     connection.exec_driver_sql(text.replace("%", "%%"))
                 connection.exec_driver_sql("delete from installation")
                 connection.execute(sa.text("insert into installation (functions) values (:f)"), {"f": fingerprint})
-    except sa.exc.OperationalError as error:
-        raise SchemaError(f"the database cannot be reached: {_first_line(error)}") from None
+    except (sa.exc.DBAPIError, psycopg.Error) as error:
+        raise SchemaError(f"the database refuses: {_first_line(error)}") from None
 
 
 def check_schema(conninfo: str) -> None:
@@ -79,8 +79,8 @@ def check_schema(conninfo: str) -> None:
             functions = None
             if current == head:
                 functions = connection.exec_driver_sql("select functions from installation").scalar()
-    except sa.exc.OperationalError as error:
-        raise SchemaError(f"the database cannot be reached: {_first_line(error)}") from None
+    except (sa.exc.DBAPIError, psycopg.Error) as error:
+        raise SchemaError(f"the database refuses: {_first_line(error)}") from None
     if current != head or functions != _functions()[1]:
         raise SchemaError(
             f"the database's schema is at {current or 'nothing'}, not at {head} of this release: "
@@ -94,5 +94,5 @@ def _refuse_old_server(connection: sa.Connection) -> None:
         raise SchemaError(f"PostgreSQL {version // 10000} is too old: 15 or newer is needed")
 
 
-def _first_line(error: sa.exc.OperationalError) -> str:
-    return str(error.orig).strip().partition("\n")[0]
+def _first_line(error: Exception) -> str:
+    return str(getattr(error, "orig", error)).strip().partition("\n")[0]

@@ -78,6 +78,9 @@ def status_of(refusal: errors.Refused) -> tuple[grpc.StatusCode, str, Trailers]:
             if isinstance(refusal, errors.Overloaded | errors.Draining):
                 # gRPC's own retries obey this one (gRFC A6).
                 trailers = (("grpc-retry-pushback-ms", str(int(seconds * 1000))),)
+    if isinstance(refusal, errors.EtagMismatch):
+        # ABORTED tells people to read again; gRPC would only repeat the stale etag, so it is told not to (gRFC A6).
+        trailers = (("grpc-retry-pushback-ms", "-1"),)
     return code, text, (*_packed(code, text, details), *trailers)
 
 

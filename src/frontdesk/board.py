@@ -1,0 +1,160 @@
+"""The waiting room's board in a terminal, and a line of text for each update where nothing is drawn."""
+
+import datetime
+import time
+import uuid
+from contextlib import aclosing
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from clinic.frontdesk.v1 import doctor_pb2, queue_pb2
+from frontdesk.client import FrontdeskClient, FrontdeskError
+
+_State = queue_pb2.QueueEntry.State
+_NAMES = {
+    _State.STATE_WAITING: "waiting",
+    _State.STATE_CALLED: "called",
+    _State.STATE_IN_CONSULTATION: "in consultation",
+    _State.STATE_PARKED: "parked",
+    _State.STATE_MISSED: "missed",
+}
+_STYLES = {
+    _State.STATE_CALLED: "bold black on yellow",
+    _State.STATE_IN_CONSULTATION: "green",
+    _State.STATE_PARKED: "dim",
+    _State.STATE_MISSED: "dim red",
+}
+# Who is called has to see it first.
+_ORDER = [
+    _State.STATE_CALLED,
+    _State.STATE_IN_CONSULTATION,
+    _State.STATE_WAITING,
+    _State.STATE_PARKED,
+    _State.STATE_MISSED,
+]
+
+
+class UnknownDoctor(Exception):
+    """No doctor has this id or code; the message is one line that names it."""
+
+
+async def follow(client: FrontdeskClient, wanted: str, day: datetime.date | None, console: Console) -> None:
+    """Show the queue of the doctor with this id or code until cancelled, of `day` or the clinic's today.
+
+    Drawn where the console is a terminal, else a line for each update. Raises UnknownDoctor, FrontdeskError.
+    """
+    doctor = await _find(client, wanted)
+    board = Board(doctor.display_name)
+    async with aclosing(client.watch_queue(doctor.id, day, on_connection=board.connection)) as queues:
+        if not console.is_terminal:
+            async for queue in queues:
+                print(line(queue), file=console.file, flush=True)
+            return
+        with Live(board, console=console, refresh_per_second=4, screen=True):
+            async for queue in queues:
+                board.queue = queue
+
+
+async def _find(client: FrontdeskClient, wanted: str) -> doctor_pb2.Doctor:
+    try:
+        request = doctor_pb2.GetDoctorRequest(doctor_id=str(uuid.UUID(wanted)))
+        return (await client.doctors.GetDoctor(request)).doctor
+    except ValueError:
+        pass
+    except FrontdeskError as error:
+        if error.reason != "DOCTOR_NOT_FOUND":
+            raise
+    found = (await client.doctors.ListDoctors(doctor_pb2.ListDoctorsRequest(code=wanted))).doctors if wanted else ()
+    if not found:
+        raise UnknownDoctor(f"there is no doctor with the id or code {wanted!r}")
+    return found[0]
+
+
+class Board:
+    """What is on the board; rich draws it anew whenever it is asked to, with the waiting times of that moment."""
+
+    def __init__(self, doctor_name: str) -> None:
+        self._doctor_name = doctor_name
+        self.queue: queue_pb2.Queue | None = None
+        """The queue that was heard of last."""
+        self.connected = False
+        """Whether what is shown is live."""
+
+    def connection(self, lives: bool) -> None:
+        """Say whether what is shown is live."""
+        self.connected = lives
+
+    def __rich__(self) -> RenderableType:
+        return self.at(time.time())
+
+    def at(self, now: float) -> RenderableType:
+        """The board at this time, in seconds since 1970."""
+        state = Text("● live", "green") if self.connected else Text("○ connecting …", "bold red")
+        if self.queue is None:
+            return Group(_heading(self._doctor_name, state))
+        queue = self.queue
+        table = Table(expand=True, header_style="bold")
+        table.add_column("Ticket", justify="right")
+        table.add_column("Name", ratio=1)
+        table.add_column("State")
+        table.add_column("Room")
+        table.add_column("Wait", justify="right")
+        for entry in in_order(queue):
+            # As text: a name is no markup.
+            table.add_row(
+                str(entry.ticket),
+                Text(entry.patient_name),
+                _NAMES.get(entry.state, "?"),
+                Text(entry.room),
+                _wait(entry, now),
+                style=_STYLES.get(entry.state),
+            )
+        if not queue.entries:
+            table.add_row("", Text("nobody is here yet", "dim italic"), "", "", "")
+        facts = f"{day(queue)}  ·  {queue.waiting_count} waiting, {queue.expected_count} expected"
+        return Group(_heading(self._doctor_name, state), Text(facts), table, Text(f"revision {queue.revision}", "dim"))
+
+
+def line(queue: queue_pb2.Queue) -> str:
+    """The queue as one line of text."""
+    parts = [f"{day(queue)} revision {queue.revision}: {queue.waiting_count} waiting, {queue.expected_count} expected"]
+    for state in _ORDER:
+        named = [
+            f"{entry.ticket} {entry.patient_name}{f' ({entry.room})' if entry.room else ''}"
+            for entry in queue.entries
+            if entry.state == state
+        ]
+        if named:
+            parts.append(f"{_NAMES[state]}: {', '.join(named)}")
+    return " | ".join(parts)
+
+
+def day(queue: queue_pb2.Queue) -> str:
+    """The date of the queue, as ISO 8601 has it."""
+    return f"{queue.date.year:04}-{queue.date.month:02}-{queue.date.day:02}"
+
+
+def in_order(queue: queue_pb2.Queue) -> list[queue_pb2.QueueEntry]:
+    """The entries as the board lists them: called, in consultation, waiting in calling order, parked, missed."""
+    # Of a later release's state this knows only that it is not the first to show.
+    return sorted(queue.entries, key=lambda one: _ORDER.index(one.state) if one.state in _ORDER else len(_ORDER))
+
+
+def _heading(doctor_name: str, state: Text) -> RenderableType:
+    heading = Table.grid(expand=True)
+    heading.add_column(ratio=1)
+    heading.add_column(justify="right")
+    heading.add_row(Text(doctor_name, "bold"), state)
+    return heading
+
+
+def _wait(entry: queue_pb2.QueueEntry, now: float) -> str:
+    """How long the patient has waited, or had to wait until the consultation began."""
+    if entry.HasField("start_time"):
+        now = entry.start_time.ToMicroseconds() / 1e6
+    # This machine's clock may be behind the server's.
+    minutes = max(0, int(now - entry.check_in_time.ToMicroseconds() / 1e6) // 60)
+    return f"{minutes // 60}:{minutes % 60:02}" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,353 @@
+"""The `frontdesk` command. Every expected failure is one line on stderr.
+
+Exit status: 0 done, 1 it cannot be done, 2 it was asked for in a wrong way, 130 interrupted.
+
+What a command needs is imported in it: this module is also imported by every worker process, and by the supervisor,
+which must not have gRPC.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import datetime
+
+    from frontdesk.settings import Settings
+
+app = typer.Typer(
+    name="frontdesk",
+    help="The backend of a clinic's front desk. Options win over FRONTDESK_* variables, those over the defaults.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Failure(Exception):
+    """It cannot be done; the message is the one line that says why."""
+
+
+# As text: `Settings` alone knows what is allowed, and says it in one line.
+_Listen = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where to serve; port 0 takes a free one.")]
+_DataDir = Annotated[str | None, typer.Option(metavar="DIR", help="Where the embedded PostgreSQL lives.")]
+_DatabaseUrl = Annotated[
+    str | None, typer.Option(metavar="URL", help="A PostgreSQL to use instead of the embedded one.")
+]
+_Workers = Annotated[str | None, typer.Option(metavar="N", help="Processes that serve the one port.")]
+_Target = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="The service; default: FRONTDESK_LISTEN or 127.0.0.1:50051.")
+]
+
+
+def main() -> None:
+    """The console's entry point."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Do what the arguments say; the exit status."""
+    # Typer answers the status of an Exit, and what the command returned.
+    try:
+        return app(arguments, prog_name="frontdesk", standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        return 130
+    except typer.Abort:
+        return 130
+    except typer.TyperException as error:
+        said = getattr(error, "format_message", error.__str__)().rstrip(".")
+        return _fail(f"{said}; see `frontdesk --help`", 2)
+    except Exception as error:
+        status = _expected(error)
+        if status is None:
+            raise
+        return _fail(str(error), status)
+
+
+def _expected(error: Exception) -> int | None:
+    if isinstance(error, Failure):
+        return 1
+    from frontdesk.settings import SettingsError
+
+    return 2 if isinstance(error, SettingsError) else None
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"frontdesk: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return status
+
+
+def _say(*lines: str) -> None:
+    try:
+        for text in lines:
+            print(text, flush=True)
+    except BrokenPipeError:
+        # `frontdesk serve | head` goes on serving.
+        _discard_output()
+
+
+@app.callback(invoke_without_command=True)
+def _frontdesk(
+    context: typer.Context, version_: Annotated[bool, typer.Option("--version", help="Say the version.")] = False
+) -> None:
+    if version_:
+        _say(f"frontdesk {version('frontdesk')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        _say(context.get_help())
+        raise typer.Exit(2)
+
+
+@app.command()
+def serve(
+    listen: _Listen = None,
+    data_dir: _DataDir = None,
+    database_url: _DatabaseUrl = None,
+    workers: _Workers = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Fill in a small clinic, once it serves.")] = False,
+) -> int:
+    """Serve until SIGTERM or Ctrl-C, which let running calls end."""
+    settings = _settings(listen=listen, data_dir=data_dir, database_url=database_url, workers=workers)
+    if demo and settings.tls_cert is not None:
+        raise typer.BadParameter("speaks plain text, and this service has TLS.", param_hint="'--demo'")
+
+    from frontdesk.log import configure_log
+    from frontdesk.supervisor import supervise
+
+    configure_log(settings.log_level)
+    after = _AfterServing(settings, demo=demo)
+    try:
+        return supervise(
+            settings,
+            worker=_worker,
+            migrate=lambda conninfo: _migrate(conninfo, settings),
+            check_schema=_check_schema,
+            announce=after.announce,
+        )
+    finally:
+        after.end()
+
+
+def _worker(**task: Any) -> None:
+    from frontdesk.app import run_worker
+
+    run_worker(**task)
+
+
+class _AfterServing:
+    """Tells the operator what to type next. In a thread, because the supervisor has no time for the demo."""
+
+    def __init__(self, settings: "Settings", *, demo: bool) -> None:
+        self._settings = settings
+        self._demo = demo
+        self._filling: subprocess.Popen[bytes] | None = None
+        self._ended = False
+        self._lock = threading.Lock()
+
+    def announce(self, said: str) -> None:
+        _say(said)
+        address = said.rpartition(" ")[2]
+        if self._demo:
+            threading.Thread(target=self._fill, args=(address,), name="demo", daemon=True).start()
+        else:
+            self._suggest(address)
+
+    def _fill(self, address: str) -> None:
+        # Another process: the supervisor has no gRPC.
+        with self._lock:
+            if self._ended:
+                return
+            self._filling = subprocess.Popen([*_module(), "demo", "--target", address], stdin=subprocess.DEVNULL)
+        # What went wrong it has said itself; the service is there all the same.
+        self._filling.wait()
+        if not self._ended:
+            self._suggest(address)
+
+    def _suggest(self, address: str) -> None:
+        if self._settings.tls_cert is not None or not self._settings.serves_reflection:
+            return
+        method = "clinic.frontdesk.v1.DoctorService/ListDoctors"
+        _say(
+            "",
+            "Try:",
+            f"  {_command('buf')} curl --protocol grpc --http2-prior-knowledge http://{address}/{method} -d '{{}}'",
+            f"  grpcurl -plaintext -d '{{}}' {address} {method}",
+            f"  {_this_command()} watch --target {address} --doctor {'DR-SILVA' if self._demo else 'CODE'}",
+        )
+
+    def end(self) -> None:
+        with self._lock:
+            self._ended = True
+        if self._filling is not None:
+            self._filling.terminate()
+            self._filling.wait()
+
+
+@app.command()
+def migrate(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> None:
+    """Bring the database's schema up to date; `serve` does it by itself for the embedded PostgreSQL."""
+    settings = _settings(data_dir=data_dir, database_url=database_url)
+    if settings.database_url is not None:
+        _migrate(settings.database_url, settings)
+    else:
+        from frontdesk.db.embedded import EmbeddedError, EmbeddedPostgres
+
+        try:
+            with EmbeddedPostgres(settings.data_dir) as postgres:
+                _migrate(postgres.conninfo, settings)
+        except EmbeddedError as error:
+            raise Failure(str(error)) from None
+    _say("the schema is up to date")
+
+
+@app.command()
+def demo(target: _Target = None) -> None:
+    """Fill a running service with a small clinic and its today; run again it adds nothing."""
+    import datetime
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from frontdesk.client import SyncFrontdeskClient
+    from frontdesk.demo import CALLER, fill
+
+    target = _target(target)
+    with _refusals(target), SyncFrontdeskClient(target, caller=CALLER) as client:
+        days = fill(client, datetime.datetime.now(datetime.UTC))
+    table = Table("Doctor", "Id", "Name", "Here", "Expected", box=None)
+    for day in days:
+        here, expected = str(len(day.queue.entries)), str(day.queue.expected_count)
+        table.add_row(day.doctor.code, day.doctor.id, day.doctor.display_name, here, expected)
+    # Not narrower than this, because the ids are there to be copied.
+    Console(width=max(Console().width, 90)).print(table)
+    for day in days:
+        if day.slots_on is not None:
+            _say(f" {day.doctor.code} takes patients by slot, on {day.slots_on}")
+
+
+@app.command()
+def watch(
+    doctor: Annotated[str, typer.Option(metavar="ID|CODE", help="Whose queue.")],
+    target: _Target = None,
+    date: Annotated[str | None, typer.Option(metavar="YYYY-MM-DD", help="Default: the clinic's today.")] = None,
+) -> int:
+    """Show a doctor's queue live; where the output is no terminal, a line of text for each update."""
+    import asyncio
+    import datetime
+
+    day = None
+    if date is not None:
+        try:
+            day = datetime.date.fromisoformat(date)
+        except ValueError:
+            raise typer.BadParameter(f"{date!r} is not a date like 2026-01-31.", param_hint="'--date'") from None
+    target = _target(target)
+    try:
+        with _refusals(target):
+            asyncio.run(_watch(target, doctor, day))
+    except (KeyboardInterrupt, BrokenPipeError):
+        # The one way to end a watch, and `| head`.
+        _discard_output()
+    return 0
+
+
+async def _watch(target: str, doctor: str, day: "datetime.date | None") -> None:
+    from rich.console import Console
+
+    from frontdesk.board import UnknownDoctor, follow
+    from frontdesk.client import FrontdeskClient
+
+    async with FrontdeskClient(target, caller="frontdesk-watch") as client:
+        try:
+            await follow(client, doctor, day, Console())
+        except UnknownDoctor as error:
+            raise Failure(str(error)) from None
+
+
+@contextmanager
+def _refusals(target: str) -> Iterator[None]:
+    from frontdesk.client import FrontdeskError
+
+    try:
+        yield
+    except FrontdeskError as error:
+        if error.code.name == "UNAVAILABLE" and not error.reason:
+            raise Failure(f"no frontdesk answers at {target}") from error
+        raise Failure(f"{target} answers {error}") from error
+
+
+def _settings(**given: str | None) -> "Settings":
+    from frontdesk.settings import Settings
+
+    return Settings.load(**given)
+
+
+def _target(given: str | None) -> str:
+    if given:
+        return given
+    from frontdesk.settings import SettingsError
+
+    settings = _settings()
+    if settings.port == 0:
+        raise SettingsError("--target is needed: FRONTDESK_LISTEN says any port")
+    return settings.listen
+
+
+def _migrate(conninfo: str, settings: "Settings") -> None:
+    from frontdesk.db.migrate import SchemaError, migrate
+
+    try:
+        migrate(conninfo, default_time_zone=settings.default_time_zone)
+    except SchemaError as error:
+        raise Failure(str(error)) from None
+
+
+def _check_schema(conninfo: str) -> None:
+    from frontdesk.db.migrate import SchemaError, check_schema
+
+    try:
+        check_schema(conninfo)
+    except SchemaError as error:
+        raise Failure(str(error)) from None
+
+
+def _module() -> list[str]:
+    return [sys.executable, "-m", "frontdesk.cli"]
+
+
+def _this_command() -> str:
+    """How this command was called, so that it can be called so again."""
+    called = sys.argv[0]
+    if not os.access(called, os.X_OK):
+        return shlex.join(_module())
+    return _command(Path(called).name)
+
+
+def _command(name: str) -> str:
+    """The shortest way to call a program that is installed beside this one, or its mere name."""
+    beside = Path(sys.argv[0]).absolute().parent / name
+    on_path = shutil.which(name)
+    if not beside.exists() or (on_path is not None and Path(on_path).exists() and beside.samefile(on_path)):
+        return name
+    relative = os.path.relpath(beside)
+    if os.sep not in relative:
+        relative = os.path.join(os.curdir, relative)
+    return shlex.quote(min(str(beside), relative, key=len))
+
+
+def _discard_output() -> None:
+    """Let nothing fail that is written from now on: the reader may have gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()
