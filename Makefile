@@ -6,7 +6,7 @@ LISTEN := $(or $(FRONTDESK_LISTEN),127.0.0.1:50051)
 DATA := $(or $(FRONTDESK_DATA_DIR),.data)
 PROTOS = $(shell find protos/clinic protos/buf -name '*.proto' | sort)
 
-.PHONY: help install run test check format lint types buf generated generate bench soak lock clean
+.PHONY: help install run test check format lint types buf generated generate bench soak image lock clean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,12 @@ generated: generate ## Does generated/ follow from protos/?
 
 bench: install ## Measure against the floor; prints a table and writes bench.json
 	$(BIN)/python -m benchmarks.bench
+
+soak: install ## Let the model of the clinic play many more examples than make test
+	$(BIN)/python -m pytest tests/test_model.py --hypothesis-profile=soak
+
+image: ## Build the container image frontdesk:latest
+	docker build --tag frontdesk:latest .
 
 lock: install ## Renew requirements.txt (the service) and requirements-dev.txt (with its tools) from pyproject.toml
 	$(COMPILE) --output-file requirements.txt pyproject.toml

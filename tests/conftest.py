@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
+import hypothesis
 import psycopg
 import pytest
 import structlog
@@ -26,6 +27,11 @@ _numbers = itertools.count(1)
 
 # A line a call is for operators; a failing test is read better without them.
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+
+# `make test` draws some examples of what people may do, `make soak` many (--hypothesis-profile=soak).
+hypothesis.settings.register_profile("test", max_examples=40, stateful_step_count=40, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("soak", max_examples=1000, stateful_step_count=100, deadline=None)
+hypothesis.settings.load_profile("test")
 
 TEMPLATE = "frontdesk_template"
 

@@ -1,0 +1,392 @@
+"""A small model of the clinic beside the real service: whatever people do, in whatever order, both agree.
+
+`make soak` runs many more examples than `make test`.
+"""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import grpc
+import psycopg
+import pytest
+from google.type.date_pb2 import Date
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from clinic.frontdesk.v1 import appointment_pb2 as pb
+from clinic.frontdesk.v1 import clinic_pb2, doctor_pb2, patient_pb2, queue_pb2, slot_pb2
+from frontdesk.app import Worker
+from frontdesk.client import FrontdeskError, SyncFrontdeskClient
+from frontdesk.settings import Settings
+
+NOW = datetime(2030, 5, 6, 9, tzinfo=UTC)
+TODAY = Date(year=2030, month=5, day=6)
+HOLDING = {"BOOKED", "CHECKED_IN", "IN_CONSULTATION", "COMPLETED"}
+LIVE = {"BOOKED", "CHECKED_IN", "IN_CONSULTATION"}
+IN_LINE = ("WAITING", "CALLED", "IN_CONSULTATION", "PARKED", "MISSED")
+
+
+@dataclass
+class Clinic:
+    """A running service whose clock stands still, and how to ask its database."""
+
+    client: SyncFrontdeskClient
+    conninfo: str
+
+    def sql(self, query: str, *params: Any) -> list[tuple[Any, ...]]:
+        with psycopg.connect(self.conninfo, autocommit=True) as connection:
+            return connection.execute(query, params).fetchall()
+
+
+@pytest.fixture
+def clinic(conninfo: str, settings: Settings) -> Iterator[Clinic]:
+    """A real server, in a thread of its own, because Hypothesis is synchronous."""
+    with psycopg.connect(conninfo, autocommit=True) as admin:
+        admin.execute(f"alter database {admin.info.dbname} set frontdesk.now = '{NOW.isoformat()}'")
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def start() -> tuple[Worker, int]:
+        worker = Worker(settings, conninfo)
+        return worker, await worker.start("127.0.0.1:0")
+
+    worker, port = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    with SyncFrontdeskClient(f"127.0.0.1:{port}") as client:
+        yield Clinic(client, conninfo)
+    asyncio.run_coroutine_threadsafe(worker.stop(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@dataclass
+class Visit:
+    """What the model knows of an appointment."""
+
+    id: str
+    patient: int
+    doctor: int
+    number: int
+    slot: int | None
+    state: str = "BOOKED"
+    line: str | None = None
+    ticket: int = 0
+    order: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class Day:
+    """What the model knows of a doctor's day."""
+
+    revision: int = 1
+    last_ticket: int = 0
+    present: bool = True
+    kinds: list[str] = field(default_factory=list)
+
+
+CAPACITY = 3
+SLOTS = [(0, 10, 0, 1), (0, 10, 30, 2), (1, 10, 15, 1), (1, 11, 0, 2)]
+"""Doctor, hour, minute and capacity of the slots, each of half an hour."""
+
+
+def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
+    """The rules, for this running service."""
+    client = clinic.client
+
+    class Front(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            c = client.clinics.CreateClinic(
+                clinic_pb2.CreateClinicRequest(clinic=clinic_pb2.Clinic(name="Model", time_zone="UTC"))
+            ).clinic
+            key = c.id[-12:] + c.id[:8]
+            self.doctors = [
+                client.doctors.CreateDoctor(
+                    doctor_pb2.CreateDoctorRequest(
+                        doctor=doctor_pb2.Doctor(
+                            code=f"{key}{n}", display_name="D", clinic_id=c.id, max_patients_per_day=CAPACITY
+                        )
+                    )
+                ).doctor.id
+                for n in range(2)
+            ]
+            self.patients = [
+                client.patients.RegisterPatient(
+                    patient_pb2.RegisterPatientRequest(
+                        patient=patient_pb2.Patient(given_name=f"{key} {n}", phone="+5511987654321")
+                    )
+                ).patient.id
+                for n in range(6)
+            ]
+            wanted = []
+            for doctor, hour, minute, capacity in SLOTS:
+                slot = slot_pb2.Slot(doctor_id=self.doctors[doctor], capacity=capacity)
+                start = NOW.replace(hour=hour, minute=minute)
+                slot.start_time.FromDatetime(start)
+                slot.end_time.FromSeconds(int(start.timestamp()) + 1800)
+                wanted.append(slot)
+            made = client.slots.BatchCreateSlots(slot_pb2.BatchCreateSlotsRequest(slots=wanted))
+            self.slots = [slot.id for slot in made.slots]
+            self.days = [Day(), Day()]
+            self.visits: list[Visit] = []
+
+        # What the model expects of a place.
+
+        def place(self, patient: int, doctor: int, slot: int | None, moving: Visit | None = None) -> str | int:
+            """The number that is given, or the reason of the refusal."""
+            others = [visit for visit in self.visits if visit is not moving]
+            if not self.days[doctor].present:
+                return "DOCTOR_ABSENT"
+            if any(v.patient == patient and v.doctor == doctor and v.state in LIVE for v in others):
+                return "DUPLICATE_BOOKING"
+            if slot is not None:
+                start = SLOTS[slot][1] * 60 + SLOTS[slot][2]
+                for visit in others:
+                    if visit.patient == patient and visit.slot is not None and visit.state in LIVE:
+                        other = SLOTS[visit.slot][1] * 60 + SLOTS[visit.slot][2]
+                        if abs(other - start) < 30:
+                            return "PATIENT_OVERLAP"
+                if sum(v.slot == slot and v.state in HOLDING for v in others) >= SLOTS[slot][3]:
+                    return "SLOT_FULL"
+            taken = {v.number for v in others if v.doctor == doctor and v.state in HOLDING}
+            if len(taken) >= CAPACITY:
+                return "DAY_FULL"
+            return min(set(range(1, CAPACITY + 1)) - taken)
+
+        def changed(self, doctor: int, kind: str) -> int:
+            self.days[doctor].revision += 1
+            self.days[doctor].kinds.append(kind)
+            return self.days[doctor].revision
+
+        # What people do.
+
+        @rule(patient=st.integers(0, 5), doctor=st.integers(0, 1), dry=st.booleans())
+        def book_day(self, patient: int, doctor: int, dry: bool) -> None:
+            request = pb.BookAppointmentRequest(
+                patient_id=self.patients[patient],
+                doctor_day=pb.DoctorDay(doctor_id=self.doctors[doctor], date=TODAY),
+                validate_only=dry,
+            )
+            self.booked(request, patient, doctor, None)
+
+        @rule(patient=st.integers(0, 5), slot=st.integers(0, 3))
+        def book_slot(self, patient: int, slot: int) -> None:
+            request = pb.BookAppointmentRequest(patient_id=self.patients[patient], slot_id=self.slots[slot])
+            self.booked(request, patient, SLOTS[slot][0], slot)
+
+        def booked(self, request: pb.BookAppointmentRequest, patient: int, doctor: int, slot: int | None) -> None:
+            expected = self.place(patient, doctor, slot)
+            answer, reason = attempt(lambda: client.appointments.BookAppointment(request))
+            if answer is None:
+                assert reason == expected
+                return
+            assert answer.appointment.number == expected
+            if not request.validate_only:
+                assert answer.revision == self.changed(doctor, "BOOKED")
+                self.visits.append(Visit(answer.appointment.id, patient, doctor, answer.appointment.number, slot))
+
+        @precondition(lambda self: self.visits)
+        @rule(data=st.data(), doctor=st.integers(0, 1), slot=st.none() | st.integers(0, 3))
+        def reschedule(self, data: st.DataObject, doctor: int, slot: int | None) -> None:
+            visit = data.draw(st.sampled_from(self.visits))
+            request = pb.RescheduleAppointmentRequest(appointment_id=visit.id)
+            if slot is None:
+                request.doctor_day.CopyFrom(pb.DoctorDay(doctor_id=self.doctors[doctor], date=TODAY))
+            else:
+                doctor = SLOTS[slot][0]
+                request.slot_id = self.slots[slot]
+            expected: str | int = "INVALID_TRANSITION"
+            if visit.state == "BOOKED":
+                expected = self.place(visit.patient, doctor, slot, visit)
+            answer, reason = attempt(lambda: client.appointments.RescheduleAppointment(request))
+            if answer is None:
+                assert reason == expected
+                return
+            assert answer.appointment.number == expected
+            if visit.doctor != doctor:
+                assert answer.vacated_revision == self.changed(visit.doctor, "MOVED_OUT")
+            assert answer.revision == self.changed(doctor, "MOVED_IN")
+            visit.doctor, visit.slot, visit.number = doctor, slot, answer.appointment.number
+
+        @rule(doctor=st.integers(0, 1))
+        def call_next(self, doctor: int) -> None:
+            line = self.line(doctor)
+            request = queue_pb2.CallNextRequest(doctor_id=self.doctors[doctor], room="1")
+            answer, reason = attempt(lambda: client.queues.CallNext(request))
+            if not line:
+                assert reason == "QUEUE_EMPTY"
+                return
+            assert answer is not None
+            assert answer.entry.appointment_id == line[0].id
+            assert answer.revision == self.changed(doctor, "CALLED")
+            line[0].line = "CALLED"
+
+        @rule(doctor=st.integers(0, 1), present=st.booleans())
+        def set_presence(self, doctor: int, present: bool) -> None:
+            answer = client.doctors.SetDoctorAvailability(
+                doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=self.doctors[doctor], date=TODAY, is_present=present)
+            )
+            live = sorted((v for v in self.visits if v.doctor == doctor and v.state in LIVE), key=lambda v: v.number)
+            assert list(answer.affected_appointment_ids) == ([] if present else [v.id for v in live])
+            assert answer.revision == self.changed(doctor, "AVAILABILITY")
+            self.days[doctor].present = present
+
+        @precondition(lambda self: self.visits)
+        @rule(data=st.data(), verb=st.sampled_from(sorted(VERBS)))
+        def verb(self, data: st.DataObject, verb: str) -> None:
+            # Mostly the latest, so that lives go on to their ends.
+            visit = data.draw(st.sampled_from(self.visits[-6:]))
+            call, allowed, after = VERBS[verb]
+            at = visit.line if visit.state == "CHECKED_IN" else visit.state
+            answer, reason = attempt(lambda: call(client, visit.id))
+            if at not in allowed:
+                already = verb == "CheckIn" and visit.state in ("CHECKED_IN", "IN_CONSULTATION")
+                too_early = verb == "MarkNoShow" and visit.state == "BOOKED"
+                assert not too_early
+                assert reason == ("ALREADY_CHECKED_IN" if already else "INVALID_TRANSITION")
+                return
+            if verb == "MarkNoShow" and visit.slot is not None:
+                assert reason == "TOO_EARLY"
+                return
+            assert answer is not None, reason
+            state, line, kind = after
+            assert answer.revision == self.changed(visit.doctor, kind)
+            day = self.days[visit.doctor]
+            if verb == "CheckIn":
+                day.last_ticket += 1
+                visit.ticket = day.last_ticket
+            if line == "WAITING":
+                visit.order = (day.last_ticket, day.revision) if visit.line == "MISSED" else (visit.ticket, 0)
+            visit.state = state or visit.state
+            visit.line = "LEFT" if verb == "CancelAppointment" and visit.line else line
+            if verb == "CancelAppointment" and not visit.ticket:
+                visit.line = None
+
+        # What always holds.
+
+        def line(self, doctor: int) -> list[Visit]:
+            waiting = [v for v in self.visits if v.doctor == doctor and v.line == "WAITING"]
+            return sorted(waiting, key=lambda v: v.order)
+
+        @invariant()
+        def the_queues_agree(self) -> None:
+            for doctor, day in enumerate(self.days):
+                queue = client.queues.GetQueue(queue_pb2.GetQueueRequest(doctor_id=self.doctors[doctor])).queue
+                assert queue.revision == day.revision
+                mine = [v for v in self.visits if v.doctor == doctor]
+                assert queue.expected_count == sum(v.state == "BOOKED" for v in mine)
+                expected = self.line(doctor)
+                for state in IN_LINE[1:]:
+                    expected += sorted((v for v in mine if v.line == state), key=lambda v: v.ticket)
+                names = queue_pb2.QueueEntry.State
+                shown = [(e.appointment_id, e.ticket, names.Name(e.state)) for e in queue.entries]
+                assert shown == [(v.id, v.ticket, f"STATE_{v.line}") for v in expected]
+                waiting = len(self.line(doctor))
+                assert [e.position for e in queue.entries] == [
+                    *range(1, waiting + 1),
+                    *[0] * (len(expected) - waiting),
+                ]
+
+        def teardown(self) -> None:
+            for doctor, day in enumerate(self.days):
+                self.the_history_replays(self.doctors[doctor], doctor, day)
+            for visit in self.visits:
+                got = client.appointments.GetAppointment(pb.GetAppointmentRequest(appointment_id=visit.id)).appointment
+                assert pb.Appointment.State.Name(got.state) == f"STATE_{visit.state}"
+                assert (got.number, got.slot_id) == (
+                    visit.number,
+                    "" if visit.slot is None else self.slots[visit.slot],
+                )
+
+        def the_history_replays(self, doctor_id: str, doctor: int, day: Day) -> None:
+            events = clinic.sql(
+                "select revision, kind, appointment_id::text, queue_state, ticket from event"
+                " where doctor_id = %s order by revision",
+                doctor_id,
+            )
+            assert [revision for revision, *_ in events] == list(range(2, day.revision + 1))
+            assert [kind for _, kind, *_ in events] == day.kinds
+            line: dict[str, str] = {}
+            tickets = []
+            expected: set[str] = set()
+            for _, kind, appointment_id, state, ticket in events:
+                if kind in ("BOOKED", "MOVED_IN"):
+                    expected.add(appointment_id)
+                elif kind in ("CANCELLED", "MOVED_OUT", "NO_SHOW", "CHECKED_IN"):
+                    expected.discard(appointment_id)
+                if kind == "CHECKED_IN":
+                    tickets.append(ticket)
+                if state is not None:
+                    line[appointment_id] = state
+            assert tickets == list(range(1, day.last_ticket + 1))
+            mine = [v for v in self.visits if v.doctor == doctor]
+            assert expected == {v.id for v in mine if v.state == "BOOKED"}
+            assert line == {v.id: v.line for v in mine if v.line is not None}
+
+    return Front
+
+
+def attempt(call: Any) -> tuple[Any, str]:
+    """The answer, or why there is none."""
+    try:
+        return call(), "OK"
+    except FrontdeskError as error:
+        if error.code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+            raise
+        return None, error.reason
+
+
+ANY_LINE = {"WAITING", "CALLED", "PARKED", "MISSED"}
+VERBS: dict[str, tuple[Any, set[str], tuple[str, str | None, str]]] = {
+    "CheckIn": (
+        lambda c, i: c.queues.CheckIn(queue_pb2.CheckInRequest(appointment_id=i)),
+        {"BOOKED"}, ("CHECKED_IN", "WAITING", "CHECKED_IN"),
+    ),
+    "StartAppointment": (
+        lambda c, i: c.appointments.StartAppointment(pb.StartAppointmentRequest(appointment_id=i)),
+        {"WAITING", "CALLED"}, ("IN_CONSULTATION", "IN_CONSULTATION", "STARTED"),
+    ),
+    "CompleteAppointment": (
+        lambda c, i: c.appointments.CompleteAppointment(pb.CompleteAppointmentRequest(appointment_id=i)),
+        {"IN_CONSULTATION"}, ("COMPLETED", "DONE", "COMPLETED"),
+    ),
+    "CancelAppointment": (
+        lambda c, i: c.appointments.CancelAppointment(pb.CancelAppointmentRequest(appointment_id=i)),
+        {"BOOKED"} | ANY_LINE, ("CANCELLED", "LEFT", "CANCELLED"),
+    ),
+    "MarkNoShow": (
+        lambda c, i: c.appointments.MarkNoShow(pb.MarkNoShowRequest(appointment_id=i)),
+        {"BOOKED"}, ("NO_SHOW", None, "NO_SHOW"),
+    ),
+    "CallAgain": (
+        lambda c, i: c.queues.CallAgain(queue_pb2.CallAgainRequest(appointment_id=i)),
+        {"CALLED"}, ("", "CALLED", "CALLED_AGAIN"),
+    ),
+    "ReturnToLine": (
+        lambda c, i: c.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=i)),
+        {"CALLED", "PARKED", "MISSED"}, ("", "WAITING", "RETURNED"),
+    ),
+    "ParkPatient": (
+        lambda c, i: c.queues.ParkPatient(queue_pb2.ParkPatientRequest(appointment_id=i)),
+        {"WAITING", "CALLED"}, ("", "PARKED", "PARKED"),
+    ),
+    "MarkMissed": (
+        lambda c, i: c.queues.MarkMissed(queue_pb2.MarkMissedRequest(appointment_id=i)),
+        {"CALLED"}, ("", "MISSED", "MISSED"),
+    ),
+    "LeaveQueue": (
+        lambda c, i: c.queues.LeaveQueue(queue_pb2.LeaveQueueRequest(appointment_id=i)),
+        ANY_LINE, ("LEFT", "LEFT", "LEFT"),
+    ),
+}  # fmt: skip
+"""How each verb is called, from which states it goes, and the visit, the line and the event that it leaves."""
+
+
+def test_the_service_agrees_with_the_model(clinic: Clinic) -> None:
+    """Never over capacity, numbers unique, tickets and revisions without gaps, history = present, refusals the same."""
+    run_state_machine_as_test(machine(clinic))
