@@ -23,6 +23,8 @@ import typer
 if TYPE_CHECKING:
     import datetime
 
+    import grpc
+
     from frontdesk.settings import Settings
 
 app = typer.Typer(
@@ -117,8 +119,8 @@ def serve(
 ) -> int:
     """Serve until SIGTERM or Ctrl-C, which let running calls end."""
     settings = _settings(listen=listen, data_dir=data_dir, database_url=database_url, workers=workers)
-    if demo and settings.tls_cert is not None:
-        raise typer.BadParameter("speaks plain text, and this service has TLS.", param_hint="'--demo'")
+    if demo and settings.tls_cert is not None and settings.client_ca is None:
+        raise typer.BadParameter("needs FRONTDESK_CLIENT_CA, since this service has TLS.", param_hint="'--demo'")
 
     from frontdesk.log import configure_log
     from frontdesk.supervisor import supervise
@@ -221,7 +223,7 @@ def demo(target: _Target = None) -> None:
     from frontdesk.demo import CALLER, fill
 
     target = _target(target)
-    with _refusals(target), SyncFrontdeskClient(target, caller=CALLER) as client:
+    with _refusals(target), SyncFrontdeskClient(target, credentials=_credentials(), caller=CALLER) as client:
         days = fill(client, datetime.datetime.now(datetime.UTC))
     table = Table("Doctor", "Id", "Name", "Here", "Expected", box=None)
     for day in days:
@@ -266,11 +268,40 @@ async def _watch(target: str, doctor: str, day: "datetime.date | None") -> None:
     from frontdesk.board import UnknownDoctor, follow
     from frontdesk.client import FrontdeskClient
 
-    async with FrontdeskClient(target, caller="frontdesk-watch") as client:
+    async with FrontdeskClient(target, credentials=_credentials(), caller="frontdesk-watch") as client:
         try:
             await follow(client, doctor, day, Console())
         except UnknownDoctor as error:
             raise Failure(str(error)) from None
+
+
+@app.command()
+def health(target: _Target = None) -> int:
+    """Ask the service's gRPC health: status 0 where it serves, 1 where it does not. For a container's health check."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    target = _target(target)
+    credentials = _credentials()
+    with grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+        except grpc.RpcError:
+            raise Failure(f"no frontdesk answers at {target}") from None
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    _say(status)
+    return 0 if status == "SERVING" else 1
+
+
+def _credentials() -> "grpc.ChannelCredentials | None":
+    """What a service with TLS is met with; None for plain text."""
+    settings = _settings()
+    if settings.client_ca is None:
+        return None
+    import grpc
+
+    own = [path.read_bytes() if path else None for path in (settings.client_key, settings.client_cert)]
+    return grpc.ssl_channel_credentials(settings.client_ca.read_bytes(), *own)
 
 
 @contextmanager

@@ -52,6 +52,12 @@ class Settings(BaseSettings):
     """PEM file of the server's private key."""
     tls_client_ca: Path | None = None
     """PEM file of the authority that signs client certificates; set, every client must present one (mTLS)."""
+    client_ca: Path | None = None
+    """PEM file of the authority by which `watch`, `demo` and `health` know a service with TLS; set, they speak TLS."""
+    client_cert: Path | None = None
+    """PEM file of the certificate that they present to a service that asks for one; needs `client_key`."""
+    client_key: Path | None = None
+    """PEM file of that certificate's private key."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @classmethod
@@ -96,7 +102,7 @@ class Settings(BaseSettings):
             raise ValueError(f"{value!r} is not an IANA time zone")
         return value
 
-    @field_validator("tls_cert", "tls_key", "tls_client_ca")
+    @field_validator("tls_cert", "tls_key", "tls_client_ca", "client_ca", "client_cert", "client_key")
     @classmethod
     def _file_is_readable(cls, value: Path | None) -> Path | None:
         if value is not None:
@@ -110,6 +116,10 @@ class Settings(BaseSettings):
     def _together(self) -> "Settings":
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("FRONTDESK_TLS_CERT and FRONTDESK_TLS_KEY go together")
+        if (self.client_cert is None) != (self.client_key is None):
+            raise ValueError("FRONTDESK_CLIENT_CERT and FRONTDESK_CLIENT_KEY go together")
+        if self.client_cert is not None and self.client_ca is None:
+            raise ValueError("FRONTDESK_CLIENT_CERT needs FRONTDESK_CLIENT_CA")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("FRONTDESK_TLS_CLIENT_CA needs FRONTDESK_TLS_CERT")
         if not self.loopback and self.tls_client_ca is None:
