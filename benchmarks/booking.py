@@ -1,0 +1,246 @@
+"""What a booking costs: the floor, pgbench, and every call of the real service, in CPU per call and time."""
+
+import re
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from google.protobuf.message import Message
+from google.type.date_pb2 import Date
+
+from benchmarks import floor, people
+from benchmarks.load import Loaded, unary_client
+from benchmarks.people import DOCTOR, PATIENT, SLOT, TO_CHECK_IN, TO_MOVE, make_id
+from benchmarks.stage import Child, Meter, ServerProcess, Stage, program
+from clinic.frontdesk.v1 import appointment_pb2, queue_pb2
+
+IN_FLIGHT = (16, 64)
+CONNECTIONS = 8
+"""Of the floor's server and of pgbench, as many as a worker's pool has."""
+
+BOOKING, SLOTS, FLOOR = "BookAppointment by doctor-day", "BookAppointment by slot", "the floor"
+RESCHEDULE = "RescheduleAppointment"
+
+
+@dataclass
+class Cost:
+    """Of one kind of call, with so many in flight."""
+
+    name: str
+    in_flight: int
+    calls: int
+    server_us: float
+    """CPU a call of the server process."""
+    postgres_us: float
+    """CPU a call of PostgreSQL, all its processes."""
+    calls_per_second: float
+    p50_ms: float
+    p99_ms: float
+    client_cores: float
+    """How much of a core the load client used: near 1 it is the bottleneck."""
+    refused: dict[str, int]
+
+    @property
+    def cpu_us(self) -> float:
+        """CPU a call, server and PostgreSQL together."""
+        return self.server_us + self.postgres_us
+
+
+@dataclass
+class Kind:
+    """One kind of call: where it goes, and its n-th request."""
+
+    name: str
+    server: ServerProcess
+    method: str
+    request: Callable[[int], Message]
+    made: int = 0
+
+    def next(self, count: int) -> list[bytes]:
+        """The next requests; none is made twice."""
+        self.made += count
+        return [self.request(n).SerializeToString() for n in range(self.made - count, self.made)]
+
+
+def measure(stage: Stage, *, calls: int, rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Run everything of this part; the kinds take turns, so that a noisy moment meets them all."""
+    zone = people.noon_zone()
+    day = people.today(zone)
+    warmup = max(200, calls // 10)
+    total = len(IN_FLIGHT) * (rounds * calls + warmup)
+    doctors = max(10, total // 10)
+    progress("prepare two databases")
+    bare = _prepared(stage, "floor", zone, day, total, doctors)
+    real = _prepared(stage, "real", zone, day, total, doctors)
+    with (
+        ServerProcess(floor.serve, bare, CONNECTIONS) as floor_server,
+        stage.serve(real, log_level="info", pool_size=CONNECTIONS) as server,
+        Child(unary_client) as client,
+    ):
+        kinds = list(_kinds(floor_server, server, day, doctors))
+        costs = []
+        for in_flight in IN_FLIGHT:
+            runs: dict[str, list[Cost]] = {kind.name: [] for kind in kinds}
+            for kind in kinds:
+                _run(stage, client, kind, warmup, in_flight)
+            for turn in range(rounds):
+                for kind in kinds:
+                    progress(f"{kind.name}, {in_flight} in flight, {turn + 1} of {rounds}")
+                    runs[kind.name].append(_run(stage, client, kind, calls, in_flight))
+            costs += [_middle(found) for found in runs.values()]
+    progress("pgbench")
+    pgbench = {
+        name: _pgbench(stage, conninfo, script, doctors, total, day, calls * rounds)
+        for name, conninfo, script in (("the bare function", bare, _BARE), ("book_appointment", real, _REAL))
+    }
+    return {
+        "costs": [asdict(cost) | {"cpu_us": cost.cpu_us} for cost in costs],
+        "pgbench": pgbench,
+        "ratios": _ratios(costs),
+    }
+
+
+def _prepared(stage: Stage, name: str, zone: str, day: date, total: int, doctors: int) -> str:
+    conninfo = stage.database(name)
+    with psycopg.connect(conninfo) as connection:
+        people.found(connection, zone, doctors, total)
+        people.history(connection, 2 * total, doctors, total, day)
+        people.booked(connection, TO_CHECK_IN, total, doctors, day)
+        people.booked(connection, TO_MOVE, total, doctors, day + timedelta(days=10))
+        # A line to look at, one place ahead of the other kinds: ids of its own, and never changed.
+        people.booked(connection, 100, doctors * 10, doctors, day + timedelta(days=40), checked_in=True)
+        people.slots(connection, total, doctors, day + timedelta(days=20), zone)
+        connection.execute(floor.BARE_FUNCTION)
+    people.settle(conninfo)
+    return conninfo
+
+
+def _wire(day: date) -> Date:
+    return Date(year=day.year, month=day.month, day=day.day)
+
+
+def _kinds(floor_server: ServerProcess, server: ServerProcess, day: date, doctors: int) -> Iterator[Kind]:
+    appointments, queues = "/clinic.frontdesk.v1.AppointmentService/", "/clinic.frontdesk.v1.QueueService/"
+
+    def doctor_day(n: int, later: int) -> appointment_pb2.DoctorDay:
+        return appointment_pb2.DoctorDay(
+            doctor_id=make_id(DOCTOR, n % doctors), date=_wire(day + timedelta(days=later))
+        )
+
+    def book(n: int) -> Message:
+        return appointment_pb2.BookAppointmentRequest(
+            patient_id=make_id(PATIENT, n), doctor_day=doctor_day(n, 5), idempotency_key=f"book-{n}"
+        )
+
+    def book_slot(n: int) -> Message:
+        return appointment_pb2.BookAppointmentRequest(
+            patient_id=make_id(PATIENT, n), slot_id=make_id(SLOT, n), idempotency_key=f"slot-{n}"
+        )
+
+    def move(n: int) -> Message:
+        return appointment_pb2.RescheduleAppointmentRequest(
+            appointment_id=make_id(TO_MOVE, n), doctor_day=doctor_day(n, 30), idempotency_key=f"move-{n}"
+        )
+
+    def check_in(n: int) -> Message:
+        return queue_pb2.CheckInRequest(appointment_id=make_id(TO_CHECK_IN, n), idempotency_key=f"check-in-{n}")
+
+    def get_queue(n: int) -> Message:
+        line = doctor_day(n, 40)
+        return queue_pb2.GetQueueRequest(doctor_id=line.doctor_id, date=line.date)
+
+    def list_day(n: int) -> Message:
+        line = doctor_day(n, 40)
+        return appointment_pb2.ListAppointmentsRequest(doctor_id=line.doctor_id, from_date=line.date, to_date=line.date)
+
+    yield Kind(FLOOR, floor_server, appointments + "BookAppointment", book)
+    yield Kind(BOOKING, server, appointments + "BookAppointment", book)
+    yield Kind(SLOTS, server, appointments + "BookAppointment", book_slot)
+    yield Kind(RESCHEDULE, server, appointments + "RescheduleAppointment", move)
+    yield Kind("CheckIn", server, queues + "CheckIn", check_in)
+    yield Kind("GetQueue (10 waiting)", server, queues + "GetQueue", get_queue)
+    yield Kind("ListAppointments (a doctor-day of 10)", server, appointments + "ListAppointments", list_day)
+
+
+def _run(stage: Stage, client: Child, kind: Kind, calls: int, in_flight: int) -> Cost:
+    client.ask(kind.server.port, kind.method, kind.next(calls), in_flight)
+    meter = Meter(stage, kind.server, client)
+    done: Loaded = client.ask("go")
+    server, postgres, loader = meter.read()
+    p50, p99 = percentiles(done.latencies, 50, 99)
+    return Cost(
+        kind.name, in_flight, calls, server / calls * 1e6, postgres / calls * 1e6, calls / done.seconds, p50 * 1e3,
+        p99 * 1e3, loader / done.seconds, done.refused,
+    )  # fmt: skip
+
+
+def _middle(runs: Sequence[Cost]) -> Cost:
+    """The run with the median CPU a call; calls and refusals of all."""
+    middle = sorted(runs, key=lambda cost: cost.cpu_us)[len(runs) // 2]
+    refused: dict[str, int] = {}
+    for run in runs:
+        for reason, count in run.refused.items():
+            refused[reason] = refused.get(reason, 0) + count
+    middle.refused = refused
+    middle.calls = sum(run.calls for run in runs)
+    return middle
+
+
+def _ratios(costs: Sequence[Cost]) -> dict[str, dict[int, float]]:
+    by = {(cost.name, cost.in_flight): cost.cpu_us for cost in costs}
+
+    def ratio(one: str, other: str) -> dict[int, float]:
+        return {n: by[one, n] / by[other, n] for n in IN_FLIGHT}
+
+    return {
+        "booking / floor": ratio(BOOKING, FLOOR),
+        "slot booking / day booking": ratio(SLOTS, BOOKING),
+        "reschedule / day booking": ratio(RESCHEDULE, BOOKING),
+    }
+
+
+# Every call has a number of its own, and by it a doctor and a patient who never meet again.
+_PICK = """
+\\set n :n + 1
+\\set call :n * :clients + :client_id
+\\set doctor :call % :doctors
+\\set patient :call % :patients
+"""
+_BARE = _PICK + "select * from bare_book(bench_id(3, :patient), bench_id(2, :doctor), date 'DAY');\n"
+_REAL = _PICK + (
+    "select outcome, (appointment).id from book_appointment('bench', 'pgbench-' || :call, '\\x00'::bytea,"
+    " bench_id(3, :patient), null, bench_id(2, :doctor), date 'DAY', '', '', false);\n"
+)
+
+
+def _pgbench(
+    stage: Stage, conninfo: str, script: str, doctors: int, patients: int, day: date, calls: int
+) -> dict[str, Any]:
+    path = Path(stage.directory) / "script.sql"
+    path.write_text(script.replace("DAY", str(day + timedelta(days=50))))
+    before = stage.cpu
+    command: list[str | Path] = [program("pgbench"), "-n", "-M", "prepared", "-f", path, "-c", str(CONNECTIONS)]
+    command += ["-j", "1", "-t", str(calls // CONNECTIONS), "-D", "n=0", "-D", f"clients={CONNECTIONS}"]
+    command += ["-D", f"doctors={doctors}", "-D", f"patients={patients}"]
+    said = subprocess.run([*command, conninfo], capture_output=True, text=True, check=True).stdout
+    rate = re.search(r"tps = ([\d.]+)", said)
+    failed = re.search(r"number of failed transactions: (\d+)", said)
+    assert rate is not None
+    return {
+        "calls_per_second": float(rate[1]),
+        "postgres_us": (stage.cpu - before) / (calls // CONNECTIONS * CONNECTIONS) * 1e6,
+        "failed": int(failed[1]) if failed else 0,
+    }
+
+
+def percentiles(values: Sequence[float], *ranks: int) -> list[float]:
+    """The values below which so many percent lie; NaN where there are none."""
+    if len(values) < 2:
+        return [values[0] if values else float("nan")] * len(ranks)
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return [cuts[rank - 1] for rank in ranks]

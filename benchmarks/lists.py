@@ -1,0 +1,304 @@
+"""How the time of a list depends on how much there is: the same pages out of few and out of many appointments."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.type.date_pb2 import Date
+
+from benchmarks import people
+from benchmarks.load import Loaded, unary_client
+from benchmarks.people import CLINIC, CLINICS, DOCTOR, PATIENT, SLOT, make_id
+from benchmarks.stage import Child, Stage
+from clinic.frontdesk.v1 import appointment_pb2, slot_pb2
+from frontdesk import appointments, slots
+from frontdesk.db.database import compiled
+from frontdesk.db.schema import VISIT_STATES, appointment
+
+DOCTORS = 300
+DAYS = 1_000
+"""Calendar days that the appointments are spread over, back from today."""
+PAGE = 20
+CALLS = 40
+_RARE = 15
+"""Patients in consultation now, however many appointments there are."""
+_SLOT_DAYS = 10
+_SLOTS_A_DAY = 8
+
+
+@dataclass
+class Shape:
+    """A list: its request, and the statement behind it with its parameters."""
+
+    name: str
+    method: str
+    request: Message
+    statement: Callable[[], str]
+    params: dict[str, Any]
+    deep: bool = False
+    """Measure a page from the middle of the list, not the first."""
+
+
+def measure(stage: Stage, *, few: int, many: int, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Time every shape in a database of each size."""
+    zone = people.noon_zone()
+    day = people.today(zone)
+    found: dict[int, dict[str, Any]] = {}
+    loading: dict[int, float] = {}
+    for rows in (few, many):
+        progress(f"load {rows:,} appointments")
+        started = time.perf_counter()
+        name = f"lists_{rows}"
+        conninfo = stage.database(name)
+        with psycopg.connect(conninfo) as connection:
+            _load(connection, rows, day, zone)
+        people.settle(conninfo)
+        loading[rows] = time.perf_counter() - started
+        found[rows] = {}
+        with (
+            stage.serve(conninfo) as server,
+            Child(unary_client) as client,
+            psycopg.connect(conninfo, autocommit=True) as connection,
+        ):
+            for shape in _shapes(day):
+                progress(f"{shape.name}, {rows:,} appointments")
+                found[rows][shape.name] = _time(client, server.port, connection, shape)
+        stage.drop(name)
+    return {
+        "few": few,
+        "many": many,
+        "page": PAGE,
+        "load_seconds": loading,
+        "shapes": [
+            {
+                "name": name,
+                "few": found[few][name],
+                "many": found[many][name],
+                "ratio": _ratio(found[many][name]["ms"], found[few][name]["ms"]),
+            }
+            for name in found[few]
+        ],
+    }
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one / other
+
+
+def _load(connection: psycopg.Connection, rows: int, day: date, zone: str) -> None:
+    connection.execute("set synchronous_commit = off")
+    connection.execute("set maintenance_work_mem = '256MB'")
+    patients = max(1_000, rows // 5)
+    people.found(connection, zone, DOCTORS, patients)
+    connection.execute("update doctor set max_patients_per_day = 10")
+    # Indexes that no constraint needs are quicker made afterwards.
+    indexes = connection.execute(
+        "select i.indexrelid::regclass::text, pg_get_indexdef(i.indexrelid) from pg_index i"
+        " where i.indrelid = 'appointment'::regclass"
+        " and not exists (select from pg_constraint c where c.conindid = i.indexrelid)"
+    ).fetchall()
+    for name, _ in indexes:
+        connection.execute(f"drop index {name}".encode())
+    # A doctor's n-th appointment is on the (n mod DAYS)-th day back; 20 % no-shows, 7 % cancelled, 0.1 % left.
+    connection.execute(
+        """
+        insert into appointment (patient_id, doctor_id, clinic_id, date, number, state, ticket, queue_state, line_order,
+                                 check_in_time)
+        select bench_id(%(patient)s, i * 7919 %% %(patients)s), bench_id(%(doctor)s, d),
+               bench_id(%(clinic)s, d %% %(clinics)s), %(day)s::date - 1 - spread, n / %(days)s + 1, state,
+               case when line is not null then n / %(days)s + 1 end, line,
+               case when line is not null then (n / %(days)s + 1) << 32 end,
+               case when line is not null then now() end
+        from generate_series(0, %(last)s::bigint) i,
+             lateral (select i %% %(doctors)s as d, i / %(doctors)s as n, i * 2654435761 %% 1000 as dice) a,
+             lateral (select (n * 617 %% %(days)s)::integer as spread,
+                             case when dice < 200 then 'NO_SHOW' when dice < 270 then 'CANCELLED'
+                                  when dice < 271 then 'LEFT' else 'COMPLETED' end as state) b,
+             lateral (select case state when 'LEFT' then 'LEFT' when 'COMPLETED' then 'DONE' end as line) c
+        """,
+        {
+            "patient": PATIENT, "patients": patients, "doctor": DOCTOR, "doctors": DOCTORS, "clinic": CLINIC,
+            "clinics": CLINICS, "day": day, "days": DAYS, "last": rows - 1,
+        },
+    )  # fmt: skip
+    connection.execute(
+        "insert into appointment (patient_id, doctor_id, clinic_id, date, number, state, ticket, queue_state,"
+        " check_in_time)"
+        " select bench_id(%s, i), bench_id(%s, i), bench_id(%s, i %% %s), %s, 1, 'IN_CONSULTATION', 1,"
+        " 'IN_CONSULTATION', now() from generate_series(0, %s) i",
+        (PATIENT, DOCTOR, CLINIC, CLINICS, day, _RARE - 1),
+    )
+    for _, definition in indexes:
+        connection.execute(definition.encode())
+    # Slots of the coming days, the first half of each day booked; and past ones, a tenth as many as appointments.
+    connection.execute(
+        """
+        insert into slot (id, doctor_id, clinic_id, date, start_time, end_time)
+        select bench_id(%(slot)s, i), bench_id(%(doctor)s, d), bench_id(%(clinic)s, d %% %(clinics)s), day,
+               (day + time '08:00') at time zone %(zone)s + place * interval '20 minutes',
+               (day + time '08:20') at time zone %(zone)s + place * interval '20 minutes'
+        from generate_series(0, %(last)s::bigint) i,
+             lateral (select i %% %(doctors)s as d, i / %(doctors)s %% %(a_day)s as place,
+                             %(day)s::date + %(ahead)s - (i / %(doctors)s / %(a_day)s)::integer as day) a
+        """,
+        {
+            "slot": SLOT, "doctor": DOCTOR, "doctors": DOCTORS, "clinic": CLINIC, "clinics": CLINICS, "zone": zone,
+            "a_day": _SLOTS_A_DAY, "day": day, "ahead": _SLOT_DAYS,
+            "last": DOCTORS * _SLOTS_A_DAY * _SLOT_DAYS + rows // 10 - 1,
+        },
+    )  # fmt: skip
+    connection.execute(
+        """
+        insert into appointment (patient_id, doctor_id, clinic_id, date, number, state, slot_id, start_time, end_time)
+        select bench_id(%s, row_number() over (order by start_time, doctor_id) %% %s), doctor_id, clinic_id, date,
+               place, 'BOOKED', id, start_time, end_time
+        from (select s.*, row_number() over (partition by doctor_id, date order by start_time) as place
+              from slot s where date > %s) later
+        where place <= %s
+        """,
+        (PATIENT, patients, day, _SLOTS_A_DAY // 2),
+    )
+
+
+def _wire(day: date) -> Date:
+    return Date(year=day.year, month=day.month, day=day.day)
+
+
+def _shapes(day: date) -> Iterator[Shape]:
+    patient, doctor, clinic = make_id(PATIENT, 77), make_id(DOCTOR, 7), make_id(CLINIC, 7)
+    no_show, rare = appointment_pb2.Appointment.STATE_NO_SHOW, appointment_pb2.Appointment.STATE_IN_CONSULTATION
+    month = (day - timedelta(days=30), day)
+
+    def listing(
+        name: str, *, states: Sequence[int] = (), dates: tuple[date, date] | None = None, descending: bool = False,
+        deep: bool = False, **of: Any,
+    ) -> Shape:  # fmt: skip
+        request = appointment_pb2.ListAppointmentsRequest(
+            page_size=PAGE, states=[appointment_pb2.Appointment.State.ValueType(state) for state in states], **of
+        )
+        if descending:
+            request.order = appointment_pb2.ListAppointmentsRequest.ORDER_DATE_DESC
+        params: dict[str, Any] = {**of, "size": PAGE + 1}
+        if dates is not None:
+            request.from_date.CopyFrom(_wire(dates[0]))
+            request.to_date.CopyFrom(_wire(dates[1]))
+            params |= {"from_date": dates[0], "to_date": dates[1]}
+        if deep:
+            params |= {"after_date": None, "after_id": None}
+        named = tuple(appointment_pb2.Appointment.State.Name(s).removeprefix("STATE_") for s in request.states)
+        given = frozenset(params) - {"size"}
+        method = "/clinic.frontdesk.v1.AppointmentService/ListAppointments"
+        return Shape(
+            name, method, request, lambda: appointments._list_statement(given, named or VISIT_STATES, descending),
+            params, deep,
+        )  # fmt: skip
+
+    yield listing("by patient", patient_id=patient)
+    yield listing("by doctor", doctor_id=doctor)
+    yield listing("by doctor, descending", doctor_id=doctor, descending=True)
+    yield listing("by clinic", clinic_id=clinic)
+    yield listing("by clinic, descending", clinic_id=clinic, descending=True)
+    yield listing("by clinic, NO_SHOW", clinic_id=clinic, states=[no_show])
+    yield listing("by clinic, from the middle", clinic_id=clinic, deep=True)
+    yield listing("31 days", dates=month)
+    yield listing("31 days, descending", dates=month, descending=True)
+    yield listing("31 days, a rare state", dates=month, states=[rare])
+    yield listing("31 days, from the middle", dates=month, deep=True)
+
+    def free(name: str, **of: Any) -> Shape:
+        request = slot_pb2.ListSlotsRequest(page_size=PAGE, available_only=True)
+        for field, value in of.items():
+            if isinstance(value, datetime):
+                stamp = Timestamp()
+                stamp.FromDatetime(value)
+                getattr(request, field).CopyFrom(stamp)
+            else:
+                setattr(request, field, value)
+        names = ("doctor_id", "clinic_id", "specialty", "start_time_from", "start_time_to")
+        wanted = slots.SlotFilter(**{name: of.get(name) for name in names}, available_only=True)
+        method = "/clinic.frontdesk.v1.SlotService/ListSlots"
+        return Shape(name, method, request, lambda: slots._list_statement(set(of), wanted), {**of, "size": PAGE + 1})
+
+    yield free("free slots of a doctor", doctor_id=doctor)
+    yield free("free slots of a clinic", clinic_id=clinic)
+    yield free("free slots of a specialty", specialty="specialty 7")
+    yield free("free slots")
+    yield free("free slots of three days", start_time_from=datetime.now(UTC), start_time_to=datetime.now(UTC)
+               + timedelta(days=3))  # fmt: skip
+
+
+def _time(client: Child, port: int, connection: psycopg.Connection, shape: Shape) -> dict[str, Any]:
+    """Milliseconds a call through the service, median; and what PostgreSQL alone says of it."""
+
+    def load(request: Any, calls: int) -> Loaded:
+        client.ask(port, shape.method, [request.SerializeToString()] * calls, 1)
+        done: Loaded = client.ask("go")
+        return done
+
+    request: Any = type(shape.request)()
+    request.CopyFrom(shape.request)
+    params = dict(shape.params)
+    if shape.deep:
+        request.page_token, last = _middle(connection, request, load)
+        params |= {"after_date": date(last.date.year, last.date.month, last.date.day), "after_id": last.id}
+    # A statement's plan is settled after its fifth run on a connection; the pool has two by then.
+    load(request, 14)
+    done = load(request, CALLS)
+    if done.refused:
+        return {"ms": None, "rows": 0, "execution_ms": None, "plan": "", "refused": done.refused}
+    answer: Any = (
+        appointment_pb2.ListAppointmentsResponse if "Appointments" in shape.method else slot_pb2.ListSlotsResponse
+    ).FromString(done.last)
+    rows = len(answer.appointments if "Appointments" in shape.method else answer.slots)
+    explained = connection.execute(f"explain (analyze, buffers, format json) {shape.statement()}".encode(), params)
+    plan: dict[str, Any] = (explained.fetchone() or [[{}]])[0][0]
+    return {
+        "ms": statistics.median(done.latencies) * 1e3,
+        "rows": rows,
+        "execution_ms": plan["Execution Time"],
+        "plan": _nodes(plan["Plan"]),
+        "refused": {},
+    }
+
+
+def _middle(connection: psycopg.Connection, request: Any, load: Callable[[Any, int], Loaded]) -> tuple[str, Any]:
+    """The token after which the second half of the list comes, and the row before it; by turning pages."""
+    of = appointment.c
+    count = sa.select(sa.func.count()).select_from(appointment)
+    if request.clinic_id:
+        count = count.where(of.clinic_id == sa.bindparam("clinic_id"))
+    if request.HasField("from_date"):
+        count = count.where(of.date.between(sa.bindparam("first"), sa.bindparam("last")))
+    dates = [date(day.year, day.month, day.day) for day in (request.from_date, request.to_date) if day.year]
+    values = {"clinic_id": request.clinic_id, **dict(zip(("first", "last"), dates, strict=False))}
+    rows = (connection.execute(compiled(count).encode(), values).fetchone() or [0])[0]
+    page: Any = type(request)()
+    page.CopyFrom(request)
+    page.page_size = min(100, max(1, rows // 2))
+    for _ in range(max(1, rows // 2 // page.page_size)):
+        answer = appointment_pb2.ListAppointmentsResponse.FromString(load(page, 1).last)
+        page.page_token = answer.next_page_token
+    return page.page_token, answer.appointments[-1]
+
+
+def _nodes(plan: dict[str, Any], depth: int = 4) -> str:
+    """The top nodes of a plan, outermost first, each with its index or table and the rows that it met."""
+    name = str(plan["Node Type"])
+    place = plan.get("Index Name") or plan.get("Relation Name")
+    removed = plan.get("Rows Removed by Filter", 0) + plan.get("Rows Removed by Join Filter", 0)
+    text = name + (f" {place}" if place else "") + f" {plan['Actual Rows']:.0f}x{plan['Actual Loops']:.0f}"
+    if removed:
+        text += f" (passed over {removed:.0f})"
+    children = [child for child in plan.get("Plans", ()) if child.get("Parent Relationship") not in {"InitPlan"}]
+    if depth and children:
+        inner = _nodes(children[0], depth - 1)
+        same = len(children) - 1
+        text += f" < {inner}" + (f" and {same} more" if same else "")
+    return text

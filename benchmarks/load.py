@@ -1,0 +1,242 @@
+"""Load clients, each in a process of its own: unary calls, watchers, and the day's work that the watchers watch."""
+
+import asyncio
+import gc
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from multiprocessing.connection import Connection
+from typing import Any
+
+import grpc
+import uvloop
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2
+from google.type.date_pb2 import Date
+from grpc_status.rpc_status import from_call
+
+from clinic.frontdesk.v1 import appointment_pb2, appointment_pb2_grpc, queue_pb2, queue_pb2_grpc
+
+STREAMS_PER_CHANNEL = 100
+"""What the service allows a connection by default."""
+
+
+def channel(port: int) -> grpc.aio.Channel:
+    """A connection of its own."""
+    return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)])
+
+
+def reason_of(error: grpc.RpcError) -> str:
+    """The reason of a refusal, else its status code."""
+    status = from_call(error)
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details if status else ():
+        if detail.Unpack(info):
+            return str(info.reason)
+    return str(error.code().name)
+
+
+@dataclass
+class Loaded:
+    """What became of a load."""
+
+    seconds: float
+    latencies: list[float]
+    refused: dict[str, int] = field(default_factory=dict)
+    last: bytes = b""
+    """The answer that came last."""
+
+
+def unary_client(pipe: Connection) -> None:
+    """Serves commands `(port, method, requests, in flight)`: answers when ready, begins at the next message."""
+    uvloop.run(_unary_client(pipe))
+
+
+async def _unary_client(pipe: Connection) -> None:
+    channels: dict[int, grpc.aio.Channel] = {}
+    while True:
+        port, method, requests, in_flight = await asyncio.to_thread(pipe.recv)
+        if port not in channels:
+            channels[port] = channel(port)
+            await channels[port].channel_ready()
+        call: Any = channels[port].unary_unary(method)
+        pipe.send("ready")
+        await asyncio.to_thread(pipe.recv)
+        pipe.send(await _load(call, requests, in_flight))
+
+
+async def _load(call: Any, requests: Sequence[bytes], in_flight: int) -> Loaded:
+    left = iter(requests)
+    latencies: list[float] = []
+    refused: Counter[str] = Counter()
+    last = b""
+
+    async def work() -> None:
+        nonlocal last
+        for request in left:
+            started = time.perf_counter()
+            try:
+                last = await call(request)
+            except grpc.aio.AioRpcError as error:
+                refused[reason_of(error)] += 1
+            latencies.append(time.perf_counter() - started)
+
+    started = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(in_flight)))
+    return Loaded(time.perf_counter() - started, latencies, dict(refused), last)
+
+
+@dataclass
+class Watched:
+    """What watchers saw since they were last told to begin."""
+
+    messages: int
+    lags: list[float]
+    """Seconds from a change's time to its receipt, one a change and watcher."""
+    ended: int
+    """Streams that have ended, which none should."""
+
+
+def watch_client(pipe: Connection) -> None:
+    """Serves the commands `("open", port, doctor-days)`, `("begin",)` and `("report",)`."""
+    uvloop.run(_Watchers().run(pipe))
+
+
+class _Watchers:
+    def __init__(self) -> None:
+        self._received: list[tuple[float, int]] = []
+        # The watchers of a doctor-day get the same bytes; they are parsed once, and after the run.
+        self._numbers: dict[bytes, int] = {}
+        self._ended = 0
+        self._began = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._channels: list[grpc.aio.Channel] = []
+        self._room = 0
+
+    async def run(self, pipe: Connection) -> None:
+        while True:
+            command, *args = await asyncio.to_thread(pipe.recv)
+            pipe.send(await getattr(self, command)(*args))
+
+    async def open(self, port: int, days: Sequence[tuple[str, date]]) -> None:
+        """One more watcher for each of these, open on return."""
+        for start in range(0, len(days), 50):
+            await asyncio.gather(*(self._start(port, *day) for day in days[start : start + 50]))
+
+    async def begin(self) -> None:
+        """Forget what came so far; and keep the collector from stopping for what stays: it would count as lag."""
+        gc.collect()
+        gc.freeze()
+        self._received, self._numbers, self._began = [], {}, time.time()
+
+    async def report(self) -> Watched:
+        """What came since."""
+        received, numbers = self._received, self._numbers
+        stamps: list[list[float]] = []
+        for raw in numbers:
+            message = queue_pb2.WatchQueueResponse.FromString(raw)
+            times = (change.change_time.ToNanoseconds() / 1e9 for change in message.update.changes)
+            stamps.append([stamp for stamp in times if stamp >= self._began])
+        lags = [at - stamp for at, number in received for stamp in stamps[number]]
+        return Watched(len(received), lags, self._ended)
+
+    async def _start(self, port: int, doctor: str, day: date) -> None:
+        if self._room == 0:
+            self._channels.append(channel(port))
+            self._room = STREAMS_PER_CHANNEL
+        self._room -= 1
+        request = queue_pb2.WatchQueueRequest(
+            doctor_id=doctor,
+            date=Date(year=day.year, month=day.month, day=day.day),
+            heartbeat_interval=Duration(seconds=60),
+        )
+        watch: Any = self._channels[-1].unary_stream("/clinic.frontdesk.v1.QueueService/WatchQueue")
+        call = watch(request.SerializeToString())
+        if await call.read() is grpc.aio.EOF:
+            raise RuntimeError("a stream ended at once")
+        task = asyncio.create_task(self._watch(call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self, call: Any) -> None:
+        try:
+            while (raw := await call.read()) is not grpc.aio.EOF:
+                self._received.append((time.time(), self._numbers.setdefault(raw, len(self._numbers))))
+        except grpc.aio.AioRpcError:
+            pass
+        finally:
+            self._ended += 1
+
+
+@dataclass
+class Worked:
+    """What a front desk did."""
+
+    calls: int
+    latencies: list[float]
+    refused: dict[str, int]
+
+
+def desk_client(pipe: Connection) -> None:
+    """Serves the command `(port, doctors, day, patients, changes a second, seconds)`."""
+    uvloop.run(_desk_client(pipe))
+
+
+async def _desk_client(pipe: Connection) -> None:
+    while True:
+        port, doctors, day, patients, rate, seconds = await asyncio.to_thread(pipe.recv)
+        async with channel(port) as way:
+            await way.channel_ready()
+            worked = Worked(0, [], {})
+            share = len(patients) // len(doctors)
+            pause = len(doctors) / rate
+            await asyncio.gather(
+                *(
+                    _desk(way, worked, doctor, day, patients[n * share :][:share], n / rate, pause, seconds)
+                    for n, doctor in enumerate(doctors)
+                )
+            )
+        pipe.send(worked)
+
+
+async def _desk(
+    way: grpc.aio.Channel, worked: Worked, doctor: str, day: date, patients: Sequence[str],
+    begin: float, pause: float, seconds: float,
+) -> None:  # fmt: skip
+    """One doctor's desk: a patient is booked, checked in, and the next in line called, seen and done; every `pause`."""
+    visits = appointment_pb2_grpc.AppointmentServiceStub(way)
+    line = queue_pb2_grpc.QueueServiceStub(way)
+    target = appointment_pb2.DoctorDay(doctor_id=doctor, date=Date(year=day.year, month=day.month, day=day.day))
+    clock = asyncio.get_running_loop().time
+    due = clock() + begin
+    end = clock() + seconds
+
+    async def step(call: Any) -> Any:
+        nonlocal due
+        await asyncio.sleep(max(0.0, due - clock()))
+        due += pause
+        started = clock()
+        answer = await call()
+        worked.latencies.append(clock() - started)
+        worked.calls += 1
+        return answer
+
+    for patient in patients:
+        if due >= end:
+            return
+        book = appointment_pb2.BookAppointmentRequest(patient_id=patient, doctor_day=target)
+        try:
+            booked = (await step(lambda book=book: visits.BookAppointment(book))).appointment.id
+            check_in = queue_pb2.CheckInRequest(appointment_id=booked)
+            await step(lambda check_in=check_in: line.CheckIn(check_in))
+            call_next = queue_pb2.CallNextRequest(doctor_id=doctor, date=target.date, room="1")
+            called = (await step(lambda call_next=call_next: line.CallNext(call_next))).entry.appointment_id
+            start = appointment_pb2.StartAppointmentRequest(appointment_id=called)
+            await step(lambda start=start: visits.StartAppointment(start))
+            complete = appointment_pb2.CompleteAppointmentRequest(appointment_id=called)
+            await step(lambda complete=complete: visits.CompleteAppointment(complete))
+        except grpc.aio.AioRpcError as error:
+            reason = reason_of(error)
+            worked.refused[reason] = worked.refused.get(reason, 0) + 1

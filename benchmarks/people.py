@@ -1,0 +1,127 @@
+"""Clinics, doctors, patients and appointments in bulk, with ids that a load client can compute."""
+
+from datetime import UTC, date, datetime
+from zoneinfo import ZoneInfo
+
+import psycopg
+
+CLINIC, DOCTOR, PATIENT, SLOT, TO_MOVE, TO_CHECK_IN = range(1, 7)
+
+CLINICS = 78
+
+MAKE_ID = """
+create function bench_id(p_kind integer, p_n bigint) returns uuid language sql immutable as $$
+    select (lpad(to_hex(p_kind), 8, '0') || '-0000-7000-8000-' || lpad(to_hex(p_n), 12, '0'))::uuid
+$$
+"""
+
+
+def make_id(kind: int, n: int) -> str:
+    """The id of the n-th (from 0) of a kind; `bench_id` in SQL."""
+    return f"{kind:08x}-0000-7000-8000-{n:012x}"
+
+
+def noon_zone() -> str:
+    """A zone in which it is about noon, so that no run crosses a clinic's midnight."""
+    ahead = 12 - datetime.now(UTC).hour
+    return f"Etc/GMT{-ahead:+d}" if ahead else "Etc/GMT"
+
+
+def today(zone: str) -> date:
+    """The civil date there."""
+    return datetime.now(ZoneInfo(zone)).date()
+
+
+def found(connection: psycopg.Connection, zone: str, doctors: int, patients: int) -> None:
+    """Make the clinics in `zone`, so many doctors with a daily maximum of 1,000, and so many patients."""
+    connection.execute(MAKE_ID)
+    connection.execute(
+        "insert into clinic (id, name, time_zone)"
+        " select bench_id(%s, i), 'Clinic ' || i, %s from generate_series(0, %s) i",
+        (CLINIC, zone, CLINICS - 1),
+    )
+    connection.execute(
+        "insert into doctor (id, code, display_name, specialty, clinic_id, max_patients_per_day)"
+        " select bench_id(%s, i), 'B-' || i, 'Doctor ' || i, 'specialty ' || i %% 20, bench_id(%s, i %% %s), 1000"
+        " from generate_series(0, %s) i",
+        (DOCTOR, CLINIC, CLINICS, doctors - 1),
+    )
+    connection.execute(
+        "insert into patient (id, given_name, name_key, phone)"
+        " select bench_id(%s, i), 'Patient ' || i, 'patient ' || i, '+55279' || lpad(i::text, 8, '0')"
+        " from generate_series(0, %s) i",
+        (PATIENT, patients - 1),
+    )
+
+
+def history(connection: psycopg.Connection, rows: int, doctors: int, patients: int, before: date) -> None:
+    """So many completed visits, ten a doctor-day, on the days before `before`: indexes of a realistic depth."""
+    connection.execute(
+        "insert into appointment (patient_id, doctor_id, clinic_id, date, number, state, ticket, queue_state,"
+        " line_order, check_in_time)"
+        " select bench_id(%(patient)s, i %% %(patients)s), bench_id(%(doctor)s, i / 10 %% %(doctors)s),"
+        " bench_id(%(clinic)s, (i / 10 %% %(doctors)s) %% %(clinics)s),"
+        " %(before)s::date - 1 - (i / 10 / %(doctors)s)::integer, i %% 10 + 1, 'COMPLETED', i %% 10 + 1, 'DONE',"
+        " (i %% 10 + 1) << 32, now()"
+        " from generate_series(0, %(last)s::bigint) i",
+        {
+            "patient": PATIENT, "patients": patients, "doctor": DOCTOR, "doctors": doctors, "clinic": CLINIC,
+            "clinics": CLINICS, "before": before, "last": rows - 1,
+        },
+    )  # fmt: skip
+
+
+def booked(
+    connection: psycopg.Connection, kind: int, rows: int, doctors: int, on: date, *, checked_in: bool = False
+) -> None:
+    """So many appointments of a kind, dealt to the doctors on one day, and the doctor-days' counters.
+
+    The patient has the appointment's number.
+    """
+    line = "'CHECKED_IN', i / %(doctors)s + 1, 'WAITING', (i / %(doctors)s + 1) << 32, now()"
+    connection.execute(
+        (
+            "insert into appointment (id, patient_id, doctor_id, clinic_id, date, number, state, ticket, queue_state,"
+            " line_order, check_in_time)"
+            " select bench_id(%(kind)s, i), bench_id(%(patient)s, i), bench_id(%(doctor)s, i %% %(doctors)s),"
+            " bench_id(%(clinic)s, i %% %(doctors)s %% %(clinics)s), %(on)s, i / %(doctors)s + 1, "
+            + (line if checked_in else "'BOOKED', null, null, null, null")
+            + " from generate_series(0, %(last)s::bigint) i"
+        ).encode(),
+        {
+            "kind": kind, "patient": PATIENT, "doctor": DOCTOR, "doctors": doctors, "clinic": CLINIC,
+            "clinics": CLINICS, "on": on, "last": rows - 1,
+        },
+    )  # fmt: skip
+    connection.execute(
+        "insert into doctor_day (doctor_id, date, revision, last_ticket, update_time)"
+        " select doctor_id, date, 1 + count(*) * %s, count(ticket), now() from appointment where date = %s"
+        " group by doctor_id, date",
+        (2 if checked_in else 1, on),
+    )
+
+
+def slots(connection: psycopg.Connection, rows: int, doctors: int, on: date, zone: str) -> None:
+    """So many slots of one place, twenty minutes each, dealt to the doctors from 08:00 of one day on.
+
+    A doctor has at most 48 of them.
+    """
+    connection.execute(
+        "insert into slot (id, doctor_id, clinic_id, date, start_time, end_time)"
+        " select bench_id(%(slot)s, i), bench_id(%(doctor)s, i %% %(doctors)s),"
+        " bench_id(%(clinic)s, i %% %(doctors)s %% %(clinics)s), %(on)s,"
+        " (%(on)s + time '08:00') at time zone %(zone)s + i / %(doctors)s * interval '20 minutes',"
+        " (%(on)s + time '08:20') at time zone %(zone)s + i / %(doctors)s * interval '20 minutes'"
+        " from generate_series(0, %(last)s::bigint) i",
+        {
+            "slot": SLOT, "doctor": DOCTOR, "doctors": doctors, "clinic": CLINIC, "clinics": CLINICS, "on": on,
+            "zone": zone, "last": rows - 1,
+        },
+    )  # fmt: skip
+
+
+def settle(conninfo: str) -> None:
+    """Let statistics, visibility and dirty pages be dealt with now, and not during a measurement."""
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute("vacuum analyze")
+        connection.execute("checkpoint")
