@@ -119,6 +119,7 @@ async def test_list_available(front: Front) -> None:
 
     assert await listed() == [free.id, taken.id, blocked.id]
     assert await listed(available_only=True) == [free.id]
+    assert await listed(available_only=True, specialty="cardiology", clinic_id=doctor.clinic_id) == [free.id]
     assert await listed(specialty="CARDIOLOGY", clinic_id=doctor.clinic_id) == [free.id, taken.id, blocked.id]
     assert await listed(specialty="Dermatology") == []
     assert await listed(start_time_from=taken.start_time, start_time_to=blocked.start_time) == [taken.id]

@@ -28,7 +28,7 @@ Render = Callable[[Queue, Sequence[QueueChange], int, str], bytes]
 POLL_SECONDS = 0.2
 """How late a watcher sees a change of which every hint was lost."""
 
-_HINT_PAUSE = 0.01
+_HINT_PAUSE = 0.02
 _HINTS_A_MESSAGE = 150  # of at most 48 bytes each; a payload holds 8,000
 _KEPT_CHANGES = 256
 _CHANNEL = "frontdesk_changed"
@@ -192,8 +192,13 @@ class Feed:
             hints, self._hints = list(self._hints), set()
             for start in range(0, len(hints), _HINTS_A_MESSAGE):
                 keys = " ".join(f"{doctor}/{day}" for doctor, day in hints[start : start + _HINTS_A_MESSAGE])
-                # Not in a writer's transaction: NOTIFY serialises commits over the whole database.
-                await self._db.row("select pg_notify(%s, %s)", (_CHANNEL, f"{self._me} {keys}"), lambda _: None)
+                # Not in a writer's transaction: NOTIFY serialises commits over the whole database. A hint may be lost,
+                # so its own commit waits for no disk.
+                await self._db.row(
+                    "select set_config('synchronous_commit', 'off', true), pg_notify(%s, %s)",
+                    (_CHANNEL, f"{self._me} {keys}"),
+                    lambda *_: None,
+                )
             await asyncio.sleep(_HINT_PAUSE)
 
 

@@ -147,13 +147,16 @@ class Slots:
 
 def _list_statement(given: set[str], wanted: SlotFilter) -> str:
     statement = sa.select(*_columns)
+    specialist = schema.doctor.alias("specialist").c
     conditions: dict[str, sa.ColumnElement[bool]] = {
         "doctor_id": _s.doctor_id == sa.bindparam("doctor_id"),
         "clinic_id": _s.clinic_id == sa.bindparam("clinic_id"),
-        "specialty": sa.exists().where(
-            schema.doctor.c.id == _s.doctor_id,
-            sa.func.lower(schema.doctor.c.specialty) == sa.func.lower(sa.bindparam("specialty")),
-        ),
+        "specialty": sa.exists()
+        .where(
+            specialist.id == _s.doctor_id,
+            sa.func.lower(specialist.specialty) == sa.func.lower(sa.bindparam("specialty")),
+        )
+        .correlate(schema.slot),
         "start_time_from": _s.start_time >= sa.bindparam("start_time_from"),
         "start_time_to": _s.start_time < sa.bindparam("start_time_to"),
         "after_time": sa.tuple_(_s.start_time, _s.id)
@@ -177,7 +180,8 @@ def _list_statement(given: set[str], wanted: SlotFilter) -> str:
             .outerjoin(day, sa.and_(_dd.doctor_id == _s.doctor_id, _dd.date == _s.date))
             .where(
                 _s.state == sa.literal_column("'OPEN'"),
-                _s.start_time > sa.func.moment(),
+                # As a subquery it is asked once, and can bound the scan of an index.
+                _s.start_time > sa.select(sa.func.moment()).scalar_subquery(),
                 doctor.active,
                 clinic.active,
                 sa.func.coalesce(_dd.is_present, sa.true()),

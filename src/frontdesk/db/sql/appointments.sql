@@ -173,7 +173,7 @@ $$;
 create or replace function book_appointment(
     p_caller text, p_key text, p_fingerprint bytea,
     p_patient uuid, p_slot uuid, p_doctor uuid, p_date date, p_reason text, p_notes text, p_validate_only boolean
-) returns decision language plpgsql as $$
+) returns decision language plpgsql set plan_cache_mode = force_generic_plan as $$
 declare
     v_answer decision;
     v_place record;
@@ -228,7 +228,7 @@ $$;
 create or replace function reschedule_appointment(
     p_caller text, p_key text, p_fingerprint bytea,
     p_appointment uuid, p_version integer, p_slot uuid, p_doctor uuid, p_date date
-) returns decision language plpgsql as $$
+) returns decision language plpgsql set plan_cache_mode = force_generic_plan as $$
 declare
     v_answer decision;
     v_old appointment;
@@ -299,7 +299,7 @@ $$;
 -- Change reason and notes; null keeps one.
 create or replace function update_appointment(
     p_caller text, p_key text, p_fingerprint bytea, p_appointment uuid, p_version integer, p_reason text, p_notes text
-) returns decision language plpgsql as $$
+) returns decision language plpgsql set plan_cache_mode = force_generic_plan as $$
 declare
     v_answer decision;
     v_now timestamptz;
@@ -377,7 +377,7 @@ $$;
 create or replace function change_visit(
     p_caller text, p_method text, p_key text, p_fingerprint bytea,
     p_verb text, p_appointment uuid, p_version integer, p_text text, p_patient uuid
-) returns decision language plpgsql as $$
+) returns decision language plpgsql set plan_cache_mode = force_generic_plan as $$
 declare
     v_answer decision;
     v_old appointment;
@@ -520,7 +520,7 @@ $$;
 -- Call the first waiting patient. Under the lock of the doctor-day, so two callers get two patients.
 create or replace function call_next(
     p_caller text, p_key text, p_fingerprint bytea, p_doctor uuid, p_date date, p_room text
-) returns decision language plpgsql as $$
+) returns decision language plpgsql set plan_cache_mode = force_generic_plan as $$
 declare
     v_answer decision;
     v_now timestamptz;

@@ -1,0 +1,316 @@
+"""How the server behaves as a server: health, reflection, credentials, drain, several workers, a kill -9."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psycopg
+import pytest
+import trustme
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from clinic.frontdesk.v1 import queue_pb2
+from frontdesk.app import Worker
+from frontdesk.settings import Settings, SettingsError
+from tests.clinic import Front, outcome, reason_of, refusal, until
+
+SERVICES = [
+    f"clinic.frontdesk.v1.{noun}Service" for noun in ("Appointment", "Clinic", "Doctor", "Patient", "Queue", "Slot")
+]
+
+
+async def test_health_of_every_service(front: Front) -> None:
+    """Health answers overall and for each service."""
+    stub = health_pb2_grpc.HealthStub(front.channel)
+    for service in ("", *SERVICES):
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    error = await refusal(stub.Check(health_pb2.HealthCheckRequest(service="nobody")))
+    assert error.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_health_follows_the_database(front: Front) -> None:
+    """While the database takes no connection the service says that it is not serving, and afterwards that it is."""
+    stub = health_pb2_grpc.HealthStub(front.channel)
+    watch = stub.Watch(health_pb2.HealthCheckRequest())
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    name = psycopg.conninfo.conninfo_to_dict(front.conninfo)["dbname"]
+    with psycopg.connect(front.conninfo, dbname="postgres", autocommit=True) as admin:
+        admin.execute(f"alter database {name} allow_connections false".encode())
+        admin.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = %s", (name,))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        error = await refusal(front.queue("0190a0b0-1111-7222-8333-444455556666"))
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
+        admin.execute(f"alter database {name} allow_connections true".encode())
+    async with asyncio.timeout(5):
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        assert await outcome(front.clinic()) == "OK"
+    watch.cancel()
+
+
+async def test_reflection(front: Front) -> None:
+    """Reflection hands out every service and message, so that grpcurl and buf curl need no protos."""
+
+    def ask() -> list[str]:
+        with grpc.insecure_channel(f"127.0.0.1:{front.port}") as channel:
+            database = ProtoReflectionDescriptorDatabase(channel)
+            pool = DescriptorPool(database)
+            for service in SERVICES:
+                assert pool.FindServiceByName(service).methods
+            return list(database.get_services())
+
+    assert set(SERVICES) < set(await asyncio.to_thread(ask))
+
+
+@pytest.fixture
+def authority() -> trustme.CA:
+    """Who signs the clinic's certificates."""
+    return trustme.CA()
+
+
+@pytest.fixture
+async def secure(
+    conninfo: str, settings: Settings, authority: trustme.CA, tmp_path: Path
+) -> AsyncIterator[tuple[int, Settings]]:
+    """A server that demands client certificates."""
+    own = authority.issue_cert("localhost", "127.0.0.1")
+    own.private_key_pem.write_to_path(tmp_path / "key.pem")
+    for index, blob in enumerate(own.cert_chain_pems):
+        blob.write_to_path(tmp_path / "cert.pem", append=index > 0)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    files = {"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem", "tls_client_ca": tmp_path / "ca.pem"}
+    given = Settings.load(**{**settings.model_dump(), **files, "listen": "0.0.0.0:0"})
+    worker = Worker(given, conninfo)
+    yield await worker.start("127.0.0.1:0"), given
+    await worker.stop()
+
+
+def credentials(authority: trustme.CA, name: str | None) -> grpc.ChannelCredentials:
+    """A client with a certificate of this name, or without."""
+    if name is None:
+        return grpc.ssl_channel_credentials(authority.cert_pem.bytes())
+    own = authority.issue_cert(name)
+    return grpc.ssl_channel_credentials(
+        authority.cert_pem.bytes(), own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes()
+    )
+
+
+async def test_mutual_tls(secure: tuple[int, Settings], authority: trustme.CA, conninfo: str) -> None:
+    """Only clients with a certificate of the authority are served, and the certificate's name is the caller."""
+    port, given = secure
+    assert not given.serves_reflection, "beyond loopback reflection is off"
+    for name, key in (("kiosk.example", "k"), ("billing.example", "k")):
+        async with grpc.aio.secure_channel(f"localhost:{port}", credentials(authority, name)) as channel:
+            front = Front(channel, conninfo, port)
+            doctor = await front.doctor()
+            (patient,) = await front.people(1)
+            booked = await front.book(patient.id, doctor.id, idempotency_key=key)
+            assert not booked.replayed, "another caller's key is another key"
+    assert sorted(front.sql("select caller from idempotency")) == [("cert:billing.example",), ("cert:kiosk.example",)]
+    async with grpc.aio.secure_channel(f"localhost:{port}", credentials(authority, None)) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await Front(channel, conninfo, port).clinics.ListClinics(_nothing(), timeout=5)
+    assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def _nothing() -> Any:
+    from clinic.frontdesk.v1 import clinic_pb2
+
+    return clinic_pb2.ListClinicsRequest()
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "192.168.1.1:1", "clinic.example:1"])
+def test_loopback_only_without_credentials(listen: str) -> None:
+    """Without client certificates no address but loopback is served."""
+    with pytest.raises(SettingsError, match="only loopback"):
+        Settings.load(listen=listen)
+    for local in ("127.0.0.1:1", "[::1]:1", "localhost:1", "127.8.9.10:1"):
+        assert Settings.load(listen=local).loopback
+
+
+async def test_drain(conninfo: str, settings: Settings) -> None:
+    """A stopping server lets running calls end, refuses new ones, and tells its watchers to come back elsewhere."""
+    worker = Worker(settings, conninfo)
+    port = await worker.start("127.0.0.1:0")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        front = Front(channel, conninfo, port)
+        doctor = await front.doctor()
+        (patient,) = await front.people(1)
+        watch: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor.id))
+        await watch.read()
+        async with await psycopg.AsyncConnection.connect(conninfo) as other:
+            # The doctor-day is busy, so the booking waits.
+            await other.execute("select lock_doctor_day(%s, clinic_today(%s))", (doctor.id, doctor.id))
+            booking = asyncio.create_task(front.book(patient.id, doctor.id))
+            await until(lambda: bool(front.sql("select 1 from pg_locks where locktype = 'advisory' and not granted")))
+            stopping = asyncio.create_task(worker.stop())
+            closing = await watch.read()
+            assert closing.closing.reason == queue_pb2.StreamClosing.REASON_DRAINING
+            assert await watch.read() is grpc.aio.EOF
+            assert await watch.code() == grpc.StatusCode.OK
+        assert (await booking).appointment.number == 1
+        await stopping
+        error = await refusal(front.book(patient.id, doctor.id))
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+
+
+class Service:
+    """`frontdesk serve` with two workers on a database of the test's."""
+
+    def __init__(self, conninfo: str, tmp_path: Path) -> None:
+        self.log = tmp_path / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "frontdesk.cli", "serve", "--listen", "127.0.0.1:0", "--workers", "2"],
+                env={**os.environ, "FRONTDESK_DATABASE_URL": conninfo},
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline().rpartition(":")[2])
+
+    def workers(self) -> list[int]:
+        """The process ids of the processes that serve."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                    if int(stat[1]) == self.process.pid and b"spawn_main" in (entry / "cmdline").read_bytes():
+                        found.append(int(entry.name))
+        return found
+
+
+@pytest.fixture
+def service(conninfo: str, tmp_path: Path) -> Iterator[Service]:
+    running = Service(conninfo, tmp_path)
+    yield running
+    running.process.terminate()
+    assert running.process.wait(30) == 0
+    assert running.process.stdout is not None
+    running.process.stdout.close()
+
+
+async def two_fronts(service: Service, conninfo: str) -> list[Front]:
+    """Clients of both workers. The kernel spreads connections, so open some until both have one."""
+    fronts: dict[int, Front] = {}
+    for _ in range(64):
+        channel = grpc.aio.insecure_channel(
+            f"127.0.0.1:{service.port}", options=[("grpc.use_local_subchannel_pool", 1)]
+        )
+        await channel.channel_ready()
+        inodes = _connections_of(service)
+        for pid, count in inodes.items():
+            if count and pid not in fronts:
+                fronts[pid] = Front(channel, conninfo, service.port)
+                break
+        else:
+            await channel.close()
+        if len(fronts) == 2:
+            return list(fronts.values())
+    raise AssertionError("one worker got every connection")
+
+
+def _connections_of(service: Service) -> Counter[int]:
+    """How many clients each worker has."""
+    clients = {
+        line.split()[9]
+        for table in ("tcp", "tcp6")
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]
+        if line.split()[1].endswith(f":{service.port:04X}") and line.split()[3] == "01"
+    }
+    found: Counter[int] = Counter()
+    for pid in service.workers():
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                target = os.readlink(descriptor)
+                found[pid] += target.startswith("socket:[") and target[8:-1] in clients
+    return found
+
+
+async def test_two_workers_one_history(service: Service, conninfo: str) -> None:
+    """Watchers over two workers see the same revisions in the same order, whichever worker made the change."""
+    fronts = await two_fronts(service, conninfo)
+    doctor = await fronts[0].doctor(max_patients_per_day=100)
+    request = queue_pb2.WatchQueueRequest(doctor_id=doctor.id)
+    watches: list[Any] = [front.queues.WatchQueue(request) for front in fronts]
+    for watch in watches:
+        assert (await watch.read()).revision == 1
+    people = await fronts[0].people(20)
+    answers = await asyncio.gather(
+        *(fronts[index % 2].book(person.id, doctor.id) for index, person in enumerate(people))
+    )
+    last = max(answer.revision for answer in answers)
+    assert last == 21
+
+    async def seen(watch: Any) -> list[tuple[int, str]]:
+        changes: list[tuple[int, str]] = []
+        known = 1
+        while known < last:
+            message = await watch.read()
+            assert message.previous_revision == known
+            known = message.revision
+            changes += [(change.revision, change.appointment_id) for change in message.update.changes]
+        return changes
+
+    async with asyncio.timeout(10):
+        first, second = await asyncio.gather(*map(seen, watches))
+    assert first == second == sorted((answer.revision, answer.appointment.id) for answer in answers)
+    for front in fronts:
+        await front.channel.close()
+
+
+async def test_killed_workers_lose_nothing(service: Service, conninfo: str) -> None:
+    """While workers are killed under load, every acknowledged booking stays, and no key acts twice."""
+    target = f"127.0.0.1:{service.port}"
+    acknowledged: dict[str, str] = {}
+    async with grpc.aio.insecure_channel(target) as channel:
+        front = Front(channel, conninfo, service.port)
+        doctors = [await front.doctor(max_patients_per_day=1000) for _ in range(3)]
+        people = await front.people(240)
+
+    async def book(index: int, channel: grpc.aio.Channel) -> None:
+        front = Front(channel, conninfo, service.port)
+        key = f"key-{index}"
+        while True:
+            try:
+                answer = await front.book(people[index].id, doctors[index % 3].id, idempotency_key=key)
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+                    raise
+                await asyncio.sleep(0.05)
+                continue
+            acknowledged[key] = answer.appointment.id
+            return
+
+    async def some(start: int) -> None:
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 200)]
+        async with grpc.aio.insecure_channel(target, options=options) as channel:
+            for index in range(start, len(people), 12):
+                await book(index, channel)
+
+    async def kill() -> None:
+        for threshold in (60, 140):
+            await until(lambda threshold=threshold: len(acknowledged) >= threshold)  # type: ignore[misc]
+            os.kill(service.workers()[0], signal.SIGKILL)
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(kill(), *(some(start) for start in range(12)))
+    stored = dict(front.sql("select key, result_id::text from idempotency where method = 'BookAppointment'"))
+    assert stored == acknowledged
+    assert front.sql("select count(*), count(distinct patient_id) from appointment") == [(240, 240)]
+    numbers = front.sql("select doctor_id::text, array_agg(number order by number) from appointment group by 1")
+    assert all(taken == list(range(1, 81)) for _, taken in numbers)
+    revisions = front.sql("select doctor_id::text, array_agg(revision order by revision) from event group by 1")
+    assert all(made == list(range(2, 82)) for _, made in revisions)
