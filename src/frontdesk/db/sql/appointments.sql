@@ -1,3 +1,7 @@
+-- The functions that decide keep one plan for every call (plan_cache_mode): planning anew each time was the largest cost
+-- of a booking. A plan that is kept may have been made while the tables were empty, when reading a whole table looks
+-- cheap, and it stays until the next ANALYZE; so they may not (enable_seqscan). All that they look for has an index.
+
 -- What the booking functions answer. `outcome` is OK or the reason of a refusal; `subject` the id that the refusal is
 -- about, `detail` its state or date. The rest is the change: the appointment as it is after it, its place in the line,
 -- and the revisions of the doctor-days, with the one that a reschedule left.
@@ -173,7 +177,8 @@ $$;
 create or replace function book_appointment(
     p_caller text, p_key text, p_fingerprint bytea,
     p_patient uuid, p_slot uuid, p_doctor uuid, p_date date, p_reason text, p_notes text, p_validate_only boolean
-) returns decision language plpgsql set plan_cache_mode = force_generic_plan as $$
+) returns decision language plpgsql
+    set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 declare
     v_answer decision;
     v_place record;
@@ -228,7 +233,8 @@ $$;
 create or replace function reschedule_appointment(
     p_caller text, p_key text, p_fingerprint bytea,
     p_appointment uuid, p_version integer, p_slot uuid, p_doctor uuid, p_date date
-) returns decision language plpgsql set plan_cache_mode = force_generic_plan as $$
+) returns decision language plpgsql
+    set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 declare
     v_answer decision;
     v_old appointment;
@@ -299,7 +305,8 @@ $$;
 -- Change reason and notes; null keeps one.
 create or replace function update_appointment(
     p_caller text, p_key text, p_fingerprint bytea, p_appointment uuid, p_version integer, p_reason text, p_notes text
-) returns decision language plpgsql set plan_cache_mode = force_generic_plan as $$
+) returns decision language plpgsql
+    set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 declare
     v_answer decision;
     v_now timestamptz;
@@ -377,7 +384,8 @@ $$;
 create or replace function change_visit(
     p_caller text, p_method text, p_key text, p_fingerprint bytea,
     p_verb text, p_appointment uuid, p_version integer, p_text text, p_patient uuid
-) returns decision language plpgsql set plan_cache_mode = force_generic_plan as $$
+) returns decision language plpgsql
+    set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 declare
     v_answer decision;
     v_old appointment;
@@ -520,7 +528,8 @@ $$;
 -- Call the first waiting patient. Under the lock of the doctor-day, so two callers get two patients.
 create or replace function call_next(
     p_caller text, p_key text, p_fingerprint bytea, p_doctor uuid, p_date date, p_room text
-) returns decision language plpgsql set plan_cache_mode = force_generic_plan as $$
+) returns decision language plpgsql
+    set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 declare
     v_answer decision;
     v_now timestamptz;

@@ -51,22 +51,10 @@ def upgrade() -> None:
             name="appointment_patient_overlap",
         ),
         sa.CheckConstraint(
-            "case state"
-            " when 'CHECKED_IN' then coalesce(queue_state in ('WAITING', 'CALLED', 'PARKED', 'MISSED'), false)"
-            " when 'IN_CONSULTATION' then queue_state is not distinct from 'IN_CONSULTATION'"
-            " when 'COMPLETED' then queue_state is not distinct from 'DONE'"
-            " when 'LEFT' then queue_state is not distinct from 'LEFT'"
-            " when 'CANCELLED' then coalesce(queue_state = 'LEFT', true)"
-            " else queue_state is null end",
+            "state || '/' || coalesce(queue_state, '') = any ('{BOOKED/,CHECKED_IN/WAITING,CHECKED_IN/CALLED,"
+            "CHECKED_IN/PARKED,CHECKED_IN/MISSED,IN_CONSULTATION/IN_CONSULTATION,COMPLETED/DONE,CANCELLED/,"
+            "CANCELLED/LEFT,NO_SHOW/,LEFT/LEFT}'::text[])",
             name="appointment_visit_and_line_check",
-        ),
-        sa.CheckConstraint(
-            "queue_state in ('WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED', 'DONE', 'LEFT')",
-            name="appointment_queue_state_check",
-        ),
-        sa.CheckConstraint(
-            "state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION', 'COMPLETED', 'CANCELLED', 'NO_SHOW', 'LEFT')",
-            name="appointment_state_check",
         ),
         sa.CheckConstraint(
             "(slot_id is null or start_time is not null) and (start_time is null) = (end_time is null)",
