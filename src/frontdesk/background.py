@@ -1,8 +1,9 @@
-"""Work that goes on beside the calls, until it is closed."""
+"""What asyncio lacks: work that goes on beside the calls, and a cheap alarm."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from types import TracebackType
 
 import psycopg
 import structlog
@@ -12,6 +13,37 @@ from frontdesk.errors import Refused
 _PAUSE_SECONDS = 0.2
 
 _log = structlog.get_logger("frontdesk.background")
+
+
+class Alarm:
+    """Ends what stands in its `with` block by TimeoutError after so many seconds.
+
+    `asyncio.timeout` does the same at four times the cost, which a thousand watchers pay with every change.
+    """
+
+    __slots__ = ("_handle", "_rang", "_seconds", "_task")
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._rang = False
+        self._handle = task.get_loop().call_later(self._seconds, self._ring)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handle.cancel()
+        # Uncancelled, unless somebody else has cancelled the task as well: that one is to be obeyed.
+        if self._rang and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
+            raise TimeoutError from None
+
+    def _ring(self) -> None:
+        self._rang = True
+        self._task.cancel()
 
 
 class Background:

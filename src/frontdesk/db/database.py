@@ -186,3 +186,5 @@ async def _configure(connection: AsyncConnection[Any]) -> None:
     connection.adapters.register_loader("uuid", TextLoader)
     await connection.execute(f"set statement_timeout = {int(STATEMENT_TIMEOUT * 1000)}".encode())
     await connection.execute(b"set timezone = 'UTC'")
+    # No statement here runs for so long that compiling it would pay.
+    await connection.execute(b"set jit = off")

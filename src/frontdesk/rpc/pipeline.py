@@ -17,6 +17,7 @@ import protovalidate
 import structlog
 from google.protobuf.message import DecodeError, Message
 
+from frontdesk.background import Alarm
 from frontdesk.errors import DeadlineExceeded, Draining, InvalidField, Overloaded, Refused
 from frontdesk.rpc.status import MOST_VIOLATIONS, Trailers, internal, status_of
 
@@ -88,7 +89,7 @@ class Pipeline:
                 caller = self._caller(context)
                 request = _decoded(raw, decode)
                 remaining = context.time_remaining()
-                async with asyncio.timeout(DEADLINE_SECONDS if remaining is None else min(remaining, DEADLINE_SECONDS)):
+                with Alarm(DEADLINE_SECONDS if remaining is None else min(remaining, DEADLINE_SECONDS)):
                     response = await behaviour(request, Call(context, caller))
                 line(method, "OK", started, caller)
                 return response.SerializeToString()

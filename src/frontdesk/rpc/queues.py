@@ -1,6 +1,5 @@
 """clinic.frontdesk.v1.QueueService."""
 
-import asyncio
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from google.protobuf import duration_pb2
 from clinic.frontdesk.v1 import queue_pb2 as pb
 from clinic.frontdesk.v1.queue_pb2_grpc import QueueServiceServicer
 from frontdesk.appointments import Appointments
+from frontdesk.background import Alarm
 from frontdesk.errors import InvalidField, TooManyWatchers, WatcherTooSlow
 from frontdesk.feed import Feed, ResumeToken, Subscription
 from frontdesk.queues import Queue, QueueChange, QueueEntry, Queues, entry_of
@@ -150,7 +150,7 @@ class QueueServicer(QueueServiceServicer):
 
 async def _write(call: Call, message: bytes) -> None:
     try:
-        async with asyncio.timeout(WRITE_SECONDS):
+        with Alarm(WRITE_SECONDS):
             await call.write(message)
     except TimeoutError:
         raise WatcherTooSlow from None

@@ -1,0 +1,59 @@
+"""The alarm and the background work."""
+
+import asyncio
+
+import pytest
+
+from frontdesk.background import Alarm, Background
+
+
+async def test_the_alarm_rings() -> None:
+    """What takes too long ends by TimeoutError, and the task goes on as if it had never been cancelled."""
+    with pytest.raises(TimeoutError), Alarm(0.01):
+        await asyncio.Event().wait()
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    with Alarm(10):
+        await asyncio.sleep(0)
+
+
+async def test_who_is_cancelled_stays_cancelled() -> None:
+    """A cancellation from outside is none of the alarm's: it passes through, also when the alarm rings with it."""
+
+    async def work(seconds: float) -> None:
+        with Alarm(seconds):
+            await asyncio.Event().wait()
+
+    for seconds in (10.0, 0.0):
+        task = asyncio.create_task(work(seconds))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def test_background_work_is_done_again_and_ends() -> None:
+    """Work that the database fails is begun again; a task that loses one cancellation is ended all the same."""
+    background = Background()
+    runs = 0
+    lost = asyncio.Event()
+
+    async def work() -> None:
+        nonlocal runs
+        runs += 1
+        if runs < 3:
+            raise TimeoutError
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if lost.is_set():
+                raise
+            lost.set()
+
+    background.start(work)
+    async with asyncio.timeout(5):
+        while runs < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await background.close()
+    assert lost.is_set()
