@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import random
 import signal
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,6 +24,7 @@ from frontdesk.doctors import Doctors
 from frontdesk.errors import Refused
 from frontdesk.feed import Feed
 from frontdesk.log import configure_log
+from frontdesk.maintenance import clean, retention
 from frontdesk.patients import Patients
 from frontdesk.queues import Queues
 from frontdesk.rpc.appointments import AppointmentServicer
@@ -36,14 +38,21 @@ from frontdesk.rpc.slots import SlotServicer
 from frontdesk.settings import Settings
 from frontdesk.slots import Slots
 
+CLEAN_SECONDS = 3600.0
+"""How often a worker throws away what is too old; several do not hinder one another."""
+
 HEALTH_SECONDS = 1.0
 """How often a worker asks whether the database is there."""
+
+
+_log = structlog.get_logger("frontdesk.worker")
 
 
 class Worker:
     """One process's part of the service: a pool, a feed, a server. Make it inside the running loop, after any fork."""
 
     def __init__(self, settings: Settings, conninfo: str, *, reuse_port: bool = False) -> None:
+        self._settings = settings
         self._db = Database(conninfo, pool_size=settings.pool_size)
         self._feed = Feed(self._db, render)
         changed = self._feed.changed
@@ -70,6 +79,7 @@ class Worker:
         port = await self._server.start(address)
         await self._look()
         self._background.start(self._keep_looking)
+        self._background.start(self._keep_clean)
         return port
 
     async def stop(self, *, drain: bool = True) -> None:
@@ -83,6 +93,12 @@ class Worker:
         while True:
             await asyncio.sleep(HEALTH_SECONDS)
             await self._look()
+
+    async def _keep_clean(self) -> None:
+        while True:
+            await asyncio.sleep(random.uniform(0.5, 1.5) * CLEAN_SECONDS)
+            removed = await clean(self._db, **retention(self._settings))
+            _log.info("cleaned", keys=removed.keys, events=removed.events)
 
     async def _look(self) -> None:
         try:
@@ -116,6 +132,6 @@ async def _serve(settings: Settings, conninfo: str, address: str, reuse_port: bo
         await worker.stop(drain=False)
         return
     ready.send(port)
-    structlog.get_logger("frontdesk.worker").info("serving", port=port)
+    _log.info("serving", port=port)
     await stop.wait()
     await worker.stop()

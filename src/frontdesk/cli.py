@@ -212,6 +212,37 @@ def migrate(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> Non
 
 
 @app.command()
+def maintain(database_url: _DatabaseUrl = None) -> None:
+    """Throw away idempotency keys and events that are too old. A running service does it by itself every hour."""
+    import asyncio
+
+    from frontdesk.db.database import Database
+    from frontdesk.errors import Refused
+    from frontdesk.maintenance import clean, retention
+
+    settings = _settings(database_url=database_url)
+    if settings.database_url is None:
+        raise typer.BadParameter(
+            "is needed: the service does it for its embedded PostgreSQL.", param_hint="'--database-url'"
+        )
+    _check_schema(settings.database_url)
+
+    async def once(url: str) -> str:
+        db = Database(url, pool_size=1)
+        await db.open()
+        try:
+            removed = await clean(db, **retention(settings))
+        finally:
+            await db.close()
+        return f"removed {removed.keys} idempotency keys and {removed.events} events"
+
+    try:
+        _say(asyncio.run(once(settings.database_url)))
+    except Refused as error:
+        raise Failure(str(error)) from None
+
+
+@app.command()
 def demo(target: _Target = None) -> None:
     """Fill a running service with a small clinic and its today; run again it adds nothing."""
     import datetime

@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     """How long SIGTERM waits for running calls and streams before it ends them."""
     reflection: Literal["auto", "on", "off"] = "auto"
     """Server reflection; auto means on loopback only."""
+    keep_keys_hours: Annotated[float, Field(ge=72, le=24 * 366)] = 24 * 7
+    """How long an idempotency key is known."""
+    keep_events_days: Annotated[float, Field(ge=1, le=36_600)] = 90.0
+    """How long the changes of a doctor-day are kept for watchers that resume, after its date."""
     tls_cert: Path | None = None
     """PEM file of the server's certificate chain; needs `tls_key`."""
     tls_key: Path | None = None

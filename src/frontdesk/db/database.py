@@ -130,6 +130,13 @@ class Database:
         """
         return await self._try(lambda tx: tx.rows(query, params, make))
 
+    async def run(self, query: str, params: Params) -> int:
+        """One statement without an answer; how many rows it changed.
+
+        Raises DatabaseUnavailable, Conflict.
+        """
+        return await self._try(lambda tx: tx.run(query, params))
+
     async def transaction(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
         """Do `work` in one transaction, and again from its beginning where the database asks for that.
 

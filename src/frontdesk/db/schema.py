@@ -318,6 +318,7 @@ event = Table(
     Column("create_time", DateTime(timezone=True), nullable=False),
     PrimaryKeyConstraint("doctor_id", "date", "revision"),
 )
+Index("event_create_time_idx", event.c.create_time, postgresql_using="brin")
 
 # What a caller's key did, so that it is never done twice. Ids, states and a hash of the request; no patient data.
 idempotency = Table(

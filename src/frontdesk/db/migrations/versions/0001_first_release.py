@@ -152,6 +152,7 @@ def upgrade() -> None:
         sa.Column("create_time", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("doctor_id", "date", "revision", name="event_pkey"),
     )
+    op.create_index("event_create_time_idx", "event", ["create_time"], unique=False, postgresql_using="brin")
     op.create_table(
         "idempotency",
         sa.Column("caller", sa.Text(), nullable=False),

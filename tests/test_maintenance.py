@@ -1,0 +1,66 @@
+"""What is thrown away, and what that means for those who come back."""
+
+import asyncio
+import subprocess
+import sys
+from datetime import date
+from typing import Any
+
+from clinic.frontdesk.v1 import queue_pb2
+from frontdesk.db.database import Database
+from frontdesk.feed import ResumeToken
+from frontdesk.maintenance import Removed, clean
+from tests.clinic import Front
+
+DAY = 86400.0
+
+
+async def test_old_keys_and_events_go(front: Front) -> None:
+    """Keys and events of old days go, those of young ones stay, and a watch that resumes there begins afresh."""
+    doctor = await front.doctor()
+    people = await front.people(3)
+    watch: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor.id))
+    first = await watch.read()
+    for number, person in enumerate(people):
+        await front.book(person.id, doctor.id, idempotency_key=f"k{number}")
+    watch.cancel()
+
+    db = Database(front.conninfo, pool_size=1)
+    await db.open()
+    assert await clean(db, keep_keys_seconds=3 * DAY, keep_events_seconds=DAY) == Removed(0, 0)
+    front.sql("update idempotency set create_time = create_time - interval '4 days' where key = 'k0'")
+    assert await clean(db, keep_keys_seconds=3 * DAY, keep_events_seconds=DAY) == Removed(1, 0)
+    # The same day a year ago.
+    for table in ("event", "doctor_day", "appointment"):
+        front.sql(f"update {table} set date = date - 365")
+    front.sql("update event set create_time = create_time - interval '365 days'")
+    assert await clean(db, keep_keys_seconds=3 * DAY, keep_events_seconds=90 * DAY) == Removed(0, 3)
+    await db.close()
+    assert front.sql("select count(*) from appointment") == [(3,)]
+
+    old_day = first.update.queue.date
+    old_day.year -= 1
+    queue = (await front.queues.GetQueue(queue_pb2.GetQueueRequest(doctor_id=doctor.id, date=old_day))).queue
+    assert (queue.revision, queue.expected_count) == (4, 3)
+    gone = ResumeToken(doctor.id, date(old_day.year, old_day.month, old_day.day), 2, 0).encode()
+    again: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor.id, resume_token=gone))
+    fresh = await again.read()
+    assert (fresh.previous_revision, fresh.update.queue) == (0, queue)
+    again.cancel()
+
+
+async def test_many_rows_go_in_batches(front: Front) -> None:
+    """However many rows are old, all go, and `frontdesk maintain` says how many."""
+    front.sql(
+        "insert into idempotency (caller, method, key, fingerprint, create_time)"
+        " select 'c', 'm', n::text, 'f', now() - interval '30 days' from generate_series(1, 5001) n"
+    )
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "frontdesk.cli", "maintain", "--database-url", front.conninfo],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "removed 5001 idempotency keys and 0 events\n"
+    assert front.sql("select count(*) from idempotency") == [(0,)]
