@@ -11,6 +11,7 @@ import structlog
 from frontdesk.errors import Refused
 
 _PAUSE_SECONDS = 0.2
+_RING_AGAIN_SECONDS = 1.0
 
 _log = structlog.get_logger("frontdesk.background")
 
@@ -30,20 +31,25 @@ class Alarm:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._rang = False
+        self._rang = 0
         self._handle = task.get_loop().call_later(self._seconds, self._ring)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._handle.cancel()
-        # Uncancelled, unless somebody else has cancelled the task as well: that one is to be obeyed.
-        if self._rang and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
+        others = self._task.cancelling() - self._rang
+        for _ in range(self._rang):
+            self._task.uncancel()
+        # Where somebody else has cancelled the task as well, that is to be obeyed.
+        if self._rang and not others and kind is asyncio.CancelledError:
             raise TimeoutError from None
 
     def _ring(self) -> None:
-        self._rang = True
+        self._rang += 1
         self._task.cancel()
+        # Again, if need be: before Python 3.12 asyncio.wait_for, in which the pool waits, can lose a cancellation.
+        self._handle = self._task.get_loop().call_later(_RING_AGAIN_SECONDS, self._ring)
 
 
 class Background:
@@ -62,7 +68,7 @@ class Background:
         while pending:
             for task in pending:
                 task.cancel()
-            # Again if need be: before Python 3.12 asyncio.wait_for, in which the pool waits, can lose a cancellation.
+            # Again, if need be, as in Alarm.
             _, pending = await asyncio.wait(pending, timeout=_PAUSE_SECONDS)
 
 

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from frontdesk.background import Background
 from frontdesk.db.database import Database
-from frontdesk.errors import DatabaseUnavailable, InvalidField, Refused
+from frontdesk.errors import DatabaseUnavailable, DoctorNotFound, InvalidField, Refused
 from frontdesk.queues import Queue, QueueChange, read_changes, read_queue, read_revisions, with_positions
 
 DoctorDayKey = tuple[str, date]
@@ -54,7 +54,7 @@ class ResumeToken:
         try:
             doctor, day, revision, stamp = json.loads(base64.b64decode(text, altchars=b"-_", validate=True))
             token = cls(str(uuid.UUID(doctor)), date.fromisoformat(day), int(revision), int(stamp))
-        except (ValueError, TypeError, AttributeError, RecursionError, binascii.Error):
+        except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, binascii.Error):
             raise InvalidField(("resume_token", "is malformed")) from None
         if token.encode() != text:
             raise InvalidField(("resume_token", "is malformed"))
@@ -140,32 +140,39 @@ class Feed:
             look, self._look = self._look, set()
             topics = [topic for key in look if (topic := self._topics.get(key)) is not None]
             # Those who ask from now on wait for the next round: this one may have read already.
-            asked = {topic.key: topic.readers for topic in topics}
+            asked = [(topic, reader) for topic in topics for reader in topic.readers]
             for topic in topics:
                 topic.readers = []
             try:
-                await self._refresh(topics)
-            except BaseException as error:
-                refusal = error if isinstance(error, Refused) else DatabaseUnavailable()
-                for reader in (reader for readers in asked.values() for reader in readers):
+                refused = await self._refresh(topics)
+            except BaseException:
+                for _, reader in asked:
                     if not reader.done():
-                        reader.set_exception(refusal)
-                if isinstance(error, (Refused, TimeoutError)):
-                    await asyncio.sleep(POLL_SECONDS)
-                    continue
+                        reader.set_exception(DatabaseUnavailable())
                 raise
-            for reader in (reader for readers in asked.values() for reader in readers):
-                _let_go(reader)
+            for topic, reader in asked:
+                if reader.done():
+                    continue
+                if topic in refused:
+                    reader.set_exception(refused[topic])
+                else:
+                    reader.set_result(None)
 
-    async def _refresh(self, topics: Sequence[_Topic]) -> None:
+    async def _refresh(self, topics: Sequence[_Topic]) -> dict[_Topic, Refused]:
+        """Read what has changed of these; the refusals, where there is no such doctor."""
+        refused: dict[_Topic, Refused] = {}
         if not topics:
-            return
+            return refused
         revisions = await read_revisions(self._db, [topic.key for topic in topics])
         for topic in topics:
             known = topic.queue
             if known is not None and known.revision == revisions[topic.key]:
                 continue
-            queue = await read_queue(self._db, *topic.key)
+            try:
+                queue = await read_queue(self._db, *topic.key)
+            except DoctorNotFound as refusal:
+                refused[topic] = refusal
+                continue
             if known is not None and queue.revision > known.revision:
                 topic.changes.extend(await read_changes(self._db, *topic.key, known.revision + 1, queue.revision))
             else:
@@ -175,6 +182,7 @@ class Feed:
             topic.messages = {}
             for watcher in topic.watchers:
                 watcher.wake()
+        return refused
 
     async def _listen(self) -> None:
         async with self._db.listening(_CHANNEL) as payloads:

@@ -136,6 +136,7 @@ class Patients:
             prefix = sa.bindparam("name_prefix", type_=sa.Text)
             filters["name_prefix"] = (sa.or_(_t.name_key.like(prefix), _t.family_key.like(prefix)), start)
         if insurance is not None:
+            require_country(insurance["country"], "insurance.country")
             wanted = sa.cast(sa.bindparam("insurance"), JSONB)
             filters["insurance"] = (_t.insurances.contains(wanted), Jsonb([dict(insurance)]))
         return await records.page(self._db, page, filters)

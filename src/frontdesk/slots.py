@@ -1,7 +1,7 @@
 """The bookable intervals of the doctors' days."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import date, datetime
 from typing import Any
 
@@ -64,6 +64,24 @@ _columns = (
 )  # fmt: skip
 _by_ids = compiled(sa.select(*_columns).where(_s.id == sa.any_(sa.bindparam("ids", type_=sa.ARRAY(sa.Uuid)))))
 
+_answer = (
+    "select d.outcome, d.subject, d.detail, coalesce(d.replayed, false), "
+    + ", ".join(
+        # Counted now, also for a replay.
+        f"(select count(*) from appointment where appointment.slot_id = s.id and appointment.{schema.HOLDING})"
+        if field.name == "booked_count"
+        else f"s.{field.name}"
+        for field in fields(Slot)
+    )
+    + " from "
+)
+_answered_slots = " left join lateral unnest(d.slots) with ordinality s on true order by s.ordinality"
+
+_BAD_TIMES = {
+    "OVER_MIDNIGHT": ("end_time", "is not on the clinic's civil day of start_time"),
+    "AFTER_9999": ("start_time", "is after the year 9999 in the clinic's time zone"),
+}
+
 
 class Slots:
     """Open, list, block, release and delete slots."""
@@ -82,6 +100,7 @@ class Slots:
             (intent.caller, method, intent.key, intent.fingerprint, [slot.doctor_id for slot in wanted],
              [slot.start_time for slot in wanted], [slot.end_time for slot in wanted],
              [slot.capacity for slot in wanted]),
+            path="slot" if method == "CreateSlot" else "slots[{}]",
         )  # fmt: skip
 
     async def get(self, slot_id: str) -> Slot:
@@ -130,19 +149,15 @@ class Slots:
             (intent.caller, method, intent.key, intent.fingerprint, [*slot_ids], state, why),
         )
 
-    async def _decide(self, call: str, params: tuple[Any, ...]) -> tuple[Sequence[Slot], bool]:
-        answer = await self._db.row(
-            f"select outcome, subject, detail, replayed, ids::text[] from {call}", params, lambda *columns: columns
-        )
-        assert answer is not None
-        outcome, subject, detail, replayed, ids = answer
-        if outcome == "OVER_MIDNIGHT":
-            raise InvalidField((f"slots[{detail}].end_time", "is not on the clinic's civil day of start_time"))
+    async def _decide(self, call: str, params: tuple[Any, ...], path: str = "") -> tuple[Sequence[Slot], bool]:
+        rows = await self._db.rows(_answer + f"{call} d" + _answered_slots, params, lambda *columns: columns)
+        outcome, subject, detail, replayed, *_ = rows[0]
+        if outcome in _BAD_TIMES:
+            field, wrong = _BAD_TIMES[outcome]
+            raise InvalidField((f"{path.format(detail)}.{field}", wrong))
         if outcome != "OK":
             raise REFUSALS[outcome](subject, detail if outcome == "SLOT_OVERLAP" else None)
-        found = {slot.id: slot for slot in await self._db.rows(_by_ids, {"ids": ids}, Slot)}
-        # A replay may meet slots that have been deleted since.
-        return [found[slot_id] for slot_id in ids if slot_id in found], bool(replayed)
+        return [Slot(*row[4:]) for row in rows if row[4] is not None], bool(replayed)
 
 
 def _list_statement(given: set[str], wanted: SlotFilter) -> str:

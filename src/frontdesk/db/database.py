@@ -153,7 +153,12 @@ class Database:
         for attempt in range(_ATTEMPTS):
             try:
                 async with self._pool.connection() as connection:
-                    return await work(Transaction(connection))
+                    try:
+                        return await work(Transaction(connection))
+                    except errors.ReadOnlySqlTransaction:
+                        # A connection stays as it was opened: writable ones have to be opened anew.
+                        await connection.close()
+                        raise
             except errors.QueryCanceled:
                 # PostgreSQL's own limit; the deadline of the call is over as well.
                 raise TimeoutError from None
@@ -192,6 +197,8 @@ async def _configure(connection: AsyncConnection[Any]) -> None:
     # Ids are text on both sides of this service; a UUID object between them would serve nobody.
     connection.adapters.register_loader("uuid", TextLoader)
     await connection.execute(f"set statement_timeout = {int(STATEMENT_TIMEOUT * 1000)}".encode())
+    # A statement that waits for a lock ends soon after its worker was killed, and lets the next one through.
+    await connection.execute(b"set client_connection_check_interval = '2s'")
     await connection.execute(b"set timezone = 'UTC'")
     # No statement here runs for so long that compiling it would pay.
     await connection.execute(b"set jit = off")

@@ -128,4 +128,4 @@ def _target(request: pb.BookAppointmentRequest | pb.RescheduleAppointmentRequest
     if request.WhichOneof("target") == "slot_id":
         return Target(slot_id=request.slot_id.lower())
     day = request.doctor_day
-    return Target(doctor_id=day.doctor_id.lower(), on=required_date(day, "date"))
+    return Target(doctor_id=day.doctor_id.lower(), on=required_date(day, "date", "doctor_day."))

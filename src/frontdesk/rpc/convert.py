@@ -33,22 +33,25 @@ EVERY_FIELD = FieldMask(paths=["*"])
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def date_from(message: Message, field: str) -> date | None:
-    """The date in this field; None where it is absent. Raises InvalidField where there is no such day."""
+def date_from(message: Message, field: str, within: str = "") -> date | None:
+    """The date in this field; None where it is absent. Raises InvalidField where there is no such day.
+
+    `within` is the path of the message in its request, with a dot, for the refusal.
+    """
     if not message.HasField(field):
         return None
     value: date_pb2.Date = getattr(message, field)
     try:
         return date(value.year, value.month, value.day)
     except ValueError:
-        raise InvalidField((field, "is no date")) from None
+        raise InvalidField((within + field, "is no date")) from None
 
 
-def required_date(message: Message, field: str) -> date:
+def required_date(message: Message, field: str, within: str = "") -> date:
     """The date in a field that must be there. Raises InvalidField."""
-    found = date_from(message, field)
+    found = date_from(message, field, within)
     if found is None:
-        raise InvalidField((field, "is required"))
+        raise InvalidField((within + field, "is required"))
     return found
 
 
@@ -57,7 +60,7 @@ def date_to(value: date) -> date_pb2.Date:
     return date_pb2.Date(year=value.year, month=value.month, day=value.day)
 
 
-def instant_from(message: Message, field: str) -> datetime | None:
+def instant_from(message: Message, field: str, within: str = "") -> datetime | None:
     """The instant in this field, to the microsecond; None where it is absent.
 
     Raises InvalidField outside the years 1970 to 9999.
@@ -66,7 +69,7 @@ def instant_from(message: Message, field: str) -> datetime | None:
         return None
     value: timestamp_pb2.Timestamp = getattr(message, field)
     if not 0 <= value.nanos < 10**9 or not 0 <= value.seconds < 253402300800:
-        raise InvalidField((field, "is no instant of the years 1970 to 9999"))
+        raise InvalidField((within + field, "is no instant of the years 1970 to 9999"))
     return _EPOCH + timedelta(seconds=value.seconds, microseconds=value.nanos // 1000)
 
 
@@ -180,7 +183,7 @@ def page_from(request: Any, *kinds: Callable[[str], Any]) -> Page:
             raise ValueError
         # In Python's own spelling: what it reads and PostgreSQL does not must not get there.
         place = tuple(str(parse(part)) for parse, part in zip(kinds, after, strict=True))
-    except (ValueError, TypeError, AttributeError, RecursionError, binascii.Error):
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, binascii.Error):
         raise InvalidField(("page_token", "is no token of this method and filter")) from None
     return Page(size, place)
 

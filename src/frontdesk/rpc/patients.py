@@ -47,7 +47,7 @@ _WRITABLE = writable(
     "phone",
     "email",
     "blood_group",
-    birth_date=lambda patient: {"birth_date": date_from(patient, "birth_date")},
+    birth_date=lambda patient: {"birth_date": date_from(patient, "birth_date", "patient.")},
     gender=lambda patient: {"gender": pb.Gender.Name(patient.gender).removeprefix("GENDER_")},
     allergies=lambda patient: {"allergies": list(patient.allergies)},
     emergency_contact=_emergency_columns,

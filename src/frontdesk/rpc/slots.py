@@ -68,7 +68,7 @@ class SlotServicer(SlotServiceServicer):
 
 
 def _wanted(slot: pb.Slot, path: str) -> NewSlot:
-    start, end = instant_from(slot, "start_time"), instant_from(slot, "end_time")
+    start, end = instant_from(slot, "start_time", f"{path}."), instant_from(slot, "end_time", f"{path}.")
     if not slot.doctor_id or start is None or end is None:
         raise InvalidField((path, "doctor_id, start_time and end_time are required"))
     if end <= start:

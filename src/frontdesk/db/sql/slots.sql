@@ -1,8 +1,9 @@
--- What the functions of slots answer: the ids of the slots that they made or changed, in the order of the request.
+-- What the functions of slots answer: the slots as they made or changed them, in the order of the request. That is also
+-- what is stored for a replay, since a slot may be changed or deleted afterwards.
 do $do$
 begin
     if to_regtype('slots_decision') is null then
-        create type slots_decision as (outcome text, subject uuid, detail text, replayed boolean, ids uuid[]);
+        create type slots_decision as (outcome text, subject uuid, detail text, replayed boolean, slots slot[]);
     end if;
 end
 $do$;
@@ -17,9 +18,7 @@ begin
     if found and v_first.fingerprint <> p_fingerprint then
         v_answer.outcome := 'IDEMPOTENCY_KEY_REUSED';
     elsif found then
-        v_answer := ('OK', null, null, true,
-                     (select array_agg(id::uuid order by n)
-                      from jsonb_array_elements_text(v_first.snapshot) with ordinality as ids (id, n)));
+        v_answer := ('OK', null, null, true, array(select s from jsonb_populate_recordset(null::slot, v_first.snapshot) s));
     end if;
     return v_answer;
 end
@@ -32,7 +31,8 @@ create or replace function create_slots(
 ) returns slots_decision language plpgsql as $$
 declare
     v_answer slots_decision;
-    v_ids uuid[] := '{}';
+    v_slots slot[] := '{}';
+    v_slot slot;
     v_id uuid;
     v_now timestamptz;
     v record;
@@ -63,6 +63,7 @@ begin
         if v.active is null then v_answer.outcome := 'DOCTOR_NOT_FOUND';
         elsif not v.active then v_answer.outcome := 'DOCTOR_INACTIVE';
         elsif v.date <> v.last_date then v_answer.outcome := 'OVER_MIDNIGHT';
+        elsif v.date > date '9999-12-31' then v_answer.outcome := 'AFTER_9999';
         elsif v.start_time <= v_now then v_answer.outcome := 'SLOT_IN_PAST';
         else
             -- Sees the slots that this loop has made as well.
@@ -72,7 +73,7 @@ begin
             limit 1;
             if found then
                 v_answer.outcome := 'SLOT_OVERLAP';
-                v_answer.subject := case when v_id = any (v_ids) then null else v_id end;
+                v_answer.subject := case when exists (select from unnest(v_slots) made where made.id = v_id) then null else v_id end;
             end if;
         end if;
         if v_answer.outcome is not null then
@@ -81,14 +82,14 @@ begin
         end if;
         insert into slot (doctor_id, clinic_id, date, start_time, end_time, capacity, create_time, update_time)
         values (v.doctor_id, v.clinic_id, v.date, v.start_time, v.end_time, v.capacity, v_now, v_now)
-        returning id into v_id;
-        v_ids := v_ids || v_id;
+        returning * into v_slot;
+        v_slots := v_slots || v_slot;
     end loop;
 
     if p_key <> '' then
-        perform remember_row(p_caller, p_method, p_key, p_fingerprint, null, to_jsonb(v_ids), null, null);
+        perform remember_row(p_caller, p_method, p_key, p_fingerprint, null, to_jsonb(v_slots), null, null);
     end if;
-    v_answer := ('OK', null, null, false, v_ids);
+    v_answer := ('OK', null, null, false, v_slots);
     return v_answer;
 exception when sqlstate 'FD000' then
     return v_answer;
@@ -122,9 +123,10 @@ begin
     v_now := moment();
     update slot set state = p_state, block_reason = p_reason, version = version + 1, update_time = v_now
     where id = any (p_slots) and (state, block_reason) <> (p_state, p_reason);
-    v_answer := ('OK', null, null, false, p_slots);
+    v_answer := ('OK', null, null, false,
+                 array(select s from unnest(p_slots) with ordinality w (id, n) join slot s on s.id = w.id order by w.n));
     if p_key <> '' then
-        perform remember_row(p_caller, p_method, p_key, p_fingerprint, null, to_jsonb(p_slots), null, null);
+        perform remember_row(p_caller, p_method, p_key, p_fingerprint, null, to_jsonb(v_answer.slots), null, null);
     end if;
     return v_answer;
 end
@@ -150,9 +152,9 @@ begin
     where slot_id = p_slot and state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION', 'COMPLETED');
     if found then v_answer.outcome := 'SLOT_HAS_BOOKINGS'; return v_answer; end if;
     delete from slot where id = p_slot;
-    v_answer := ('OK', null, null, false, array[p_slot]);
+    v_answer := ('OK', null, null, false, '{}');
     if p_key <> '' then
-        perform remember_row(p_caller, 'DeleteSlot', p_key, p_fingerprint, null, to_jsonb(array[p_slot]), null, null);
+        perform remember_row(p_caller, 'DeleteSlot', p_key, p_fingerprint, null, '[]', null, null);
     end if;
     return v_answer;
 end

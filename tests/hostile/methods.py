@@ -1,0 +1,361 @@
+"""Every method of the service, from its descriptors; a valid request for each; and ways to spoil one."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf import descriptor_pb2, message_factory
+from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+from google.type.date_pb2 import Date
+from grpc_tools import protoc  # type: ignore[import-untyped]
+
+from clinic.frontdesk.v1 import (
+    appointment_pb2,
+    clinic_pb2,
+    doctor_pb2,
+    error_reason_pb2,
+    patient_pb2,
+    queue_pb2,
+    slot_pb2,
+)
+from tests.clinic import Front, day, details, today, tomorrow
+
+_FILES = (clinic_pb2, patient_pb2, doctor_pb2, slot_pb2, appointment_pb2, queue_pb2)
+
+METHODS: dict[str, MethodDescriptor] = {
+    method.name: method
+    for module in _FILES
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+"""By name, which is unique over all services."""
+
+STREAMS = {name for name, method in METHODS.items() if method.server_streaming}
+UNARY = sorted(METHODS.keys() - STREAMS)
+MUTATIONS = sorted(name for name, method in METHODS.items() if "idempotency_key" in method.input_type.fields_by_name)
+LISTS = sorted(name for name in METHODS if name.startswith("List"))
+UPDATES = sorted(name for name, method in METHODS.items() if "update_mask" in method.input_type.fields_by_name)
+
+REASONS = {
+    name.removeprefix("ERROR_REASON_")
+    for name, number in error_reason_pb2.ErrorReason.items()
+    if number != error_reason_pb2.ERROR_REASON_UNSPECIFIED
+}
+
+DATE = "google.type.Date"
+TIMESTAMP = "google.protobuf.Timestamp"
+
+
+def path_of(name: str) -> str:
+    """The method's path on the wire."""
+    method = METHODS[name]
+    return f"/{method.containing_service.full_name}/{method.name}"
+
+
+def request_class(name: str) -> Any:
+    """The class of the method's request."""
+    return message_factory.GetMessageClass(METHODS[name].input_type)
+
+
+def raw(front: Front, name: str) -> Callable[..., Any]:
+    """The method as a function of bytes, answering a message; of a stream, its first message."""
+    response = message_factory.GetMessageClass(METHODS[name].output_type)
+    if name not in STREAMS:
+        return front.channel.unary_unary(path_of(name), response_deserializer=response.FromString)
+    stream: Any = front.channel.unary_stream(path_of(name), response_deserializer=response.FromString)
+
+    async def first(request: bytes, **options: Any) -> Any:
+        call = stream(request, **options)
+        found = await call.read()
+        if found is grpc.aio.EOF:
+            raise AssertionError("the stream ended without a message")
+        call.cancel()
+        return found
+
+    return first
+
+
+async def call(front: Front, name: str, request: Message, **options: Any) -> Any:
+    """Call a method by its name; of a stream, the first message."""
+    options.setdefault("timeout", 20)
+    return await raw(front, name)(request.SerializeToString(), **options)
+
+
+# Fields.
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value stands in a request: the fields on the way to it, outermost first."""
+
+    steps: tuple[FieldDescriptor, ...]
+
+    @property
+    def field(self) -> FieldDescriptor:
+        return self.steps[-1]
+
+    @property
+    def path(self) -> str:
+        """As a violation names it, without indices."""
+        return ".".join(step.name for step in self.steps)
+
+    def put(self, request: Message, value: Any) -> Message:
+        """A copy of the request with this value there; in a list, one more element with it."""
+        changed = type(request)()
+        changed.CopyFrom(request)
+        holder: Any = changed
+        for step in self.steps[:-1]:
+            inner = getattr(holder, step.name)
+            if step.is_repeated:
+                inner = inner[-1] if len(inner) else inner.add()
+            holder = inner
+        if isinstance(value, Message):
+            target = getattr(holder, self.field.name)
+            (target.add() if self.field.is_repeated else target).CopyFrom(value)
+        elif self.field.is_repeated:
+            getattr(holder, self.field.name).append(value)
+        else:
+            setattr(holder, self.field.name, value)
+        return changed
+
+
+def places(name: str, wanted: Callable[[FieldDescriptor], bool]) -> list[Place]:
+    """Every place in the method's request, however deep, whose field is wanted."""
+
+    def walk(descriptor: Any, above: tuple[FieldDescriptor, ...]) -> Iterator[Place]:
+        for field in descriptor.fields:
+            steps = (*above, field)
+            if wanted(field):
+                yield Place(steps)
+            if field.message_type is not None and field.message_type.full_name not in (DATE, TIMESTAMP):
+                yield from walk(field.message_type, steps)
+
+    return list(walk(METHODS[name].input_type, ()))
+
+
+def is_text(field: FieldDescriptor) -> bool:
+    """Whether the field is a string."""
+    return bool(field.type == FieldDescriptor.TYPE_STRING)
+
+
+def is_enum(field: FieldDescriptor) -> bool:
+    """Whether the field is an enum."""
+    return field.enum_type is not None
+
+
+def is_id(field: FieldDescriptor) -> bool:
+    """Whether the field names a resource."""
+    return is_text(field) and (field.name in ("id", "slot_ids") or field.name.endswith("_id"))
+
+
+def is_a(full_name: str) -> Callable[[FieldDescriptor], bool]:
+    """Whether a field is of that message."""
+    return lambda field: field.message_type is not None and field.message_type.full_name == full_name
+
+
+@cache
+def _comments() -> Mapping[str, str]:
+    """What the contract says above each field, by the field's full name."""
+    root = Path(__file__).parents[2] / "protos"
+    with tempfile.NamedTemporaryFile() as out:
+        sources = sorted(str(path) for path in (root / "clinic").rglob("*.proto"))
+        wells = str(files("grpc_tools") / "_proto")
+        arguments = [f"-I{root}", f"-I{wells}", "--include_source_info", f"--descriptor_set_out={out.name}", *sources]
+        assert protoc.main(["protoc", *arguments]) == 0
+        described = descriptor_pb2.FileDescriptorSet.FromString(Path(out.name).read_bytes())
+    found = {}
+    for file in described.file:
+        for location in file.source_code_info.location:
+            path = list(location.path)
+            if len(path) == 4 and path[0] == 4 and path[2] == 2:
+                message = file.message_type[path[1]]
+                found[f"{file.package}.{message.name}.{message.field[path[3]].name}"] = location.leading_comments
+    return found
+
+
+def is_output_only(field: FieldDescriptor) -> bool:
+    """Whether the contract says that a request's value is ignored."""
+    return _comments()[field.full_name].strip().startswith("Output only")
+
+
+# Valid requests.
+
+
+@dataclass(frozen=True)
+class World:
+    """One of each resource, for requests to name."""
+
+    clinic_id: str
+    doctor_id: str
+    patient_id: str
+    slot_id: str
+    appointment_id: str
+
+
+async def world(front: Front) -> World:
+    """A clinic with a doctor, a slot, a patient and a booking."""
+    clinic = await front.clinic()
+    doctor = await front.doctor(clinic_id=clinic.id, specialty="Cardiology")
+    patient = await front.patient()
+    slot = await front.slot(doctor.id, noon(2))
+    booked = await front.book(patient.id, doctor.id, tomorrow())
+    return World(clinic.id, doctor.id, patient.id, slot.id, booked.appointment.id)
+
+
+def noon(days: int) -> datetime:
+    """Noon in UTC, so many days ahead."""
+    return datetime.now(UTC).replace(hour=12, minute=0, second=0, microsecond=0) + timedelta(days=days)
+
+
+def slot_at(doctor_id: str, start: datetime, minutes: int = 30) -> slot_pb2.Slot:
+    """A slot to create."""
+    made = slot_pb2.Slot(doctor_id=doctor_id)
+    made.start_time.FromDatetime(start)
+    made.end_time.FromDatetime(start + timedelta(minutes=minutes))
+    return made
+
+
+def _insured() -> patient_pb2.Insurance:
+    return patient_pb2.Insurance(country="PE", number="00123")
+
+
+def _patient(**fields: Any) -> patient_pb2.Patient:
+    return patient_pb2.Patient(
+        given_name="Rosa",
+        family_name="Alves",
+        phone="+5511987654321",
+        birth_date=Date(year=1980, month=2, day=29),
+        allergies=["penicillin"],
+        emergency_contact=patient_pb2.EmergencyContact(name="Ana", phone="+5511987654322"),
+        insurances=[_insured()],
+        **fields,
+    )
+
+
+def _doctor_day(w: World) -> appointment_pb2.DoctorDay:
+    return appointment_pb2.DoctorDay(doctor_id=w.doctor_id, date=day(tomorrow()))
+
+
+def _clinic(**fields: Any) -> clinic_pb2.Clinic:
+    return clinic_pb2.Clinic(name="Clinic", time_zone="America/Lima", country="PE", phone="+5116101234", **fields)
+
+
+def _of_appointment(name: str) -> Callable[[World], Message]:
+    def make(w: World) -> Message:
+        made: Message = request_class(name)(appointment_id=w.appointment_id)
+        return made
+
+    return make
+
+
+VALID: dict[str, Callable[[World], Message]] = {
+    "CreateClinic": lambda w: clinic_pb2.CreateClinicRequest(clinic=_clinic()),
+    "GetClinic": lambda w: clinic_pb2.GetClinicRequest(clinic_id=w.clinic_id),
+    "UpdateClinic": lambda w: clinic_pb2.UpdateClinicRequest(clinic=_clinic(id=w.clinic_id)),
+    "ListClinics": lambda w: clinic_pb2.ListClinicsRequest(),
+    "RegisterPatient": lambda w: patient_pb2.RegisterPatientRequest(patient=_patient()),
+    "GetPatient": lambda w: patient_pb2.GetPatientRequest(patient_id=w.patient_id),
+    "UpdatePatient": lambda w: patient_pb2.UpdatePatientRequest(patient=_patient(id=w.patient_id)),
+    "ListPatients": lambda w: patient_pb2.ListPatientsRequest(name_prefix="R", insurance=_insured()),
+    "CreateDoctor": lambda w: doctor_pb2.CreateDoctorRequest(doctor=doctor_pb2.Doctor(code="X", display_name="Dr X")),
+    "GetDoctor": lambda w: doctor_pb2.GetDoctorRequest(doctor_id=w.doctor_id),
+    "UpdateDoctor": lambda w: doctor_pb2.UpdateDoctorRequest(
+        doctor=doctor_pb2.Doctor(id=w.doctor_id, code="Y", display_name="Dr Y", specialty="Cardiology")
+    ),
+    "ListDoctors": lambda w: doctor_pb2.ListDoctorsRequest(),
+    "SetDoctorAvailability": lambda w: doctor_pb2.SetDoctorAvailabilityRequest(
+        doctor_id=w.doctor_id, date=day(tomorrow()), is_present=True
+    ),
+    "ListDoctorAvailability": lambda w: doctor_pb2.ListDoctorAvailabilityRequest(doctor_id=w.doctor_id),
+    "CreateSlot": lambda w: slot_pb2.CreateSlotRequest(slot=slot_at(w.doctor_id, noon(3))),
+    "BatchCreateSlots": lambda w: slot_pb2.BatchCreateSlotsRequest(slots=[slot_at(w.doctor_id, noon(4))]),
+    "GetSlot": lambda w: slot_pb2.GetSlotRequest(slot_id=w.slot_id),
+    "ListSlots": lambda w: slot_pb2.ListSlotsRequest(doctor_id=w.doctor_id),
+    "BlockSlots": lambda w: slot_pb2.BlockSlotsRequest(slot_ids=[w.slot_id]),
+    "ReleaseSlots": lambda w: slot_pb2.ReleaseSlotsRequest(slot_ids=[w.slot_id]),
+    "DeleteSlot": lambda w: slot_pb2.DeleteSlotRequest(slot_id=w.slot_id),
+    "BookAppointment": lambda w: appointment_pb2.BookAppointmentRequest(
+        patient_id=w.patient_id, doctor_day=_doctor_day(w)
+    ),
+    "GetAppointment": _of_appointment("GetAppointment"),
+    "ListAppointments": lambda w: appointment_pb2.ListAppointmentsRequest(doctor_id=w.doctor_id),
+    "UpdateAppointment": lambda w: appointment_pb2.UpdateAppointmentRequest(
+        appointment=appointment_pb2.Appointment(id=w.appointment_id, reason="cough")
+    ),
+    "RescheduleAppointment": lambda w: appointment_pb2.RescheduleAppointmentRequest(
+        appointment_id=w.appointment_id, doctor_day=_doctor_day(w)
+    ),
+    "CancelAppointment": _of_appointment("CancelAppointment"),
+    "StartAppointment": _of_appointment("StartAppointment"),
+    "CompleteAppointment": _of_appointment("CompleteAppointment"),
+    "MarkNoShow": _of_appointment("MarkNoShow"),
+    "CheckIn": _of_appointment("CheckIn"),
+    "GetQueue": lambda w: queue_pb2.GetQueueRequest(doctor_id=w.doctor_id, date=day(today())),
+    "WatchQueue": lambda w: queue_pb2.WatchQueueRequest(doctor_id=w.doctor_id, date=day(today())),
+    "CallNext": lambda w: queue_pb2.CallNextRequest(doctor_id=w.doctor_id, date=day(today())),
+    "CallAgain": _of_appointment("CallAgain"),
+    "ReturnToLine": _of_appointment("ReturnToLine"),
+    "ParkPatient": _of_appointment("ParkPatient"),
+    "MarkMissed": _of_appointment("MarkMissed"),
+    "LeaveQueue": _of_appointment("LeaveQueue"),
+}
+"""A request of every method that breaks no rule of any field."""
+
+
+# Refusals.
+
+
+MOST_BYTES_OF_DETAILS = 8 * 1024
+
+
+def manners(error: grpc.aio.AioRpcError, *canaries: str) -> list[str]:
+    """What is wrong with the shape of a refusal; nothing, if it is a good one."""
+    wrong = []
+    found = details(error)
+    info = found.get("ErrorInfo", error_details_pb2.ErrorInfo())
+    if info.domain != "frontdesk.clinic":
+        wrong.append(f"domain {info.domain!r}")
+    if info.reason not in REASONS:
+        wrong.append(f"reason {info.reason!r}")
+    violations = found.get("BadRequest", error_details_pb2.BadRequest()).field_violations
+    if len(violations) > 20:
+        wrong.append(f"{len(violations)} violations")
+    if info.reason == "INVALID_FIELD" and not violations:
+        wrong.append("no violation")
+    trailers: dict[str, Any] = dict(error.trailing_metadata() or ())
+    if len(trailers.get("grpc-status-details-bin", b"")) >= MOST_BYTES_OF_DETAILS:
+        wrong.append("too many bytes of details")
+    everything = repr((error.code(), error.details(), trailers, found))
+    wrong += [f"repeats {canary!r}" for canary in canaries if canary in everything]
+    return wrong
+
+
+def named(error: grpc.aio.AioRpcError) -> Sequence[str]:
+    """The fields that a refusal names, without indices."""
+    violations = details(error).get("BadRequest", error_details_pb2.BadRequest()).field_violations
+    return [".".join(part.split("[")[0] for part in violation.field.split(".")) for violation in violations]
+
+
+async def refused_field(
+    front: Front, name: str, request: Message, path: str, *canaries: str, shown: object = ""
+) -> list[str]:
+    """What is wrong with how the method answers a request whose field at `path` cannot be used."""
+    where = f"{name}.{path} {shown!r:.30}"
+    try:
+        await call(front, name, request)
+    except grpc.aio.AioRpcError as error:
+        wrong = [f"{where}: {problem}" for problem in manners(error, *canaries)]
+        if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+            wrong.append(f"{where}: {error.code().name} {error.details()}")
+        elif not any(found == path or path.startswith(found + ".") for found in named(error) if found):
+            wrong.append(f"{where}: names {named(error)}")
+        return wrong
+    return [f"{where}: accepted"]

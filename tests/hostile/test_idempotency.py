@@ -1,0 +1,461 @@
+"""Cases 21 to 26: a change that is asked for twice happens once, whatever the change."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import psycopg
+import pytest
+from google.protobuf.message import Message
+
+from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, patient_pb2, queue_pb2, slot_pb2
+from frontdesk.settings import Settings
+from tests.clinic import Front, day, outcome, reason_of, refusal, today, tomorrow
+from tests.hostile.methods import MUTATIONS, call, manners, noon, request_class, slot_at
+from tests.hostile.wire import Line, serving, until
+
+KEY = "the same intention"
+
+Step = Callable[[], Awaitable[Any]]
+
+
+async def _nothing() -> None:
+    pass
+
+
+@dataclass
+class Scenario:
+    """A change that can be made now, another that the same method could be asked for, and what happens later."""
+
+    request: Message
+    other: Message
+    later: Step = _nothing
+    """Moves the state on, so that the change could not be made again as it was."""
+    same: Callable[[Any], Any] = field(default=lambda answer: answer)
+    """What of the answer stays the same after `later`."""
+
+
+async def _appointment(front: Front, *steps: str, **fields: Any) -> tuple[str, str]:
+    """A booking of today, after these steps, and its doctor."""
+    doctor = await front.doctor()
+    patient = await front.patient()
+    booked = await front.book(patient.id, doctor.id, today(), **fields)
+    for step in steps:
+        if step == "CallNext":
+            await call(front, step, queue_pb2.CallNextRequest(doctor_id=doctor.id))
+        else:
+            await call(front, step, request_class(step)(appointment_id=booked.appointment.id))
+    return booked.appointment.id, doctor.id
+
+
+def _visit(name: str, *before: str, later: str) -> Callable[[Front], Awaitable[Scenario]]:
+    """A verb on an appointment that has gone through the steps before."""
+
+    async def make(front: Front) -> Scenario:
+        appointment, _ = await _appointment(front, *before)
+        other, _ = await _appointment(front, *before)
+        request = request_class(name)
+
+        async def move_on() -> None:
+            await call(front, later, request_class(later)(appointment_id=appointment))
+
+        return Scenario(request(appointment_id=appointment), request(appointment_id=other), move_on, _without_position)
+
+    return make
+
+
+def _without_position(answer: Any) -> Any:
+    # The place in the line is the present one.
+    if hasattr(answer, "entry"):
+        answer.entry.ClearField("position")
+    return answer
+
+
+def _only(*names: str) -> Callable[[Any], Any]:
+    """Only these fields of the answer's resource: a record is answered as it is now."""
+
+    def pick(answer: Any) -> Any:
+        resource = getattr(answer, answer.DESCRIPTOR.fields[0].name)
+        return [[getattr(one, name) for name in names] for one in ([resource] if hasattr(resource, "id") else resource)]
+
+    return pick
+
+
+async def _create_clinic(front: Front) -> Scenario:
+    made = clinic_pb2.CreateClinicRequest(clinic=clinic_pb2.Clinic(name="A", time_zone="America/Lima"))
+    other = clinic_pb2.CreateClinicRequest(clinic=clinic_pb2.Clinic(name="B", time_zone="America/Lima"))
+
+    async def later() -> None:
+        ((clinic,),) = front.sql("select id::text from clinic where name = 'A'")
+        changed = clinic_pb2.Clinic(id=clinic, name="C")
+        await front.clinics.UpdateClinic(clinic_pb2.UpdateClinicRequest(clinic=changed))
+
+    return Scenario(made, other, later, _only("id"))
+
+
+async def _update_clinic(front: Front) -> Scenario:
+    clinic = await front.clinic()
+
+    def named(name: str) -> clinic_pb2.UpdateClinicRequest:
+        return clinic_pb2.UpdateClinicRequest(clinic=clinic_pb2.Clinic(id=clinic.id, name=name), etag=clinic.etag)
+
+    async def later() -> None:
+        changed = clinic_pb2.Clinic(id=clinic.id, name="C")
+        await front.clinics.UpdateClinic(clinic_pb2.UpdateClinicRequest(clinic=changed))
+
+    return Scenario(named("A"), named("B"), later, _only("id"))
+
+
+async def _register_patient(front: Front) -> Scenario:
+    def named(name: str) -> patient_pb2.RegisterPatientRequest:
+        return patient_pb2.RegisterPatientRequest(patient=patient_pb2.Patient(given_name=name, phone="+5511987654321"))
+
+    async def later() -> None:
+        ((patient,),) = front.sql("select id::text from patient where given_name = 'Rosa'")
+        changed = patient_pb2.Patient(id=patient, given_name="Rosinha")
+        await front.patients.UpdatePatient(patient_pb2.UpdatePatientRequest(patient=changed))
+
+    return Scenario(named("Rosa"), named("Ana"), later, lambda answer: (answer.patient.id, answer.already_registered))
+
+
+async def _update_patient(front: Front) -> Scenario:
+    patient = await front.patient()
+
+    def named(name: str) -> patient_pb2.UpdatePatientRequest:
+        changed = patient_pb2.Patient(id=patient.id, given_name=name)
+        return patient_pb2.UpdatePatientRequest(patient=changed, etag=patient.etag)
+
+    async def later() -> None:
+        changed = patient_pb2.Patient(id=patient.id, given_name="Rosinha")
+        await front.patients.UpdatePatient(patient_pb2.UpdatePatientRequest(patient=changed))
+
+    return Scenario(named("Rosa"), named("Ana"), later, _only("id"))
+
+
+async def _create_doctor(front: Front) -> Scenario:
+    def coded(code: str) -> doctor_pb2.CreateDoctorRequest:
+        return doctor_pb2.CreateDoctorRequest(doctor=doctor_pb2.Doctor(code=code, display_name="Dr"))
+
+    async def later() -> None:
+        ((doctor,),) = front.sql("select id::text from doctor where code = 'A'")
+        changed = doctor_pb2.Doctor(id=doctor, code="C")
+        await front.doctors.UpdateDoctor(doctor_pb2.UpdateDoctorRequest(doctor=changed))
+
+    return Scenario(coded("A"), coded("B"), later, _only("id"))
+
+
+async def _update_doctor(front: Front) -> Scenario:
+    doctor = await front.doctor()
+
+    def named(name: str) -> doctor_pb2.UpdateDoctorRequest:
+        changed = doctor_pb2.Doctor(id=doctor.id, display_name=name)
+        return doctor_pb2.UpdateDoctorRequest(doctor=changed, etag=doctor.etag)
+
+    async def later() -> None:
+        changed = doctor_pb2.Doctor(id=doctor.id, display_name="C")
+        await front.doctors.UpdateDoctor(doctor_pb2.UpdateDoctorRequest(doctor=changed))
+
+    return Scenario(named("A"), named("B"), later, _only("id"))
+
+
+async def _set_availability(front: Front) -> Scenario:
+    doctor = await front.doctor()
+    booked = await front.book((await front.patient()).id, doctor.id, tomorrow())
+
+    def said(note: str) -> doctor_pb2.SetDoctorAvailabilityRequest:
+        return doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(tomorrow()), note=note)
+
+    async def later() -> None:
+        back = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(tomorrow()), is_present=True)
+        await front.doctors.SetDoctorAvailability(back)
+        cancel = appointment_pb2.CancelAppointmentRequest(appointment_id=booked.appointment.id)
+        await front.appointments.CancelAppointment(cancel)
+
+    return Scenario(said("ill"), said("away"), later)
+
+
+async def _delete_slots_of(front: Front, doctor_id: str) -> None:
+    for (slot_id,) in front.sql("select id::text from slot where doctor_id = %s", doctor_id):
+        await front.slots.DeleteSlot(slot_pb2.DeleteSlotRequest(slot_id=slot_id))
+
+
+async def _create_slot(front: Front) -> Scenario:
+    doctor = await front.doctor()
+
+    def at(days: int) -> slot_pb2.CreateSlotRequest:
+        return slot_pb2.CreateSlotRequest(slot=slot_at(doctor.id, noon(days)))
+
+    return Scenario(at(2), at(3), lambda: _delete_slots_of(front, doctor.id), _only("id"))
+
+
+async def _batch_create_slots(front: Front) -> Scenario:
+    doctor = await front.doctor()
+
+    def at(*days: int) -> slot_pb2.BatchCreateSlotsRequest:
+        return slot_pb2.BatchCreateSlotsRequest(slots=[slot_at(doctor.id, noon(n)) for n in days])
+
+    return Scenario(at(2, 3), at(4, 5), lambda: _delete_slots_of(front, doctor.id), _only("id"))
+
+
+async def _block_slots(front: Front) -> Scenario:
+    slot = await front.slot((await front.doctor()).id, noon(2))
+
+    def because(reason: str) -> slot_pb2.BlockSlotsRequest:
+        return slot_pb2.BlockSlotsRequest(slot_ids=[slot.id], block_reason=reason)
+
+    async def later() -> None:
+        await front.slots.ReleaseSlots(slot_pb2.ReleaseSlotsRequest(slot_ids=[slot.id]))
+
+    return Scenario(because("ill"), because("away"), later, _only("id", "state"))
+
+
+async def _release_slots(front: Front) -> Scenario:
+    doctor = await front.doctor()
+    slots = [await front.slot(doctor.id, noon(n)) for n in (2, 3)]
+    await front.slots.BlockSlots(slot_pb2.BlockSlotsRequest(slot_ids=[slot.id for slot in slots]))
+
+    async def later() -> None:
+        await front.slots.BlockSlots(slot_pb2.BlockSlotsRequest(slot_ids=[slot.id for slot in slots]))
+
+    first, second = (slot_pb2.ReleaseSlotsRequest(slot_ids=[slot.id]) for slot in slots)
+    return Scenario(first, second, later, _only("id", "state"))
+
+
+async def _delete_slot(front: Front) -> Scenario:
+    doctor = await front.doctor()
+    first, second = [slot_pb2.DeleteSlotRequest(slot_id=(await front.slot(doctor.id, noon(n))).id) for n in (2, 3)]
+    return Scenario(first, second)
+
+
+async def _book(front: Front) -> Scenario:
+    doctor, patient = await front.doctor(), await front.patient()
+    target = appointment_pb2.DoctorDay(doctor_id=doctor.id, date=day(today()))
+
+    def because(reason: str) -> appointment_pb2.BookAppointmentRequest:
+        return appointment_pb2.BookAppointmentRequest(patient_id=patient.id, doctor_day=target, reason=reason)
+
+    async def later() -> None:
+        ((appointment,),) = front.sql("select id::text from appointment where doctor_id = %s", doctor.id)
+        moved = appointment_pb2.RescheduleAppointmentRequest(
+            appointment_id=appointment,
+            doctor_day=appointment_pb2.DoctorDay(doctor_id=doctor.id, date=day(tomorrow())),
+        )
+        await front.appointments.RescheduleAppointment(moved)
+        cancel = appointment_pb2.CancelAppointmentRequest(appointment_id=appointment)
+        await front.appointments.CancelAppointment(cancel)
+
+    return Scenario(because("cough"), because("fever"), later)
+
+
+async def _update_appointment(front: Front) -> Scenario:
+    appointment, _ = await _appointment(front)
+
+    def because(reason: str) -> appointment_pb2.UpdateAppointmentRequest:
+        changed = appointment_pb2.Appointment(id=appointment, reason=reason)
+        return appointment_pb2.UpdateAppointmentRequest(appointment=changed)
+
+    async def later() -> None:
+        await front.check_in(appointment)
+
+    return Scenario(because("cough"), because("fever"), later)
+
+
+async def _reschedule(front: Front) -> Scenario:
+    appointment, doctor = await _appointment(front)
+
+    def to(days: int) -> appointment_pb2.RescheduleAppointmentRequest:
+        target = appointment_pb2.DoctorDay(doctor_id=doctor, date=day(noon(days).date()))
+        return appointment_pb2.RescheduleAppointmentRequest(appointment_id=appointment, doctor_day=target)
+
+    async def later() -> None:
+        await front.appointments.RescheduleAppointment(to(5))
+
+    return Scenario(to(3), to(4), later)
+
+
+async def _call_next(front: Front) -> Scenario:
+    appointment, doctor = await _appointment(front, "CheckIn")
+    second = await front.book((await front.patient()).id, doctor)
+    await front.check_in(second.appointment.id)
+
+    def to(room: str) -> queue_pb2.CallNextRequest:
+        return queue_pb2.CallNextRequest(doctor_id=doctor, room=room)
+
+    async def later() -> None:
+        await call(front, "StartAppointment", appointment_pb2.StartAppointmentRequest(appointment_id=appointment))
+
+    return Scenario(to("1"), to("2"), later)
+
+
+SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
+    "CreateClinic": _create_clinic,
+    "UpdateClinic": _update_clinic,
+    "RegisterPatient": _register_patient,
+    "UpdatePatient": _update_patient,
+    "CreateDoctor": _create_doctor,
+    "UpdateDoctor": _update_doctor,
+    "SetDoctorAvailability": _set_availability,
+    "CreateSlot": _create_slot,
+    "BatchCreateSlots": _batch_create_slots,
+    "BlockSlots": _block_slots,
+    "ReleaseSlots": _release_slots,
+    "DeleteSlot": _delete_slot,
+    "BookAppointment": _book,
+    "UpdateAppointment": _update_appointment,
+    "RescheduleAppointment": _reschedule,
+    "CancelAppointment": _visit("CancelAppointment", later="GetAppointment"),
+    "StartAppointment": _visit("StartAppointment", "CheckIn", later="CompleteAppointment"),
+    "CompleteAppointment": _visit("CompleteAppointment", "CheckIn", "StartAppointment", later="GetAppointment"),
+    "MarkNoShow": _visit("MarkNoShow", later="GetAppointment"),
+    "CheckIn": _visit("CheckIn", later="StartAppointment"),
+    "CallNext": _call_next,
+    "CallAgain": _visit("CallAgain", "CheckIn", "CallNext", later="StartAppointment"),
+    "ReturnToLine": _visit("ReturnToLine", "CheckIn", "CallNext", "MarkMissed", later="LeaveQueue"),
+    "ParkPatient": _visit("ParkPatient", "CheckIn", "CallNext", later="ReturnToLine"),
+    "MarkMissed": _visit("MarkMissed", "CheckIn", "CallNext", later="ReturnToLine"),
+    "LeaveQueue": _visit("LeaveQueue", "CheckIn", later="GetAppointment"),
+}
+
+
+def keyed(request: Message, key: str = KEY) -> Message:
+    """The request with a key."""
+    named = type(request)()
+    named.CopyFrom(request)
+    named.idempotency_key = key  # type: ignore[attr-defined]
+    return named
+
+
+async def keep(made: Awaitable[Any], answers: list[Any]) -> None:
+    """Put the answer there."""
+    answers.append(await made)
+
+
+def bare(answer: Any) -> Any:
+    """The answer but for whether it is a replay."""
+    copy = type(answer)()
+    copy.CopyFrom(answer)
+    copy.ClearField("replayed")
+    return copy
+
+
+TABLES = ("clinic", "patient", "doctor", "slot", "appointment", "event", "idempotency")
+
+
+def rows(front: Front) -> Counter[str]:
+    """How many rows each table has."""
+    counts = ", ".join(f"(select count(*) from {table})" for table in TABLES)
+    (found,) = front.sql(f"select {counts}, (select coalesce(sum(revision), 0)::bigint from doctor_day)")
+    return Counter(dict(zip((*TABLES, "revisions"), found, strict=True)))
+
+
+def test_every_mutation_has_a_scenario() -> None:
+    """The table of scenarios knows every method that takes a key, and no other."""
+    assert SCENARIOS.keys() == set(MUTATIONS)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+async def test_replays(front: Front, name: str) -> None:
+    """The same key answers the first success again, also after things have moved on; another request is refused."""
+    scenario = await SCENARIOS[name](front)
+    first = await call(front, name, keyed(scenario.request))
+    assert not first.replayed
+    before = rows(front)
+    second = await call(front, name, keyed(scenario.request))
+    assert second.replayed
+    assert bare(second) == bare(first)
+    assert rows(front) == before
+    error = await refusal(call(front, name, keyed(scenario.other)))
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "IDEMPOTENCY_KEY_REUSED")
+    assert not manners(error, KEY)
+    assert rows(front) == before
+    await scenario.later()
+    before = rows(front)
+    third = await call(front, name, keyed(scenario.request))
+    assert third.replayed
+    assert scenario.same(bare(third)) == scenario.same(bare(first))
+    assert rows(front) == before
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+async def test_twins(front: Front, name: str) -> None:
+    """Of fifty who ask for the same change at once one makes it, and all get the same answer.
+
+    The key is theirs and their method's: another caller's or method's is another intention.
+    """
+    unrelated = "CreateClinic" if name != "CreateClinic" else "CreateSlot"
+    await call(front, unrelated, keyed((await SCENARIOS[unrelated](front)).request))
+    alone = await SCENARIOS[name](front)
+    before = rows(front)
+    await call(front, name, keyed(alone.request, "alone"))
+    one = rows(front) - before
+    together = (await SCENARIOS[name](front)).other
+    before = rows(front)
+    answers = await asyncio.gather(*(call(front, name, keyed(together)) for _ in range(50)))
+    assert Counter(answer.replayed for answer in answers) == {False: 1, True: 49}
+    assert all(bare(answer) == bare(answers[0]) for answer in answers)
+    assert rows(front) - before == one
+    others: list[Any] = []
+    kiosk = (("frontdesk-caller", "kiosk-7"),)
+    again = await outcome(keep(call(front, name, keyed(together), metadata=kiosk), others))
+    assert again not in ("IDEMPOTENCY_KEY_REUSED", "INTERNAL")
+    assert not any(answer.replayed for answer in others)
+    assert (await call(front, name, keyed(together))).replayed
+
+
+async def test_refusals_are_not_stored(front: Front) -> None:
+    """Who was refused a full day may ask again with the same key, and gets the place that has become free."""
+    doctor = await front.doctor(max_patients_per_day=1)
+    first, second = await front.people(2)
+    booked = await front.book(first.id, doctor.id)
+    for _ in range(2):
+        assert await outcome(front.book(second.id, doctor.id, idempotency_key=KEY)) == "DAY_FULL"
+    cancel = appointment_pb2.CancelAppointmentRequest(appointment_id=booked.appointment.id)
+    await front.appointments.CancelAppointment(cancel)
+    answer = await front.book(second.id, doctor.id, idempotency_key=KEY)
+    assert (answer.replayed, answer.appointment.number) == (False, 1)
+    assert (await front.book(second.id, doctor.id, idempotency_key=KEY)).replayed
+
+
+async def test_a_trial_takes_no_key(front: Front) -> None:
+    """What validate_only says leaves the key to the booking itself."""
+    doctor, patient = await front.doctor(), await front.patient()
+    trial = await front.book(patient.id, doctor.id, validate_only=True, idempotency_key=KEY)
+    assert (trial.revision, trial.appointment.id, trial.appointment.number) == (0, "", 1)
+    assert rows(front)["appointment"] == 0
+    assert not (await front.book(patient.id, doctor.id, idempotency_key=KEY)).replayed
+
+
+async def test_twins_whose_day_is_full(front: Front) -> None:
+    """Fifty twins for a day without a place are refused alike, and none of them leaves a trace."""
+    doctor = await front.doctor(max_patients_per_day=1)
+    first, second = await front.people(2)
+    await front.book(first.id, doctor.id)
+    before = rows(front)
+    outcomes = await asyncio.gather(
+        *(outcome(front.book(second.id, doctor.id, idempotency_key=KEY)) for _ in range(50))
+    )
+    assert Counter(outcomes) == {"DAY_FULL": 50}
+    assert rows(front) == before
+
+
+async def test_killed_between_commit_and_answer(conninfo: str, settings: Settings) -> None:
+    """A booking whose server died before it could answer is found by the retry with its key, on the next server."""
+    async with serving(settings, conninfo) as (worker, front):
+        doctor, patient = await front.doctor(), await front.patient()
+        async with Line(front.port) as line, line.channel() as channel:
+            far = Front(channel, conninfo, line.port)
+            assert await outcome(far.clinic()) == "OK"
+            line.muted = True
+            asked = asyncio.create_task(refusal(far.book(patient.id, doctor.id, idempotency_key=KEY)))
+            with psycopg.connect(conninfo, autocommit=True) as look:
+                await until(lambda: look.execute("select from appointment").rowcount == 1)
+            await worker.stop(drain=False)
+            line.cut()
+            assert (await asked).code() is grpc.StatusCode.UNAVAILABLE
+    async with serving(settings, conninfo) as (_, front):
+        answer = await front.book(patient.id, doctor.id, idempotency_key=KEY)
+        assert (answer.replayed, answer.revision, answer.appointment.number) == (True, 2, 1)
+        assert front.sql("select count(*) from appointment") == [(1,)]

@@ -1,0 +1,541 @@
+"""Cases 9 to 20: values that no request may carry, put into every field of every method."""
+
+import asyncio
+import base64
+import json
+from collections.abc import Awaitable, Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import grpc
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.type.date_pb2 import Date
+
+from buf.validate import validate_pb2
+from clinic.frontdesk.v1 import (
+    appointment_pb2,
+    clinic_pb2,
+    doctor_pb2,
+    patient_pb2,
+    rules_pb2,
+    slot_pb2,
+)
+from frontdesk import errors
+from frontdesk.rpc.status import CODES, code_of
+from tests.clinic import Front, details, outcome, refusal, today
+from tests.hostile.methods import (
+    DATE,
+    LISTS,
+    METHODS,
+    MUTATIONS,
+    REASONS,
+    TIMESTAMP,
+    UPDATES,
+    VALID,
+    Place,
+    call,
+    is_a,
+    is_enum,
+    is_id,
+    is_output_only,
+    is_text,
+    manners,
+    named,
+    noon,
+    places,
+    refused_field,
+    slot_at,
+    world,
+)
+
+CANARY = "Zzyzx-canary"
+
+
+async def none_wrong(checks: Iterable[Awaitable[list[str]]]) -> None:
+    """Await all, some at a time, and show everything that is wrong."""
+    turn = asyncio.Semaphore(50)
+
+    async def taken(check: Awaitable[list[str]]) -> list[str]:
+        async with turn:
+            return await check
+
+    wrong = [problem for found in await asyncio.gather(*map(taken, checks)) for problem in found]
+    if wrong:
+        pytest.fail("\n".join(sorted(wrong)), pytrace=False)
+
+
+def test_every_method_has_a_valid_request() -> None:
+    """The table of valid requests knows every method of the contract and no other."""
+    assert VALID.keys() == METHODS.keys()
+
+
+async def test_valid_requests_break_no_rule(front: Front) -> None:
+    """What the tables of these tests call valid is not refused for its fields."""
+    here = await world(front)
+    for name in METHODS:
+        assert await outcome(call(front, name, VALID[name](here))) != "INVALID_FIELD", name
+
+
+async def test_nul_in_every_string(front: Front) -> None:
+    """A NUL in any string of any request is refused, and the refusal names the field."""
+    here = await world(front)
+    await none_wrong(
+        refused_field(front, name, place.put(VALID[name](here), f"{CANARY}\0"), place.path, CANARY)
+        for name in METHODS
+        for place in places(name, is_text)
+    )
+
+
+async def test_text_that_is_too_long(front: Front) -> None:
+    """No string of any request may be of any length."""
+    here = await world(front)
+    await none_wrong(
+        refused_field(front, name, place.put(VALID[name](here), f"{CANARY}{'x' * 4100}"), place.path, CANARY)
+        for name in METHODS
+        for place in places(name, is_text)
+    )
+
+
+def _limit(place: Place) -> int:
+    rules = place.field.GetOptions().Extensions[validate_pb2.field]
+    return int((rules.repeated.items if place.field.is_repeated else rules).string.max_len)
+
+
+async def test_one_character_too_many(front: Front) -> None:
+    """Each limit of length is exact: one character more is refused."""
+    here = await world(front)
+    limited = [(name, place) for name in METHODS for place in places(name, is_text) if _limit(place)]
+    assert limited
+    await none_wrong(
+        refused_field(front, name, place.put(VALID[name](here), "x" * (_limit(place) + 1)), place.path)
+        for name, place in limited
+    )
+
+
+def _is_line(place: Place) -> bool:
+    rules = place.field.GetOptions().Extensions[validate_pb2.field]
+    text = (rules.repeated.items if place.field.is_repeated else rules).string
+    return bool(text.Extensions[rules_pb2.line])
+
+
+def test_names_are_lines() -> None:
+    """Every field that is called a name, a code or a phone is one line of text."""
+    for name in METHODS:
+        for place in places(name, is_text):
+            if place.field.name.endswith(("name", "code", "phone", "city", "specialty", "room", "allergies")):
+                assert _is_line(place), f"{name}.{place.path}"
+
+
+MARKS = ("\u202e", "\u2066", "\u200f", "\u061c", "\n", "\r", "\t", "\x1b", "\x7f", "\x85", "\u2028")
+CONTROLS = ("\x01", "\x08", "\x1b", "\x7f", "\x85", "\x9f")
+
+
+async def test_control_and_bidirectional_characters(front: Front) -> None:
+    """A name holds no control character and no mark that turns the text around it; notes hold no control character."""
+    here = await world(front)
+    await none_wrong(
+        refused_field(front, name, place.put(VALID[name](here), f"{CANARY}{mark}a"), place.path, CANARY, shown=mark)
+        for name in METHODS
+        for place in places(name, is_text)
+        for mark in (MARKS if _is_line(place) else CONTROLS)
+    )
+
+
+MALFORMED_IDS = (
+    "x",
+    "{0192F5D1-7A5C-7B6E-8F00-0123456789AB}",
+    "urn:uuid:0192f5d1-7a5c-7b6e-8f00-0123456789ab",
+    "0192f5d17a5c7b6e8f000123456789ab",
+    "0192f5d1-7a5c-7b6e-8f00-0123456789ab\n",
+    "0192f5d1-7a5c-7b6e-8f00-0123456789ag",
+    "０192f5d1-7a5c-7b6e-8f00-0123456789ab",
+    "' or 1=1 --",
+)
+
+
+async def test_malformed_ids(front: Front) -> None:
+    """An id that is no UUID in the form that the server writes is refused as a field, not as unknown."""
+    here = await world(front)
+    await none_wrong(
+        refused_field(front, name, place.put(VALID[name](here), value), place.path, shown=value)
+        for name in METHODS
+        for place in places(name, is_id)
+        for value in MALFORMED_IDS
+    )
+
+
+async def test_enums(front: Front) -> None:
+    """A number that the contract does not know is no state, gender or order; unspecified is no filter."""
+    here = await world(front)
+    unknown = [(name, place, number) for name in METHODS for place in places(name, is_enum) for number in (99, -1)]
+    unspecified = [
+        (name, place, 0) for name in LISTS for place in places(name, lambda f: is_enum(f) and bool(f.is_repeated))
+    ]
+    assert unspecified
+    await none_wrong(
+        refused_field(front, name, place.put(VALID[name](here), number), place.path)
+        for name, place, number in unknown + unspecified
+    )
+
+
+async def test_negative_page_sizes(front: Front) -> None:
+    """A page has no negative size."""
+    here = await world(front)
+    await none_wrong(
+        refused_field(front, name, place.put(VALID[name](here), size), "page_size", shown=size)
+        for name in LISTS
+        for place in places(name, lambda field: field.name == "page_size")
+        for size in (-1, -(2**31))
+    )
+
+
+def _encoded(value: Any) -> str:
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode()
+
+
+async def _tokens(front: Front) -> dict[str, tuple[Message, str]]:
+    """A request of every List method that has a second page, and the genuine token of it."""
+    here = await world(front)
+    for n in range(2):
+        await front.doctor(clinic_id=here.clinic_id, specialty="Cardiology")
+        await front.patient(given_name=f"R{n}", insurances=[patient_pb2.Insurance(country="PE", number="00123")])
+        await front.slot(here.doctor_id, noon(5 + n))
+        person = await front.patient()
+        await front.book(person.id, here.doctor_id, today())
+        said = VALID["SetDoctorAvailability"](here)
+        said.date.year += n  # type: ignore[attr-defined]
+        said.date.day = 1  # type: ignore[attr-defined]
+        await call(front, "SetDoctorAvailability", said)
+    found = {}
+    for name in LISTS:
+        request = VALID[name](here)
+        request.page_size = 1  # type: ignore[attr-defined]
+        answer = await call(front, name, request)
+        assert answer.next_page_token, name
+        found[name] = (request, answer.next_page_token)
+    return found
+
+
+async def test_forged_page_tokens(front: Front) -> None:
+    """A token that this server did not make for this filter is refused, and never reaches the database."""
+
+    def checks() -> Iterable[Awaitable[list[str]]]:
+        for name, (request, token) in tokens.items():
+            mark, *after = json.loads(base64.urlsafe_b64decode(token))
+            forged = ["x", "=", token[:-4], token + "AAAA", "-" * 1024, *map(_encoded, ([], {}, 1, None, "x", [mark]))]
+            forged += [_encoded(["0" * 24, *after]), _encoded([mark, *after, "x"]), "W" * 1000]
+            for n in range(len(after)):
+                parts: list[Any] = [None, 1, "", "x", "\0", [], {}, True, "' or 1=1 --", "9" * 200, CANARY]
+                for part in parts:
+                    forged.append(_encoded([mark, *after[:n], part, *after[n + 1 :]]))
+            for value in forged:
+                spoiled = type(request)()
+                spoiled.CopyFrom(request)
+                spoiled.page_token = value  # type: ignore[attr-defined]
+                yield refused_field(front, name, spoiled, "page_token", CANARY)
+
+    tokens = await _tokens(front)
+    await none_wrong(checks())
+
+
+async def test_page_tokens_in_another_spelling(front: Front) -> None:
+    """A token whose parts only Python would read is refused or understood, and no fault of the server."""
+    for name, (request, token) in (await _tokens(front)).items():
+        mark, *after = json.loads(base64.urlsafe_b64decode(token))
+        for n in range(len(after)):
+            for part in (
+                f"urn:uuid:{after[n]}", f"{{{after[n]}}}", after[n].replace("-", ""), after[n].upper(),
+                "2026-W01-1", "20260101", "2026-W01-1T00:00", "2026-01-01T00:00:00.1234567+00:00",
+                "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "0001-01-01", "9999-12-31",
+                "2026-01-01T00:00:00+23:59:59.999999",
+            ):  # fmt: skip
+                request.page_token = _encoded([mark, *after[:n], part, *after[n + 1 :]])  # type: ignore[attr-defined]
+                assert await outcome(call(front, name, request)) in ("OK", "INVALID_FIELD"), (name, part)
+
+
+async def test_page_tokens_of_another_filter(front: Front) -> None:
+    """A token is bound to its method and to its filter: it opens no other list."""
+    tokens = await _tokens(front)
+    here = await world(front)
+    others: dict[str, Message] = {
+        "ListClinics": clinic_pb2.ListClinicsRequest(city="Lima"),
+        "ListPatients": patient_pb2.ListPatientsRequest(name_prefix="P"),
+        "ListDoctors": doctor_pb2.ListDoctorsRequest(specialty="x"),
+        "ListDoctorAvailability": doctor_pb2.ListDoctorAvailabilityRequest(doctor_id=here.doctor_id),
+        "ListSlots": slot_pb2.ListSlotsRequest(available_only=True),
+        "ListAppointments": appointment_pb2.ListAppointmentsRequest(doctor_id=here.doctor_id),
+    }
+    assert others.keys() == tokens.keys()
+
+    def checks() -> Iterable[Awaitable[list[str]]]:
+        for name, other in others.items():
+            for giver, (_, token) in tokens.items():
+                spoiled = type(other)()
+                spoiled.CopyFrom(other if giver == name else tokens[name][0])
+                spoiled.page_token = token  # type: ignore[attr-defined]
+                yield refused_field(front, name, spoiled, "page_token")
+
+    await none_wrong(checks())
+
+
+@pytest.mark.parametrize("kind", ["unknown", "output-only", "not a path"])
+async def test_masks(front: Front, kind: str) -> None:
+    """An update names only what a caller may write."""
+    here = await world(front)
+
+    def checks() -> Iterable[Awaitable[list[str]]]:
+        for name in UPDATES:
+            request = VALID[name](here)
+            resource = METHODS[name].input_type.fields[0].message_type
+            assert resource is not None
+            paths = {
+                "unknown": [CANARY, "_id", "version", "name_key", resource.name.lower()],
+                "output-only": [field.name for field in resource.fields if is_output_only(field)],
+                "not a path": ["", ".", "*.*", "Name", " name", "\0", "reason;drop", "x" * 5000, CANARY + "\u202e"],
+            }[kind]
+            assert paths
+            for path in paths:
+                for also in ((), (resource.fields[1].name,), ("*",)):
+                    spoiled = type(request)()
+                    spoiled.CopyFrom(request)
+                    spoiled.update_mask.paths.extend([*also, path])  # type: ignore[attr-defined]
+                    yield refused_field(front, name, spoiled, "update_mask.paths", CANARY)
+
+    await none_wrong(checks())
+
+
+def _taken(place: Place) -> bool:
+    ours = (step for step in place.steps if step.containing_type and step.containing_type.full_name.count(".") == 3)
+    return not any(is_output_only(step) for step in ours)
+
+
+IMPOSSIBLE_DATES = (
+    (2026, 2, 30), (2027, 2, 29), (0, 1, 1), (2026, 0, 1), (2026, 1, 0), (2026, 13, 1), (2026, 1, 32), (10000, 1, 1),
+    (-1, 1, 1), (0, 0, 0), (2**31 - 1, 1, 1),
+)  # fmt: skip
+
+
+async def test_impossible_dates(front: Front) -> None:
+    """30 February is no day, in any request; nor is a year or a month alone."""
+    here = await world(front)
+    dated = [(name, place) for name in METHODS for place in places(name, is_a(DATE)) if _taken(place)]
+    assert dated
+    await none_wrong(
+        refused_field(
+            front, name, place.put(VALID[name](here), Date(year=y, month=m, day=d)), place.path, shown=(y, m, d)
+        )
+        for name, place in dated
+        for y, m, d in IMPOSSIBLE_DATES
+    )
+
+
+IMPOSSIBLE_TIMESTAMPS = (
+    (-62135596801, 0), (253402300800, 0), (-(2**63), 0), (2**63 - 1, 0), (-1, 0), (1800000000, -1),
+    (1800000000, 10**9), (1800000000, -(2**31)),
+)  # fmt: skip
+
+
+async def test_impossible_timestamps(front: Front) -> None:
+    """The year 0 and the year 10000 are refused, and so are nanoseconds that are none."""
+    here = await world(front)
+    timed = [(name, place) for name in METHODS for place in places(name, is_a(TIMESTAMP)) if _taken(place)]
+    assert timed
+    await none_wrong(
+        refused_field(
+            front, name, place.put(VALID[name](here), Timestamp(seconds=s, nanos=n)), place.path, shown=(s, n)
+        )
+        for name, place in timed
+        for s, n in IMPOSSIBLE_TIMESTAMPS
+    )
+
+
+INSURED = (
+    ("PE", "00123\n"), ("PE", "００１２３"), ("CL", "1234"), ("PE", "123456"), ("CL", ""), ("PE", "0012a"),
+    ("PE", " 00123"), ("PE", "٠٠١٢٣"), ("BR", "12\n"), ("BR", "１２３"), ("BR", "x" * 51), ("BR", " 1"),
+)  # fmt: skip
+
+
+async def test_insured_numbers(front: Front) -> None:
+    """An insured number of Peru or Chile is five ASCII digits, and nothing beside them."""
+    here = await world(front)
+
+    async def check(name: str, place: Place, country: str, number: str) -> list[str]:
+        request: Any = VALID[name](here)
+        if hasattr(request, "patient"):
+            del request.patient.insurances[:]
+        request = place.put(request, patient_pb2.Insurance(country=country, number=number))
+        error = await refusal(call(front, name, request))
+        wrong = manners(error, *([number.strip()] if len(number) > 4 else []))
+        if not all(found.startswith(place.path) for found in named(error)):
+            wrong.append(f"names {named(error)}")
+        if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+            wrong.append(error.code().name)
+        return [f"{name} {country} {number!r}: {problem}" for problem in wrong]
+
+    await none_wrong(
+        check(name, place, country, number)
+        for name in METHODS
+        for place in places(name, is_a("clinic.frontdesk.v1.Insurance"))
+        for country, number in INSURED
+    )
+
+
+async def test_countries(front: Front) -> None:
+    """A country is an ISO 3166-1 code in upper case that exists."""
+    here = await world(front)
+    found = [
+        (name, place)
+        for name in METHODS
+        for place in places(name, lambda field: field.name in ("country", "default_country"))
+    ]
+    assert len(found) >= 6
+    await none_wrong(
+        refused_field(front, name, place.put(VALID[name](here), country), place.path, shown=country)
+        for name, place in found
+        for country in ("pe", "XX", "PER", "P", "P\n", "ÄÖ", "ZZ", "EU", "00")
+    )
+
+
+NO_PHONES = (
+    "x",
+    "12345",
+    "+1",
+    "+999999999999",
+    "+55119876543210000",
+    "call me",
+    "+",
+    f"tel:+5511987654321;x={CANARY}",
+)
+
+
+async def test_phones(front: Front) -> None:
+    """What is no number of any country, or a national number without its country, is no phone."""
+    here = await world(front)
+    await front.clinics.UpdateClinic(
+        clinic_pb2.UpdateClinicRequest(
+            clinic=clinic_pb2.Clinic(id=here.clinic_id), update_mask=FieldMask(paths=["country"])
+        )
+    )
+    found = [(name, place) for name in METHODS for place in places(name, lambda field: field.name == "phone")]
+    assert len(found) >= 6
+
+    def spoiled(name: str, place: Place, phone: str) -> Message:
+        request: Any = place.put(VALID[name](here), phone)
+        if hasattr(request, "clinic"):
+            request.clinic.country = ""
+        return cast(Message, request)
+
+    await none_wrong(
+        refused_field(front, name, spoiled(name, place, phone), place.path, CANARY, shown=phone)
+        for name, place in found
+        for phone in NO_PHONES
+    )
+
+
+async def test_phone_of_another_country(front: Front) -> None:
+    """A number that Brazil has and Peru has not is refused where Peru reads it."""
+    for country, code in (("BR", "OK"), ("PE", "INVALID_FIELD")):
+        request = patient_pb2.RegisterPatientRequest(
+            patient=patient_pb2.Patient(given_name="Rosa", phone="(11) 98765-4321"), default_country=country
+        )
+        assert await outcome(front.patients.RegisterPatient(request)) == code
+
+
+NO_ZONES = ("Mars/Olympus", "america/sao_paulo", "UTC+3", "../../etc/passwd", "/etc/localtime", "", ".",
+            "posixrules\n", "America", "-03:00", CANARY)  # fmt: skip
+
+
+async def test_zones(front: Front) -> None:
+    """A time zone is a name of the IANA database."""
+    here = await world(front)
+    found = [(name, p) for name in METHODS for p in places(name, lambda field: field.name == "time_zone")]
+    assert len(found) == 2
+    for name, place in found:
+        for zone in NO_ZONES:
+            request: Any = place.put(VALID[name](here), zone)
+            if name == "UpdateClinic":
+                request.update_mask.paths.append("time_zone")
+            error = await refusal(call(front, name, request))
+            assert details(error)["ErrorInfo"].reason == "INVALID_FIELD", zone
+            assert not manners(error, CANARY), zone
+
+
+async def test_idempotency_keys(front: Front) -> None:
+    """A key is at most 255 printable ASCII characters."""
+    here = await world(front)
+    await none_wrong(
+        refused_field(front, name, place.put(VALID[name](here), key), "idempotency_key", shown=key)
+        for name in MUTATIONS
+        for place in places(name, lambda field: field.name == "idempotency_key")
+        for key in ("k" * 256, "a\nb", "\x1f", "\x7f", "ключ", "a\0", "a\n", "\u202e", "k" * 100_000)
+    )
+
+
+async def test_slots_end_on_their_day(front: Front) -> None:
+    """A slot ends after it starts, and on the same civil day of the clinic or at its midnight."""
+    doctor = await front.doctor("America/Lima")
+    # Lima has been five hours behind UTC, without summer time, since 1994.
+    midnight = noon(3).replace(hour=5)
+    good = slot_at(doctor.id, noon(9))
+
+    def bad() -> Iterable[Awaitable[list[str]]]:
+        for hour, minutes in ((12, 0), (12, -30), (23, 61), (12, 24 * 60), (0, 24 * 60 + 1)):
+            slot = slot_at(doctor.id, midnight + timedelta(hours=hour), minutes)
+            one = slot_pb2.CreateSlotRequest(slot=slot)
+            yield refused_field(front, "CreateSlot", one, "slot.end_time", shown=(hour, minutes))
+            two = slot_pb2.BatchCreateSlotsRequest(slots=[good, slot])
+            yield refused_field(front, "BatchCreateSlots", two, "slots.end_time", shown=(hour, minutes))
+
+    await none_wrong(bad())
+    assert front.sql("select count(*) from slot") == [(0,)]
+    for days, hour, minutes in ((0, 23, 60), (1, 0, 24 * 60)):
+        assert await outcome(front.slot(doctor.id, midnight + timedelta(days=days, hours=hour), minutes)) == "OK"
+
+
+@pytest.mark.parametrize("zone", ["Pacific/Kiritimati", "UTC", "Pacific/Pago_Pago"])
+async def test_the_last_hours_of_the_year_9999(front: Front, zone: str) -> None:
+    """The end of the last year that a timestamp can name is a slot or is refused, and is no fault of the server."""
+    doctor = await front.doctor(zone)
+    last = datetime(9999, 12, 31, 22, 0, tzinfo=UTC)
+    assert await outcome(front.slot(doctor.id, last)) in ("OK", "INVALID_FIELD")
+    assert await outcome(front.slots.ListSlots(slot_pb2.ListSlotsRequest(doctor_id=doctor.id))) == "OK"
+
+
+async def test_dates_at_the_ends_of_the_calendar(front: Front) -> None:
+    """The first and the last day that a date can name are days like others."""
+    here = await world(front)
+    for name in METHODS:
+        for place in places(name, is_a(DATE)):
+            for edge in (Date(year=1, month=1, day=1), Date(year=9999, month=12, day=31)):
+                answer = await outcome(call(front, name, place.put(VALID[name](here), edge)))
+                assert answer not in ("INTERNAL", "DATABASE_UNAVAILABLE"), (name, place.path, edge)
+
+
+async def test_at_most_twenty_violations(front: Front) -> None:
+    """However much is wrong with a request, a refusal lists twenty violations and stays below 8 KB."""
+    bad = [slot_pb2.Slot(id=CANARY, doctor_id=CANARY, block_reason="\x01" * 2001) for _ in range(400)]
+    error = await refusal(front.slots.BatchCreateSlots(slot_pb2.BatchCreateSlotsRequest(slots=bad)))
+    assert len(details(error)["BadRequest"].field_violations) == 20
+    assert not manners(error, CANARY)
+    sick = patient_pb2.Patient(given_name="R", phone="+5511987654321", allergies=[f"{CANARY}\0" for _ in range(100)])
+    error = await refusal(front.patients.RegisterPatient(patient_pb2.RegisterPatientRequest(patient=sick)))
+    assert len(details(error)["BadRequest"].field_violations) == 20
+    assert not manners(error, CANARY)
+
+
+async def test_nothing_at_all(front: Front) -> None:
+    """An empty request is answered or refused by a rule of the contract, whatever the method."""
+    for name in METHODS:
+        answer = await outcome(call(front, name, type(VALID[name](await world(front)))()))
+        assert answer in ("OK", "INVALID_FIELD"), name
+
+
+def test_every_reason_has_a_code() -> None:
+    """Every reason of the public list is a refusal of the clinic with a place in the one table; INTERNAL is neither."""
+    assert errors.REFUSALS.keys() == REASONS - {"INTERNAL"}
+    for refused in errors.REFUSALS.values():
+        assert code_of(refused) in CODES.values()
+        assert refused.__doc__

@@ -1,0 +1,542 @@
+"""Cases 47 to 50: many watchers, and everything that can happen to them."""
+
+import asyncio
+import base64
+import json
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import psycopg
+import pytest
+
+from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, queue_pb2
+from frontdesk.feed import Feed
+from frontdesk.settings import Settings
+from tests.clinic import Front, day, outcome, reason_of, refusal, today, tomorrow
+from tests.hostile.methods import METHODS, MUTATIONS, call, manners, request_class
+from tests.hostile.test_domain import cancelling, to_day
+from tests.hostile.wire import SOON, another_client, serving, until
+
+Change = tuple[int, int, str]
+
+
+def watching(doctor_id: str, token: str = "", **fields: Any) -> queue_pb2.WatchQueueRequest:
+    """Watch this doctor's day of today, from the token on."""
+    return queue_pb2.WatchQueueRequest(doctor_id=doctor_id, date=day(today()), resume_token=token, **fields)
+
+
+def watch(front: Front, request: queue_pb2.WatchQueueRequest) -> Any:
+    """Open the stream."""
+    return front.queues.WatchQueue(request)
+
+
+@dataclass
+class Replay:
+    """What a watcher has been told, and what it makes of it."""
+
+    revision: int = 0
+    token: str = ""
+    changes: list[Change] = field(default_factory=list)
+    queue: queue_pb2.Queue | None = None
+    closing: queue_pb2.StreamClosing | None = None
+    updates: int = 0
+
+    def take(self, message: queue_pb2.WatchQueueResponse) -> None:
+        """One message; it must go on from the last."""
+        if message.HasField("closing"):
+            self.closing = message.closing
+            return
+        self.token = message.resume_token
+        if message.HasField("heartbeat"):
+            assert message.revision == message.previous_revision == self.revision
+            return
+        self.updates += 1
+        update = message.update
+        assert update.queue.revision == message.revision
+        if message.previous_revision == 0:
+            assert not update.changes
+            self.changes.clear()
+        else:
+            assert message.previous_revision == self.revision
+            revisions = [change.revision for change in update.changes]
+            assert revisions == list(range(self.revision + 1, message.revision + 1))
+            self.changes += [(c.revision, c.kind, c.appointment_id) for c in update.changes]
+        self.revision, self.queue = message.revision, update.queue
+
+
+def history(front: Front, doctor_id: str) -> list[Change]:
+    """What the database says has happened today."""
+    kinds = queue_pb2.QueueChange.Kind
+    return [
+        (revision, kinds.Value(f"KIND_{kind}"), appointment)
+        for revision, kind, appointment in front.sql(
+            "select revision, kind, coalesce(appointment_id::text, '') from event"
+            " where doctor_id = %s and date = %s order by revision", doctor_id, today(),
+        )
+    ]  # fmt: skip
+
+
+async def follow(front: Front, doctor_id: str, replay: Replay, last: Callable[[], int]) -> None:
+    """Watch until the last revision has come."""
+    stream = watch(front, watching(doctor_id, replay.token))
+    try:
+        while not last() or replay.revision < last():
+            message = await stream.read()
+            assert message is not grpc.aio.EOF
+            replay.take(message)
+    finally:
+        stream.cancel()
+
+
+async def restless(
+    front: Front, doctor_id: str, replay: Replay, last: Callable[[], int], chance: random.Random
+) -> None:
+    """As `follow`, by someone who goes away now and then and comes back with the token."""
+    while not last() or replay.revision < last():
+        try:
+            async with asyncio.timeout(chance.uniform(0.1, 2)):
+                await follow(front, doctor_id, replay, last)
+        except TimeoutError:
+            pass
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or manners(error):
+                raise
+
+
+@asynccontextmanager
+async def clients(front: Front, count: int) -> AsyncIterator[Sequence[Front]]:
+    """Clients with connections of their own."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(another_client(front)) for _ in range(count)]
+
+
+async def a_busy_day(front: Front, doctor_id: str, patients: Sequence[Any]) -> int:
+    """Bookings, check-ins and calls; the revision after the last."""
+
+    async def visit(patient_id: str, n: int) -> None:
+        booked = (await front.book(patient_id, doctor_id)).appointment.id
+        if n % 5 == 4:
+            await front.appointments.CancelAppointment(cancelling(booked))
+            return
+        await front.check_in(booked)
+        called = (await front.queues.CallNext(queue_pb2.CallNextRequest(doctor_id=doctor_id))).entry.appointment_id
+        if n % 2:
+            await front.appointments.StartAppointment(appointment_pb2.StartAppointmentRequest(appointment_id=called))
+        else:
+            await front.queues.MarkMissed(queue_pb2.MarkMissedRequest(appointment_id=called))
+
+    for start in range(0, len(patients), 3):
+        part = patients[start : start + 3]
+        await asyncio.gather(*(visit(p.id, start + n) for n, p in enumerate(part)))
+    return (await front.queue(doctor_id)).revision
+
+
+def cut_listeners(front: Front) -> None:
+    """End the connections over which the servers hear of each other."""
+    front.sql(
+        "select pg_terminate_backend(pid) from pg_stat_activity"
+        " where datname = current_database() and application_name = 'frontdesk listen'"
+    )
+
+
+async def test_every_replay_equals_the_database(
+    conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hundred watchers of two servers, who come and go while hints are lost and cut, all know what happened."""
+
+    async def silent(feed: Feed) -> None:
+        await asyncio.Event().wait()
+
+    chance = random.Random(47)
+    async with AsyncExitStack() as stack:
+        _, front = await stack.enter_async_context(serving(settings, conninfo))
+        monkeypatch.setattr(Feed, "_send_hints", silent)
+        _, other = await stack.enter_async_context(serving(settings, conninfo))
+        monkeypatch.undo()
+        doctor, patients = await front.doctor(max_patients_per_day=100), await front.people(24)
+        ends: list[int] = []
+
+        def last() -> int:
+            return ends[0] if ends else 0
+
+        desks = [
+            *await stack.enter_async_context(clients(front, 2)),
+            *await stack.enter_async_context(clients(other, 2)),
+        ]
+        replays = [Replay() for _ in range(200)]
+        async with asyncio.timeout(40), asyncio.TaskGroup() as group:
+            for n, replay in enumerate(replays):
+                desk = desks[n // 4 % 4]
+                if n % 4 < 2:
+                    group.create_task(restless(desk, doctor.id, replay, last, chance))
+                else:
+                    group.create_task(follow(desk, doctor.id, replay, last))
+            for n in range(0, 24, 8):
+                await a_busy_day(front if n % 16 else other, doctor.id, patients[n : n + 8])
+                cut_listeners(front)
+            # Announced first, so that nobody waits for a message after the last.
+            ends.append((await front.queue(doctor.id)).revision + 1)
+            said = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(today()), is_present=True)
+            assert (await front.doctors.SetDoctorAvailability(said)).revision == last()
+        told, line = history(front, doctor.id), await front.queue(doctor.id)
+    assert len(told) == last() - 1
+    for replay in replays:
+        assert replay.changes == [change for change in told if change[0] > last() - len(replay.changes)]
+        assert replay.queue == line
+
+
+@pytest.mark.parametrize("worker", ["own", "other"])
+async def test_two_servers_tell_the_same(conninfo: str, settings: Settings, worker: str) -> None:
+    """Watchers over two servers see the same revisions in the same order, within a second of the answer."""
+    async with serving(settings, conninfo) as (_, front), serving(settings, conninfo) as (_, other):
+        doctor, patients = await front.doctor(max_patients_per_day=100), await front.people(12)
+        seen: list[Replay] = [Replay(), Replay()]
+        streams = [watch(desk, watching(doctor.id)) for desk in (front, other)]
+        for stream, replay in zip(streams, seen, strict=True):
+            replay.take(await stream.read())
+        last = await a_busy_day(front if worker == "own" else other, doctor.id, patients)
+        for stream, replay in zip(streams, seen, strict=True):
+            async with asyncio.timeout(1):
+                while replay.revision < last:
+                    replay.take(await stream.read())
+            stream.cancel()
+        assert seen[0].changes == seen[1].changes == history(front, doctor.id)
+        assert seen[0].queue == seen[1].queue == await front.queue(doctor.id)
+
+
+async def test_a_reader_that_does_not_read(front: Front) -> None:
+    """A watcher that stops to read is owed the newest state, not all the states between; others notice nothing."""
+    doctor = await front.doctor(max_patients_per_day=200)
+    name = "N" * 190
+    for start in range(0, 120, 40):
+        await asyncio.gather(*(front.arrive(doctor.id, given_name=f"{name} {start + n}") for n in range(40)))
+    narrow = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536))
+    async with another_client(front, *narrow) as sleeper, another_client(front) as awake:
+        slow, fast = Replay(), Replay()
+        stream = watch(sleeper, watching(doctor.id))
+        slow.take(await stream.read())
+        running = asyncio.create_task(follow(awake, doctor.id, fast, lambda: 481))
+        for _ in range(120):
+            called = (await front.queues.CallNext(queue_pb2.CallNextRequest(doctor_id=doctor.id))).entry.appointment_id
+            again = queue_pb2.CallAgainRequest(appointment_id=called)
+            assert (await front.queues.CallAgain(again)).revision
+        await asyncio.wait_for(running, SOON)
+        async with asyncio.timeout(SOON):
+            while slow.revision < 481:
+                slow.take(await stream.read())
+        stream.cancel()
+        # 240 changes of some 25 KB each: what gRPC had taken already, then the newest.
+        assert slow.updates < 60
+        assert slow.changes == history(front, doctor.id)[-240:]
+        assert slow.queue == fast.queue
+
+
+async def test_a_stop_tells_everyone(conninfo: str, settings: Settings) -> None:
+    """A server that stops sends each of 500 watchers its closing message and OK, within the grace."""
+    async with serving(settings, conninfo) as (worker, front):
+        doctor = await front.doctor()
+        async with clients(front, 6) as desks:
+            streams = [watch(desks[n % 6], watching(doctor.id)) for n in range(500)]
+            replays = [Replay() for _ in streams]
+            for stream, replay in zip(streams, replays, strict=True):
+                replay.take(await stream.read())
+            async with asyncio.timeout(settings.drain_seconds):
+                await worker.stop()
+            for stream, replay in zip(streams, replays, strict=True):
+                replay.take(await stream.read())
+                assert await stream.read() is grpc.aio.EOF
+                assert await stream.code() is grpc.StatusCode.OK
+            assert {r.closing.reason for r in replays if r.closing} == {queue_pb2.StreamClosing.REASON_DRAINING}
+            delays = [r.closing.reconnect_delay.ToMilliseconds() for r in replays if r.closing]
+            assert len(delays) == 500
+            assert max(delays) - min(delays) > 1000
+
+
+async def test_calls_in_flight_end_before_a_stop(conninfo: str, settings: Settings) -> None:
+    """What was asked before the server stops is answered; what is asked afterwards goes elsewhere."""
+    nobody = clinic_pb2.GetClinicRequest(clinic_id="0192f5d1-7a5c-7b6e-8f00-0123456789ab")
+    async with serving(settings, conninfo) as (worker, front):
+        doctor, patient = await front.doctor(), await front.patient()
+        async with await psycopg.AsyncConnection.connect(conninfo) as other:
+            await other.execute("select lock_doctor_day(%s, %s)", (doctor.id, today()))
+            booking = asyncio.create_task(outcome(front.book(patient.id, doctor.id)))
+            locks = "select from pg_locks where locktype = 'advisory' and not granted"
+            with psycopg.connect(conninfo, autocommit=True) as look:
+                await until(lambda: look.execute(locks).rowcount == 1)
+            stopping = asyncio.create_task(worker.stop())
+            codes: set[grpc.StatusCode] = set()
+            while grpc.StatusCode.UNAVAILABLE not in codes:
+                # One that is on its way at this moment may be cut off or left unanswered: gRPC does that, not we.
+                error = await refusal(front.clinics.GetClinic(nobody, timeout=1))
+                codes.add(error.code())
+            await other.rollback()
+        assert await booking == "OK"
+        await stopping
+
+
+async def test_everyone_comes_back_at_once(conninfo: str, settings: Settings) -> None:
+    """A thousand watchers who open their streams at one moment are all served, and see the next change."""
+    async with serving(settings, conninfo) as (_, front):
+        doctor = await front.doctor()
+        arrived = await front.arrive(doctor.id)
+        async with clients(front, 11) as desks:
+            streams = [watch(desks[n % 11], watching(doctor.id)) for n in range(1000)]
+            async with asyncio.timeout(SOON):
+                firsts = await asyncio.gather(*(stream.read() for stream in streams))
+            assert {first.revision for first in firsts} == {arrived.revision}
+            called = await front.queues.CallNext(queue_pb2.CallNextRequest(doctor_id=doctor.id))
+            async with asyncio.timeout(SOON):
+                seconds = await asyncio.gather(*(stream.read() for stream in streams))
+            assert {second.revision for second in seconds} == {called.revision}
+            for stream in streams:
+                stream.cancel()
+
+
+async def test_a_watcher_of_nobody_disturbs_nobody(front: Front) -> None:
+    """Who watches a doctor that does not exist is told so; who watches another at that moment is served."""
+    doctor = await front.doctor()
+    nobody = watching("0192f5d1-7a5c-7b6e-8f00-0123456789ab")
+
+    async def begin(request: queue_pb2.WatchQueueRequest) -> str:
+        stream = watch(front, request)
+        found = await outcome(stream.read())
+        stream.cancel()
+        return found
+
+    for _ in range(5):
+        outcomes = await asyncio.gather(*(begin(r) for _ in range(10) for r in (watching(doctor.id), nobody)))
+        assert outcomes == ["OK", "DOCTOR_NOT_FOUND"] * 10
+
+
+# Resume tokens.
+
+
+async def first_of(front: Front, request: queue_pb2.WatchQueueRequest) -> Any:
+    """The stream's first message."""
+    stream = watch(front, request)
+    message = await stream.read()
+    stream.cancel()
+    return message
+
+
+async def test_resume_where_nothing_has_happened(front: Front) -> None:
+    """A token of the present revision is answered with a heartbeat, and the stream goes on from there."""
+    doctor = await front.doctor()
+    for _ in range(2):
+        first = await first_of(front, watching(doctor.id))
+        stream = watch(front, watching(doctor.id, first.resume_token))
+        again = await stream.read()
+        assert again.HasField("heartbeat")
+        assert (again.revision, again.previous_revision) == (first.revision, first.revision)
+        arrived = await front.arrive(doctor.id)
+        replay = Replay(revision=first.revision)
+        while replay.revision < arrived.revision:
+            replay.take(await stream.read())
+        stream.cancel()
+        assert len(replay.changes) == 2
+
+
+async def test_resume_after_changes(front: Front) -> None:
+    """A token of an earlier revision is answered with one update that lists what has happened since."""
+    doctor = await front.doctor()
+    await front.arrive(doctor.id)
+    first = await first_of(front, watching(doctor.id))
+    arrived = await front.arrive(doctor.id)
+    again = await first_of(front, watching(doctor.id, first.resume_token))
+    assert (again.previous_revision, again.revision) == (first.revision, arrived.revision)
+    assert [c.kind for c in again.update.changes] == [queue_pb2.QueueChange.KIND_BOOKED,
+                                                      queue_pb2.QueueChange.KIND_CHECKED_IN]  # fmt: skip
+    assert again.update.changes[1].entry == again.update.queue.entries[1]
+    # The token names the day as well.
+    bare = queue_pb2.WatchQueueRequest(doctor_id=doctor.id, resume_token=first.resume_token)
+    assert (await first_of(front, bare)).update == again.update
+
+
+def decoded(token: str) -> list[Any]:
+    """What a token of this server holds."""
+    found: list[Any] = json.loads(base64.urlsafe_b64decode(token))
+    return found
+
+
+def encoded(parts: Any) -> str:
+    """A token of these parts."""
+    return base64.urlsafe_b64encode(json.dumps(parts, separators=(",", ":")).encode()).decode()
+
+
+@pytest.mark.parametrize("kind", ["future", "restored", "pruned", "long ago", "negative", "huge"])
+async def test_resume_from_another_history(front: Front, kind: str) -> None:
+    """A token from the future, from before a restore, or too old begins afresh and is never an error."""
+    doctor = await front.doctor()
+    await front.arrive(doctor.id)
+    first = await first_of(front, watching(doctor.id))
+    token = first.resume_token
+    parts = decoded(token)
+    if kind == "future":
+        parts[2] += 1000
+    elif kind == "restored":
+        for table in ("event set create_time = create_time", "doctor_day set update_time = update_time"):
+            front.sql(f"update {table} - interval '1 second'")
+    elif kind == "pruned":
+        await front.arrive(doctor.id)
+        front.sql("delete from event where revision <= 4")
+    elif kind == "long ago":
+        parts[3] -= 10**15
+    elif kind == "negative":
+        parts[2] = -5
+    else:
+        parts[2], parts[3] = 10**30, -(10**30)
+    token = encoded(parts)
+    again = await first_of(front, watching(doctor.id, token))
+    assert again.previous_revision == 0
+    assert not again.update.changes
+    assert again.update.queue == await front.queue(doctor.id)
+
+
+MALFORMED: dict[str, Callable[[list[Any]], Any]] = {
+    "no list": lambda p: {"a": 1},
+    "too short": lambda p: p[:3],
+    "too long": lambda p: [*p, 1],
+    "no id": lambda p: ["x", *p[1:]],
+    "an id in braces": lambda p: [f"{{{p[0]}}}", *p[1:]],
+    "an upper-case id": lambda p: [p[0].upper(), *p[1:]],
+    "no date": lambda p: [p[0], "2026-02-30", *p[2:]],
+    "a week": lambda p: [p[0], "2026-W01-1", *p[2:]],
+    "text for a number": lambda p: [*p[:2], "x", p[3]],
+    "digits as text": lambda p: [*p[:2], str(p[2]), p[3]],
+    "a fraction": lambda p: [*p[:2], p[2] + 0.5, p[3]],
+    "infinity": lambda p: [*p[:2], float("inf"), p[3]],
+    "not a number": lambda p: [*p[:3], float("nan")],
+    "null": lambda p: [*p[:2], None, p[3]],
+    "a truth": lambda p: [*p[:2], True, p[3]],
+    "deep": lambda p: json.loads("[" * 300 + "]" * 300),
+}
+
+
+async def test_malformed_tokens(front: Front) -> None:
+    """A token that this server cannot have made is refused."""
+    doctor = await front.doctor()
+    token = (await first_of(front, watching(doctor.id))).resume_token
+    for kind, spoil in MALFORMED.items():
+        error = await refusal(first_of(front, watching(doctor.id, encoded(spoil(decoded(token))))))
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"), kind
+        assert not manners(error), kind
+
+
+async def test_tokens_that_are_no_tokens(front: Front) -> None:
+    """Noise, a token cut short and a token with something after it are refused."""
+    doctor = await front.doctor()
+    token = (await first_of(front, watching(doctor.id))).resume_token
+    for bad in (
+        "x",
+        "=",
+        "a" * 1024,
+        token[:-1],
+        token[:-4],
+        token + "AAAA",
+        token + "=",
+        " " + token,
+        "bnVsbA==",
+        "W1tb",
+    ):
+        assert await outcome(watch(front, watching(doctor.id, bad)).read()) == "INVALID_FIELD", bad
+
+
+async def test_tokens_of_another_doctor_day(front: Front) -> None:
+    """A token of another doctor or date is refused."""
+    doctor, other = await front.doctor(), await front.doctor()
+    token = (await first_of(front, watching(doctor.id))).resume_token
+    assert await outcome(watch(front, watching(other.id, token)).read()) == "INVALID_FIELD"
+    request = queue_pb2.WatchQueueRequest(doctor_id=doctor.id, date=day(tomorrow()), resume_token=token)
+    assert await outcome(watch(front, request).read()) == "INVALID_FIELD"
+
+
+async def test_odd_heartbeats(front: Front) -> None:
+    """A heartbeat interval outside 5 to 60 s is read as the nearest within, however odd."""
+    for seconds in (0, -1, 4, 10**9, 315_576_000_000, -(2**63), 2**63 - 1):
+        doctor = await front.doctor()
+        request = watching(doctor.id)
+        request.heartbeat_interval.seconds = seconds
+        request.heartbeat_interval.nanos = -(2**31)
+        stream = watch(front, request)
+        assert (await stream.read()).revision == 1
+        arrived = await front.arrive(doctor.id)
+        async with asyncio.timeout(4):
+            while (message := await stream.read()).revision < arrived.revision:
+                pass
+        assert message.HasField("update")
+        stream.cancel()
+
+
+async def test_every_answer_names_its_revision(front: Front) -> None:
+    """Whatever changes a doctor-day answers the revision that its watcher is told, of its kind and appointment."""
+    doctor = await front.doctor(max_patients_per_day=50)
+    streams = {on: watch(front, queue_pb2.WatchQueueRequest(doctor_id=doctor.id, date=day(on)))
+               for on in (today(), tomorrow())}  # fmt: skip
+    replays = {on: Replay() for on in streams}
+    for on, stream in streams.items():
+        replays[on].take(await stream.read())
+    told: dict[Any, list[Change]] = {on: [] for on in streams}
+    kinds = queue_pb2.QueueChange
+    used = set()
+
+    async def verb(name: str, kind: int, appointment: str, **fields: Any) -> None:
+        used.add(name)
+        request = request_class(name)(appointment_id=appointment, **fields)
+        told[today()].append(((await call(front, name, request)).revision, kind, appointment))
+
+    async def book() -> str:
+        booked = await front.book((await front.patient()).id, doctor.id)
+        told[today()].append((booked.revision, kinds.KIND_BOOKED, booked.appointment.id))
+        return booked.appointment.id
+
+    async def call_next() -> None:
+        answer = await front.queues.CallNext(queue_pb2.CallNextRequest(doctor_id=doctor.id))
+        told[today()].append((answer.revision, kinds.KIND_CALLED, answer.entry.appointment_id))
+
+    a, b, c, d, e = [await book() for _ in range(5)]
+    await verb("CheckIn", kinds.KIND_CHECKED_IN, a)
+    await call_next()
+    await verb("CallAgain", kinds.KIND_CALLED_AGAIN, a)
+    await verb("MarkMissed", kinds.KIND_MISSED, a)
+    await verb("ReturnToLine", kinds.KIND_RETURNED, a)
+    await verb("ParkPatient", kinds.KIND_PARKED, a)
+    await verb("ReturnToLine", kinds.KIND_RETURNED, a)
+    await verb("StartAppointment", kinds.KIND_STARTED, a)
+    await verb("CompleteAppointment", kinds.KIND_COMPLETED, a)
+    await verb("CheckIn", kinds.KIND_CHECKED_IN, b)
+    await verb("LeaveQueue", kinds.KIND_LEFT, b)
+    await verb("CancelAppointment", kinds.KIND_CANCELLED, c)
+    await verb("MarkNoShow", kinds.KIND_NO_SHOW, d)
+    changed = appointment_pb2.UpdateAppointmentRequest(appointment=appointment_pb2.Appointment(id=e, reason="cough"))
+    told[today()].append(((await front.appointments.UpdateAppointment(changed)).revision, kinds.KIND_UPDATED, e))
+    moved = await front.appointments.RescheduleAppointment(to_day(e, doctor.id, tomorrow()))
+    told[today()].append((moved.vacated_revision, kinds.KIND_MOVED_OUT, e))
+    told[tomorrow()].append((moved.revision, kinds.KIND_MOVED_IN, e))
+    said = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(tomorrow()), is_present=True)
+    told[tomorrow()].append((
+        (await front.doctors.SetDoctorAvailability(said)).revision, kinds.KIND_AVAILABILITY, ""))  # fmt: skip
+    used |= {"BookAppointment", "CallNext", "UpdateAppointment", "RescheduleAppointment", "SetDoctorAvailability"}
+    assert used == {name for name in MUTATIONS if "revision" in METHODS[name].output_type.fields_by_name}
+    for on, stream in streams.items():
+        async with asyncio.timeout(SOON):
+            while replays[on].revision < told[on][-1][0]:
+                replays[on].take(await stream.read())
+        stream.cancel()
+        assert replays[on].changes == told[on]
+
+
+async def test_a_burst_longer_than_what_is_kept(front: Front) -> None:
+    """A watcher who comes back after more changes than the server keeps in memory still gets every one of them."""
+    doctor = await front.doctor()
+    await front.arrive(doctor.id)
+    first = await first_of(front, watching(doctor.id))
+    said = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(today()), is_present=True)
+    await asyncio.gather(*(front.doctors.SetDoctorAvailability(said) for _ in range(600)))
+    replay = Replay(revision=first.revision)
+    replay.take(await first_of(front, watching(doctor.id, first.resume_token)))
+    assert Counter(kind for _, kind, _ in replay.changes) == {queue_pb2.QueueChange.KIND_AVAILABILITY: 600}

@@ -1,0 +1,233 @@
+"""HTTP/2 by hand, for what no gRPC client would send; servers with other settings; and a line that can be cut."""
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from types import TracebackType
+
+import grpc
+import h2.config
+import h2.connection
+import h2.events
+import h2.exceptions
+from google.protobuf.message import Message
+from psycopg.conninfo import conninfo_to_dict
+
+from frontdesk.app import Worker
+from frontdesk.settings import Settings
+from tests.clinic import Front
+
+SOON = 15.0
+"""How long a test waits for what must happen."""
+
+OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
+
+
+@asynccontextmanager
+async def serving(settings: Settings, conninfo: str, **changed: object) -> AsyncIterator[tuple[Worker, Front]]:
+    """One more worker, with some settings changed, and a client of it."""
+    worker = Worker(settings.model_copy(update=changed), conninfo)
+    port = await worker.start("127.0.0.1:0")
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[OWN_CONNECTION]) as channel:
+            yield worker, Front(channel, conninfo, port)
+    finally:
+        await worker.stop(drain=False)
+
+
+@asynccontextmanager
+async def another_client(front: Front, *options: tuple[str, int]) -> AsyncIterator[Front]:
+    """A client with a connection of its own."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}", options=[OWN_CONNECTION, *options]) as channel:
+        yield Front(channel, front.conninfo, front.port)
+
+
+def database_of(front: Front) -> str:
+    """The name of the test's database."""
+    return str(conninfo_to_dict(front.conninfo)["dbname"])
+
+
+async def until(holds: Callable[[], bool], seconds: float = SOON) -> None:
+    """Wait until it holds."""
+    async with asyncio.timeout(seconds):
+        while not holds():  # noqa: ASYNC110 - what it waits for is in another process
+            await asyncio.sleep(0.02)
+
+
+async def until_true(holds: Callable[[], Awaitable[bool]], seconds: float = SOON) -> None:
+    """Wait until it holds, where the asking takes its time as well."""
+    async with asyncio.timeout(seconds):
+        while not await holds():  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.02)
+
+
+def framed(message: bytes | Message, *, compressed: bool = False, length: int | None = None) -> bytes:
+    """A gRPC message with its prefix, which may lie about the length."""
+    data = message if isinstance(message, bytes) else message.SerializeToString()
+    return struct.pack(">BI", compressed, len(data) if length is None else length) + data
+
+
+class RawConnection:
+    """A client's HTTP/2 connection on which anything may be sent."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._http = h2.connection.H2Connection(
+            h2.config.H2Configuration(client_side=True, validate_outbound_headers=False)
+        )
+        self.ended: dict[int, dict[str, str]] = {}
+        """The headers and trailers of each stream that has ended."""
+        self.reset: dict[int, int] = {}
+        self.gone: int | None = None
+        """The error code of GOAWAY."""
+        self.closed = False
+        self.settled = False
+        self.pongs = 0
+        self._headers: dict[int, dict[str, str]] = {}
+
+    async def __aenter__(self) -> "RawConnection":
+        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self._http.initiate_connection()
+        await self.flush()
+        self._task = asyncio.create_task(self._read())
+        await until(lambda: self.settled or self.closed)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._task.cancel()
+        self._writer.close()
+        await asyncio.gather(self._task, self._writer.wait_closed(), return_exceptions=True)
+
+    async def flush(self) -> None:
+        """Send what is to be sent."""
+        try:
+            self._writer.write(self._http.data_to_send())
+            await self._writer.drain()
+        except OSError:
+            self.closed = True
+
+    async def _read(self) -> None:
+        try:
+            while data := await self._reader.read(65536):
+                for event in self._http.receive_data(data):
+                    self._take(event)
+                await self.flush()
+        except (OSError, h2.exceptions.ProtocolError):
+            pass
+        self.closed = True
+
+    def _take(self, event: h2.events.Event) -> None:
+        match event:
+            case h2.events.RemoteSettingsChanged():
+                self.settled = True
+            case h2.events.ResponseReceived() | h2.events.TrailersReceived():
+                found = self._headers.setdefault(event.stream_id, {})
+                found |= {_text(name): _text(value) for name, value in event.headers}
+            case h2.events.DataReceived():
+                self._http.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            case h2.events.StreamEnded():
+                self.ended[event.stream_id] = self._headers.get(event.stream_id, {})
+            case h2.events.StreamReset():
+                self.reset[event.stream_id] = int(event.error_code)
+            case h2.events.PingAckReceived():
+                self.pongs += 1
+            case h2.events.ConnectionTerminated():
+                self.gone = int(event.error_code or 0)
+            case _:
+                pass
+
+    async def open(self, path: str, *more: tuple[str, str]) -> int:
+        """Send the headers of a call; its stream."""
+        stream = self._http.get_next_available_stream_id()
+        headers = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "localhost"),
+                   ("te", "trailers"), ("content-type", "application/grpc"), *more]  # fmt: skip
+        self._http.send_headers(stream, headers)
+        await self.flush()
+        return stream
+
+    async def send(self, stream: int, data: bytes, *, end: bool = False) -> None:
+        """Send a part of a message, as the flow control lets it."""
+        while data:
+            room = min(self._http.local_flow_control_window(stream), self._http.max_outbound_frame_size)
+            if self.closed or stream in self.reset or stream in self.ended:
+                return
+            if room:
+                self._http.send_data(stream, data[:room])
+                data = data[room:]
+            await self.flush()
+            if not room:
+                await asyncio.sleep(0.005)
+        if end:
+            self._http.end_stream(stream)
+            await self.flush()
+
+    async def abandon(self, stream: int) -> None:
+        """Reset a stream."""
+        self._http.reset_stream(stream, 8)
+        await self.flush()
+
+    async def ping(self) -> None:
+        """Ask whether the server lives."""
+        self._http.ping(b"12345678")
+        await self.flush()
+
+    async def status(self, stream: int, seconds: float = SOON) -> str | None:
+        """The grpc-status of a stream that ends; None where it was reset or the connection closed."""
+        await until(lambda: stream in self.ended or stream in self.reset or self.closed, seconds)
+        return self.ended.get(stream, {}).get("grpc-status")
+
+
+def _text(value: bytes | str) -> str:
+    return value if isinstance(value, str) else value.decode("latin-1")
+
+
+class Line:
+    """A line to a server whose answers can be held back, and that can be cut."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self.muted = False
+        self._writers: list[asyncio.StreamWriter] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> "Line":
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port: int = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.close()
+        self.cut()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def channel(self) -> grpc.aio.Channel:
+        """A client at the far end."""
+        return grpc.aio.insecure_channel(f"127.0.0.1:{self.port}", options=[OWN_CONNECTION])
+
+    def cut(self) -> None:
+        """End every connection."""
+        for writer in self._writers:
+            writer.close()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        onward_reader, onward = await asyncio.open_connection("127.0.0.1", self._to)
+        self._writers += [writer, onward]
+        for source, sink, answers in ((reader, onward, False), (onward_reader, writer, True)):
+            task = asyncio.create_task(self._carry(source, sink, answers))
+            self._tasks.add(task)
+
+    async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, answers: bool) -> None:
+        try:
+            while data := await source.read(65536):
+                if not (answers and self.muted):
+                    sink.write(data)
+                    await sink.drain()
+        except OSError:
+            pass
+        finally:
+            sink.close()
