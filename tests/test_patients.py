@@ -123,6 +123,7 @@ async def test_find(front: Front) -> None:
     assert await found(name_prefix="AN") == {ana.id, bob.id}
     assert await found(name_prefix="ana muñ") == {ana.id}
     assert await found(name_prefix="%") == set()
+    assert await found(name_prefix="an\U0010ffff") == set()
     assert await found(insurance=pb.Insurance(country="CL", number="12345")) == {insured.patient.id}
     assert await found(phone=PHONE, name_prefix="mu") == {ana.id}
     assert await outcome(front.patients.ListPatients(pb.ListPatientsRequest())) == "INVALID_FIELD"

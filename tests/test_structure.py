@@ -15,7 +15,7 @@ from frontdesk.rpc.status import code_of
 
 SOURCE = Path(__file__).parent.parent / "src" / "frontdesk"
 WIRE = {"grpc", "grpc_status", "grpc_health", "grpc_reflection", "clinic", "buf", "google"}
-MAY_SPEAK_GRPC = {"app.py", "client.py", "demo.py", "board.py", "cli.py"}
+MAY_SPEAK_GRPC = {"app.py", "client.py", "demo.py", "board.py", "cli.py", "conformance.py"}
 
 
 def imports(path: Path) -> set[str]:

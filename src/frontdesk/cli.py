@@ -307,6 +307,46 @@ async def _watch(target: str, doctor: str, day: "datetime.date | None") -> None:
 
 
 @app.command()
+def conformance(
+    target: Annotated[
+        str,
+        typer.Option(metavar="HOST:PORT", help="The service; it keeps the clinic and the people that are made in it."),
+    ],
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="This check alone; may be repeated.")] = None,
+    patience: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for a message.")] = 5.0,
+) -> int:
+    """Hold a service against the contract of WatchQueue, through its API alone; status 0 where no check fails."""
+    import asyncio
+
+    from frontdesk.conformance import CHECKS
+
+    for name in only or ():
+        if name not in CHECKS:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(CHECKS)}.", param_hint="'--only'")
+    if not 0 < patience <= 86_400:
+        raise typer.BadParameter(f"{patience} is not between 0 and 86,400.", param_hint="'--patience'")
+    with _refusals(target):
+        return asyncio.run(_conform(target, only or [], patience))
+
+
+async def _conform(target: str, only: list[str], patience: float) -> int:
+    from rich.console import Console
+
+    from frontdesk.conformance import conform, report
+
+    console = Console()
+    results = []
+    # Shown on a terminal alone.
+    with console.status("checking") as status:
+        async for result in conform(target, credentials=_credentials(), only=only, patience=patience):
+            results.append(result)
+            status.update(f"{result.check.name}: {result.verdict}")
+    # Not narrower than this, because there are names to be copied.
+    Console(width=max(console.width, 120)).print(report(results))
+    return 1 if any(result.verdict == "FAIL" for result in results) else 0
+
+
+@app.command()
 def health(target: _Target = None) -> int:
     """Ask the service's gRPC health: status 0 where it serves, 1 where it does not. For a container's health check."""
     import grpc

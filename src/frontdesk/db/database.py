@@ -200,5 +200,7 @@ async def _configure(connection: AsyncConnection[Any]) -> None:
     # A statement that waits for a lock ends soon after its worker was killed, and lets the next one through.
     await connection.execute(b"set client_connection_check_interval = '2s'")
     await connection.execute(b"set timezone = 'UTC'")
+    # Each of our statements has one shape of plan, whatever its values; planning the lists anew cost more than reading.
+    await connection.execute(b"set plan_cache_mode = force_generic_plan")
     # No statement here runs for so long that compiling it would pay.
     await connection.execute(b"set jit = off")

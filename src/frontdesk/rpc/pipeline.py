@@ -40,8 +40,12 @@ class Call:
         self.caller = caller
 
     async def write(self, message: bytes) -> None:
-        """Send one serialised message of a stream."""
-        await self._context.write(message)
+        """Send one serialised message of a stream. Raises CancelledError where the caller has gone."""
+        try:
+            await self._context.write(message)
+        except grpc.aio.InternalError:
+            # What gRPC calls a write that was under way when the connection ended; the handler's own end follows.
+            raise asyncio.CancelledError from None
 
 
 class Pipeline:
