@@ -145,10 +145,10 @@ _PERSON = frozenset({"given_name", "family_name", "phone", "birth_date"})
 
 
 def _begins(column: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
-    # Not LIKE: of a parameter it could use no index in a plan that is kept. These compare code points, as the indexes do,
-    # and no code point comes after U+10FFFF.
+    # Not LIKE: in a plan that is kept it could use no index for a parameter. These compare code points, as the indexes
+    # do, and no code point comes after U+10FFFF.
     prefix = sa.bindparam("name_prefix", type_=sa.Text)
-    last = sa.literal_column(r"U&'\+10FFFF'")
+    last: sa.ColumnElement[str] = sa.literal_column(r"U&'\+10FFFF'")
     return sa.and_(column.op("~>=~")(prefix), column.op("~<=~")(sa.func.concat(prefix, last)))
 
 
