@@ -104,10 +104,10 @@ class Worker:
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
                 # A standby answers reads, and could take no booking.
-                standby = await self._db.row("select pg_is_in_recovery()", (), bool)
+                read_only = await self._db.row("select current_setting('transaction_read_only')::boolean", (), bool)
         except (Refused, TimeoutError):
-            standby = True
-        await self._server.serving(not standby)
+            read_only = True
+        await self._server.serving(not read_only)
 
 
 def run_worker(settings: Settings, conninfo: str, address: str, reuse_port: bool, ready: Connection) -> None:

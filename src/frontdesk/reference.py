@@ -43,6 +43,9 @@ def e164(number: str, country: str, field: str) -> str:
     """
     if not number:
         return ""
+    if any(character.isalpha() for character in number):
+        # The library reads letters as keys of the phone, as in 1-800-CLINIC; here they are a slip.
+        raise InvalidField((field, "has letters"))
     try:
         parsed = phonenumbers.parse(number, country or None)
     except phonenumbers.NumberParseException:

@@ -401,6 +401,7 @@ async def test_countries(front: Front) -> None:
 
 NO_PHONES = (
     "x",
+    "+551198765432a1",
     "12345",
     "+1",
     "+999999999999",
