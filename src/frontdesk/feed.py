@@ -10,7 +10,7 @@ import binascii
 import json
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from types import TracebackType
@@ -88,12 +88,9 @@ class Feed:
         self._hint_wake = asyncio.Event()
         self._me = uuid.uuid4().hex[:12]
         self._background = Background()
-        self.draining = False
-
-    @property
-    def watchers(self) -> int:
+        self.watchers = 0
         """How many streams are open."""
-        return sum(len(topic.watchers) for topic in self._topics.values())
+        self.draining = False
 
     def start(self) -> None:
         """Begin to tail, to listen for the hints of other processes and to send ours."""
@@ -114,7 +111,7 @@ class Feed:
     def changed(self, doctor_id: str, day: date) -> None:
         """A doctor-day has changed: look now, and tell the other processes soon."""
         key = (doctor_id, day)
-        self._look_at((key,))
+        self._look_at(key)
         self._hints.add(key)
         self._hint_wake.set()
 
@@ -122,11 +119,11 @@ class Feed:
         """Watch a doctor-day, from the entry of this context manager to its exit."""
         return Subscription(self, (doctor_id, day))
 
-    def _look_at(self, keys: Iterable[DoctorDayKey]) -> None:
-        watched = self._topics.keys() & set(keys)
-        if watched:
-            self._look |= watched
-            self._wake.set()
+    def _look_at(self, *keys: DoctorDayKey) -> None:
+        for key in keys:
+            if key in self._topics:
+                self._look.add(key)
+                self._wake.set()
 
     async def _tail(self) -> None:
         while True:
@@ -187,11 +184,11 @@ class Feed:
     async def _listen(self) -> None:
         async with self._db.listening(_CHANNEL) as payloads:
             # What was hinted while nobody listened.
-            self._look_at(list(self._topics))
+            self._look_at(*self._topics)
             async for payload in payloads:
                 sender, *keys = payload.split()
                 if sender != self._me:
-                    self._look_at((key[:36], date.fromisoformat(key[37:])) for key in keys)
+                    self._look_at(*((key[:36], date.fromisoformat(key[37:])) for key in keys))
 
     async def _send_hints(self) -> None:
         while True:
@@ -224,12 +221,14 @@ class Subscription:
     def __enter__(self) -> "Subscription":
         self._topic = self._feed._topics.setdefault(self._key, _Topic(self._key))
         self._topic.watchers.add(self)
+        self._feed.watchers += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._topic.watchers.discard(self)
+        self._feed.watchers -= 1
         if not self._topic.watchers and self._feed._topics.get(self._key) is self._topic:
             del self._feed._topics[self._key]
 
@@ -257,7 +256,7 @@ class Subscription:
         # A reading that starts after this moment, shared by all who ask meanwhile: it sees every acknowledged change.
         reading = asyncio.get_running_loop().create_future()
         self._topic.readers.append(reading)
-        self._feed._look_at((self._key,))
+        self._feed._look_at(self._key)
         await reading
         queue = self._topic.queue
         assert queue is not None
