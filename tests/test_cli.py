@@ -71,10 +71,22 @@ class Running:
         return self.process.wait(SECONDS)
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextmanager
 def running(*command: str, stderr: int | None = subprocess.DEVNULL) -> Iterator[Running]:
     """Run a command in the background."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=CLEAN) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=CLEAN,
+        # As in a terminal, also where the tests run in a shell's background, which ignores Ctrl-C.
+        preexec_fn=_heed_interrupts,
+    ) as process:
         try:
             yield Running(process)
         finally:
