@@ -11,6 +11,7 @@ import json
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from types import TracebackType
@@ -126,13 +127,16 @@ class Feed:
                 self._wake.set()
 
     async def _tail(self) -> None:
+        now = asyncio.get_running_loop().time
+        poll_at = now()
         while True:
-            try:
-                # Without watchers there is nothing to poll.
-                async with asyncio.timeout(POLL_SECONDS if self._topics else None):
+            # At its own time, however often something else wakes us; without watchers there is nothing to poll.
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(poll_at if self._topics else None):
                     await self._wake.wait()
-            except TimeoutError:
+            if now() >= poll_at:
                 self._look |= self._topics.keys()
+                poll_at = now() + POLL_SECONDS
             self._wake.clear()
             look, self._look = self._look, set()
             topics = [topic for key in look if (topic := self._topics.get(key)) is not None]

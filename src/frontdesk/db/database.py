@@ -29,6 +29,14 @@ STATEMENT_TIMEOUT = 10.0
 
 _ATTEMPTS = 5
 _POOL_WAIT = 3.0
+_LINE: dict[str, Any] = {
+    "autocommit": True,
+    # A network that drops packets in silence is found out within half a minute.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
 _NOT_NOW = (
     psycopg.OperationalError,  # connection lost, refused, too many connections, shutting down
     psycopg.InterfaceError,  # the connection is closed
@@ -102,7 +110,7 @@ class Database:
             # The pool's pauses between attempts double until this time is over, and begin anew with the next call: kept
             # short, the service is back within two seconds of the database.
             reconnect_timeout=2.0,
-            kwargs={"autocommit": True, "prepare_threshold": 0, "application_name": "frontdesk"},
+            kwargs={"prepare_threshold": 0, "application_name": "frontdesk", **_LINE},
             configure=_configure,
         )
 
@@ -180,7 +188,7 @@ class Database:
     @asynccontextmanager
     async def listening(self, channel: str) -> AsyncIterator[AsyncIterator[str]]:
         """A connection of its own that listens on `channel`; iterate over the payloads. Raises psycopg errors."""
-        connection = await AsyncConnection.connect(self._conninfo, autocommit=True, application_name="frontdesk listen")
+        connection = await AsyncConnection.connect(self._conninfo, application_name="frontdesk listen", **_LINE)
         try:
             await connection.execute(f"listen {channel}".encode())
 
@@ -199,7 +207,9 @@ async def _configure(connection: AsyncConnection[Any]) -> None:
     await connection.execute(f"set statement_timeout = {int(STATEMENT_TIMEOUT * 1000)}".encode())
     # A statement that waits for a lock ends soon after its worker was killed, and lets the next one through.
     await connection.execute(b"set client_connection_check_interval = '2s'")
+    # Whatever the database's defaults: what is read here is read in these forms.
     await connection.execute(b"set timezone = 'UTC'")
+    await connection.execute(b"set datestyle = 'ISO'")
     # Each of our statements has one shape of plan, whatever its values; planning the lists anew cost more than reading.
     await connection.execute(b"set plan_cache_mode = force_generic_plan")
     # No statement here runs for so long that compiling it would pay.

@@ -43,8 +43,9 @@ begin
 end
 $$;
 
+-- The day as a number: a date as text depends on the session's DateStyle, and all sessions must lock the same name.
 create or replace function doctor_day_name(p_doctor uuid, p_date date) returns text language sql immutable as $$
-    select 'doctor-day/' || p_doctor || '/' || p_date
+    select 'doctor-day/' || p_doctor || '/' || (p_date - date '2000-01-01')
 $$;
 
 create or replace function lock_doctor_day(p_doctor uuid, p_date date) returns void language plpgsql as $$

@@ -1,0 +1,75 @@
+"""`frontdesk serve` whose workers lack one safety, named by HISTORY_CHANGED; for `mutants` alone.
+
+The supervisor starts each worker in a fresh interpreter, so a worker is changed where it begins.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from frontdesk import feed as _feed
+from frontdesk import supervisor
+from frontdesk.log import configure_log
+from frontdesk.settings import Settings
+
+feed: Any = _feed
+
+
+def _no_poll() -> None:
+    feed.POLL_SECONDS = 3600.0
+
+
+def _changes_skipped() -> None:
+    positions = feed.with_positions
+
+    def skipping(changes: Sequence[Any], queue: Any) -> list[Any]:
+        # Several changes in one update become one fewer.
+        told: list[Any] = positions(changes, queue)
+        return told[1 if len(told) > 1 else 0 :]
+
+    feed.with_positions = skipping
+
+
+def _old_queue() -> None:
+    read = feed.read_changes
+
+    async def late(*args: Any) -> Any:
+        return [change for change in await read(*args) if change.kind != "PARKED"]
+
+    feed.read_changes = late
+
+
+def _no_closing() -> None:
+    from clinic.frontdesk.v1 import queue_pb2
+    from frontdesk.rpc import queues
+
+    write = queues._write
+
+    async def silent(call: Any, message: bytes) -> None:
+        if not queue_pb2.WatchQueueResponse.FromString(message).HasField("closing"):
+            await write(call, message)
+
+    queues._write = silent
+
+
+CHANGES = {"no-poll": _no_poll, "changes-skipped": _changes_skipped, "old-queue": _old_queue, "no-closing": _no_closing}
+
+
+def work(**task: Any) -> None:
+    """A worker's life, without its safety."""
+    from frontdesk.app import run_worker
+
+    CHANGES[os.environ["HISTORY_CHANGED"]]()
+    run_worker(**task)
+
+
+def _announce(said: str) -> None:
+    print(said, flush=True)
+
+
+if __name__ == "__main__":
+    settings = Settings.load(listen="127.0.0.1:0", workers=2)
+    configure_log(settings.log_level)
+    nothing: Any = lambda conninfo: None  # noqa: E731
+    sys.exit(supervisor.supervise(settings, worker=work, migrate=nothing, check_schema=nothing, announce=_announce))

@@ -1,0 +1,245 @@
+"""`python -m tests.history.mutants [NAME …]`: take one safety away at a time, and see which rule notices.
+
+Nothing in src/ is touched: a mutant is a database whose functions were made again from changed text, or a service whose
+workers were changed as they began (`launcher`). The runs are short and crowded: two doctors with few places.
+"""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+import psycopg
+
+from frontdesk.db.migrate import SQL_FILES
+from tests.history.harness import Plan, play
+from tests.history.world import Cluster
+
+Mutation = Callable[[psycopg.Connection], None]
+
+
+def _function(name: str) -> str:
+    """The text that makes a function, as src/ has it."""
+    text = "\n".join(files("frontdesk.db").joinpath("sql", file).read_text() for file in SQL_FILES)
+    found = re.search(rf"^create or replace function {name}\(.*?^\$\$;", text, re.DOTALL | re.MULTILINE)
+    assert found is not None, name
+    return found.group()
+
+
+def _edited(name: str, *edits: tuple[str, str]) -> Mutation:
+    """Make a function again with parts of its text replaced, each of which must be there."""
+    text = _function(name)
+    for old, new in edits:
+        assert old in text, f"{name} has no {old!r}"
+        text = text.replace(old, new)
+    return lambda admin: _run(admin, text)
+
+
+def _run(admin: psycopg.Connection, *statements: str) -> None:
+    for statement in statements:
+        admin.execute(statement.replace("{database}", admin.info.dbname).encode())
+
+
+def _all(*mutations: Mutation) -> Mutation:
+    def mutate(admin: psycopg.Connection) -> None:
+        for mutation in mutations:
+            mutation(admin)
+
+    return mutate
+
+
+def _sql(*statements: str) -> Mutation:
+    return lambda admin: _run(admin, *statements)
+
+
+_NO_LOCK = _all(
+    _edited("lock_all", ("perform pg_advisory_xact_lock(v_key)", "null")),
+    _edited("lock_doctor_day", ("    perform pg_advisory_xact_lock", "    -- ")),
+)  # fmt: skip
+_ANY_ISOLATION = "current_setting('transaction_isolation') <> 'read committed'"
+_NO_ASSERTION = _all(
+    _edited("lock_all", (_ANY_ISOLATION, "false")), _edited("lock_doctor_day", (_ANY_ISOLATION, "false"))
+)
+
+CROWD = Plan(seconds=6, doctors=2, capacity=(2, 4), faults=(), twins=0.3, bustle=False)
+LONG_LINE = replace(CROWD, doctors=1, capacity=(12, 16))
+BROKEN_NET = replace(CROWD, faults=("answers-lost", "network-reset"), pause=(0.2, 0.5))
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A safety that is missing, and the run that should notice."""
+
+    name: str
+    plan: Plan
+    mutate: Mutation = lambda admin: None
+    changed: str = ""
+    tries: int = 3
+
+
+_COUNT = "v_change := count_change(v_old.doctor_id, v_old.date, (p_verb = 'CheckIn')::integer, v_now);"
+_SNAPSHOT = "v_answer.appointment := jsonb_populate_record(v_answer.appointment, v_first.snapshot);"
+
+MUTANTS = (
+    Mutant("none (the control)", replace(BROKEN_NET, seconds=8), tries=1),
+    Mutant("none, many moves", replace(CROWD, doctors=3, moves=0.5, capacity=(4, 6)), tries=2),
+    Mutant("no advisory lock", CROWD, _NO_LOCK),
+    Mutant(
+        "no advisory lock, no unique index behind it",
+        CROWD,
+        _all(_NO_LOCK, _sql("drop index appointment_number_key", "drop index appointment_patient_day_key")),
+    ),
+    Mutant(
+        "what was read before the lock is believed",
+        CROWD,
+        _edited(
+            "lock_appointment",
+            ("v_date date;", "v_date date;\n    v_stale appointment;"),
+            (
+                "perform lock_doctor_day(v_doctor, v_date);",
+                "select a into v_stale from appointment a where a.id = p_appointment;\n"
+                "    perform lock_doctor_day(v_doctor, v_date);",
+            ),
+            (
+                "select a into v_answer.appointment from appointment a where a.id = p_appointment;",
+                "v_answer.appointment := v_stale;",
+            ),
+        ),
+    ),
+    Mutant(
+        # Two must meet at one visit between two days: they are given some milliseconds more for it.
+        "a move during the wait for the lock goes unnoticed",
+        replace(CROWD, doctors=3, moves=0.5, capacity=(4, 6)),
+        _all(
+            _edited(
+                "lock_appointment",
+                ("<> (v_doctor, v_date) then", "<> (v_doctor, v_date) and false then"),
+                ("v_answer.subject := p_appointment;\n    if", "perform pg_sleep(0.01);\n    if"),
+            ),
+            _edited(
+                "reschedule_appointment",
+                ("<> (v_read.doctor_id, v_read.date) then", "<> (v_read.doctor_id, v_read.date) and false then"),
+                ("v_now := moment();", "v_now := moment();\n    perform pg_sleep(0.01);"),
+            ),
+        ),
+    ),
+    Mutant(
+        "locks in any order",
+        replace(CROWD, doctors=3, moves=0.5, capacity=(4, 6)),
+        _edited("lock_all", ("name order by 1 loop", "name loop"), ("distinct ", "")),
+    ),
+    Mutant(
+        "never DAY_FULL, no unique index",
+        CROWD,
+        _all(
+            _edited("find_place", ("if v_taken >= v.capacity then", "if false then")),
+            _sql("drop index appointment_number_key"),
+        ),
+    ),
+    Mutant("never SLOT_FULL", CROWD, _edited("find_place", ("if v_taken >= v_slot.capacity then", "if false then"))),
+    Mutant("a key is never found again", CROWD, _edited("replay", ("if not found then", "if true then"))),
+    Mutant(
+        "a key is never remembered",
+        BROKEN_NET,
+        _edited("remember_row", ("    insert into idempotency", "    return;\n    insert into idempotency")),
+    ),
+    Mutant("a replay tells what is, not what was", CROWD, _edited("replay", (_SNAPSHOT, ""))),
+    Mutant(
+        "repeatable read, no assertion",
+        CROWD,
+        _all(
+            _NO_ASSERTION,
+            _sql("alter database {database} set default_transaction_isolation to 'repeatable read'"),
+        ),
+    ),
+    Mutant(
+        "synchronous_commit off, postmaster killed",
+        replace(CROWD, seconds=12, faults=("postmaster-kill",), pause=(0.5, 1.0)),
+        _sql("alter database {database} set synchronous_commit to off"),
+    ),
+    Mutant("no poll behind lost hints", CROWD, changed="no-poll"),
+    Mutant(
+        "an update skips a change",
+        replace(CROWD, faults=("hints-dropped",), pause=(0.1, 0.3)),
+        changed="changes-skipped",
+    ),
+    Mutant("a kind of change is not told", CROWD, changed="old-queue"),
+    Mutant("no closing message", replace(CROWD, seconds=2), changed="no-closing"),
+    Mutant(
+        "tickets from a sequence",
+        CROWD,
+        _all(
+            _sql("create sequence tickets"),
+            _edited("change_visit", ("v_new.ticket := v_change.last_ticket;", "v_new.ticket := nextval('tickets');")),
+        ),
+    ),
+    Mutant(
+        "parking counts no revision",
+        CROWD,
+        _edited(
+            "change_visit",
+            (
+                _COUNT,
+                "if p_verb = 'Park' then select d.revision, d.last_ticket into v_change from doctor_day d"
+                f" where d.doctor_id = v_old.doctor_id and d.date = v_old.date;\n    else {_COUNT} end if;",
+            ),
+            ("perform append_event(", "if p_verb <> 'Park' then perform append_event("),
+            ("v_new.queue_state is not null, v_now);", "v_new.queue_state is not null, v_now); end if;"),
+        ),
+    ),
+    Mutant(
+        "a move leaves no event behind",
+        CROWD,
+        _edited("reschedule_appointment", ("perform append_event(v_old,", "perform 1; --")),
+    ),
+    Mutant(
+        "CallNext takes the last", LONG_LINE, _edited("call_next", ("order by line_order", "order by line_order desc"))
+    ),
+    Mutant(
+        "the missed return to their old place",
+        LONG_LINE,
+        _edited("change_visit", ("case when v_old.queue_state = 'MISSED'", "case when false")),
+    ),
+)
+
+
+def main() -> int:
+    """Try each; the number of those that nothing noticed, the control apart."""
+    parser = argparse.ArgumentParser(prog="python -m tests.history.mutants", description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of names; default: all")
+    wanted = parser.parse_args().names
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="frontdesk-mutants-") as directory:
+        cluster = Cluster(Path(directory) / "data")
+        try:
+            for mutant in MUTANTS:
+                if wanted and not any(part in mutant.name for part in wanted):
+                    continue
+                began = time.monotonic()
+                seconds, caught = 0.0, ""
+                for seed in range(1, mutant.tries + 1):
+                    plan = replace(mutant.plan, seed=seed, mutate=mutant.mutate, changed=mutant.changed)
+                    report = play(plan, cluster)
+                    seconds = time.monotonic() - began
+                    if report.violations:
+                        rules = Counter(violation.rule for violation in report.violations)
+                        caught = ", ".join(f"{rule} {count}" for rule, count in rules.most_common(4))
+                        if os.environ.get("HISTORY_VERBOSE"):
+                            print(report)
+                        break
+                rows.append((mutant.name, caught or "NOT NOTICED", seconds))
+                print(f"{mutant.name:52} {rows[-1][1]:75} {seconds:5.1f} s", flush=True)
+        finally:
+            cluster.close()
+    return sum(caught == "NOT NOTICED" for name, caught, _ in rows if not name.startswith("none"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
