@@ -54,8 +54,9 @@ generated: generate ## Does generated/ follow from protos/?
 bench: install ## Measure against the floor; prints a table and writes bench.json
 	$(BIN)/python -m benchmarks.bench
 
-soak: install ## Let the model of the clinic play many more examples than make test
+soak: install ## Play long: the model of the clinic, and histories under faults (SEED=1 MINUTES=10)
 	$(BIN)/python -m pytest tests/test_model.py --hypothesis-profile=soak
+	$(BIN)/python -m tests.history --seed $(or $(SEED),1) --minutes $(or $(MINUTES),10)
 
 image: ## Build the container image frontdesk:latest
 	docker build --tag frontdesk:latest .

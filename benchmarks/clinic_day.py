@@ -284,8 +284,8 @@ class Day:
             watching = await self._watch(channels[1:])
             for turn in range(1 + max((visit.turn for desk in self._desks for visit in desk.visits), default=0)):
                 await self._take_turn(turn)
-            self.outcome.seconds = time.perf_counter() - started
             await self._all("check", (self._check(desk) for desk in self._desks))
+            self.outcome.seconds = time.perf_counter() - started
             for task in watching:
                 task.cancel()
             await asyncio.gather(*watching, return_exceptions=True)
@@ -607,7 +607,8 @@ def report(console: Console, outcome: Outcome) -> None:
         ("  left booked, their slot is still to begin", f"{outcome.left_booked:,}"),
         ("changes of doctor-days", f"{outcome.changes:,}"),
         ("calls", f"{outcome.calls:,}"),
-        ("seconds, before the checks", f"{outcome.seconds:.1f}"),
+        ("seconds", f"{outcome.seconds:.1f}"),
+        ("calls/s", f"{outcome.calls / outcome.seconds:,.0f}"),
         ("watchers whose last queue equals GetQueue's", f"{outcome.watchers_equal:,} / {outcome.watchers:,}"),
         ("updates that the watchers got", f"{outcome.updates:,}"),
     ):
