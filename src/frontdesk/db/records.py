@@ -6,6 +6,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import sqlalchemy as sa
 from psycopg.types.json import Jsonb
+from sqlalchemy.dialects.postgresql import JSONB
 
 from frontdesk.db.database import Database, Transaction, compiled
 from frontdesk.errors import EtagMismatch, NotFound
@@ -44,7 +45,7 @@ class Records(Generic[R]):
         """A new record with these columns; the others take their defaults."""
         values = {"id": record_id, **values}
         statement = sa.insert(self._table).values({name: sa.bindparam(name) for name in values})
-        made = await tx.row(compiled(statement.returning(*self._columns)), _adapted(values), self._shape)
+        made = await tx.row(compiled(statement.returning(*self._columns)), self._adapted(values), self._shape)
         assert made is not None
         return made
 
@@ -65,7 +66,7 @@ class Records(Generic[R]):
             .values(version=sa.literal_column("version + 1"), update_time=sa.func.moment())
             .returning(*self._columns)
         )
-        made = await tx.row(compiled(statement), {**_adapted(changes), "id_": record_id}, self._shape)
+        made = await tx.row(compiled(statement), {**self._adapted(changes), "id_": record_id}, self._shape)
         assert made is not None
         return made
 
@@ -85,16 +86,12 @@ class Records(Generic[R]):
             self._pages[asked] = compiled(statement)
         values = {name: value for name, (_, value) in filters.items()}
         values |= {"size": page.size + 1, "after": page.after[0] if page.after else None}
-        found: Sequence[R] = await db.rows(self._pages[asked], _adapted(values), self._shape)
+        found: Sequence[R] = await db.rows(self._pages[asked], values, self._shape)
         return cut(page, found, lambda record: (record.id,))
 
-
-def _adapted(values: Mapping[str, Any]) -> dict[str, Any]:
-    # A list of objects is a JSON document; a list of texts is an array.
-    return {
-        name: Jsonb(value) if isinstance(value, list) and name in _JSON_COLUMNS else value
-        for name, value in values.items()
-    }
-
-
-_JSON_COLUMNS = frozenset({"insurances"})
+    def _adapted(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        # To the driver a list is an array, unless it is told that the column is JSON.
+        return {
+            name: Jsonb(value) if isinstance(self._table.c[name].type, JSONB) else value
+            for name, value in values.items()
+        }
