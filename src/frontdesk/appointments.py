@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import date, datetime
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -195,19 +196,14 @@ class Appointments:
             "after_date": page.after[0] if page.after else None, "after_id": page.after[1] if page.after else None,
         }  # fmt: skip
         given = frozenset(name for name, value in values.items() if value is not None)
-        states = wanted.states or schema.VISIT_STATES
+        states = tuple(sorted(set(wanted.states or schema.VISIT_STATES)))
         query = _list_statement(given, states, wanted.descending)
         found: Sequence[Appointment] = await self._db.rows(query, {**values, "size": page.size + 1}, Appointment)
         return cut(page, found, lambda appointment: (appointment.date.isoformat(), appointment.id))
 
 
-_lists: dict[tuple[frozenset[str], tuple[str, ...], bool], str] = {}
-
-
+@cache
 def _list_statement(given: frozenset[str], states: tuple[str, ...], descending: bool) -> str:
-    states = tuple(sorted(set(states)))
-    if (given, states, descending) in _lists:
-        return _lists[given, states, descending]
     later = sa.tuple_(sa.bindparam("after_date", type_=sa.Date), sa.bindparam("after_id", type_=sa.Uuid))
     place = sa.tuple_(_t.date, _t.id)
     conditions: dict[str, sa.ColumnElement[bool]] = {
@@ -241,5 +237,4 @@ def _list_statement(given: frozenset[str], states: tuple[str, ...], descending: 
         ]
         merged = sa.union_all(*(sa.select(part) for part in each)).subquery()
         statement = ordered(sa.select(merged), (merged.c.date, merged.c.id))
-    _lists[given, states, descending] = compiled(statement)
-    return _lists[given, states, descending]
+    return compiled(statement)

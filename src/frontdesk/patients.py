@@ -69,8 +69,7 @@ class Patients:
         national numbers. Raises InvalidField.
         """
         values = _checked(values, country)
-        values["name_key"] = folded(values["given_name"], values.get("family_name", ""))
-        values["family_key"] = folded(values.get("family_name", ""))
+        values |= _name_keys(values)
 
         async def work(tx: Transaction) -> tuple[Patient, bool, bool]:
             claimed = await claim(tx, intent, "RegisterPatient")
@@ -109,17 +108,14 @@ class Patients:
             current = await records.get(tx, patient_id, lock=True)
             if claimed.replayed:
                 return current, True
-            merged = {name: changes.get(name, getattr(current, name)) for name in _PERSON}
-            keys = {
-                "name_key": folded(merged["given_name"], merged["family_name"]),
-                "family_key": folded(merged["family_name"]),
-            }
+            keys = {}
             if _PERSON & changes.keys():
+                merged = {name: changes.get(name, getattr(current, name)) for name in _PERSON}
+                keys = _name_keys(merged)
                 other = await _find_person(tx, merged["phone"], keys["name_key"], merged["birth_date"], but=patient_id)
                 if other is not None:
                     raise PatientExists(other)
-                return await records.update(tx, patient_id, {**changes, **keys}, version), False
-            return await records.update(tx, patient_id, changes, version), False
+            return await records.update(tx, patient_id, {**changes, **keys}, version), False
 
         return await self._db.transaction(work)
 
@@ -142,6 +138,11 @@ class Patients:
 
 _PERSON = frozenset({"given_name", "family_name", "phone", "birth_date"})
 """The columns that tell persons apart."""
+
+
+def _name_keys(names: Mapping[str, Any]) -> dict[str, str]:
+    family_name = names.get("family_name", "")
+    return {"name_key": folded(names["given_name"], family_name), "family_key": folded(family_name)}
 
 
 def _begins(column: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import date, datetime
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -62,7 +63,7 @@ _columns = (
     _s.id, _s.doctor_id, _s.clinic_id, _s.date, _s.start_time, _s.end_time, _s.capacity, _booked, _s.state,
     _s.block_reason, _s.version, _s.create_time, _s.update_time,
 )  # fmt: skip
-_by_ids = compiled(sa.select(*_columns).where(_s.id == sa.any_(sa.bindparam("ids", type_=sa.ARRAY(sa.Uuid)))))
+_get = compiled(sa.select(*_columns).where(_s.id == sa.bindparam("id")))
 
 _answer = (
     "select d.outcome, d.subject, d.detail, coalesce(d.replayed, false), "
@@ -88,7 +89,6 @@ class Slots:
 
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._lists: dict[tuple[bool, ...], str] = {}
 
     async def create(self, intent: Intent, method: str, wanted: Sequence[NewSlot]) -> tuple[Sequence[Slot], bool]:
         """Open the slots, all or none, in their order; also says whether this is a replay.
@@ -105,7 +105,7 @@ class Slots:
 
     async def get(self, slot_id: str) -> Slot:
         """Raises SlotNotFound."""
-        found = await self._db.row(_by_ids, {"ids": [slot_id]}, Slot)
+        found = await self._db.row(_get, {"id": slot_id}, Slot)
         if found is None:
             raise SlotNotFound(slot_id)
         return found
@@ -117,10 +117,9 @@ class Slots:
             "start_time_from": wanted.start_time_from, "start_time_to": wanted.start_time_to,
             "after_time": page.after[0] if page.after else None, "after_id": page.after[1] if page.after else None,
         }  # fmt: skip
-        shape = (*(value is not None for value in values.values()), wanted.available_only)
-        if shape not in self._lists:
-            self._lists[shape] = _list_statement({name for name, value in values.items() if value is not None}, wanted)
-        found = await self._db.rows(self._lists[shape], {**values, "size": page.size + 1}, Slot)
+        given = frozenset(name for name, value in values.items() if value is not None)
+        query = _list_statement(given, wanted.available_only)
+        found = await self._db.rows(query, {**values, "size": page.size + 1}, Slot)
         return cut(page, found, lambda slot: (slot.start_time.isoformat(), slot.id))
 
     async def block(self, intent: Intent, slot_ids: Sequence[str], why: str) -> tuple[Sequence[Slot], bool]:
@@ -160,7 +159,8 @@ class Slots:
         return [Slot(*row[4:]) for row in rows if row[4] is not None], bool(replayed)
 
 
-def _list_statement(given: set[str], wanted: SlotFilter) -> str:
+@cache
+def _list_statement(given: frozenset[str], available_only: bool) -> str:
     statement = sa.select(*_columns)
     specialist = schema.doctor.alias("specialist").c
     conditions: dict[str, sa.ColumnElement[bool]] = {
@@ -181,7 +181,7 @@ def _list_statement(given: set[str], wanted: SlotFilter) -> str:
     }
     for name in sorted(given & conditions.keys()):
         statement = statement.where(conditions[name])
-    if wanted.available_only:
+    if available_only:
         doctor, clinic, day = schema.doctor.c, schema.clinic.c, schema.doctor_day
         taken_that_day = (
             sa.select(sa.func.count())

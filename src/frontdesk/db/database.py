@@ -1,7 +1,7 @@
 """The pool of connections, and how the core talks through it: decisions, reads and transactions.
 
 Errors of the driver never leave this module: what the database refuses becomes one of `frontdesk.errors`, anything
-unforeseen stays an exception that the outermost interceptor answers as INTERNAL.
+unforeseen stays an exception, which `frontdesk.rpc.pipeline` answers as INTERNAL.
 """
 
 import asyncio

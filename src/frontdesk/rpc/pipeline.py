@@ -1,8 +1,8 @@
 """What happens around every call: decode, validate, admit, keep the deadline, answer refusals, write one line.
 
 One function a call and no gRPC interceptors: the bytes are decoded here, because gRPC would answer a malformed message
-as UNKNOWN and an exception with its text; and a call is admitted after it is decoded, because calls that never send
-their message must not take the place of those that do.
+as UNKNOWN and an exception with its text; and a call is admitted once its message is there, because calls that never
+send one must not take the place of those that do.
 """
 
 import asyncio

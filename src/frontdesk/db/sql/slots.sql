@@ -18,7 +18,8 @@ begin
     if found and v_first.fingerprint <> p_fingerprint then
         v_answer.outcome := 'IDEMPOTENCY_KEY_REUSED';
     elsif found then
-        v_answer := ('OK', null, null, true, array(select s from jsonb_populate_recordset(null::slot, v_first.snapshot) s));
+        v_answer := ('OK', null, null, true,
+                     array(select s from jsonb_populate_recordset(null::slot, v_first.snapshot) s));
     end if;
     return v_answer;
 end
@@ -73,7 +74,9 @@ begin
             limit 1;
             if found then
                 v_answer.outcome := 'SLOT_OVERLAP';
-                v_answer.subject := case when exists (select from unnest(v_slots) made where made.id = v_id) then null else v_id end;
+                -- One of this very batch has no id that anybody could ask for.
+                v_answer.subject := case
+                    when not exists (select from unnest(v_slots) made where made.id = v_id) then v_id end;
             end if;
         end if;
         if v_answer.outcome is not null then
