@@ -144,7 +144,7 @@ MUTANTS = (
         ),
     ),
     Mutant("never SLOT_FULL", CROWD, _edited("find_place", ("if v_taken >= v_slot.capacity then", "if false then"))),
-    Mutant("a key is never found again", CROWD, _edited("replay", ("if not found then", "if true then"))),
+    Mutant("a key is never found again", CROWD, _edited("recall", ("if not found then", "if true then"))),
     Mutant(
         "a key is never remembered",
         BROKEN_NET,

@@ -18,23 +18,30 @@ begin
 end
 $do$;
 
--- What the caller's key did before: null in `outcome` where it did nothing yet.
+-- What the caller's key did before: `outcome` is null where it did nothing yet, OK where it did this very request.
 -- Look after the lock: a concurrent twin holds it until its own answer is stored.
+create or replace function recall(
+    p_caller text, p_method text, p_key text, p_fingerprint bytea, out outcome text, out first idempotency
+) language plpgsql as $$
+begin
+    select * into first from idempotency where caller = p_caller and method = p_method and key = p_key;
+    if not found then return; end if;
+    outcome := case when first.fingerprint = p_fingerprint then 'OK' else 'IDEMPOTENCY_KEY_REUSED' end;
+end
+$$;
+
+-- The answer that the key got before, of an appointment; null in `outcome` where it got none.
 create or replace function replay(p_caller text, p_method text, p_key text, p_fingerprint bytea)
 returns decision language plpgsql as $$
 declare
+    v_known record;
     v_first idempotency;
     v_answer decision;
 begin
-    select * into v_first from idempotency where caller = p_caller and method = p_method and key = p_key;
-    if not found then
-        return v_answer;
-    end if;
-    if v_first.fingerprint <> p_fingerprint then
-        v_answer.outcome := 'IDEMPOTENCY_KEY_REUSED';
-        return v_answer;
-    end if;
-    v_answer.outcome := 'OK';
+    v_known := recall(p_caller, p_method, p_key, p_fingerprint);
+    v_answer.outcome := v_known.outcome;
+    if v_known.outcome is distinct from 'OK' then return v_answer; end if;
+    v_first := v_known.first;
     v_answer.replayed := true;
     v_answer.revision := v_first.revision;
     v_answer.vacated_revision := v_first.vacated_revision;

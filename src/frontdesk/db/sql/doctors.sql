@@ -16,18 +16,17 @@ create or replace function set_availability(
 ) returns availability_decision language plpgsql as $$
 declare
     v_answer availability_decision;
+    v_known record;
     v_first idempotency;
     v_now timestamptz;
 begin
     perform lock_doctor_day(p_doctor, p_date);
     if p_key <> '' then
-        select * into v_first from idempotency
-        where caller = p_caller and method = 'SetDoctorAvailability' and key = p_key;
-        if found then
-            if v_first.fingerprint <> p_fingerprint then
-                v_answer.outcome := 'IDEMPOTENCY_KEY_REUSED';
-                return v_answer;
-            end if;
+        v_known := recall(p_caller, 'SetDoctorAvailability', p_key, p_fingerprint);
+        v_answer.outcome := v_known.outcome;
+        if v_known.outcome = 'IDEMPOTENCY_KEY_REUSED' then return v_answer; end if;
+        if v_known.outcome = 'OK' then
+            v_first := v_known.first;
             -- The request is the same, so what it says is what it said.
             v_answer := ('OK', null, null, true, v_first.revision, p_is_present, p_note, p_max_patients,
                          (select coalesce(array_agg(id::uuid order by n), '{}')

@@ -11,15 +11,16 @@ $do$;
 create or replace function replay_slots(p_caller text, p_method text, p_key text, p_fingerprint bytea)
 returns slots_decision language plpgsql as $$
 declare
+    v_known record;
     v_first idempotency;
     v_answer slots_decision;
 begin
-    select * into v_first from idempotency where caller = p_caller and method = p_method and key = p_key;
-    if found and v_first.fingerprint <> p_fingerprint then
-        v_answer.outcome := 'IDEMPOTENCY_KEY_REUSED';
-    elsif found then
-        v_answer := ('OK', null, null, true,
-                     array(select s from jsonb_populate_recordset(null::slot, v_first.snapshot) s));
+    v_known := recall(p_caller, p_method, p_key, p_fingerprint);
+    v_answer.outcome := v_known.outcome;
+    if v_known.outcome = 'OK' then
+        v_first := v_known.first;
+        v_answer.replayed := true;
+        v_answer.slots := array(select s from jsonb_populate_recordset(null::slot, v_first.snapshot) s);
     end if;
     return v_answer;
 end
