@@ -221,10 +221,10 @@ def _shapes(day: date) -> Iterator[Shape]:
                 getattr(request, field).CopyFrom(stamp)
             else:
                 setattr(request, field, value)
-        names = ("doctor_id", "clinic_id", "specialty", "start_time_from", "start_time_to")
-        wanted = slots.SlotFilter(**{name: of.get(name) for name in names}, available_only=True)
         method = "/clinic.frontdesk.v1.SlotService/ListSlots"
-        return Shape(name, method, request, lambda: slots._list_statement(set(of), wanted), {**of, "size": PAGE + 1})
+        return Shape(
+            name, method, request, lambda: slots._list_statement(frozenset(of), True), {**of, "size": PAGE + 1}
+        )
 
     yield free("free slots of a doctor", doctor_id=doctor)
     yield free("free slots of a clinic", clinic_id=clinic)
