@@ -66,7 +66,7 @@ class Worker:
         add_SlotServiceServicer_to_server(SlotServicer(Slots(self._db)), methods)
         add_AppointmentServiceServicer_to_server(AppointmentServicer(appointments), methods)
         add_QueueServiceServicer_to_server(
-            QueueServicer(Queues(self._db, changed), appointments, self._feed, max_watchers=settings.max_watchers),
+            QueueServicer(Queues(self._db), appointments, self._feed, max_watchers=settings.max_watchers),
             methods,
         )
         self._server = Server(settings, pipeline, self._feed, reuse_port=reuse_port)

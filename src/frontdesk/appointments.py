@@ -10,8 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from frontdesk.db import schema
+from frontdesk.db.batch import Batcher
 from frontdesk.db.database import Database, compiled
-from frontdesk.errors import REFUSALS, AppointmentNotFound, InvalidField
+from frontdesk.errors import REFUSALS, AppointmentNotFound, InvalidField, Refused
 from frontdesk.intent import Changed, Intent
 from frontdesk.paging import Listing, Page, cut
 
@@ -101,30 +102,20 @@ _answer = (
 )
 
 
-def _decision(outcome: str, subject: str | None, detail: str | None, *columns: Any) -> Decision:
+def _decision(outcome: str, subject: str | None, detail: str | None, *columns: Any) -> Decision | Refused:
     if outcome != "OK":
-        raise REFUSALS[outcome](subject, detail)
+        return REFUSALS[outcome](subject, detail)
     made: list[Any] = [*columns[:7], Appointment(*columns[7:])]
     return Decision(*made)
 
 
-async def decide(db: Database, changed: Changed, call: str, params: tuple[Any, ...]) -> Decision:
-    """Call one of the deciding functions, tell the watchers what changed, and raise what it refuses."""
-    decision = await db.row(f"{_answer}{call} d", params, _decision)
-    assert decision is not None
-    if not decision.replayed and decision.revision:
-        changed(decision.appointment.doctor_id, decision.appointment.date)
-        if decision.vacated_doctor is not None and decision.vacated_date is not None:
-            changed(decision.vacated_doctor, decision.vacated_date)
-    return decision
-
-
 class Appointments:
-    """Book, move, list and end visits."""
+    """Book, move, list, call and end visits."""
 
     def __init__(self, db: Database, changed: Changed) -> None:
         self._db = db
         self._changed = changed
+        self._deciding = Batcher(db, f"{_answer}decide(%s) d", _decision)
 
     async def book(
         self, intent: Intent, patient_id: str, target: Target, *, reason: str, notes: str, validate_only: bool
@@ -133,10 +124,9 @@ class Appointments:
 
         `validate_only` changes nothing and answers what would be booked now. Raises what BookAppointment names.
         """
-        return await decide(
-            self._db, self._changed, "book_appointment(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
-            (intent.caller, intent.key, intent.fingerprint, patient_id, target.slot_id, target.doctor_id, target.on,
-             reason, notes, validate_only),
+        return await self._decide(
+            "Book", "BookAppointment", intent, patient=patient_id, slot=target.slot_id, doctor=target.doctor_id,
+            date=_day(target.on), reason=reason, notes=notes, validate_only=validate_only,
         )  # fmt: skip
 
     async def reschedule(self, intent: Intent, appointment_id: str, target: Target, version: int | None) -> Decision:
@@ -144,19 +134,18 @@ class Appointments:
 
         Raises what RescheduleAppointment names.
         """
-        return await decide(
-            self._db, self._changed, "reschedule_appointment(%s, %s, %s, %s, %s, %s, %s, %s)",
-            (intent.caller, intent.key, intent.fingerprint, appointment_id, version, target.slot_id, target.doctor_id,
-             target.on),
+        return await self._decide(
+            "Reschedule", "RescheduleAppointment", intent, appointment=appointment_id, version=version,
+            slot=target.slot_id, doctor=target.doctor_id, date=_day(target.on),
         )  # fmt: skip
 
     async def update(
         self, intent: Intent, appointment_id: str, version: int | None, *, reason: str | None, notes: str | None
     ) -> Decision:
         """Change reason and notes; None keeps one. Raises AppointmentNotFound, EtagMismatch."""
-        return await decide(
-            self._db, self._changed, "update_appointment(%s, %s, %s, %s, %s, %s, %s)",
-            (intent.caller, intent.key, intent.fingerprint, appointment_id, version, reason, notes),
+        return await self._decide(
+            "Update", "UpdateAppointment", intent, appointment=appointment_id, version=version, reason=reason,
+            notes=notes,
         )  # fmt: skip
 
     async def change(
@@ -168,10 +157,13 @@ class Appointments:
         `method` is the RPC that the idempotency key belongs to. Raises AppointmentNotFound, InvalidTransition,
         EtagMismatch, and what the verb names.
         """
-        return await decide(
-            self._db, self._changed, "change_visit(%s, %s, %s, %s, %s, %s, %s, %s, %s)",
-            (intent.caller, method, intent.key, intent.fingerprint, verb, appointment_id, version, text, patient_id),
-        )  # fmt: skip
+        return await self._decide(
+            verb, method, intent, appointment=appointment_id, version=version, text=text, patient=patient_id
+        )
+
+    async def call_next(self, intent: Intent, doctor_id: str, on: date | None, room: str) -> Decision:
+        """Call the first waiting patient to `room`. Raises DoctorNotFound, QueueEmpty."""
+        return await self._decide("CallNext", "CallNext", intent, doctor=doctor_id, date=_day(on), text=room)
 
     async def get(self, appointment_id: str) -> Appointment:
         """Raises AppointmentNotFound."""
@@ -200,6 +192,26 @@ class Appointments:
         query = _list_statement(given, states, wanted.descending)
         found: Sequence[Appointment] = await self._db.rows(query, {**values, "size": page.size + 1}, Appointment)
         return cut(page, found, lambda appointment: (appointment.date.isoformat(), appointment.id))
+
+    async def _decide(self, verb: str, method: str, intent: Intent, **request: str | int | bool | None) -> Decision:
+        # Tells the watchers what changed, and raises what is refused. `request` is the rest of SQL's type of that name.
+        decision = await self._deciding.ask(
+            {
+                "verb": verb, "method": method, "caller": intent.caller, "key": intent.key,
+                "fingerprint": "\\x" + intent.fingerprint.hex(), **request,
+            }
+        )  # fmt: skip
+        if isinstance(decision, Refused):
+            raise decision
+        if not decision.replayed and decision.revision:
+            self._changed(decision.appointment.doctor_id, decision.appointment.date)
+            if decision.vacated_doctor is not None and decision.vacated_date is not None:
+                self._changed(decision.vacated_doctor, decision.vacated_date)
+        return decision
+
+
+def _day(on: date | None) -> str | None:
+    return None if on is None else on.isoformat()
 
 
 @cache

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from datetime import date, datetime
 from typing import Any
 
-from frontdesk.appointments import Decision, decide
+from frontdesk.appointments import Decision
 from frontdesk.db.database import Database
 from frontdesk.errors import DoctorNotFound
-from frontdesk.intent import Changed, Intent
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +153,10 @@ def _change(
 
 
 class Queues:
-    """Read a line, and call its next patient. The other verbs of the line are `Appointments.change`."""
+    """Read a line. What changes it is in `Appointments`."""
 
-    def __init__(self, db: Database, changed: Changed) -> None:
+    def __init__(self, db: Database) -> None:
         self._db = db
-        self._changed = changed
 
     async def get(self, doctor_id: str, on: date | None) -> Queue:
         """The line now; `on` defaults to the clinic's today. Raises DoctorNotFound."""
@@ -170,10 +168,3 @@ class Queues:
         if found is None:
             raise DoctorNotFound(doctor_id)
         return found
-
-    async def call_next(self, intent: Intent, doctor_id: str, on: date | None, room: str) -> Decision:
-        """Call the first waiting patient to `room`. Raises DoctorNotFound, QueueEmpty."""
-        return await decide(
-            self._db, self._changed, "call_next(%s, %s, %s, %s, %s, %s)",
-            (intent.caller, intent.key, intent.fingerprint, doctor_id, on, room),
-        )  # fmt: skip

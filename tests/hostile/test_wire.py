@@ -189,7 +189,7 @@ def waiting(front: Front) -> int:
     """How many statements of the service run in the database."""
     (found,) = front.sql(
         "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'frontdesk'"
-        " and state = 'active' and query like '%%book_appointment%%'"
+        " and state = 'active' and query like '%%decide(%%'"
     )
     return int(found[0])
 

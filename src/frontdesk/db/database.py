@@ -170,6 +170,8 @@ class Database:
             except errors.QueryCanceled:
                 # PostgreSQL's own limit; the deadline of the call is over as well.
                 raise TimeoutError from None
+            except errors.LockNotAvailable:
+                raise Conflict from None
             except errors.UniqueViolation as error:
                 raise Taken(error.diag.constraint_name or "") from error
             except _TRY_AGAIN:

@@ -85,7 +85,7 @@ class QueueServicer(QueueServiceServicer):
         )
 
     async def CallNext(self, request: pb.CallNextRequest, call: Call) -> pb.CallNextResponse:
-        decision = await self._queues.call_next(
+        decision = await self._appointments.call_next(
             intent_of(request, call), request.doctor_id, date_from(request, "date"), request.room
         )
         return pb.CallNextResponse(

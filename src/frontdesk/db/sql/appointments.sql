@@ -18,6 +18,19 @@ begin
 end
 $do$;
 
+-- A change that a caller asks for; what its verb has no use for is null.
+do $do$
+begin
+    if to_regtype('request') is null then
+        create type request as (
+            verb text, method text, caller text, key text, fingerprint bytea,
+            appointment uuid, version integer, patient uuid, slot uuid, doctor uuid, date date,
+            reason text, notes text, text text, validate_only boolean
+        );
+    end if;
+end
+$do$;
+
 -- What the caller's key did before: `outcome` is null where it did nothing yet, OK where it did this very request.
 -- Look after the lock: a concurrent twin holds it until its own answer is stored.
 create or replace function recall(
@@ -184,8 +197,7 @@ $$;
 create or replace function book_appointment(
     p_caller text, p_key text, p_fingerprint bytea,
     p_patient uuid, p_slot uuid, p_doctor uuid, p_date date, p_reason text, p_notes text, p_validate_only boolean
-) returns decision language plpgsql
-    set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+) returns decision language plpgsql as $$
 declare
     v_answer decision;
     v_place record;
@@ -240,8 +252,7 @@ $$;
 create or replace function reschedule_appointment(
     p_caller text, p_key text, p_fingerprint bytea,
     p_appointment uuid, p_version integer, p_slot uuid, p_doctor uuid, p_date date
-) returns decision language plpgsql
-    set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+) returns decision language plpgsql as $$
 declare
     v_answer decision;
     v_old appointment;
@@ -312,8 +323,7 @@ $$;
 -- Change reason and notes; null keeps one.
 create or replace function update_appointment(
     p_caller text, p_key text, p_fingerprint bytea, p_appointment uuid, p_version integer, p_reason text, p_notes text
-) returns decision language plpgsql
-    set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+) returns decision language plpgsql as $$
 declare
     v_answer decision;
     v_now timestamptz;
@@ -391,8 +401,7 @@ $$;
 create or replace function change_visit(
     p_caller text, p_method text, p_key text, p_fingerprint bytea,
     p_verb text, p_appointment uuid, p_version integer, p_text text, p_patient uuid
-) returns decision language plpgsql
-    set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+) returns decision language plpgsql as $$
 declare
     v_answer decision;
     v_old appointment;
@@ -535,8 +544,7 @@ $$;
 -- Call the first waiting patient. Under the lock of the doctor-day, so two callers get two patients.
 create or replace function call_next(
     p_caller text, p_key text, p_fingerprint bytea, p_doctor uuid, p_date date, p_room text
-) returns decision language plpgsql
-    set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+) returns decision language plpgsql as $$
 declare
     v_answer decision;
     v_now timestamptz;
@@ -599,4 +607,45 @@ $$;
 create or replace function clinic_today(p_doctor uuid) returns date language sql volatile as $$
     select (moment() at time zone c.time_zone)::date
     from doctor d join clinic c on c.id = d.clinic_id where d.id = p_doctor
+$$;
+
+-- Decide what several callers ask for at once, each as if it came alone, and answer in the same order. The worker sends
+-- together what arrived while it waited for the last answer: one round trip, one commit and one flush for all of them.
+--
+-- With one request each function takes its own locks. With several all are taken here first, in the order that every
+-- transaction keeps: taken one request after another, two batches could wait for each other.
+create or replace function decide(p_requests json) returns setof decision language plpgsql
+    set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+declare
+    r request;
+begin
+    if json_array_length(p_requests) > 1 then
+        -- Nobody waits long because another one's doctor-day is held: the worker asks again for each alone.
+        perform set_config('lock_timeout', '100ms', true);
+        perform lock_all(array(
+            select name
+            from json_populate_recordset(null::request, p_requests) q
+            left join slot s on s.id = q.slot
+            left join appointment a on a.id = q.appointment
+            cross join lateral (values
+                (doctor_day_name(coalesce(s.doctor_id, q.doctor), coalesce(s.date, q.date, clinic_today(q.doctor)))),
+                (doctor_day_name(a.doctor_id, a.date)),
+                (case when q.verb = 'Book' and q.slot is not null or q.verb = 'Reschedule'
+                      then 'patient/' || coalesce(a.patient_id, q.patient) end)) names (name)
+            where name is not null));
+    end if;
+    for r in select * from json_populate_recordset(null::request, p_requests) loop
+        return next case r.verb
+            when 'Book' then book_appointment(
+                r.caller, r.key, r.fingerprint, r.patient, r.slot, r.doctor, r.date, r.reason, r.notes, r.validate_only)
+            when 'Reschedule' then reschedule_appointment(
+                r.caller, r.key, r.fingerprint, r.appointment, r.version, r.slot, r.doctor, r.date)
+            when 'Update' then update_appointment(
+                r.caller, r.key, r.fingerprint, r.appointment, r.version, r.reason, r.notes)
+            when 'CallNext' then call_next(r.caller, r.key, r.fingerprint, r.doctor, r.date, r.text)
+            else change_visit(
+                r.caller, r.method, r.key, r.fingerprint, r.verb, r.appointment, r.version, r.text, r.patient)
+            end;
+    end loop;
+end
 $$;
