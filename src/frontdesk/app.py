@@ -5,7 +5,7 @@ import gc
 import random
 import signal
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import uvloop
@@ -38,26 +38,57 @@ from frontdesk.rpc.slots import SlotServicer
 from frontdesk.settings import Settings
 from frontdesk.slots import Slots
 
+if TYPE_CHECKING:
+    from frontdesk.metrics import Files, WorkerMetrics
+    from frontdesk.tracing import Tracing
+
 CLEAN_SECONDS = 3600.0
 """How often a worker throws away what is too old; several do not hinder one another."""
 
 HEALTH_SECONDS = 1.0
 """How often a worker asks whether the database is there."""
 
+SAMPLE_SECONDS = 1.0
+"""How often a worker writes its gauges: they need not be newer than that, and so cost no call anything."""
 
 _log = structlog.get_logger("frontdesk.worker")
+
+_health = """
+select current_setting('transaction_read_only')::boolean, coalesce(current_setting('frontdesk.now', true), '') <> ''
+"""
 
 
 class Worker:
     """One process's part of the service: a pool, a feed, a server. Make it inside the running loop, after any fork."""
 
-    def __init__(self, settings: Settings, conninfo: str, *, reuse_port: bool = False) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        conninfo: str,
+        *,
+        reuse_port: bool = False,
+        metrics: "WorkerMetrics | None" = None,
+        tracing: "Tracing | None" = None,
+    ) -> None:
         self._settings = settings
-        self._db = Database(conninfo, pool_size=settings.pool_size)
-        self._feed = Feed(self._db, render)
+        self._metrics = metrics
+        self._healthy = False
+        self._db = Database(
+            conninfo,
+            pool_size=settings.pool_size,
+            pooled=settings.pooler == "transaction",
+            direct=settings.direct_database_url,
+            tracing=tracing,
+        )
+        self._feed = Feed(self._db, render, seen=None if metrics is None else metrics.change_seen)
         changed = self._feed.changed
         appointments = Appointments(self._db, changed)
-        pipeline = Pipeline(max_in_flight=settings.max_in_flight, mutual_tls=settings.tls_client_ca is not None)
+        self._pipeline = pipeline = Pipeline(
+            max_in_flight=settings.max_in_flight,
+            mutual_tls=settings.tls_client_ca is not None,
+            metrics=metrics,
+            tracing=tracing,
+        )
         # To the generated functions it stands for the server.
         methods: Any = pipeline
         add_ClinicServiceServicer_to_server(ClinicServicer(Clinics(self._db)), methods)
@@ -80,6 +111,8 @@ class Worker:
         await self._look()
         self._background.start(self._keep_looking)
         self._background.start(self._keep_clean)
+        if self._metrics is not None:
+            self._background.start(self._keep_measuring)
         return port
 
     async def stop(self, *, drain: bool = True) -> None:
@@ -100,31 +133,72 @@ class Worker:
             removed = await clean(self._db, **retention(self._settings))
             _log.info("cleaned", keys=removed.keys, events=removed.events)
 
+    async def _keep_measuring(self) -> None:
+        assert self._metrics is not None
+        while True:
+            self._metrics.sample(
+                healthy=self._healthy,
+                in_flight=self._pipeline.in_flight,
+                watchers=self._feed.watchers,
+                backlog=self._feed.backlog,
+                age=self._feed.age,
+                pool=self._db.pool_stats(),
+            )
+            await asyncio.sleep(SAMPLE_SECONDS)
+
     async def _look(self) -> None:
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
                 # A standby answers reads, and could take no booking.
-                read_only = await self._db.row("select current_setting('transaction_read_only')::boolean", (), bool)
+                found = await self._db.row(_health, (), lambda *columns: columns)
+            read_only, clock_is_set = found or (True, True)
         except (Refused, TimeoutError):
-            read_only = True
-        await self._server.serving(not read_only)
+            read_only = clock_is_set = True
+        if self._metrics is not None:
+            self._metrics.clock_is_real = not clock_is_set
+        self._healthy = not read_only
+        await self._server.serving(self._healthy)
 
 
-def run_worker(settings: Settings, conninfo: str, address: str, reuse_port: bool, ready: Connection) -> None:
-    """The whole life of a worker process, until SIGTERM. Sends its port to `ready`, or why it cannot start."""
+def run_worker(
+    settings: Settings,
+    conninfo: str,
+    address: str,
+    reuse_port: bool,
+    ready: Connection,
+    metrics: "Files | None" = None,
+) -> None:
+    """The whole life of a worker process, until SIGTERM. Sends its port to `ready`, or why it cannot start.
+
+    With `metrics`, PROMETHEUS_MULTIPROC_DIR must be set as frontdesk.metrics asks for.
+    """
     configure_log(settings.log_level)
+    # What is not asked for is not even imported, and costs a call two comparisons.
+    measures: dict[str, Any] = {}
+    exporter = None
+    if metrics is not None:
+        from frontdesk.metrics import WorkerMetrics
+
+        measures["metrics"] = WorkerMetrics(metrics)
+    if settings.traces == "on":
+        from frontdesk.tracing import Exporter, Tracing
+
+        exporter = Exporter()
+        measures["tracing"] = Tracing(exporter.provider)
     # What was imported lives as long as the process; and a thousand streams are no garbage: collecting as often as
     # Python does by default doubled the tail of a watcher's lag.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 50, 1000)
-    uvloop.run(_serve(settings, conninfo, address, reuse_port, ready))
+    uvloop.run(_serve(address, ready, settings, conninfo, reuse_port=reuse_port, **measures))
+    if exporter is not None:
+        exporter.close()
 
 
-async def _serve(settings: Settings, conninfo: str, address: str, reuse_port: bool, ready: Connection) -> None:
+async def _serve(address: str, ready: Connection, settings: Settings, conninfo: str, **more: Any) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    worker = Worker(settings, conninfo, reuse_port=reuse_port)
+    worker = Worker(settings, conninfo, **more)
     try:
         port = await worker.start(address)
     except OSError as error:

@@ -132,7 +132,7 @@ def serve(
             settings,
             worker=_worker,
             migrate=lambda conninfo: _migrate(conninfo, settings),
-            check_schema=_check_schema,
+            check_schema=lambda conninfo: _check_database(conninfo, settings),
             announce=after.announce,
         )
     finally:
@@ -140,6 +140,10 @@ def serve(
 
 
 def _worker(**task: Any) -> None:
+    if "metrics" in task:
+        # The one way to tell prometheus_client.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(task["metrics"].directory)
+
     from frontdesk.app import run_worker
 
     run_worker(**task)
@@ -197,18 +201,21 @@ class _AfterServing:
 @app.command()
 def migrate(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> None:
     """Bring the database's schema up to date; `serve` does it by itself for the embedded PostgreSQL."""
+    from frontdesk.log import configure_log
+
     settings = _settings(data_dir=data_dir, database_url=database_url)
+    configure_log(settings.log_level)
     if settings.database_url is not None:
-        _migrate(settings.database_url, settings)
+        there = _migrate(settings.direct_database_url or settings.database_url, settings)
     else:
         from frontdesk.db.embedded import EmbeddedError, EmbeddedPostgres
 
         try:
             with EmbeddedPostgres(settings.data_dir) as postgres:
-                _migrate(postgres.conninfo, settings)
+                there = _migrate(postgres.conninfo, settings)
         except EmbeddedError as error:
             raise Failure(str(error)) from None
-    _say("the schema is up to date")
+    _say(there)
 
 
 @app.command()
@@ -225,10 +232,10 @@ def maintain(database_url: _DatabaseUrl = None) -> None:
         raise typer.BadParameter(
             "is needed: the service does it for its embedded PostgreSQL.", param_hint="'--database-url'"
         )
-    _check_schema(settings.database_url)
+    _check_database(settings.database_url, settings)
 
     async def once(url: str) -> str:
-        db = Database(url, pool_size=1)
+        db = Database(url, pool_size=1, pooled=settings.pooler == "transaction")
         await db.open()
         try:
             removed = await clean(db, **retention(settings))
@@ -404,22 +411,34 @@ def _target(given: str | None) -> str:
     return settings.listen
 
 
-def _migrate(conninfo: str, settings: "Settings") -> None:
-    from frontdesk.db.migrate import SchemaError, migrate
+def _migrate(conninfo: str, settings: "Settings") -> str:
+    """Migrate; how the schema stands to this release."""
+    from frontdesk.db.migrate import SchemaError, migrate, newest
 
     try:
-        migrate(conninfo, default_time_zone=settings.default_time_zone)
+        number = migrate(conninfo, default_time_zone=settings.default_time_zone)
     except SchemaError as error:
         raise Failure(str(error)) from None
+    if number > newest():
+        return f"the schema is that of a later release, {number}, and stays as it is: this one has {newest()}"
+    return "the schema is up to date"
 
 
-def _check_schema(conninfo: str) -> None:
+def _check_database(conninfo: str, settings: "Settings") -> None:
     from frontdesk.db.migrate import SchemaError, check_schema
 
     try:
         check_schema(conninfo)
     except SchemaError as error:
         raise Failure(str(error)) from None
+    if settings.pooler != "none":
+        import structlog
+
+        from frontdesk.db.database import lacking_safeguards
+
+        # Once for the service, not for each worker and connection.
+        for name, value in lacking_safeguards(conninfo).items():
+            structlog.get_logger("frontdesk.database").warning("safeguard_is_off", setting=name, recommended=value)
 
 
 def _module() -> list[str]:

@@ -69,6 +69,8 @@ class _Topic:
         self.key = key
         self.queue: Queue | None = None
         self.changes: deque[QueueChange] = deque(maxlen=_KEPT_CHANGES)
+        self.history = 0
+        """Grows when the database is another than the one that was read before."""
         self.watchers: set[Subscription] = set()
         self.messages: dict[int, bytes] = {}
         """Updates to the present revision by the revision they start from, each serialised once."""
@@ -79,9 +81,12 @@ class _Topic:
 class Feed:
     """The process's one tailer, and its watchers."""
 
-    def __init__(self, db: Database, render: Render) -> None:
+    def __init__(self, db: Database, render: Render, *, seen: Callable[[int], None] | None = None) -> None:
+        """`seen` is called with the stamp of each change once its watchers are awake."""
         self._db = db
         self._render = render
+        self._seen = seen
+        self._all_read_at = 0.0
         self._topics: dict[DoctorDayKey, _Topic] = {}
         self._look: set[DoctorDayKey] = set()
         self._wake = asyncio.Event()
@@ -95,8 +100,10 @@ class Feed:
 
     def start(self) -> None:
         """Begin to tail, to listen for the hints of other processes and to send ours."""
-        for work in (self._tail, self._listen, self._send_hints):
+        for work in (self._tail, self._send_hints):
             self._background.start(work)
+        if self._db.listens:
+            self._background.start(self._listen)
 
     async def close(self) -> None:
         """End the tasks."""
@@ -120,6 +127,16 @@ class Feed:
         """Watch a doctor-day, from the entry of this context manager to its exit."""
         return Subscription(self, (doctor_id, day))
 
+    @property
+    def backlog(self) -> int:
+        """Watched doctor-days that wait to be read."""
+        return len(self._look)
+
+    @property
+    def age(self) -> float:
+        """Seconds since all watched doctor-days were last seen as they are; 0 where none is watched."""
+        return asyncio.get_running_loop().time() - self._all_read_at if self._topics else 0.0
+
     def _look_at(self, *keys: DoctorDayKey) -> None:
         for key in keys:
             if key in self._topics:
@@ -134,9 +151,11 @@ class Feed:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(poll_at if self._topics else None):
                     await self._wake.wait()
-            if now() >= poll_at:
+            began = now()
+            polls = began >= poll_at
+            if polls:
                 self._look |= self._topics.keys()
-                poll_at = now() + POLL_SECONDS
+                poll_at = began + POLL_SECONDS
             self._wake.clear()
             look, self._look = self._look, set()
             topics = [topic for key in look if (topic := self._topics.get(key)) is not None]
@@ -147,10 +166,13 @@ class Feed:
             try:
                 refused = await self._refresh(topics)
             except BaseException:
+                self._look |= look
                 for _, reader in asked:
                     if not reader.done():
                         reader.set_exception(DatabaseUnavailable())
                 raise
+            if polls:
+                self._all_read_at = began
             for topic, reader in asked:
                 if reader.done():
                     continue
@@ -167,22 +189,36 @@ class Feed:
         revisions = await read_revisions(self._db, [topic.key for topic in topics])
         for topic in topics:
             known = topic.queue
-            if known is not None and known.revision == revisions[topic.key]:
+            if known is not None and (known.revision, known.stamp) == revisions[topic.key]:
                 continue
             try:
                 queue = await read_queue(self._db, *topic.key)
             except DoctorNotFound as refusal:
                 refused[topic] = refusal
                 continue
+            news: Sequence[QueueChange] = ()
+            goes_on = False
             if known is not None and queue.revision > known.revision:
-                topic.changes.extend(await read_changes(self._db, *topic.key, known.revision + 1, queue.revision))
+                news = await read_changes(self._db, *topic.key, known.revision, queue.revision)
+                # Nothing is kept of the revision 1, at which a doctor-day begins.
+                goes_on = known.revision == 1
+                if news and news[0].revision == known.revision:
+                    goes_on = news[0].stamp == known.stamp
+                    news = news[1:]
+            if goes_on:
+                topic.changes.extend(news)
             else:
                 # The first reading, or a database that was restored under us: what we kept is of another history.
+                news = ()
+                topic.history += 1
                 topic.changes.clear()
             topic.queue = queue
             topic.messages = {}
             for watcher in topic.watchers:
                 watcher.wake()
+            if self._seen is not None:
+                for change in news:
+                    self._seen(change.stamp)
         return refused
 
     async def _listen(self) -> None:
@@ -221,8 +257,12 @@ class Subscription:
         self._waiter: asyncio.Future[None] | None = None
         self._sent = 0
         self._sent_stamp = 0
+        self._sent_history = 0
 
     def __enter__(self) -> "Subscription":
+        if not self._feed._topics:
+            # Nothing was polled while nobody watched.
+            self._feed._all_read_at = asyncio.get_running_loop().time()
         self._topic = self._feed._topics.setdefault(self._key, _Topic(self._key))
         self._topic.watchers.add(self)
         self._feed.watchers += 1
@@ -265,7 +305,7 @@ class Subscription:
         queue = self._topic.queue
         assert queue is not None
         if resume is not None and await self._still_true(resume, queue):
-            self._sent, self._sent_stamp = resume.revision, resume.stamp
+            self._sent, self._sent_stamp, self._sent_history = resume.revision, resume.stamp, self._topic.history
             return await self.latest()
         self._news = False
         return await self._message_from(0, queue)
@@ -294,7 +334,8 @@ class Subscription:
 
     async def _message_from(self, previous: int, queue: Queue) -> bytes:
         topic = self._topic
-        if previous > queue.revision:
+        history = topic.history
+        if previous > queue.revision or self._sent_history != history:
             previous = 0
         if previous not in topic.messages or topic.queue is not queue:
             changes: Sequence[QueueChange] = ()
@@ -311,7 +352,7 @@ class Subscription:
                 topic.messages[previous] = message
         else:
             message = topic.messages[previous]
-        self._sent, self._sent_stamp = queue.revision, queue.stamp
+        self._sent, self._sent_stamp, self._sent_history = queue.revision, queue.stamp, history
         return message
 
     async def _still_true(self, token: ResumeToken, queue: Queue) -> bool:

@@ -85,7 +85,8 @@ order by e.revision
 """
 
 _revisions = """
-select k.doctor_id, k.date, coalesce(dd.revision, 1)
+select k.doctor_id, k.date, coalesce(dd.revision, 1),
+       coalesce((extract(epoch from dd.update_time) * 1000000)::bigint, 0)
 from unnest(%s::uuid[], %s::date[]) as k (doctor_id, date)
 left join doctor_day dd on dd.doctor_id = k.doctor_id and dd.date = k.date
 """
@@ -112,12 +113,12 @@ async def read_changes(db: Database, doctor_id: str, on: date, first: int, last:
     return await db.rows(_changes, wanted, _change)
 
 
-async def read_revisions(db: Database, days: Sequence[tuple[str, date]]) -> dict[tuple[str, date], int]:
-    """The present revision of each doctor-day."""
+async def read_revisions(db: Database, days: Sequence[tuple[str, date]]) -> dict[tuple[str, date], tuple[int, int]]:
+    """The present revision of each doctor-day, and its stamp."""
     found = await db.rows(
         _revisions,
         ([doctor for doctor, _ in days], [day for _, day in days]),
-        lambda doctor, day, revision: ((doctor, day), revision),
+        lambda doctor, day, revision, stamp: ((doctor, day), (revision, stamp)),
     )
     return dict(found)
 

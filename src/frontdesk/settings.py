@@ -4,6 +4,7 @@ This module and `frontdesk.cli` are the only readers of the environment and of a
 """
 
 import ipaddress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from zoneinfo import available_timezones
@@ -30,6 +31,11 @@ class Settings(BaseSettings):
     """Where the embedded PostgreSQL lives; unused when `database_url` is set."""
     database_url: str | None = None
     """A PostgreSQL 15 or newer to use instead of the embedded one, as a libpq URL or key=value string."""
+    pooler: Literal["none", "transaction"] = "none"
+    """What stands between `database_url` and PostgreSQL: `transaction` for PgBouncer in its transaction mode."""
+    direct_database_url: str | None = None
+    """The same database without the pooler, for what needs a session of its own: hints between replicas, migrations.
+    Without it watchers hear of another replica's change by the poll, up to 0.2 s later."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes that serve the one port."""
     default_time_zone: str = "UTC"
@@ -63,6 +69,10 @@ class Settings(BaseSettings):
     client_key: Path | None = None
     """PEM file of that certificate's private key."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    metrics_listen: str | None = None
+    """HOST:PORT of the page of metrics, on loopback only; port 0 takes any free one. Without it nothing is measured."""
+    traces: Literal["on", "off"] = "off"
+    """OpenTelemetry traces, sent by OTLP over HTTP as the standard OTEL_* variables say; needs the extra `otel`."""
 
     @classmethod
     def load(cls, **given: Any) -> "Settings":
@@ -80,15 +90,17 @@ class Settings(BaseSettings):
             message = first["msg"].removeprefix("Value error, ")
             raise SettingsError(f"{label}: {message}" if first["loc"] else message) from None
 
-    @field_validator("listen")
+    @field_validator("listen", "metrics_listen")
     @classmethod
-    def _listen_is_host_and_port(cls, value: str) -> str:
+    def _listen_is_host_and_port(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         host, colon, port = value.rpartition(":")
         if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"{value!r} is not HOST:PORT with a port from 0 to 65535")
         return value
 
-    @field_validator("database_url")
+    @field_validator("database_url", "direct_database_url")
     @classmethod
     def _url_can_be_read(cls, value: str | None) -> str | None:
         if value is not None:
@@ -97,6 +109,22 @@ class Settings(BaseSettings):
             except ProgrammingError:
                 # libpq's own message may quote the password.
                 raise ValueError("is no PostgreSQL URL or key=value string") from None
+        return value
+
+    @field_validator("metrics_listen")
+    @classmethod
+    def _only_loopback(cls, value: str | None) -> str | None:
+        if value is not None and not _is_loopback(_host(value)):
+            raise ValueError(f"{value}: the page of metrics has no credentials, so only loopback is served")
+        return value
+
+    @field_validator("traces")
+    @classmethod
+    def _sdk_is_there(cls, value: str) -> str:
+        if value == "on" and not all(
+            map(_is_installed, ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"))
+        ):
+            raise ValueError("on needs more packages: pip install 'frontdesk[otel]'")
         return value
 
     @field_validator("default_time_zone")
@@ -124,6 +152,8 @@ class Settings(BaseSettings):
             raise ValueError("FRONTDESK_CLIENT_CERT and FRONTDESK_CLIENT_KEY go together")
         if self.client_cert is not None and self.client_ca is None:
             raise ValueError("FRONTDESK_CLIENT_CERT needs FRONTDESK_CLIENT_CA")
+        if self.database_url is None and (self.pooler != "none" or self.direct_database_url is not None):
+            raise ValueError("FRONTDESK_POOLER and FRONTDESK_DIRECT_DATABASE_URL need FRONTDESK_DATABASE_URL")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("FRONTDESK_TLS_CLIENT_CA needs FRONTDESK_TLS_CERT")
         if not self.loopback and self.tls_client_ca is None:
@@ -136,7 +166,7 @@ class Settings(BaseSettings):
     @property
     def host(self) -> str:
         """The host of `listen`, without the brackets of IPv6."""
-        return self.listen.rpartition(":")[0].strip("[]")
+        return _host(self.listen)
 
     @property
     def port(self) -> int:
@@ -146,14 +176,29 @@ class Settings(BaseSettings):
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach `listen`."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return _is_loopback(self.host)
 
     @property
     def serves_reflection(self) -> bool:
         """Whether clients may ask the server for its descriptors."""
         return self.loopback if self.reflection == "auto" else self.reflection == "on"
+
+
+def _host(listen: str) -> str:
+    return listen.rpartition(":")[0].strip("[]")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

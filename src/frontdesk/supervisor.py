@@ -12,16 +12,20 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import structlog
 
 from frontdesk.db.embedded import EmbeddedError, EmbeddedPostgres
 from frontdesk.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from frontdesk.metrics import MetricsPage
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
 _LONG_LIFE = 30.0
@@ -42,7 +46,7 @@ def supervise(
     settings: Settings,
     *,
     worker: Callable[..., None],
-    migrate: Callable[[str], None],
+    migrate: Callable[[str], object],
     check_schema: Callable[[str], None],
     announce: Callable[[str], None],
 ) -> int:
@@ -56,7 +60,8 @@ def supervise(
     - `settings`; `conninfo`, a libpq string;
     - `address`, the HOST:PORT to bind, and `reuse_port`, whether to bind it with SO_REUSEPORT (only then may it be);
     - `ready`, a Connection to send one thing on: the bound port (int) once it serves, or one line (str) that says why
-      it cannot.
+      it cannot;
+    - with `settings.metrics_listen`, `metrics`: the frontdesk.metrics.Files in which it measures.
 
     It serves until SIGTERM, then drains within `settings.drain_seconds` and returns. SIGINT does not reach it.
     `announce` is called once, with the line that says where all workers serve.
@@ -142,6 +147,17 @@ class _Worker:
         self.again = _Backoff()
 
 
+@dataclass
+class Upkeep:
+    """What the page of metrics tells of the supervisor's children."""
+
+    workers: int
+    """How many there shall be."""
+    workers_serving: int = 0
+    worker_restarts: int = 0
+    postgresql_restarts: int = 0
+
+
 class _Supervisor:
     def __init__(self, settings: Settings, worker: Callable[..., None], signals: _Signals) -> None:
         self._settings = settings
@@ -157,10 +173,13 @@ class _Supervisor:
         self._postgres_was_alive = False
         self._conninfo = ""
         self._announced = False
+        self._upkeep = Upkeep(settings.workers)
+        self._metrics: MetricsPage | None = None
 
-    def prepare(self, migrate: Callable[[str], None], check_schema: Callable[[str], None]) -> None:
+    def prepare(self, migrate: Callable[[str], object], check_schema: Callable[[str], None]) -> None:
         """Have a port and a database to serve. Raises StartError, EmbeddedError and what the two functions raise."""
         self._claim_port()
+        self._open_metrics()
         if self._settings.database_url is not None:
             self._conninfo = self._settings.database_url
             check_schema(self._conninfo)
@@ -204,6 +223,8 @@ class _Supervisor:
             self._signals.wait([process.sentinel for process in running], seconds)
         if self._postgres is not None:
             self._postgres.stop()
+        if self._metrics is not None:
+            self._metrics.close()
         self._release_port()
 
     def _told_to_stop(self) -> bool:
@@ -233,6 +254,21 @@ class _Supervisor:
             # The worker binds it, alone.
             self._release_port()
 
+    def _open_metrics(self) -> None:
+        """Raises StartError."""
+        listen = self._settings.metrics_listen
+        if listen is None:
+            return
+        # Only here, since it takes its time.
+        from frontdesk.metrics import MetricsPage
+
+        try:
+            self._metrics = MetricsPage(listen, self._upkeep)
+        except OSError as error:
+            reason = "in use by another process" if error.errno == errno.EADDRINUSE else error.strerror
+            raise StartError(f"FRONTDESK_METRICS_LISTEN {listen}: {reason}") from None
+        _log.info("metrics", url=self._metrics.url)
+
     def _release_port(self) -> None:
         for claim in self._claims:
             claim.close()
@@ -258,6 +294,7 @@ class _Supervisor:
             return
         self._postgres_was_alive = True
         self._postgres_again.started()
+        self._upkeep.postgresql_restarts += 1
         _log.info("postgresql_started_again", pid=postgres.pid)
 
     def _tend(self, worker: _Worker) -> None:
@@ -287,6 +324,8 @@ class _Supervisor:
             "reuse_port": self._reuse_port,
             "ready": theirs,
         }
+        if self._metrics is not None:
+            task["metrics"] = self._metrics.files(worker.number)
         process = spawn.Process(target=_run_worker, args=(os.getpid(), self._target, task))
         # A Ctrl-C must not hit a worker that is not yet able to ignore it, so it is started with SIGINT blocked. The
         # tracker that multiprocessing starts with the first process unblocks it, so that goes before.
@@ -302,6 +341,8 @@ class _Supervisor:
             theirs.close()
         worker.process = process
         worker.again.started()
+        if self._announced:
+            self._upkeep.worker_restarts += 1
         return None
 
     def _hear(self, worker: _Worker) -> str | None:
@@ -319,6 +360,7 @@ class _Supervisor:
             worker.ready = None
             if isinstance(said, int):
                 worker.serves = True
+                self._upkeep.workers_serving += 1
                 self._port = said
                 _log.info("worker_serves", worker=worker.number, pid=process.pid)
             else:
@@ -337,7 +379,10 @@ class _Supervisor:
         if worker.ready is not None:
             worker.ready.close()
         worker.process = worker.ready = None
+        self._upkeep.workers_serving -= worker.serves
         worker.serves = False
+        if self._metrics is not None:
+            self._metrics.buried(worker.number)
 
     def _wait(self) -> None:
         """Wait until there may be something to do."""

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context
 from typing import Any, Generic, TypeVar
 
 from frontdesk.db.database import Database
@@ -57,9 +58,11 @@ class Batcher(Generic[T]):
         self._waiting.append(asked)
         if self._under_way is None and len(self._waiting) == 1:
             # Not yet: what arrives in the same moment goes along.
-            loop.call_soon(self._send)
+            # And in nobody's context: what is sent is no part of one caller's trace.
+            loop.call_soon(self._send, context=Context())
         try:
-            answer: T = await asked.answer
+            with self._db.statement(self._query):
+                answer: T = await asked.answer
         except asyncio.CancelledError:
             self._give_up(asked)
             raise

@@ -7,20 +7,24 @@ unforeseen stays an exception, which `frontdesk.rpc.pipeline` answers as INTERNA
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 import sqlalchemy as sa
 import structlog
 from psycopg import AsyncConnection, errors
 from psycopg.abc import Params
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import RowMaker
 from psycopg.types.string import TextLoader
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from sqlalchemy.dialects import postgresql
 
 from frontdesk.errors import Conflict, DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from frontdesk.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -29,6 +33,9 @@ STATEMENT_TIMEOUT = 10.0
 
 _ATTEMPTS = 5
 _POOL_WAIT = 3.0
+_CONNECT_SECONDS = 5
+"""For each of the hosts of the connection string, unless that has its own connect_timeout: a server that has vanished
+without a word must not keep a service from the one that took over."""
 _LINE: dict[str, Any] = {
     "autocommit": True,
     # A network that drops packets in silence is found out within half a minute.
@@ -44,6 +51,24 @@ _NOT_NOW = (
     PoolTimeout,
 )
 _TRY_AGAIN = (errors.SerializationFailure, errors.DeadlockDetected)
+# A step of a migration was committed meanwhile: what was prepared would answer otherwise now, or what the function had
+# begun to fill in has another shape than it must return. The statement has done nothing.
+_STALE = (errors.FeatureNotSupported, errors.InvalidSqlStatementName, errors.DatatypeMismatch)
+
+_UNTRACED = nullcontext()
+
+_SAFEGUARDS = {
+    # Should the cancel request of a deadline get lost.
+    "statement_timeout": f"{STATEMENT_TIMEOUT:.0f}s",
+    # A statement that waits for a lock ends soon after its worker was killed, and lets the next one through.
+    "client_connection_check_interval": "2s",
+}
+_ECONOMIES = {
+    # Each of our statements has one shape of plan, whatever its values; planning the lists anew cost more than reading.
+    "plan_cache_mode": "force_generic_plan",
+    # No statement here runs for so long that compiling it would pay.
+    "jit": "off",
+}
 
 
 class Taken(Exception):
@@ -98,8 +123,22 @@ def _rows_by(make: Callable[..., T]) -> Callable[[Any], RowMaker[T]]:
 class Database:
     """PostgreSQL, as one worker sees it."""
 
-    def __init__(self, conninfo: str, *, pool_size: int) -> None:
-        self._conninfo = conninfo
+    def __init__(
+        self,
+        conninfo: str,
+        *,
+        pool_size: int,
+        pooled: bool = False,
+        direct: str | None = None,
+        tracing: "Tracing | None" = None,
+    ) -> None:
+        """`pooled`: between us and PostgreSQL a pooler gives each transaction another session. `direct` is a way around
+        it, for `listening`; without a pooler `conninfo` is one.
+        """
+        self._transaction = Transaction if tracing is None else tracing.transaction
+        self.statement = _untraced if tracing is None else tracing.statement
+        """A context manager around the wait for a statement that is made for several callers; takes its query."""
+        self._direct = direct or (None if pooled else conninfo)
         self._look_over: asyncio.Task[None] | None = None
         self._pool = AsyncConnectionPool(
             conninfo,
@@ -110,8 +149,13 @@ class Database:
             # The pool's pauses between attempts double until this time is over, and begin anew with the next call: kept
             # short, the service is back within two seconds of the database.
             reconnect_timeout=2.0,
-            kwargs={"prepare_threshold": 0, "application_name": "frontdesk", **_LINE},
-            configure=_configure,
+            kwargs={
+                "prepare_threshold": None if pooled else 0,
+                "application_name": "frontdesk",
+                **_LINE,
+                **_patience(conninfo),
+            },
+            configure=_configure_pooled if pooled else _configure,
         )
 
     async def open(self) -> None:
@@ -162,11 +206,21 @@ class Database:
             try:
                 async with self._pool.connection() as connection:
                     try:
-                        return await work(Transaction(connection))
+                        return await work(self._transaction(connection))
+                    except _STALE as error:
+                        _log.warning("prepared_anew", error=type(error).__name__)
+                        await connection.execute(b"deallocate all")
+                        return await work(self._transaction(connection))
                     except errors.ReadOnlySqlTransaction:
                         # A connection stays as it was opened: writable ones have to be opened anew.
                         await connection.close()
                         raise
+                    except psycopg.InternalError as error:
+                        if error.sqlstate is not None:
+                            raise
+                        # Not PostgreSQL's: the driver got half an answer, or two, as the connection was cut.
+                        await connection.close()
+                        raise psycopg.OperationalError from error
             except errors.QueryCanceled:
                 # PostgreSQL's own limit; the deadline of the call is over as well.
                 raise TimeoutError from None
@@ -187,10 +241,22 @@ class Database:
         if self._look_over is None or self._look_over.done():
             self._look_over = asyncio.create_task(self._pool.check())
 
+    def pool_stats(self) -> dict[str, int]:
+        """What the pool says of itself, by the names of psycopg_pool."""
+        return self._pool.get_stats()
+
+    @property
+    def listens(self) -> bool:
+        """Whether `listening` is to be had: not through a pooler that shares sessions."""
+        return self._direct is not None
+
     @asynccontextmanager
     async def listening(self, channel: str) -> AsyncIterator[AsyncIterator[str]]:
         """A connection of its own that listens on `channel`; iterate over the payloads. Raises psycopg errors."""
-        connection = await AsyncConnection.connect(self._conninfo, application_name="frontdesk listen", **_LINE)
+        assert self._direct is not None
+        connection = await AsyncConnection.connect(
+            self._direct, application_name="frontdesk listen", **_LINE, **_patience(self._direct)
+        )
         try:
             await connection.execute(f"listen {channel}".encode())
 
@@ -203,16 +269,37 @@ class Database:
             await connection.close()
 
 
+def _untraced(query: str) -> AbstractContextManager[None]:
+    return _UNTRACED
+
+
+def lacking_safeguards(conninfo: str) -> dict[str, str]:
+    """What a session behind a pooler ought to have by default and has not, with the value to give it.
+
+    There a session is set up for whoever comes next, so what `_configure` sets has to be the role's own. Nothing
+    depends on it but how long a lost statement goes on. Raises psycopg errors.
+    """
+    with psycopg.connect(conninfo, autocommit=True, prepare_threshold=None, **_patience(conninfo)) as connection:
+        off = connection.execute(
+            "select name from pg_settings where name = any (%s) and setting = '0'", (list(_SAFEGUARDS),)
+        )
+        return {name: _SAFEGUARDS[name] for (name,) in off}
+
+
+def _patience(conninfo: str) -> dict[str, Any]:
+    return {} if "connect_timeout" in conninfo_to_dict(conninfo) else {"connect_timeout": _CONNECT_SECONDS}
+
+
 async def _configure(connection: AsyncConnection[Any]) -> None:
+    await _configure_pooled(connection)
+    for name, value in (_SAFEGUARDS | _ECONOMIES).items():
+        await connection.execute(f"set {name} = '{value}'".encode())
+
+
+async def _configure_pooled(connection: AsyncConnection[Any]) -> None:
     # Ids are text on both sides of this service; a UUID object between them would serve nobody.
     connection.adapters.register_loader("uuid", TextLoader)
-    await connection.execute(f"set statement_timeout = {int(STATEMENT_TIMEOUT * 1000)}".encode())
-    # A statement that waits for a lock ends soon after its worker was killed, and lets the next one through.
-    await connection.execute(b"set client_connection_check_interval = '2s'")
-    # Whatever the database's defaults: what is read here is read in these forms.
+    # Whatever the database's defaults: what is read here is read in these forms. PostgreSQL reports these two to its
+    # client, so a pooler knows them, and gives them to each session that it lends.
     await connection.execute(b"set timezone = 'UTC'")
     await connection.execute(b"set datestyle = 'ISO'")
-    # Each of our statements has one shape of plan, whatever its values; planning the lists anew cost more than reading.
-    await connection.execute(b"set plan_cache_mode = force_generic_plan")
-    # No statement here runs for so long that compiling it would pay.
-    await connection.execute(b"set jit = off")

@@ -1,32 +1,63 @@
-"""Bring a database to the schema of this release, and tell whether it is there.
+"""Bring a database to the schema of this release, and tell whether this release may serve it.
 
 Tables come by Alembic steps (`migrations/`). The functions of `sql/` are made again after them, whenever their text has
 changed: they hold no data, and one readable text a noun is worth more than a history of patches.
+
+The schema's number is that of its last step. A release that changes `sql/` alone has a step of its own too, an empty
+one, so that of two releases the later is known. How a schema changes under servers that run: ARCHITECTURE.md, Upgrades.
 """
 
 import hashlib
+import random
+import time
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import psycopg
 import sqlalchemy as sa
+import structlog
 from alembic import command
 from alembic.config import Config
-from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 SQL_FILES = ("basics.sql", "appointments.sql", "doctors.sql", "slots.sql")
 """In the order in which they build on one another; the defaults of columns are among the first's."""
 
-OLDEST_SERVER = 150000
+OLDEST_POSTGRESQL = 150000
+
+SERVES_FROM = 2
+"""The number of the oldest release that still runs on the schema of this one. Raise it with a step that takes away, or
+means otherwise, what that release still uses."""
+
+_LOCK_TIMEOUT = 0.4
+"""Seconds that a step waits for a table. Whoever comes later waits behind it, so it gives way and tries again. Shorter
+than PostgreSQL's deadlock_timeout, so that where both wait for one another it is never a call that is ended."""
+_PATIENCE = 60.0
+"""Seconds after which a step that never got its table gives up."""
+
+_log = structlog.get_logger("frontdesk.migrate")
 
 
 class SchemaError(Exception):
     """The database cannot be used as it is; the message is one line that names the way out."""
 
 
+class _Installed(NamedTuple):
+    """What a database says of its schema."""
+
+    number: int
+    serves_from: int
+    functions: str
+
+
 def _engine(conninfo: str) -> sa.Engine:
-    return sa.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(conninfo), poolclass=sa.NullPool)
+    # Nothing is prepared: a pooler that shares connections by transaction would lose it.
+    return sa.create_engine(
+        "postgresql+psycopg://",
+        creator=lambda: psycopg.connect(conninfo, prepare_threshold=None, connect_timeout=10),
+        poolclass=sa.NullPool,
+    )
 
 
 def _config() -> Config:
@@ -40,57 +71,111 @@ def _functions() -> tuple[list[str], str]:
     return texts, hashlib.sha256("".join(texts).encode()).hexdigest()
 
 
-def migrate(conninfo: str, *, default_time_zone: str = "UTC") -> None:
-    """Make or bring up to date the schema in the database of `conninfo`, in one transaction.
+def newest() -> int:
+    """The number of this release's schema."""
+    head = ScriptDirectory.from_config(_config()).get_current_head()
+    assert head is not None
+    return int(head)
 
-    The first migration also makes the default clinic, in `default_time_zone`. Safe to run at any time, also by several
-    at once: one works, the others wait and find nothing to do. Raises SchemaError.
+
+def migrate(conninfo: str, *, default_time_zone: str = "UTC") -> int:
+    """Make or bring up to date the schema in the database of `conninfo`, in one transaction; its number.
+
+    The first migration also makes the default clinic, in `default_time_zone`. Safe to run at any time: several at once
+    wait for one another, calls that are served go on, and the schema of a later release is left as it is. Raises
+    SchemaError, also where other transactions have not let go of a table within a minute.
     """
+    give_up = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            with _engine(conninfo).begin() as connection:
+                return _migrate(connection, default_time_zone)
+        except (sa.exc.DBAPIError, psycopg.Error) as error:
+            cause = getattr(error, "orig", error)
+            if not isinstance(cause, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected):
+                raise SchemaError(f"the database refuses: {_first_line(error)}") from None
+            if time.monotonic() > give_up:
+                raise SchemaError(
+                    f"for {_PATIENCE:.0f} s other transactions have held what is to be changed: see pg_stat_activity, "
+                    "end them, and run it again"
+                ) from None
+            _log.warning("schema_is_held", error=type(cause).__name__)
+            # Long beside the time for which it held everybody up.
+            time.sleep(random.uniform(1, 3) * _LOCK_TIMEOUT)
+
+
+def _migrate(connection: sa.Connection, default_time_zone: str) -> int:
     texts, fingerprint = _functions()
-    try:
-        with _engine(conninfo).begin() as connection:
-            _refuse_old_server(connection)
-            connection.exec_driver_sql("select pg_advisory_xact_lock(hashtextextended('frontdesk migrate', 0))")
-            found = None
-            if sa.inspect(connection).has_table("installation"):
-                found = connection.exec_driver_sql("select functions from installation").scalar()
-            if found != fingerprint:
-                connection.exec_driver_sql(texts[0].replace("%", "%%"))
-            config = _config()
-            config.attributes["connection"] = connection
-            config.attributes["default_time_zone"] = default_time_zone
-            command.upgrade(config, "head")
-            if found != fingerprint:
-                for text in texts[1:]:
-                    connection.exec_driver_sql(text.replace("%", "%%"))
-                connection.exec_driver_sql("delete from installation")
-                connection.execute(sa.text("insert into installation (functions) values (:f)"), {"f": fingerprint})
-    except (sa.exc.DBAPIError, psycopg.Error) as error:
-        raise SchemaError(f"the database refuses: {_first_line(error)}") from None
+    _refuse_old_postgresql(connection)
+    connection.exec_driver_sql("select pg_advisory_xact_lock(hashtextextended('frontdesk migrate', 0))")
+    found = _installed(connection)
+    number = newest()
+    if found is not None and found.number > number:
+        _refuse_later(found, number)
+        return found.number
+    renew = found is None or found.functions != fingerprint
+    connection.exec_driver_sql(f"set local lock_timeout = {int(_LOCK_TIMEOUT * 1000)}")
+    if renew:
+        connection.exec_driver_sql(texts[0].replace("%", "%%"))
+    config = _config()
+    config.attributes["connection"] = connection
+    config.attributes["default_time_zone"] = default_time_zone
+    command.upgrade(config, "head")
+    if renew:
+        for text in texts[1:]:
+            connection.exec_driver_sql(text.replace("%", "%%"))
+    installed = _Installed(number, SERVES_FROM, fingerprint)
+    if found != installed:
+        connection.exec_driver_sql("delete from installation")
+        connection.execute(
+            sa.text(
+                "insert into installation (schema, serves_from, functions) values (:number, :serves_from, :functions)"
+            ),
+            installed._asdict(),
+        )
+    return number
 
 
 def check_schema(conninfo: str) -> None:
-    """Raise SchemaError where the schema is not the one of this release; runs no DDL."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
+    """Raise SchemaError where this release may not serve the schema that is there; runs no DDL."""
+    number = newest()
     try:
         with _engine(conninfo).connect() as connection:
-            _refuse_old_server(connection)
-            current = MigrationContext.configure(connection).get_current_revision()
-            functions = None
-            if current == head:
-                functions = connection.exec_driver_sql("select functions from installation").scalar()
+            _refuse_old_postgresql(connection)
+            found = _installed(connection)
     except (sa.exc.DBAPIError, psycopg.Error) as error:
         raise SchemaError(f"the database refuses: {_first_line(error)}") from None
-    if current != head or functions != _functions()[1]:
+    if found is not None and found.number > number:
+        _refuse_later(found, number)
+    elif found is None or found.number < number or found.functions != _functions()[1]:
+        there = "has no schema of frontdesk" if found is None else f"has schema {found.number}"
         raise SchemaError(
-            f"the database's schema is at {current or 'nothing'}, not at {head} of this release: "
-            "run `frontdesk migrate --database-url URL`"
+            f"the database {there}, this release needs {number}: run `frontdesk migrate --database-url URL`"
         )
 
 
-def _refuse_old_server(connection: sa.Connection) -> None:
+def _installed(connection: sa.Connection) -> _Installed | None:
+    inspector = sa.inspect(connection)
+    if not inspector.has_table("installation"):
+        return None
+    if "schema" not in {column["name"] for column in inspector.get_columns("installation")}:
+        # The first release wrote no number.
+        return _Installed(1, 1, str(connection.exec_driver_sql("select functions from installation").scalar_one()))
+    row = connection.exec_driver_sql("select schema, serves_from, functions from installation").one()
+    return _Installed(*row)
+
+
+def _refuse_later(found: _Installed, number: int) -> None:
+    if found.serves_from > number:
+        raise SchemaError(
+            f"the database has schema {found.number}, which serves releases from {found.serves_from} on, and this is "
+            f"{number}: run a later release"
+        )
+
+
+def _refuse_old_postgresql(connection: sa.Connection) -> None:
     version = int(connection.exec_driver_sql("show server_version_num").scalar_one())
-    if version < OLDEST_SERVER:
+    if version < OLDEST_POSTGRESQL:
         raise SchemaError(f"PostgreSQL {version // 10000} is too old: 15 or newer is needed")
 
 

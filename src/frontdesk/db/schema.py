@@ -80,12 +80,14 @@ def _versioned() -> tuple[Column[object], ...]:
     )
 
 
-# The functions of db/sql/ that are made, so that a server can tell whether they are its own.
+# The schema's number, the oldest release that it serves, and which text of db/sql/ is made: what a server goes by.
 installation = Table(
     "installation",
     metadata,
     Column("one_row", Boolean, primary_key=True, server_default=text("true")),
     Column("functions", Text, nullable=False),
+    Column("schema", Integer, nullable=False, server_default="1"),
+    Column("serves_from", Integer, nullable=False, server_default="1"),
     CheckConstraint("one_row", name="one_row"),
 )
 

@@ -9,20 +9,30 @@ import asyncio
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import protovalidate
 import structlog
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
+from buf.validate import validate_pb2
 from frontdesk.background import Alarm
 from frontdesk.errors import DeadlineExceeded, Draining, InvalidField, Overloaded, Refused
 from frontdesk.rpc.status import MOST_VIOLATIONS, Trailers, internal, status_of
 
+if TYPE_CHECKING:
+    from frontdesk.metrics import WorkerMetrics
+    from frontdesk.tracing import Tracing
+
 DEADLINE_SECONDS = 10.0
 """The limit of a unary call whose caller gives none, or a longer one."""
+
+MOST_ELEMENTS = 100
+"""The most elements of a list for which the contract sets no maximum: of an update mask."""
 
 ANONYMOUS = "anonymous"
 
@@ -51,10 +61,20 @@ class Call:
 class Pipeline:
     """Wraps the methods of generated servicers; `add_…Servicer_to_server` takes it for the server."""
 
-    def __init__(self, *, max_in_flight: int, mutual_tls: bool) -> None:
+    def __init__(
+        self,
+        *,
+        max_in_flight: int,
+        mutual_tls: bool,
+        metrics: "WorkerMetrics | None" = None,
+        tracing: "Tracing | None" = None,
+    ) -> None:
         self._mutual_tls = mutual_tls
         self._max_in_flight = max_in_flight
-        self._in_flight = 0
+        self._metrics = metrics
+        self._tracing = tracing
+        self.in_flight = 0
+        """How many unary calls are worked on."""
         self.draining = False
         self.handlers: list[grpc.GenericRpcHandler] = []
         self.services: list[str] = []
@@ -69,24 +89,29 @@ class Pipeline:
         self.services.append(service)
         wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for name, method in methods.items():
-            full_name = f"/{service}/{name}"
+            full_name = f"{service}/{name}"
+            account = _Account(full_name, method.response_streaming, self._metrics, self._tracing)
+            around = (lambda _, behaviour: behaviour) if self._tracing is None else self._tracing.around
             if method.response_streaming:
-                streamed = self._streaming(full_name, method.unary_stream, method.request_deserializer)
-                wrapped[name] = grpc.unary_stream_rpc_method_handler(streamed)
+                streamed = self._streaming(account, method.unary_stream, method.request_deserializer)
+                wrapped[name] = grpc.unary_stream_rpc_method_handler(around(full_name, streamed))
             else:
-                answered = self._unary(full_name, method.unary_unary, method.request_deserializer)
-                wrapped[name] = grpc.unary_unary_rpc_method_handler(answered)
+                answered = self._unary(account, method.unary_unary, method.request_deserializer)
+                wrapped[name] = grpc.unary_unary_rpc_method_handler(around(full_name, answered))
         self.handlers.append(grpc.method_handlers_generic_handler(service, wrapped))
 
     def _unary(
-        self, method: str, behaviour: Callable[[Any, Call], Awaitable[Message]], decode: Callable[[bytes], Message]
+        self,
+        account: "_Account",
+        behaviour: Callable[[Any, Call], Awaitable[Message]],
+        decode: Callable[[bytes], Message],
     ) -> Callable[[bytes, grpc.aio.ServicerContext[Any, Any]], Awaitable[bytes]]:
         async def answer(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
             started = time.perf_counter()
             caller = ANONYMOUS
-            self._in_flight += 1
+            self.in_flight += 1
             try:
-                if self._in_flight > self._max_in_flight:
+                if self.in_flight > self._max_in_flight:
                     raise Overloaded
                 if self.draining:
                     raise Draining
@@ -95,18 +120,18 @@ class Pipeline:
                 remaining = context.time_remaining()
                 with Alarm(DEADLINE_SECONDS if remaining is None else min(remaining, DEADLINE_SECONDS)):
                     response = await behaviour(request, Call(context, caller))
-                line(method, "OK", started, caller)
+                account.close("OK", started, caller)
                 return response.SerializeToString()
             except BaseException as error:
-                await context.abort(*_ended(error, method, started, caller))
+                await context.abort(*_ended(error, account, started, caller))
                 raise
             finally:
-                self._in_flight -= 1
+                self.in_flight -= 1
 
         return answer
 
     def _streaming(
-        self, method: str, behaviour: Callable[[Any, Call], Awaitable[None]], decode: Callable[[bytes], Message]
+        self, account: "_Account", behaviour: Callable[[Any, Call], Awaitable[None]], decode: Callable[[bytes], Message]
     ) -> Callable[[bytes, grpc.aio.ServicerContext[Any, Any]], Awaitable[None]]:
         async def stream(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             started = time.perf_counter()
@@ -116,9 +141,9 @@ class Pipeline:
                     raise Draining
                 caller = self._caller(context)
                 await behaviour(_decoded(raw, decode), Call(context, caller))
-                line(method, "OK", started, caller)
+                account.close("OK", started, caller, end="DRAINING" if self.draining else "COMPLETED")
             except BaseException as error:
-                await context.abort(*_ended(error, method, started, caller))
+                await context.abort(*_ended(error, account, started, caller))
                 raise
 
         return stream
@@ -136,30 +161,46 @@ class Pipeline:
         return ANONYMOUS
 
 
-def line(method: str, code: str, started: float, caller: str, **more: str) -> None:
-    """The log's one line of a call."""
-    _log.info(
-        "call", method=method, code=code, ms=round((time.perf_counter() - started) * 1000, 3), caller=caller, **more
-    )
+class _Account:
+    """What is written down of each call of a method when it has ended: a line of the log, numbers, its span."""
+
+    __slots__ = ("_metrics", "_tracing", "method")
+
+    def __init__(self, method: str, streams: bool, metrics: "WorkerMetrics | None", tracing: "Tracing | None") -> None:
+        self.method = f"/{method}"
+        self._metrics = None if metrics is None else metrics.method(method, streams=streams)
+        self._tracing = tracing
+
+    def close(self, code: str, started: float, caller: str, *, end: str = "", **more: str) -> None:
+        """`end` is why a stream ended, where that is neither its code nor `reason`, for which it was refused."""
+        seconds = time.perf_counter() - started
+        if self._metrics is not None:
+            reason = more.get("reason", "")
+            self._metrics.ended(code, seconds, reason, end or reason or code)
+        if self._tracing is not None:
+            more["trace_id"] = self._tracing.ended(code, more.get("reason", ""))
+        _log.info("call", method=self.method, code=code, ms=round(seconds * 1000, 3), caller=caller, **more)
 
 
-def _ended(error: BaseException, method: str, started: float, caller: str) -> tuple[grpc.StatusCode, str, Trailers]:
-    """Log how a call failed, and say what it is answered. Re-raises what is no answer: the caller has gone."""
+def _ended(
+    error: BaseException, account: _Account, started: float, caller: str
+) -> tuple[grpc.StatusCode, str, Trailers]:
+    """Write down how a call failed, and say what it is answered. Re-raises what is no answer: the caller has gone."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        line(method, "CANCELLED", started, caller)
+        account.close("CANCELLED", started, caller)
         raise error
     if isinstance(error, TimeoutError):
         error = DeadlineExceeded()
     if isinstance(error, Refused):
         answer = status_of(error)
-        line(method, answer[0].name, started, caller, reason=error.reason)
+        account.close(answer[0].name, started, caller, reason=error.reason)
         return answer
     error_id = uuid.uuid4().hex[:16]
-    line(method, "INTERNAL", started, caller, error_id=error_id)
+    account.close("INTERNAL", started, caller, error_id=error_id)
     _log.error(
         "internal_error",
         error_id=error_id,
-        method=method,
+        method=account.method,
         error=type(error).__name__,
         # Where, not what: the text of an exception may quote the row.
         sqlstate=getattr(error, "sqlstate", None),
@@ -174,10 +215,50 @@ def _decoded(raw: bytes, decode: Callable[[bytes], Message]) -> Message:
         request = decode(raw)
     except DecodeError:
         raise InvalidField(("", "the message is no valid protobuf of its type")) from None
-    violations = _validator.collect_violations(request)
-    if violations:
+    # First: each element that is too many would be checked by every rule, which took 24 s for a megabyte of enums.
+    if long := [*_long_lists(request)][:MOST_VIOLATIONS]:
+        raise InvalidField(*long)
+    if first := _validator.collect_violations(request, fail_fast=True):
+        _cut_short(request, first[0].proto)
+        violations = _validator.collect_violations(request)
         raise InvalidField(*(_violation(violation.proto) for violation in violations[:MOST_VIOLATIONS]))
     return request
+
+
+@cache
+def _lists(kind: Descriptor) -> Sequence[tuple[FieldDescriptor, int | None]]:
+    """The lists of a message, each with the most elements that it may have, and the fields with lists further in."""
+    found: list[tuple[FieldDescriptor, int | None]] = []
+    for field in kind.fields:
+        if field.is_repeated:
+            rules = field.GetOptions().Extensions[validate_pb2.field].repeated
+            found.append((field, rules.max_items if rules.HasField("max_items") else MOST_ELEMENTS))
+        elif field.message_type is not None and _lists(field.message_type):
+            found.append((field, None))
+    return found
+
+
+def _long_lists(message: Message, path: str = "") -> Iterator[tuple[str, str]]:
+    for field, most in _lists(message.DESCRIPTOR):
+        if most is None:
+            if message.HasField(field.name):
+                yield from _long_lists(getattr(message, field.name), f"{path}{field.name}.")
+        elif len(getattr(message, field.name)) > most:
+            yield path + field.name, f"must contain no more than {most} item(s)"
+
+
+def _cut_short(request: Message, first: Any) -> None:
+    """Drop of the list with the first violation what comes so late that its own would not be told.
+
+    To find 2,000 violations takes 11 ms, in which the process answers nobody.
+    """
+    holder: Any = request
+    for element in first.field.elements if first.field else ():
+        # None at the name of a oneof.
+        holder = getattr(holder, element.field_name, None)
+        if element.subscript is not None and element.subscript.field == "index":
+            del holder[element.subscript.value + MOST_VIOLATIONS :]
+            break
 
 
 def _violation(found: Any) -> tuple[str, str]:

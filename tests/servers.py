@@ -1,0 +1,270 @@
+"""Servers that tests run as processes: PostgreSQL with a port and a password, PgBouncer, `frontdesk serve`.
+
+`python -m tests.servers DIR SIGNAL COMMAND …` is the keeper of one program: it runs it in DIR, as the owner of that,
+until its own standard input ends. A process of its own, because a test's process has gRPC's threads, with which a fork
+may crash.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from frontdesk.db.embedded import NAME, EmbeddedPostgres, _installation, _spawn
+
+HERE = "/proc/self/cwd"
+"""The directory that a server is started in, which it reaches whatever lies above."""
+_PASSWORD = "not a secret"
+
+
+def free_port() -> int:
+    """A port that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Block until something holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def answers(conninfo: str) -> bool:
+    """Whether a database can be asked there."""
+    try:
+        with psycopg.connect(conninfo, connect_timeout=5, prepare_threshold=None) as connection:
+            return connection.execute("select 1").fetchone() == (1,)
+    except psycopg.OperationalError:
+        return False
+
+
+@contextlib.contextmanager
+def directories() -> Iterator[Callable[[str], Path]]:
+    """Makes directories that belong to the account as which PostgreSQL and PgBouncer run: neither runs as root."""
+    top = Path(tempfile.mkdtemp(prefix="frontdesk-"))
+    account = EmbeddedPostgres(top)._account()
+
+    def own(directory: Path) -> Path:
+        if account is not None:
+            os.chown(directory, account.uid, account.gid)
+        return directory
+
+    def make(name: str) -> Path:
+        made = top / name
+        made.mkdir(0o700)
+        return own(made)
+
+    own(top)
+    try:
+        yield make
+    finally:
+        shutil.rmtree(top)
+
+
+class _Program:
+    """Programs in one directory, run as its owner, that end with this process."""
+
+    END = signal.SIGINT
+    """What ends it at once, but properly."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._account = EmbeddedPostgres(directory.parent)._account()
+        self._keeper: subprocess.Popen[str] | None = None
+        self.pid = 0
+
+    def _write(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        path.chmod(0o600)
+        if self._account is not None:
+            os.chown(path, self._account.uid, self._account.gid)
+
+    def _start(self, *command: str | Path) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.servers", self._directory, str(int(self.END)), *command],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def _run(self, program: str, *arguments: str) -> None:
+        with self._start(_installation() / "bin" / program, *arguments) as keeper:
+            assert keeper.stdout is not None
+            keeper.stdout.read()
+            status = keeper.wait(60)
+        assert status == 0, (program, status, self._directory.with_suffix(".log").read_text())
+
+    def _serve(self, conninfo: str, *command: str | Path) -> None:
+        self._keeper = self._start(*command)
+        assert self._keeper.stdout is not None
+        self.pid = int(self._keeper.stdout.readline())
+        wait_for(lambda: answers(conninfo))
+
+    def kill(self) -> None:
+        """End it by SIGKILL."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.stop()
+
+    def stop(self) -> None:
+        """End it as an operator would; harmless when it has ended."""
+        if self._keeper is not None:
+            self._keeper.communicate(timeout=60)
+            self._keeper = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+
+def _keep(directory: Path, end: signal.Signals, command: list[str | Path]) -> int:
+    account = EmbeddedPostgres(directory.parent)._account()
+    log = os.open(directory.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    process = _spawn(command, directory, account, _installation(), end, log)
+    print(process.pid, flush=True)
+
+    def end_with_input() -> None:
+        sys.stdin.read()
+        process.send_signal(end)
+
+    threading.Thread(target=end_with_input, daemon=True).start()
+    return process.wait()
+
+
+class Cluster(_Program):
+    """A PostgreSQL cluster of the embedded one's binaries, on a port of this machine."""
+
+    def __init__(self, directory: Path, *, copy_of: "Cluster | None" = None) -> None:
+        super().__init__(directory)
+        self.port = free_port()
+        self.conninfo = make_conninfo(
+            host="127.0.0.1", port=self.port, user=NAME, password=_PASSWORD, dbname="postgres", sslmode="disable"
+        )
+        if copy_of is None:
+            password = self._directory.with_suffix(".password")
+            self._write(password, _PASSWORD)
+            self._run(
+                *("initdb", "-D", HERE, f"--username={NAME}", f"--pwfile=../{password.name}", "--encoding=UTF8"),
+                *("--locale=C", "--auth-local=reject", "--auth-host=scram-sha-256", "--no-sync"),
+            )
+        else:
+            # A standby that follows, under its own name.
+            source = make_conninfo(copy_of.conninfo, application_name=directory.name)
+            self._run("pg_basebackup", "-D", HERE, "-R", "-X", "stream", "-c", "fast", "--no-sync", "-d", source)
+
+    def start(self, **options: str) -> None:
+        """Start, with these settings, and wait until it can be asked."""
+        settings = {"listen_addresses": "127.0.0.1", "port": str(self.port), "unix_socket_directories": "", **options}
+        # Processes are killed here, never the machine, which keeps what they have written.
+        settings.setdefault("fsync", "off")
+        command: list[str | Path] = [_installation() / "bin" / "postgres", "-D", HERE]
+        for name, value in settings.items():
+            command += ["-c", f"{name}={value}"]
+        self._serve(self.conninfo, *command)
+
+    def sql(self, query: str, dbname: str = "postgres") -> list[tuple[object, ...]]:
+        """Ask it."""
+        with psycopg.connect(self.conninfo, dbname=dbname, autocommit=True) as connection:
+            cursor = connection.execute(query.encode())
+            return cursor.fetchall() if cursor.description else []
+
+
+class PgBouncer(_Program):
+    """PgBouncer in transaction mode before a cluster, with a few sessions for many clients."""
+
+    END = signal.SIGTERM
+    PROGRAM = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
+
+    def __init__(self, directory: Path, cluster: Cluster, *, sessions: int) -> None:
+        super().__init__(directory)
+        self.port = free_port()
+        self.conninfo = make_conninfo(cluster.conninfo, port=self.port)
+        parts = conninfo_to_dict(cluster.conninfo)
+        self._write(directory / "users.txt", f'"{parts["user"]}" "{_PASSWORD}"\n')
+        self._write(
+            directory / "pgbouncer.ini",
+            f"""[databases]
+* = host=127.0.0.1 port={cluster.port}
+
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {self.port}
+unix_socket_dir =
+auth_type = scram-sha-256
+auth_file = {HERE}/users.txt
+admin_users = {parts["user"]}
+pool_mode = transaction
+default_pool_size = {sessions}
+max_client_conn = 200
+server_login_retry = 1
+query_wait_timeout = 3
+""",
+        )
+
+    def start(self) -> None:
+        """Start, and wait until databases can be asked through it."""
+        assert self.PROGRAM is not None
+        self._serve(self.conninfo, self.PROGRAM, f"{HERE}/pgbouncer.ini")
+
+
+class Service:
+    """`frontdesk serve`, of this checkout or of another."""
+
+    def __init__(
+        self, log: Path, database_url: str, *, workers: int = 1, source: Path | None = None, **settings: str
+    ) -> None:
+        """`source` holds the package `frontdesk` to run, instead of this one; `settings` are FRONTDESK_* in small."""
+        environment = {f"FRONTDESK_{name.upper()}": value for name, value in settings.items()}
+        if source is not None:
+            environment["PYTHONPATH"] = str(source)
+        self.environment: Mapping[str, str] = {**os.environ, **environment, "FRONTDESK_DATABASE_URL": database_url}
+        self.log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "frontdesk.cli", "serve", "--listen", "127.0.0.1:0", "--workers", str(workers)],
+                env=self.environment,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+            )
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline()
+        assert "serves on" in said, log.read_text()
+        self.port = int(said.rpartition(":")[2])
+
+    def stop(self) -> None:
+        """Drain and end; it must end well."""
+        self.process.terminate()
+        assert self.process.wait(30) == 0, self.log.read_text()[-2000:]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+if __name__ == "__main__":
+    sys.exit(_keep(Path(sys.argv[1]), signal.Signals(int(sys.argv[2])), list(sys.argv[3:])))
