@@ -6,7 +6,7 @@ LISTEN := $(or $(FRONTDESK_LISTEN),127.0.0.1:50051)
 DATA := $(or $(FRONTDESK_DATA_DIR),.data)
 PROTOS = $(shell find protos/clinic protos/buf -name '*.proto' | sort)
 
-.PHONY: help install run test check format lint types buf generated generate bench soak image lock clean
+.PHONY: help install run test check format lint types buf generated generate bench scale soak image lock clean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,8 +54,12 @@ generated: generate ## Does generated/ follow from protos/?
 bench: install ## Measure against the floor; prints a table and writes bench.json
 	$(BIN)/python -m benchmarks.bench
 
-soak: install ## Play long: the model of the clinic, and histories under faults (SEED=1 MINUTES=10)
-	$(BIN)/python -m pytest tests/test_model.py --hypothesis-profile=soak
+scale: install ## Measure with up to ten million appointments and ten thousand watchers (DIR=… keeps the data); writes scale.json
+	$(BIN)/python -m benchmarks.scale $(if $(DIR),--data $(DIR))
+
+soak: install ## Play long: the model of the clinic, hostile requests, and histories under faults (SEED=1 MINUTES=10)
+	$(BIN)/python -m pytest tests/test_model.py tests/fuzz --hypothesis-profile=soak
+	@if $(BIN)/python -c 'import atheris' 2>/dev/null; then $(BIN)/python -m tests.fuzz.decode_atheris -max_total_time=120; fi
 	$(BIN)/python -m tests.history --seed $(or $(SEED),1) --minutes $(or $(MINUTES),10)
 
 image: ## Build the container image frontdesk:latest

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,12 +16,16 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, patient_pb2, queue_pb2
+from frontdesk.db.embedded import EmbeddedPostgres
+from frontdesk.db.migrate import migrate
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, details, outcome, reason_of, refusal, today, tomorrow
 from tests.hostile.methods import METHODS, VALID, call, manners, noon, world
 from tests.hostile.test_domain import sound
 from tests.hostile.test_wire import waiting
 from tests.hostile.wire import SOON, database_of, serving, until, until_true
+from tests.test_metrics import text
+from tests.test_server import Service
 
 BACK_WITHIN = 5.0
 CANARY = "Zzyzx-canary"
@@ -109,6 +114,51 @@ async def test_a_database_that_is_away(front: Front, admin: psycopg.Connection[t
     admin.execute(f"alter database {database_of(front)} allow_connections true")
     assert await back(front) < BACK_WITHIN
     await until_true(serves, BACK_WITHIN)
+
+
+async def test_a_real_restart(settings: Settings, tmp_path: Path) -> None:
+    """While PostgreSQL stops and starts again, under bookings, nothing that was acknowledged is lost or made twice."""
+    postgres = EmbeddedPostgres(tmp_path / "own")
+    await asyncio.to_thread(postgres.start)
+    try:
+        await asyncio.to_thread(migrate, postgres.conninfo)
+        async with serving(settings, postgres.conninfo) as (_, front):
+            doctor = await front.doctor(max_patients_per_day=1000)
+            patients = await front.people(120)
+            acknowledged: dict[str, str] = {}
+            refused: Counter[str] = Counter()
+
+            async def book(n: int) -> None:
+                key = f"key-{n}"
+                while True:
+                    try:
+                        answer = await front.book(patients[n].id, doctor.id, idempotency_key=key)
+                    except grpc.aio.AioRpcError as error:
+                        refused[reason_of(error)] += 1
+                        await asyncio.sleep(0.01)
+                        continue
+                    acknowledged[key] = answer.appointment.id
+                    return
+
+            async def some(start: int) -> None:
+                for n in range(start, len(patients), 8):
+                    await book(n)
+
+            async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+                for n in range(8):
+                    group.create_task(some(n))
+                await until(lambda: len(acknowledged) >= 40, 30)
+                await asyncio.to_thread(postgres.stop)
+                await until(lambda: bool(refused))
+                await asyncio.to_thread(postgres.start)
+                assert await back(front) < BACK_WITHIN
+            assert refused.keys() <= {"DATABASE_UNAVAILABLE"}
+            assert len(acknowledged) == len(patients)
+            assert dict(front.sql("select key, result_id::text from idempotency")) == acknowledged
+            assert front.sql("select count(*), count(distinct patient_id) from appointment") == [(120, 120)]
+            sound(front)
+    finally:
+        await asyncio.to_thread(postgres.stop)
 
 
 async def test_a_read_only_primary(front: Front, admin: psycopg.Connection[tuple[object, ...]]) -> None:
@@ -318,6 +368,38 @@ async def test_no_canary_gets_out(
         assert details(error)["ErrorInfo"].metadata["error_id"] in logged
     for secret in (CANARY, CANARY.lower(), "987654329"):
         assert secret not in logged
+
+
+async def test_no_canary_is_measured(conninfo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patient's name is in no metric and no line of a real service's log, nor is what callers call themselves."""
+    monkeypatch.setenv("FRONTDESK_METRICS_LISTEN", "127.0.0.1:0")
+    service = Service(conninfo, tmp_path)
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{service.port}") as channel:
+            front = Front(channel, conninfo, service.port)
+            doctor = await front.doctor()
+            patient = await front.patient(given_name=CANARY, email=f"{CANARY}@example.org", allergies=[CANARY])
+            assert await outcome(front.book(patient.id, doctor.id, reason=CANARY)) == "OK"
+            assert await outcome(front.book(patient.id, doctor.id, reason=CANARY)) == "DUPLICATE_BOOKING"
+            assert await outcome(front.queue(CANARY)) == "INVALID_FIELD"
+            failing(front, 1000, "P0001", CANARY)
+            other = await front.patient()
+            assert await outcome(front.book(other.id, doctor.id, reason=CANARY)) == "INTERNAL"
+            unknown: Any = channel.unary_unary(f"/{CANARY}/{CANARY}")
+            await refusal(unknown(b"", timeout=SOON))
+            await front.clinics.ListClinics(
+                clinic_pb2.ListClinicsRequest(), metadata=[("frontdesk-caller", "kiosk-of-nobody")]
+            )
+            page = await asyncio.to_thread(text, service)
+            assert "frontdesk_" in page
+            assert "kiosk-of-nobody" not in page
+            for said in (page, service.log.read_text()):
+                assert CANARY not in said
+    finally:
+        service.process.terminate()
+        assert await asyncio.to_thread(service.process.wait, 30) == 0
+        assert service.process.stdout is not None
+        service.process.stdout.close()
 
 
 def patient_with(old: patient_pb2.Patient, new: patient_pb2.Patient) -> patient_pb2.Patient:

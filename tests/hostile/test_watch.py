@@ -5,9 +5,10 @@ import base64
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,11 +17,13 @@ import pytest
 
 from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, queue_pb2
 from frontdesk.feed import Feed
+from frontdesk.rpc import queues
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today, tomorrow
-from tests.hostile.methods import METHODS, MUTATIONS, call, manners, request_class
+from tests.history.world import Served
+from tests.hostile.methods import METHODS, MUTATIONS, call, manners, path_of, request_class
 from tests.hostile.test_domain import cancelling, to_day
-from tests.hostile.wire import SOON, another_client, serving, until
+from tests.hostile.wire import SOON, RawConnection, another_client, framed, serving, until
 
 Change = tuple[int, int, str]
 
@@ -147,7 +150,7 @@ def cut_listeners(front: Front) -> None:
 async def test_every_replay_equals_the_database(
     conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two hundred watchers of two servers, who come and go while hints are lost and cut, all know what happened."""
+    """Five hundred watchers of two servers, who come and go while hints are lost and cut, all know what happened."""
 
     async def silent(feed: Feed) -> None:
         await asyncio.Event().wait()
@@ -165,13 +168,13 @@ async def test_every_replay_equals_the_database(
             return ends[0] if ends else 0
 
         desks = [
-            *await stack.enter_async_context(clients(front, 2)),
-            *await stack.enter_async_context(clients(other, 2)),
+            *await stack.enter_async_context(clients(front, 3)),
+            *await stack.enter_async_context(clients(other, 3)),
         ]
-        replays = [Replay() for _ in range(200)]
-        async with asyncio.timeout(40), asyncio.TaskGroup() as group:
+        replays = [Replay() for _ in range(500)]
+        async with asyncio.timeout(90), asyncio.TaskGroup() as group:
             for n, replay in enumerate(replays):
-                desk = desks[n // 4 % 4]
+                desk = desks[n // 4 % 6]
                 if n % 4 < 2:
                     group.create_task(restless(desk, doctor.id, replay, last, chance))
                 else:
@@ -236,6 +239,150 @@ async def test_a_reader_that_does_not_read(front: Front) -> None:
         assert slow.queue == fast.queue
 
 
+async def a_long_line(front: Front, patients: int) -> str:
+    """A doctor whose queue of today takes some 400 bytes a patient."""
+    doctor = await front.doctor(max_patients_per_day=200)
+    for start in range(0, patients, 20):
+        await asyncio.gather(*(front.arrive(doctor.id, given_name=f"{'N' * 190} {start + n}") for n in range(20)))
+    return str(doctor.id)
+
+
+async def test_a_watcher_too_slow(conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watcher who leaves a message unread too long is ended, and its place is another's before it reads again."""
+    monkeypatch.setattr(queues, "WRITE_SECONDS", 0.5)
+    async with (
+        serving(settings, conninfo, max_watchers=1) as (_, front),
+        RawConnection(front.port, reads=False) as wire,
+        another_client(front) as other,
+    ):
+        doctor = await a_long_line(front, 40)
+        stream = await wire.open(path_of("WatchQueue"))
+        await wire.send(stream, framed(watching(doctor)), end=True)
+        said = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor, date=day(today()), is_present=True)
+        async with asyncio.timeout(SOON):
+            while (found := await outcome(first_of(other, watching(doctor)))) != "OK":
+                assert found == "TOO_MANY_WATCHERS"
+                await front.doctors.SetDoctorAvailability(said)
+        assert stream not in wire.ended
+        await wire.read()
+        assert await wire.status(stream) == "8"
+        assert b"WATCHER_TOO_SLOW" in base64.b64decode(wire.ended[stream]["grpc-status-details-bin"] + "==")
+
+
+async def test_a_stream_that_has_come_of_age(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream ends at a random age, with its closing message and OK; its token goes on where it ended."""
+    monkeypatch.setattr(queues, "MAX_AGE_SECONDS", (0.3, 1.5))
+    doctor = await front.doctor()
+    replays = [Replay() for _ in range(20)]
+    loop = asyncio.get_running_loop()
+    began, ages = loop.time(), []
+
+    async def to_the_end(replay: Replay) -> None:
+        stream = watch(front, watching(doctor.id))
+        while (message := await stream.read()) is not grpc.aio.EOF:
+            assert replay.closing is None
+            replay.take(message)
+        assert await stream.code() is grpc.StatusCode.OK
+        ages.append(loop.time() - began)
+
+    async with asyncio.timeout(SOON), asyncio.TaskGroup() as group:
+        for replay in replays:
+            group.create_task(to_the_end(replay))
+        arrived = await front.arrive(doctor.id)
+    assert {r.closing.reason for r in replays if r.closing} == {queue_pb2.StreamClosing.REASON_MAX_AGE}
+    assert all(r.closing for r in replays)
+    # Streams which began together do not end together.
+    assert len({round(age, 1) for age in ages}) > 3
+    monkeypatch.undo()
+    for replay in replays:
+        if replay.revision < arrived.revision:
+            replay.take(await first_of(front, watching(doctor.id, replay.token)))
+        assert replay.revision == arrived.revision
+
+
+@pytest.fixture
+def served(conninfo: str, tmp_path: Path) -> Iterator[Served]:
+    """`frontdesk serve` with two workers."""
+    running = Served(conninfo, tmp_path)
+    yield running
+    running.end()
+    assert running.process.returncode == 0
+
+
+def memory(served: Served) -> int:
+    """The bytes that the workers have for themselves."""
+    fields = [
+        line.split()
+        for pid in served.workers()
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        if line.startswith("Private_")
+    ]
+    return sum(int(field[1]) for field in fields) * 1024
+
+
+async def test_readers_that_never_read_take_a_bounded_memory(served: Served, conninfo: str) -> None:
+    """What a server keeps for a stream that is not read does not grow with the changes that it misses."""
+    streams, changes = 360, 200
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{served.port}") as channel, AsyncExitStack() as stack:
+        front = Front(channel, conninfo, served.port)
+        doctor = await a_long_line(front, 40)
+        size = len((await front.queue(doctor)).SerializeToString())
+        said = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor, date=day(today()), is_present=True)
+        before = memory(served)
+        for _ in range(streams // 90):
+            wire = await stack.enter_async_context(RawConnection(served.port, reads=False))
+            for _ in range(90):
+                await wire.send(await wire.open(path_of("WatchQueue")), framed(watching(doctor)), end=True)
+        for _ in range(5):
+            await front.doctors.SetDoctorAvailability(said)
+        replay = Replay()
+        revision = (await front.queue(doctor)).revision
+        await follow(front, doctor, replay, lambda: revision)
+        blocked = memory(served)
+        for _ in range(changes):
+            revision = (await front.doctors.SetDoctorAvailability(said)).revision
+        await follow(front, doctor, replay, lambda: revision)
+        after = memory(served)
+    assert (after - blocked) / streams < 2 * size < changes * size / 20
+    assert (after - before) / streams < 8 * size
+
+
+async def test_idle_streams_take_little_memory(served: Served, conninfo: str) -> None:
+    """A watcher of a quiet queue costs the server less than 64 KiB."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{served.port}") as channel:
+        front = Front(channel, conninfo, served.port)
+        doctor = await front.doctor()
+        await first_of(front, watching(doctor.id))
+        before = memory(served)
+        async with clients(front, 8) as desks:
+            streams = [watch(desks[n % 8], watching(doctor.id)) for n in range(800)]
+            for stream in streams:
+                await stream.read()
+            after = memory(served)
+        assert (after - before) / len(streams) < 64 * 1024
+
+
+async def test_sigterm_tells_everyone(served: Served, conninfo: str) -> None:
+    """`frontdesk serve` told to stop sends each of 500 watchers its closing message and OK, and ends with 0."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{served.port}") as channel:
+        front = Front(channel, conninfo, served.port)
+        doctor = await front.doctor()
+        async with clients(front, 8) as desks:
+            streams = [watch(desks[n % 8], watching(doctor.id)) for n in range(500)]
+            replays = [Replay() for _ in streams]
+            for stream, replay in zip(streams, replays, strict=True):
+                replay.take(await stream.read())
+            served.process.terminate()
+            async with asyncio.timeout(Settings().drain_seconds):
+                for stream, replay in zip(streams, replays, strict=True):
+                    replay.take(await stream.read())
+                    assert await stream.read() is grpc.aio.EOF
+                    assert await stream.code() is grpc.StatusCode.OK
+            assert {r.closing.reason for r in replays if r.closing} == {queue_pb2.StreamClosing.REASON_DRAINING}
+            assert all(r.closing for r in replays)
+            assert await asyncio.to_thread(served.process.wait, 30) == 0
+
+
 async def test_a_stop_tells_everyone(conninfo: str, settings: Settings) -> None:
     """A server that stops sends each of 500 watchers its closing message and OK, within the grace."""
     async with serving(settings, conninfo) as (worker, front):
@@ -280,12 +427,12 @@ async def test_calls_in_flight_end_before_a_stop(conninfo: str, settings: Settin
 
 
 async def test_everyone_comes_back_at_once(conninfo: str, settings: Settings) -> None:
-    """A thousand watchers who open their streams at one moment are all served, and see the next change."""
+    """Two thousand watchers who open their streams at one moment are all served, and see the next change."""
     async with serving(settings, conninfo) as (_, front):
         doctor = await front.doctor()
         arrived = await front.arrive(doctor.id)
-        async with clients(front, 11) as desks:
-            streams = [watch(desks[n % 11], watching(doctor.id)) for n in range(1000)]
+        async with clients(front, 21) as desks:
+            streams = [watch(desks[n % 21], watching(doctor.id)) for n in range(2000)]
             async with asyncio.timeout(SOON):
                 firsts = await asyncio.gather(*(stream.read() for stream in streams))
             assert {first.revision for first in firsts} == {arrived.revision}

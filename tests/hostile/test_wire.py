@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, queue_pb2
-from frontdesk.rpc import pipeline
+from frontdesk.rpc import pipeline, server
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, details, outcome, reason_of, refusal, tomorrow
 from tests.hostile.methods import (
@@ -29,7 +29,7 @@ from tests.hostile.methods import (
     request_class,
     world,
 )
-from tests.hostile.wire import SOON, RawConnection, another_client, framed, serving, until
+from tests.hostile.wire import SOON, RawConnection, another_client, frame, framed, serving, until
 
 GET_CLINIC = path_of("GetClinic")
 NOBODY = clinic_pb2.GetClinicRequest(clinic_id="0192f5d1-7a5c-7b6e-8f00-0123456789ab")
@@ -134,6 +134,21 @@ async def test_metadata_over_the_limit(front: Front) -> None:
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_metadata_that_unpacks(front: Front) -> None:
+    """Metadata of 30 KB that stands for 20 MB by reference is RESOURCE_EXHAUSTED, and metadata without end is cut."""
+    async with RawConnection(front.port) as wire:
+        stream = await wire.open(GET_CLINIC, *[("x", "a" * 4000)] * 5000)
+        await wire.send(stream, framed(NOBODY), end=True)
+        assert await wire.status(stream) == EXHAUSTED
+    for more in (b"\0\1x\x64" + b"a" * 100, b""):
+        async with RawConnection(front.port) as wire:
+            await wire.write(frame(1, 1, b"\x83\x86"))
+            async with asyncio.timeout(SOON):
+                while not wire.closed:
+                    await wire.write(frame(9, 1, more) * 100)
+        assert await outcome(front.clinics.GetClinic(NOBODY)) == "CLINIC_NOT_FOUND"
+
+
 @pytest.mark.parametrize("kind", ["headers only", "half-closed", "a part of the prefix", "a part of the message"])
 async def test_calls_without_a_message(conninfo: str, settings: Settings, kind: str) -> None:
     """Calls that never send their message take nobody's place, however many they are, and end with their deadline."""
@@ -160,6 +175,30 @@ async def test_calls_without_a_message(conninfo: str, settings: Settings, kind: 
         finally:
             for wire in wires:
                 await wire.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("kind", ["headers only", "a part of the message", "nothing at all"])
+async def test_age_ends_calls_without_a_message(
+    conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Calls without a message and without a deadline end with their connection, which ends when it has come of age."""
+    lasting = {"grpc.max_connection_age_ms": 300, "grpc.max_connection_age_grace_ms": 300}
+    options = server.options
+
+    def younger(*args: Any, **kwargs: Any) -> list[tuple[str, int]]:
+        return [(name, lasting.get(name, value)) for name, value in options(*args, **kwargs)]
+
+    monkeypatch.setattr(server, "options", younger)
+    async with serving(settings, conninfo) as (_, front), RawConnection(front.port) as wire:
+        if kind != "nothing at all":
+            for _ in range(50):
+                stream = await wire.open(GET_CLINIC)
+                if kind == "a part of the message":
+                    await wire.send(stream, framed(b"abc", length=1000))
+        await until(lambda: wire.closed)
+        assert wire.gone == 0
+        assert not any(ended.get("grpc-status") == "0" for ended in wire.ended.values())
+        assert await outcome(front.clinics.GetClinic(NOBODY)) == "CLINIC_NOT_FOUND"
 
 
 async def test_deadlines_that_are_none(front: Front) -> None:

@@ -11,6 +11,7 @@ import h2.config
 import h2.connection
 import h2.events
 import h2.exceptions
+import h2.settings
 from google.protobuf.message import Message
 from psycopg.conninfo import conninfo_to_dict
 
@@ -20,6 +21,8 @@ from tests.clinic import Front
 
 SOON = 15.0
 """How long a test waits for what must happen."""
+
+_GOAWAY = 7
 
 OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
 
@@ -68,11 +71,22 @@ def framed(message: bytes | Message, *, compressed: bool = False, length: int | 
     return struct.pack(">BI", compressed, len(data) if length is None else length) + data
 
 
-class RawConnection:
-    """A client's HTTP/2 connection on which anything may be sent."""
+def frame(kind: int, stream: int, payload: bytes = b"") -> bytes:
+    """A frame of HTTP/2 without flags."""
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, 0, stream) + payload
 
-    def __init__(self, port: int) -> None:
+
+class RawConnection:
+    """A client's HTTP/2 connection on which anything may be sent.
+
+    One that does not read takes what the windows of HTTP/2 let through, 64 KiB, and never gives room for more.
+    """
+
+    def __init__(self, port: int, *, reads: bool = True) -> None:
         self._port = port
+        self._reads = reads
+        self._rest = b""
+        self._unread: list[tuple[int, int]] = []
         self._http = h2.connection.H2Connection(
             h2.config.H2Configuration(client_side=True, validate_outbound_headers=False)
         )
@@ -84,6 +98,8 @@ class RawConnection:
         self.closed = False
         self.settled = False
         self.pongs = 0
+        self.acknowledged = 0
+        """Changes of settings that the server has taken."""
         self._headers: dict[int, dict[str, str]] = {}
 
     async def __aenter__(self) -> "RawConnection":
@@ -112,12 +128,22 @@ class RawConnection:
     async def _read(self) -> None:
         try:
             while data := await self._reader.read(65536):
-                for event in self._http.receive_data(data):
-                    self._take(event)
+                self._rest += data
+                self._receive()
                 await self.flush()
         except (OSError, h2.exceptions.ProtocolError):
             pass
         self.closed = True
+
+    def _receive(self) -> None:
+        while len(self._rest) >= 9 and len(self._rest) >= (end := 9 + int.from_bytes(self._rest[:3])):
+            frame, self._rest = self._rest[:end], self._rest[end:]
+            if frame[3] == _GOAWAY:
+                # h2 takes it for the end, but streams that have begun may go on.
+                self.gone = int.from_bytes(frame[13:17])
+                continue
+            for event in self._http.receive_data(frame):
+                self._take(event)
 
     def _take(self, event: h2.events.Event) -> None:
         match event:
@@ -127,15 +153,18 @@ class RawConnection:
                 found = self._headers.setdefault(event.stream_id, {})
                 found |= {_text(name): _text(value) for name, value in event.headers}
             case h2.events.DataReceived():
-                self._http.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                if self._reads:
+                    self._http.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                else:
+                    self._unread.append((event.flow_controlled_length, event.stream_id))
             case h2.events.StreamEnded():
                 self.ended[event.stream_id] = self._headers.get(event.stream_id, {})
             case h2.events.StreamReset():
                 self.reset[event.stream_id] = int(event.error_code)
             case h2.events.PingAckReceived():
                 self.pongs += 1
-            case h2.events.ConnectionTerminated():
-                self.gone = int(event.error_code or 0)
+            case h2.events.SettingsAcknowledged():
+                self.acknowledged += 1
             case _:
                 pass
 
@@ -172,6 +201,27 @@ class RawConnection:
     async def ping(self) -> None:
         """Ask whether the server lives."""
         self._http.ping(b"12345678")
+        await self.flush()
+
+    async def read(self) -> None:
+        """Read from now on, and what has come already."""
+        self._reads = True
+        for length, stream in self._unread:
+            self._http.acknowledge_received_data(length, stream)
+        self._unread.clear()
+        await self.flush()
+
+    async def write(self, data: bytes) -> None:
+        """Send what may be no HTTP/2."""
+        try:
+            self._writer.write(data)
+            await self._writer.drain()
+        except OSError:
+            self.closed = True
+
+    async def settle(self) -> None:
+        """Change a setting, which the server must acknowledge."""
+        self._http.update_settings({h2.settings.SettingCodes.MAX_HEADER_LIST_SIZE: 10_000 + self.acknowledged % 2})
         await self.flush()
 
     async def status(self, stream: int, seconds: float = SOON) -> str | None:

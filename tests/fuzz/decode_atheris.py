@@ -1,0 +1,78 @@
+"""Requests into what decodes and checks them, led by the code that they reach: `python -m tests.fuzz.decode_atheris`.
+
+By hand, because atheris is no dependency of the project: `pip install atheris`; `-max_total_time=60` ends it. There is
+neither server nor database, so it sees only what comes before them: whatever a request is, decoding it, the rules of
+the contract and the reading of its tokens, dates and instants refuse it as a field or let it through.
+"""
+
+import sys
+
+import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+with atheris.instrument_imports(include=["frontdesk"]):
+    from frontdesk.errors import InvalidField
+    from frontdesk.feed import ResumeToken
+    from frontdesk.rpc import convert, pipeline, status
+
+import hypothesis
+from google.protobuf import message_factory
+from google.protobuf.message import Message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fuzz.requests import CANARY, Known, requests
+from tests.hostile.methods import METHODS, World
+
+_IDS = [f"0192f5d1-7a5c-7b6e-8f00-0123456789a{n}" for n in range(5)]
+_PAGE = convert.page_token(
+    message_factory.GetMessageClass(METHODS["ListClinics"].input_type)(), ("1970-01-01", _IDS[0])
+)
+_KNOWN = Known(
+    [World(*_IDS)],
+    (2026, 11, 20),
+    1_800_000_000,
+    {
+        "ListClinics": [_PAGE],
+        "WatchQueue": ["WyIwMTkyZjVkMS03YTVjLTdiNmUtOGYwMC0wMTIzNDU2Nzg5YTEiLCIyMDI2LTExLTIwIiwyLDFd"],
+    },
+)
+
+
+def _read(message: Message) -> None:
+    """As the servicers read it."""
+    for field, value in message.ListFields():
+        if field.name == "page_token":
+            for kinds in (convert.IDS, convert.DATES, convert.DATES_AND_IDS, convert.INSTANTS_AND_IDS):
+                convert.page_from(message, *kinds)
+        elif field.name == "resume_token":
+            ResumeToken.decode(value)
+        elif field.name == "etag":
+            convert.version_from(value)
+        elif field.message_type is not None and not field.is_repeated:
+            if field.message_type.full_name == "google.type.Date":
+                convert.date_from(message, field.name)
+            elif field.message_type.full_name == "google.protobuf.Timestamp":
+                convert.instant_from(message, field.name)
+            else:
+                _read(value)
+
+
+@hypothesis.settings(database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@given(st.data())
+def one(data: st.DataObject) -> None:
+    """One request of one method."""
+    name = data.draw(st.sampled_from(sorted(METHODS)), "method")
+    raw = data.draw(requests(name, _KNOWN), "request")
+    try:
+        _read(pipeline._decoded(raw, message_factory.GetMessageClass(METHODS[name].input_type).FromString))
+    except InvalidField as refusal:
+        code, text, trailers = status.status_of(refusal)
+        assert code.name == "INVALID_ARGUMENT"
+        assert sum(len(value) for _, value in trailers) < 8192
+        assert CANARY not in text + repr(trailers)
+
+
+if __name__ == "__main__":
+    # Hypothesis makes little of few bytes.
+    atheris.Setup([sys.argv[0], "-max_len=8192", "-len_control=0", *sys.argv[1:]], one.hypothesis.fuzz_one_input)  # type: ignore[attr-defined]
+    atheris.Fuzz()
