@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import random
+import resource
 import signal
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -173,6 +174,9 @@ def run_worker(
     With `metrics`, PROMETHEUS_MULTIPROC_DIR must be set as frontdesk.metrics asks for.
     """
     configure_log(settings.log_level)
+    # A connection is a file, and the usual limit of 1,024 is meant for programs that use select().
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # What is not asked for is not even imported, and costs a call two comparisons.
     measures: dict[str, Any] = {}
     exporter = None

@@ -19,7 +19,15 @@ from types import TracebackType
 from frontdesk.background import Background
 from frontdesk.db.database import Database
 from frontdesk.errors import DatabaseUnavailable, DoctorNotFound, InvalidField, Refused
-from frontdesk.queues import Queue, QueueChange, read_changes, read_queue, read_revisions, with_positions
+from frontdesk.queues import (
+    Queue,
+    QueueChange,
+    read_changes,
+    read_changes_of,
+    read_queues,
+    read_revisions,
+    with_positions,
+)
 
 DoctorDayKey = tuple[str, date]
 
@@ -32,6 +40,7 @@ POLL_SECONDS = 0.2
 _HINT_PAUSE = 0.02
 _HINTS_A_MESSAGE = 150  # of at most 48 bytes each; a payload holds 8,000
 _KEPT_CHANGES = 256
+_READ_AT_ONCE = 32
 _CHANNEL = "frontdesk_changed"
 
 
@@ -187,19 +196,34 @@ class Feed:
         if not topics:
             return refused
         revisions = await read_revisions(self._db, [topic.key for topic in topics])
+        grown = [
+            topic
+            for topic in topics
+            if topic.queue is None or (topic.queue.revision, topic.queue.stamp) != revisions[topic.key]
+        ]
+        for start in range(0, len(grown), _READ_AT_ONCE):
+            await self._read(grown[start : start + _READ_AT_ONCE], refused)
+        return refused
+
+    async def _read(self, topics: Sequence[_Topic], refused: dict[_Topic, Refused]) -> None:
+        found = await read_queues(self._db, [topic.key for topic in topics])
+        queues = {(queue.doctor_id, queue.date): queue for queue in found}
+        since = [
+            (*topic.key, topic.queue.revision, queues[topic.key].revision)
+            for topic in topics
+            if topic.queue is not None and topic.key in queues and queues[topic.key].revision > topic.queue.revision
+        ]
+        changes = await read_changes_of(self._db, since) if since else {}
         for topic in topics:
             known = topic.queue
-            if known is not None and (known.revision, known.stamp) == revisions[topic.key]:
-                continue
-            try:
-                queue = await read_queue(self._db, *topic.key)
-            except DoctorNotFound as refusal:
-                refused[topic] = refusal
+            queue = queues.get(topic.key)
+            if queue is None:
+                refused[topic] = DoctorNotFound(topic.key[0])
                 continue
             news: Sequence[QueueChange] = ()
             goes_on = False
             if known is not None and queue.revision > known.revision:
-                news = await read_changes(self._db, *topic.key, known.revision, queue.revision)
+                news = changes.get(topic.key, [])
                 # Nothing is kept of the revision 1, at which a doctor-day begins.
                 goes_on = known.revision == 1
                 if news and news[0].revision == known.revision:
@@ -219,7 +243,6 @@ class Feed:
             if self._seen is not None:
                 for change in news:
                     self._seen(change.stamp)
-        return refused
 
     async def _listen(self) -> None:
         async with self._db.listening(_CHANNEL) as payloads:

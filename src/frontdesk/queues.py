@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
+from itertools import groupby
 from typing import Any
 
 from frontdesk.appointments import Decision
@@ -53,35 +54,47 @@ class QueueChange:
     """As this change left it; None where the line was not touched."""
 
 
-# One statement, so one snapshot: the entries are those of the revision.
-_queue = """
+# One statement, so one snapshot: the entries are those of the revision. The day is fenced off (offset 0), so that it is
+# computed once, and what is looked up by it uses both columns of an index. No condition on `state`: nearly all who are
+# checked in are so today, which the planner does not know: it would read the whole service's by appointment_date_idx.
+_queues = """
 select d.id, day.date, coalesce(dd.revision, 1),
-       coalesce((extract(epoch from dd.update_time) * 1000000)::bigint, 0),
-       (select count(*) from appointment b
-        where b.doctor_id = d.id and b.date = day.date and b.state = 'BOOKED'),
+       coalesce((extract(epoch from dd.update_time) * 1000000)::bigint, 0), expected.count,
        a.ticket, a.id, a.patient_id, concat_ws(' ', p.given_name, nullif(p.family_name, '')), a.queue_state, a.room,
        a.call_count, a.check_in_time, a.call_time, a.start_visit_time
-from doctor d
-join clinic c on c.id = d.clinic_id
-cross join lateral (select coalesce(%(date)s::date, (moment() at time zone c.time_zone)::date) as date) day
-left join doctor_day dd on dd.doctor_id = d.id and dd.date = day.date
-left join appointment a on a.doctor_id = d.id and a.date = day.date and a.ticket is not null
-     and a.state in ('CHECKED_IN', 'IN_CONSULTATION')
-left join patient p on p.id = a.patient_id
-where d.id = %(doctor)s
-order by array_position(array['WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED'], a.queue_state),
+from unnest(%(doctors)s::uuid[], %(dates)s::date[]) with ordinality as k (doctor_id, date, n)
+join doctor d on d.id = k.doctor_id
+cross join lateral (
+    select coalesce(k.date, (select (moment() at time zone c.time_zone)::date from clinic c where c.id = d.clinic_id))
+           as date offset 0) day
+left join lateral (
+    select * from doctor_day x where x.doctor_id = d.id and x.date = day.date offset 0) dd on true
+cross join lateral (
+    select count(*) filter (where b.state = 'BOOKED') as count from appointment b
+    where b.doctor_id = d.id and b.date = day.date) expected
+left join lateral (
+    select * from appointment x
+    where x.doctor_id = d.id and x.date = day.date and x.ticket is not null
+      and x.queue_state in ('WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED') offset 0) a on true
+left join lateral (select * from patient x where x.id = a.patient_id offset 0) p on true
+order by k.n, array_position(array['WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED'], a.queue_state),
          case when a.queue_state = 'WAITING' then a.line_order else a.ticket end
 """
 
 _changes = """
-select e.revision, (extract(epoch from e.create_time) * 1000000)::bigint, e.kind, coalesce(e.appointment_id::text, ''),
+select e.doctor_id, e.date, e.revision, (extract(epoch from e.create_time) * 1000000)::bigint, e.kind,
+       coalesce(e.appointment_id::text, ''),
        e.ticket, a.patient_id, concat_ws(' ', p.given_name, nullif(p.family_name, '')), e.queue_state, e.room,
        e.call_count, e.check_in_time, e.call_time, e.start_visit_time
-from event e
-left join appointment a on a.id = e.appointment_id and e.ticket is not null
-left join patient p on p.id = a.patient_id
-where e.doctor_id = %(doctor)s and e.date = %(date)s and e.revision between %(first)s and %(last)s
-order by e.revision
+from unnest(%(doctors)s::uuid[], %(dates)s::date[], %(firsts)s::bigint[], %(lasts)s::bigint[])
+     as k (doctor_id, date, first, last)
+cross join lateral (
+    select * from event x
+    where x.doctor_id = k.doctor_id and x.date = k.date and x.revision between k.first and k.last offset 0) e
+left join lateral (
+    select * from appointment x where x.id = e.appointment_id and e.ticket is not null offset 0) a on true
+left join lateral (select * from patient x where x.id = a.patient_id offset 0) p on true
+order by e.doctor_id, e.date, e.revision
 """
 
 _revisions = """
@@ -92,25 +105,48 @@ left join doctor_day dd on dd.doctor_id = k.doctor_id and dd.date = k.date
 """
 
 
+async def read_queues(db: Database, days: Sequence[tuple[str, date | None]]) -> list[Queue]:
+    """The lines now, in this order, without those whose doctor does not exist; no date means the clinic's today."""
+    rows = await db.rows(
+        _queues, {"doctors": [doctor for doctor, _ in days], "dates": [on for _, on in days]}, lambda *columns: columns
+    )
+    found = []
+    for (doctor, day, revision, stamp, expected), line in groupby(rows, key=lambda row: row[:5]):
+        entries = []
+        for place, (ticket, appointment, patient, name, state, *rest) in enumerate((row[5:] for row in line), start=1):
+            if ticket is not None:
+                entries.append(
+                    QueueEntry(ticket, place if state == "WAITING" else 0, appointment, patient, name, state, *rest)
+                )
+        found.append(Queue(doctor, day, revision, stamp, tuple(entries), expected))
+    return found
+
+
 async def read_queue(db: Database, doctor_id: str, on: date | None) -> Queue:
     """The line now; `on` defaults to the clinic's today. Raises DoctorNotFound."""
-    rows = await db.rows(_queue, {"doctor": doctor_id, "date": on}, lambda *columns: columns)
-    if not rows:
+    found = await read_queues(db, [(doctor_id, on)])
+    if not found:
         raise DoctorNotFound(doctor_id)
-    doctor, day, revision, stamp, expected = rows[0][:5]
-    entries = []
-    for place, (ticket, appointment, patient, name, state, *rest) in enumerate((row[5:] for row in rows), start=1):
-        if ticket is not None:
-            entries.append(
-                QueueEntry(ticket, place if state == "WAITING" else 0, appointment, patient, name, state, *rest)
-            )
-    return Queue(doctor, day, revision, stamp, tuple(entries), expected)
+    return found[0]
+
+
+async def read_changes_of(
+    db: Database, spans: Sequence[tuple[str, date, int, int]]
+) -> dict[tuple[str, date], list[QueueChange]]:
+    """What is kept of the revisions from the third to the fourth, both included, of each doctor-day, in order."""
+    doctors, dates, firsts, lasts = (list(column) for column in zip(*spans, strict=True))
+    found: dict[tuple[str, date], list[QueueChange]] = {}
+    for key, change in await db.rows(
+        _changes, {"doctors": doctors, "dates": dates, "firsts": firsts, "lasts": lasts},
+        lambda doctor, day, *columns: ((doctor, day), _change(*columns)),
+    ):  # fmt: skip
+        found.setdefault(key, []).append(change)
+    return found
 
 
 async def read_changes(db: Database, doctor_id: str, on: date, first: int, last: int) -> Sequence[QueueChange]:
     """What is kept of the revisions from `first` to `last`, both included, in order."""
-    wanted = {"doctor": doctor_id, "date": on, "first": first, "last": last}
-    return await db.rows(_changes, wanted, _change)
+    return (await read_changes_of(db, [(doctor_id, on, first, last)])).get((doctor_id, on), [])
 
 
 async def read_revisions(db: Database, days: Sequence[tuple[str, date]]) -> dict[tuple[str, date], tuple[int, int]]:

@@ -46,9 +46,11 @@ begin
     insert into event (doctor_id, date, revision, kind, create_time)
     values (p_doctor, p_date, v_answer.revision, 'AVAILABILITY', v_now);
 
-    select coalesce(array_agg(id order by number), '{}') into v_answer.affected from appointment
-    where doctor_id = p_doctor and date = p_date and state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION')
-      and not p_is_present;
+    select coalesce(
+        array_agg(id order by number)
+        filter (where state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION') and not p_is_present), '{}')
+    into v_answer.affected from appointment
+    where doctor_id = p_doctor and date = p_date;
     v_answer.outcome := 'OK';
     v_answer.is_present := p_is_present;
     v_answer.note := p_note;
