@@ -1,7 +1,6 @@
 """What a booking costs: the floor, pgbench, and every call of the real service, in CPU per call and time."""
 
 import re
-import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,9 +13,10 @@ from google.protobuf.message import Message
 from google.type.date_pb2 import Date
 
 from benchmarks import floor, people
-from benchmarks.load import Loaded, unary_client
+from benchmarks.calls import Kind, percentiles, spend
+from benchmarks.load import unary_client
 from benchmarks.people import DOCTOR, PATIENT, SLOT, TO_CHECK_IN, TO_MOVE, make_id
-from benchmarks.stage import Child, Meter, ServerProcess, Stage, program
+from benchmarks.stage import Child, ServerProcess, Stage, program
 from clinic.frontdesk.v1 import appointment_pb2, queue_pb2
 
 IN_FLIGHT = (16, 64)
@@ -49,22 +49,6 @@ class Cost:
     def cpu_us(self) -> float:
         """CPU a call, server and PostgreSQL together."""
         return self.server_us + self.postgres_us
-
-
-@dataclass
-class Kind:
-    """One kind of call: where it goes, and its n-th request."""
-
-    name: str
-    server: ServerProcess
-    method: str
-    request: Callable[[int], Message]
-    made: int = 0
-
-    def next(self, count: int) -> list[bytes]:
-        """The next requests; none is made twice."""
-        self.made += count
-        return [self.request(n).SerializeToString() for n in range(self.made - count, self.made)]
 
 
 def measure(stage: Stage, *, calls: int, rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -158,24 +142,24 @@ def _kinds(floor_server: ServerProcess, server: ServerProcess, day: date, doctor
         line = doctor_day(n, 40)
         return appointment_pb2.ListAppointmentsRequest(doctor_id=line.doctor_id, from_date=line.date, to_date=line.date)
 
-    yield Kind(FLOOR, floor_server, appointments + "BookAppointment", book)
-    yield Kind(BOOKING, server, appointments + "BookAppointment", book)
-    yield Kind(SLOTS, server, appointments + "BookAppointment", book_slot)
-    yield Kind(RESCHEDULE, server, appointments + "RescheduleAppointment", move)
-    yield Kind("CheckIn", server, queues + "CheckIn", check_in)
-    yield Kind("GetQueue (10 waiting)", server, queues + "GetQueue", get_queue)
-    yield Kind("ListAppointments (a doctor-day of 10)", server, appointments + "ListAppointments", list_day)
+    def kind(name: str, method: str, request: Callable[[int], Message]) -> Kind:
+        return Kind(name, server, server.port, method, request)
+
+    yield Kind(FLOOR, floor_server, floor_server.port, appointments + "BookAppointment", book)
+    yield kind(BOOKING, appointments + "BookAppointment", book)
+    yield kind(SLOTS, appointments + "BookAppointment", book_slot)
+    yield kind(RESCHEDULE, appointments + "RescheduleAppointment", move)
+    yield kind("CheckIn", queues + "CheckIn", check_in)
+    yield kind("GetQueue (10 waiting)", queues + "GetQueue", get_queue)
+    yield kind("ListAppointments (a doctor-day of 10)", appointments + "ListAppointments", list_day)
 
 
 def _run(stage: Stage, client: Child, kind: Kind, calls: int, in_flight: int) -> Cost:
-    client.ask(kind.server.port, kind.method, kind.next(calls), in_flight)
-    meter = Meter(stage, kind.server, client)
-    done: Loaded = client.ask("go")
-    server, postgres, loader = meter.read()
-    p50, p99 = percentiles(done.latencies, 50, 99)
+    spent = spend(stage, [client], kind, calls, in_flight)
+    p50, p99 = percentiles(spent.latencies, 50, 99)
     return Cost(
-        kind.name, in_flight, calls, server / calls * 1e6, postgres / calls * 1e6, calls / done.seconds, p50 * 1e3,
-        p99 * 1e3, loader / done.seconds, done.refused,
+        kind.name, in_flight, calls, spent.server / calls * 1e6, spent.postgres / calls * 1e6, calls / spent.seconds,
+        p50 * 1e3, p99 * 1e3, spent.clients / spent.seconds, spent.refused,
     )  # fmt: skip
 
 
@@ -236,11 +220,3 @@ def _pgbench(
         "postgres_us": (stage.cpu - before) / (calls // CONNECTIONS * CONNECTIONS) * 1e6,
         "failed": int(failed[1]) if failed else 0,
     }
-
-
-def percentiles(values: Sequence[float], *ranks: int) -> list[float]:
-    """The values below which so many percent lie; NaN where there are none."""
-    if len(values) < 2:
-        return [values[0] if values else float("nan")] * len(ranks)
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return [cuts[rank - 1] for rank in ranks]

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.booking import percentiles
+from benchmarks.calls import percentiles
 from benchmarks.load import STREAMS_PER_CHANNEL, reason_of
 from benchmarks.stage import WholeService
 from clinic.frontdesk.v1 import (

@@ -14,6 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.type.date_pb2 import Date
 
 from benchmarks import people
+from benchmarks.bulk import without_indexes
 from benchmarks.load import Loaded, unary_client
 from benchmarks.people import CLINIC, CLINICS, DOCTOR, PATIENT, SLOT, make_id
 from benchmarks.stage import Child, Stage
@@ -98,45 +99,36 @@ def _load(connection: psycopg.Connection, rows: int, day: date, zone: str) -> No
     patients = max(1_000, rows // 5)
     people.found(connection, zone, DOCTORS, patients)
     connection.execute("update doctor set max_patients_per_day = 10")
-    # Indexes that no constraint needs are quicker made afterwards.
-    indexes = connection.execute(
-        "select i.indexrelid::regclass::text, pg_get_indexdef(i.indexrelid) from pg_index i"
-        " where i.indrelid = 'appointment'::regclass"
-        " and not exists (select from pg_constraint c where c.conindid = i.indexrelid)"
-    ).fetchall()
-    for name, _ in indexes:
-        connection.execute(f"drop index {name}".encode())
-    # A doctor's n-th appointment is on the (n mod DAYS)-th day back; 20 % no-shows, 7 % cancelled, 0.1 % left.
-    connection.execute(
-        """
-        insert into appointment (patient_id, doctor_id, clinic_id, date, number, state, ticket, queue_state, line_order,
-                                 check_in_time)
-        select bench_id(%(patient)s, i * 7919 %% %(patients)s), bench_id(%(doctor)s, d),
-               bench_id(%(clinic)s, d %% %(clinics)s), %(day)s::date - 1 - spread, n / %(days)s + 1, state,
-               case when line is not null then n / %(days)s + 1 end, line,
-               case when line is not null then (n / %(days)s + 1) << 32 end,
-               case when line is not null then now() end
-        from generate_series(0, %(last)s::bigint) i,
-             lateral (select i %% %(doctors)s as d, i / %(doctors)s as n, i * 2654435761 %% 1000 as dice) a,
-             lateral (select (n * 617 %% %(days)s)::integer as spread,
-                             case when dice < 200 then 'NO_SHOW' when dice < 270 then 'CANCELLED'
-                                  when dice < 271 then 'LEFT' else 'COMPLETED' end as state) b,
-             lateral (select case state when 'LEFT' then 'LEFT' when 'COMPLETED' then 'DONE' end as line) c
-        """,
-        {
-            "patient": PATIENT, "patients": patients, "doctor": DOCTOR, "doctors": DOCTORS, "clinic": CLINIC,
-            "clinics": CLINICS, "day": day, "days": DAYS, "last": rows - 1,
-        },
-    )  # fmt: skip
-    connection.execute(
-        "insert into appointment (patient_id, doctor_id, clinic_id, date, number, state, ticket, queue_state,"
-        " check_in_time)"
-        " select bench_id(%s, i), bench_id(%s, i), bench_id(%s, i %% %s), %s, 1, 'IN_CONSULTATION', 1,"
-        " 'IN_CONSULTATION', now() from generate_series(0, %s) i",
-        (PATIENT, DOCTOR, CLINIC, CLINICS, day, _RARE - 1),
-    )
-    for _, definition in indexes:
-        connection.execute(definition.encode())
+    with without_indexes(connection, "appointment"):
+        # A doctor's n-th appointment is on the (n mod DAYS)-th day back; 20 % no-shows, 7 % cancelled, 0.1 % left.
+        connection.execute(
+            """
+            insert into appointment (patient_id, doctor_id, clinic_id, date, number, state, ticket, queue_state,
+                                     line_order, check_in_time)
+            select bench_id(%(patient)s, i * 7919 %% %(patients)s), bench_id(%(doctor)s, d),
+                   bench_id(%(clinic)s, d %% %(clinics)s), %(day)s::date - 1 - spread, n / %(days)s + 1, state,
+                   case when line is not null then n / %(days)s + 1 end, line,
+                   case when line is not null then (n / %(days)s + 1) << 32 end,
+                   case when line is not null then now() end
+            from generate_series(0, %(last)s::bigint) i,
+                 lateral (select i %% %(doctors)s as d, i / %(doctors)s as n, i * 2654435761 %% 1000 as dice) a,
+                 lateral (select (n * 617 %% %(days)s)::integer as spread,
+                                 case when dice < 200 then 'NO_SHOW' when dice < 270 then 'CANCELLED'
+                                      when dice < 271 then 'LEFT' else 'COMPLETED' end as state) b,
+                 lateral (select case state when 'LEFT' then 'LEFT' when 'COMPLETED' then 'DONE' end as line) c
+            """,
+            {
+                "patient": PATIENT, "patients": patients, "doctor": DOCTOR, "doctors": DOCTORS, "clinic": CLINIC,
+                "clinics": CLINICS, "day": day, "days": DAYS, "last": rows - 1,
+            },
+        )  # fmt: skip
+        connection.execute(
+            "insert into appointment (patient_id, doctor_id, clinic_id, date, number, state, ticket, queue_state,"
+            " check_in_time)"
+            " select bench_id(%s, i), bench_id(%s, i), bench_id(%s, i %% %s), %s, 1, 'IN_CONSULTATION', 1,"
+            " 'IN_CONSULTATION', now() from generate_series(0, %s) i",
+            (PATIENT, DOCTOR, CLINIC, CLINICS, day, _RARE - 1),
+        )
     # Slots of the coming days, the first half of each day booked; and past ones, a tenth as many as appointments.
     connection.execute(
         """
@@ -238,7 +230,7 @@ def _time(client: Child, port: int, connection: psycopg.Connection, shape: Shape
     """Milliseconds a call through the service, median; and what PostgreSQL alone says of it."""
 
     def load(request: Any, calls: int) -> Loaded:
-        client.ask(port, shape.method, [request.SerializeToString()] * calls, 1)
+        client.ask(port, shape.method, [request.SerializeToString()] * calls, 1, 1)
         done: Loaded = client.ask("go")
         return done
 

@@ -50,30 +50,32 @@ class Loaded:
 
 
 def unary_client(pipe: Connection) -> None:
-    """Serves commands `(port, method, requests, in flight)`: answers when ready, begins at the next message."""
+    """Serves commands `(port, method, requests, in flight, connections)`: answers when ready, begins at the next
+    message."""
     uvloop.run(_unary_client(pipe))
 
 
 async def _unary_client(pipe: Connection) -> None:
-    channels: dict[int, grpc.aio.Channel] = {}
+    channels: dict[int, list[grpc.aio.Channel]] = {}
     while True:
-        port, method, requests, in_flight = await asyncio.to_thread(pipe.recv)
-        if port not in channels:
-            channels[port] = channel(port)
-            await channels[port].channel_ready()
-        call: Any = channels[port].unary_unary(method)
+        port, method, requests, in_flight, connections = await asyncio.to_thread(pipe.recv)
+        ways = channels.setdefault(port, [])
+        while len(ways) < connections:
+            ways.append(channel(port))
+            await ways[-1].channel_ready()
+        calls: list[Any] = [way.unary_unary(method) for way in ways[:connections]]
         pipe.send("ready")
         await asyncio.to_thread(pipe.recv)
-        pipe.send(await _load(call, requests, in_flight))
+        pipe.send(await _load(calls, requests, in_flight))
 
 
-async def _load(call: Any, requests: Sequence[bytes], in_flight: int) -> Loaded:
+async def _load(calls: Sequence[Any], requests: Sequence[bytes], in_flight: int) -> Loaded:
     left = iter(requests)
     latencies: list[float] = []
     refused: Counter[str] = Counter()
     last = b""
 
-    async def work() -> None:
+    async def work(call: Any) -> None:
         nonlocal last
         for request in left:
             started = time.perf_counter()
@@ -84,7 +86,7 @@ async def _load(call: Any, requests: Sequence[bytes], in_flight: int) -> Loaded:
             latencies.append(time.perf_counter() - started)
 
     started = time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(in_flight)))
+    await asyncio.gather(*(work(calls[n % len(calls)]) for n in range(in_flight)))
     return Loaded(time.perf_counter() - started, latencies, dict(refused), last)
 
 
@@ -100,7 +102,10 @@ class Watched:
 
 
 def watch_client(pipe: Connection) -> None:
-    """Serves the commands `("open", port, doctor-days)`, `("begin",)` and `("report",)`."""
+    """Serves the commands `("open", port, doctor-days, streams a connection, heartbeat)`, `("begin",)`, `("report",)`.
+
+    The last two of `open` may be left out.
+    """
     uvloop.run(_Watchers().run(pipe))
 
 
@@ -120,8 +125,11 @@ class _Watchers:
             command, *args = await asyncio.to_thread(pipe.recv)
             pipe.send(await getattr(self, command)(*args))
 
-    async def open(self, port: int, days: Sequence[tuple[str, date]]) -> None:
-        """One more watcher for each of these, open on return."""
+    async def open(
+        self, port: int, days: Sequence[tuple[str, date]], streams: int = STREAMS_PER_CHANNEL, heartbeat: int = 60
+    ) -> None:
+        """One more watcher for each of these, open on return; so many on a connection, asking for a heartbeat."""
+        self._streams, self._heartbeat = streams, Duration(seconds=heartbeat)
         for start in range(0, len(days), 50):
             await asyncio.gather(*(self._start(port, *day) for day in days[start : start + 50]))
 
@@ -145,12 +153,12 @@ class _Watchers:
     async def _start(self, port: int, doctor: str, day: date) -> None:
         if self._room == 0:
             self._channels.append(channel(port))
-            self._room = STREAMS_PER_CHANNEL
+            self._room = self._streams
         self._room -= 1
         request = queue_pb2.WatchQueueRequest(
             doctor_id=doctor,
             date=Date(year=day.year, month=day.month, day=day.day),
-            heartbeat_interval=Duration(seconds=60),
+            heartbeat_interval=self._heartbeat,
         )
         watch: Any = self._channels[-1].unary_stream("/clinic.frontdesk.v1.QueueService/WatchQueue")
         call = watch(request.SerializeToString())

@@ -5,7 +5,7 @@ from zoneinfo import ZoneInfo
 
 import psycopg
 
-CLINIC, DOCTOR, PATIENT, SLOT, TO_MOVE, TO_CHECK_IN = range(1, 7)
+CLINIC, DOCTOR, PATIENT, SLOT, TO_MOVE, TO_CHECK_IN, PAST = range(1, 8)
 
 CLINICS = 78
 
@@ -21,6 +21,11 @@ def make_id(kind: int, n: int) -> str:
     return f"{kind:08x}-0000-7000-8000-{n:012x}"
 
 
+def phone(n: int) -> str:
+    """The phone of the n-th patient."""
+    return f"+55279{n:08d}"
+
+
 def noon_zone() -> str:
     """A zone in which it is about noon, so that no run crosses a clinic's midnight."""
     ahead = 12 - datetime.now(UTC).hour
@@ -32,19 +37,19 @@ def today(zone: str) -> date:
     return datetime.now(ZoneInfo(zone)).date()
 
 
-def found(connection: psycopg.Connection, zone: str, doctors: int, patients: int) -> None:
+def found(connection: psycopg.Connection, zone: str, doctors: int, patients: int, *, clinics: int = CLINICS) -> None:
     """Make the clinics in `zone`, so many doctors with a daily maximum of 1,000, and so many patients."""
     connection.execute(MAKE_ID)
     connection.execute(
         "insert into clinic (id, name, time_zone)"
         " select bench_id(%s, i), 'Clinic ' || i, %s from generate_series(0, %s) i",
-        (CLINIC, zone, CLINICS - 1),
+        (CLINIC, zone, clinics - 1),
     )
     connection.execute(
         "insert into doctor (id, code, display_name, specialty, clinic_id, max_patients_per_day)"
         " select bench_id(%s, i), 'B-' || i, 'Doctor ' || i, 'specialty ' || i %% 20, bench_id(%s, i %% %s), 1000"
         " from generate_series(0, %s) i",
-        (DOCTOR, CLINIC, CLINICS, doctors - 1),
+        (DOCTOR, CLINIC, clinics, doctors - 1),
     )
     connection.execute(
         "insert into patient (id, given_name, name_key, phone)"
@@ -98,6 +103,12 @@ def booked(
         " select doctor_id, date, 1 + count(*) * %s, count(ticket), now() from appointment where date = %s"
         " group by doctor_id, date",
         (2 if checked_in else 1, on),
+    )
+    # The latest change of each, by which a watcher's next one is known to follow.
+    connection.execute(
+        "insert into event (doctor_id, date, revision, kind, create_time)"
+        " select doctor_id, date, revision, 'UPDATED', update_time from doctor_day where date = %s",
+        (on,),
     )
 
 

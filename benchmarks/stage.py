@@ -2,8 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -11,13 +11,13 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 
 from frontdesk.app import run_worker
-from frontdesk.db.embedded import EmbeddedPostgres
+from frontdesk.db.embedded import NAME, EmbeddedPostgres
 from frontdesk.db.migrate import check_schema, migrate
 from frontdesk.settings import Settings
 from frontdesk.supervisor import supervise
@@ -28,6 +28,16 @@ _TEMPLATE = "frontdesk_template"
 _START_SECONDS = 60.0
 
 _spawn = get_context("spawn")
+
+T = TypeVar("T")
+
+
+class Metered(Protocol):
+    """What runs, and knows its CPU time."""
+
+    @property
+    def cpu(self) -> float:
+        """Seconds of CPU that it has used."""
 
 
 class Child:
@@ -88,17 +98,23 @@ class ServerProcess(Child):
 
 
 class Stage:
-    """A temporary directory with an embedded PostgreSQL; on exit both are gone."""
+    """A temporary directory with an embedded PostgreSQL; on exit both are gone.
 
-    def __init__(self) -> None:
+    With `data`, PostgreSQL lives there and stays on the disk, with the databases of `kept`.
+    """
+
+    def __init__(self, data: Path | None = None) -> None:
         self._stack = ExitStack()
+        self._given = data
 
     def __enter__(self) -> Self:
         with self._stack as stack:
             self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="frontdesk-bench-")))
-            self._postgres = stack.enter_context(EmbeddedPostgres(self.directory / "data"))
+            self._data = self._given or self.directory / "data"
+            self._postgres = stack.enter_context(EmbeddedPostgres(self._data))
+            self._admin(f"drop database if exists {_TEMPLATE}")
             self._admin(f"create database {_TEMPLATE}")
-            migrate(make_conninfo(self._postgres.conninfo, dbname=_TEMPLATE))
+            migrate(self._conninfo(_TEMPLATE))
             self._stack = stack.pop_all()
         return self
 
@@ -107,12 +123,46 @@ class Stage:
 
     def database(self, name: str) -> str:
         """How to connect to a new database with the schema of the service."""
+        self._admin(f"drop database if exists {name} with (force)")
         self._admin(f"create database {name} template {_TEMPLATE}")
-        return make_conninfo(self._postgres.conninfo, dbname=name)
+        return self._conninfo(name)
+
+    def kept(self, name: str, fill: Callable[[str], None], *, again: bool = False) -> str:
+        """How to connect to a database, which is filled now unless an earlier run did; its schema is that of today.
+
+        `again` fills it in any case.
+        """
+        found = self._ask("select count(*) from pg_database where datname = %s", name)
+        if found and not again:
+            migrate(self._conninfo(name))
+        else:
+            # What is interrupted never counts.
+            fill(self.database(f"{name}_unfinished"))
+            self._admin(f"drop database if exists {name} with (force)")
+            self._admin(f"alter database {name}_unfinished rename to {name}")
+        return self._conninfo(name)
 
     def drop(self, name: str) -> None:
         """Remove a database."""
         self._admin(f"drop database {name} with (force)")
+
+    def size(self, name: str) -> int:
+        """Bytes that a database takes on the disk."""
+        return int(self._ask("select pg_database_size(%s)", name))
+
+    def settings(self, *names: str) -> dict[str, str]:
+        """What PostgreSQL is set to."""
+        return {name: str(self._ask("select current_setting(%s)", name)) for name in names}
+
+    def read_files(self, name: str) -> None:
+        """Read all of a database, so that the system has in its memory what PostgreSQL's buffers do not hold."""
+        buffer = bytearray(1 << 20)
+        oid = self._ask("select oid from pg_database where datname = %s", name)
+        for file in (self._data / "postgres" / "base" / str(oid)).iterdir():
+            # Some come and go.
+            with suppress(FileNotFoundError), open(file, "rb", buffering=0) as stream:
+                while stream.readinto(buffer):
+                    pass
 
     def serve(self, conninfo: str, **more: Any) -> ServerProcess:
         """The service as production starts a worker, with its log in a file."""
@@ -122,9 +172,36 @@ class Stage:
     @property
     def cpu(self) -> float:
         """Seconds of CPU that PostgreSQL has used, all its processes together."""
+        return tree_cpu_seconds(self._postmaster, _one_thread_seconds)
+
+    @property
+    def background(self) -> float:
+        """Of `cpu`, what went to processes that serve no connection: checkpointer, writers, vacuum."""
+        return self.cpu - sum(
+            _of_running(_one_thread_seconds, child, 0.0)
+            for child in children(self._postmaster)
+            # The title of a process that serves a connection begins with the role.
+            if _command(child).startswith(f"postgres: {NAME} ")
+        )
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that PostgreSQL has read from files and written to files, be they in the system's cache or not."""
+        counts = [_of_running(_traffic, pid, (0, 0)) for pid in (self._postmaster, *children(self._postmaster))]
+        return sum(read for read, _ in counts), sum(written for _, written in counts)
+
+    @property
+    def _postmaster(self) -> int:
         pid = self._postgres.pid
         assert pid is not None
-        return tree_cpu_seconds(pid)
+        return pid
+
+    def _ask(self, question: str, *values: Any) -> Any:
+        with psycopg.connect(self._postgres.conninfo, autocommit=True) as connection:
+            return (connection.execute(question.encode(), values).fetchone() or [None])[0]
+
+    def _conninfo(self, database: str) -> str:
+        return make_conninfo(self._postgres.conninfo, dbname=database)
 
     def _admin(self, statement: str) -> None:
         with psycopg.connect(self._postgres.conninfo, autocommit=True) as connection:
@@ -132,19 +209,19 @@ class Stage:
 
 
 class WholeService:
-    """What `frontdesk serve` runs, in a process of its own with a temporary data directory."""
+    """What `frontdesk serve` runs, in a process of its own; with a temporary data directory unless it is given a
+    `database_url`. Entered, it is the address.
+    """
 
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
+    def __init__(self, workers: int, **more: Any) -> None:
+        self._settings = {"listen": "127.0.0.1:0", "drain_seconds": 2, "workers": workers, **more}
 
     def __enter__(self) -> str:
         with ExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="frontdesk-day-")))
-            settings = Settings(
-                listen="127.0.0.1:0", data_dir=directory / "data", workers=self._workers, drain_seconds=2
-            )
-            child = stack.enter_context(Child(_supervise, settings, str(directory / "service.log")))
-            said = child.receive(_START_SECONDS)
+            settings = Settings(data_dir=directory / "data", **self._settings)
+            self._child = stack.enter_context(Child(_supervise, settings, str(directory / "service.log")))
+            said = self._child.receive(_START_SECONDS)
             assert isinstance(said, str)
             self._stack = stack.pop_all()
         return said.rpartition(" ")[2]
@@ -152,25 +229,46 @@ class WholeService:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
 
+    @property
+    def workers(self) -> list[int]:
+        """The process ids of the workers."""
+        return [pid for pid in children(self._child.process.pid or 0) if "spawn_main" in _command(pid)]
+
+    @property
+    def cpu(self) -> float:
+        """Seconds of CPU that the service has used, all its processes together."""
+        return tree_cpu_seconds(self._child.process.pid or 0)
+
 
 @dataclass
 class Meter:
-    """CPU of a server, of PostgreSQL and of a client, from its making to `read`."""
+    """CPU of a server, of PostgreSQL and of clients, from its making to `read`."""
 
     stage: Stage
-    server: Child | None
-    client: Child | None
+    server: Metered
+    clients: Sequence[Metered] = ()
 
     def __post_init__(self) -> None:
         self._before = self._now()
 
-    def _now(self) -> tuple[float, float, float]:
-        return (self.server.cpu if self.server else 0.0, self.stage.cpu, self.client.cpu if self.client else 0.0)
+    def _now(self) -> list[float]:
+        return [running.cpu for running in (self.server, self.stage, *self.clients)]
 
-    def read(self) -> tuple[float, float, float]:
-        """Seconds used by the server, by PostgreSQL and by the client since."""
-        server, postgres, client = (now - before for now, before in zip(self._now(), self._before, strict=True))
-        return server, postgres, client
+    def read(self) -> tuple[float, float, list[float]]:
+        """Seconds used by the server, by PostgreSQL and by each client since."""
+        server, postgres, *clients = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        return server, postgres, clients
+
+
+def children(pid: int) -> list[int]:
+    """The running children of a process."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def memory(pid: int) -> tuple[int, int]:
+    """Bytes that a process holds, and of them its share where pages are shared with others."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return int(fields["Rss"].split()[0]) * 1024, int(fields["Pss"].split()[0]) * 1024
 
 
 def cpu_seconds(pid: int, *, with_ended_children: bool = False) -> float:
@@ -179,17 +277,33 @@ def cpu_seconds(pid: int, *, with_ended_children: bool = False) -> float:
     return sum(int(ticks) for ticks in fields[11 : 15 if with_ended_children else 13]) / _TICKS
 
 
-def tree_cpu_seconds(pid: int) -> float:
+def tree_cpu_seconds(pid: int, of_child: Callable[[int], float] = cpu_seconds) -> float:
     """User and system time of a process and its children, of those that have ended too."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    total = cpu_seconds(pid, with_ended_children=True)
-    for child in children:
-        try:
-            total += cpu_seconds(int(child))
-        except (FileNotFoundError, ProcessLookupError):
-            # It has ended since: the next reading finds its time with its parent.
-            continue
-    return total
+    # One that has ended meanwhile: the next reading finds its time with its parent.
+    running = children(pid)
+    return cpu_seconds(pid, with_ended_children=True) + sum(_of_running(of_child, child, 0.0) for child in running)
+
+
+def _one_thread_seconds(pid: int) -> float:
+    """Time of a process of one thread, which PostgreSQL's are, much finer than the clock's ticks."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def _of_running(read: Callable[[int], T], pid: int, otherwise: T) -> T:
+    """What `read` finds in /proc, unless the process has ended."""
+    try:
+        return read(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return otherwise
+
+
+def _command(pid: int) -> str:
+    return _of_running(lambda pid: Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "), pid, "")
+
+
+def _traffic(pid: int) -> tuple[int, int]:
+    fields = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(fields["rchar"]), int(fields["wchar"])
 
 
 def program(name: str) -> Path:

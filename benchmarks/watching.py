@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 
 from benchmarks import people
-from benchmarks.booking import percentiles
+from benchmarks.calls import percentiles
 from benchmarks.load import Watched, Worked, desk_client, watch_client
 from benchmarks.people import DOCTOR, PATIENT, TO_CHECK_IN, make_id
 from benchmarks.stage import Child, Meter, ServerProcess, Stage
@@ -88,7 +88,7 @@ def measure(
             client.ask("open", server.port, [(make_id(DOCTOR, 100 + n % 100), day) for n in range(opened, streams)])
             opened = streams
             time.sleep(_PAUSE)
-            meter = Meter(stage, server, None)
+            meter = Meter(stage, server)
             time.sleep(2 * _PAUSE)
             busy, postgres, _ = meter.read()
             memory.append(
@@ -119,12 +119,12 @@ def _watch(
         time.sleep(_PAUSE / 2)
         for client in clients:
             client.ask("begin")
-        meters = [Meter(stage, server, client) for client in clients]
+        meter = Meter(stage, server, clients)
         worked: Worked = desk.ask(
             server.port, doctors, day, patients[len(patients) // 2 :], scene.changes_per_second, seconds
         )
         time.sleep(_PAUSE / 2)
-        readings = [meter.read() for meter in meters]
+        server_seconds, postgres_seconds, client_seconds = meter.read()
         reports: list[Watched] = [client.ask("report") for client in clients]
     lags = [lag for report in reports for lag in report.lags]
     p50, p99 = percentiles(lags, 50, 99)
@@ -134,7 +134,7 @@ def _watch(
     return Seen(
         scene.watchers, scene.days, worked.calls, worked.calls / seconds,
         sum(report.messages for report in reports) / period, p50 * 1e3, p99 * 1e3, max(lags, default=0.0) * 1e3,
-        readings[0][0] / period, readings[0][1] / period, [reading[2] / period for reading in readings],
+        server_seconds / period, postgres_seconds / period, [seconds / period for seconds in client_seconds],
         0 if scene.watchers < scene.days else round(expected) - len(lags), sum(report.ended for report in reports),
         worked.refused,
     )  # fmt: skip
