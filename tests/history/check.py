@@ -9,7 +9,8 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
+from typing import Generic, TypeVar
 
 Day = tuple[str, str]
 """A doctor's id and a date (YYYY-MM-DD)."""
@@ -78,6 +79,8 @@ class Attempt:
     number: int = 0
     state: str = ""
     ticket: int = 0
+    about: tuple[str, ...] = ()
+    """Of an answer the patient, doctor, date and slot that it names; of a refusal its metadata, name after value."""
 
     @property
     def answer(self) -> tuple[object, ...]:
@@ -97,6 +100,8 @@ class Operation:
     appointment: str = ""
     slot: str = ""
     attempts: list[Attempt] = field(default_factory=list)
+    patient: str = ""
+    """Who is to be booked; BookAppointment alone."""
     given_up: bool = False
     """Nothing answered it although nothing was broken any more."""
 
@@ -122,7 +127,9 @@ class Operation:
 
         what = self.appointment[-6:] or self.slot[-6:]
         calls = self.attempts if len(self.attempts) < 6 else [*self.attempts[:2], *self.attempts[-3:]]
-        return f"client {self.client} {self.method} {what} key {self.key}: " + "; ".join(map(told, calls))
+        return f"client {self.client} {self.method}{' ' * bool(what)}{what} key {self.key}: " + "; ".join(
+            map(told, calls)
+        )
 
 
 @dataclass(slots=True)
@@ -151,6 +158,8 @@ class Seen:
     revision: int
     changes: tuple[Change, ...]
     picture: Picture
+    known: int = 0
+    """The revision that the watcher knew before it; 0 at its first."""
 
     def __str__(self) -> str:
         kinds = ", ".join(f"r{change[0]} {change[1]}" for change in self.changes)
@@ -166,6 +175,8 @@ class History:
     seen: list[Seen] = field(default_factory=list)
     late: list[tuple[int, Day, int, int, str]] = field(default_factory=list)
     """A watcher, its doctor-day, what it knew, what it should have known by then, and when that was."""
+    tally: Counter[str] = field(default_factory=Counter)
+    """What else the clients did, for the report alone."""
     drains: list[tuple[int, str]] = field(default_factory=list)
     """How each stream ended when the service was told to stop: `closing, OK` if well."""
 
@@ -216,24 +227,55 @@ class Facts:
     capacities: dict[str, int] = field(default_factory=dict)
     """Places a day, by doctor."""
     slots: dict[str, int] = field(default_factory=dict)
+    """Places, by slot."""
+    times: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Start and end of slots."""
     events: list[Event] = field(default_factory=list)
     visits: dict[str, Visit] = field(default_factory=dict)
     memories: list[Memory] = field(default_factory=list)
     revisions: dict[Day, int] = field(default_factory=dict)
     deadlocks: int = 0
-    """Since PostgreSQL was last started."""
+    """That PostgreSQL broke during the run."""
 
 
 @dataclass(slots=True)
 class Violation:
-    """A broken rule, and the least of the history that shows it."""
+    """A broken rule. `rule` and `text` name one instance of it, and all the evidence that counts."""
 
     rule: str
     text: str
-    excerpt: list[str] = field(default_factory=list)
+    days: tuple[Day, ...] = ()
+    """The doctor-days that it is about; none where it is about the service as a whole."""
+    revision: int = 0
+    """What comes later in the first of these days cannot matter; 0: all matters."""
+    by: str = ""
+    """The part of the checker that found it."""
+    shortest: list[str] = field(default_factory=list)
+    """The least of the history that shows it, as lines; see `tests.history.shortest`."""
 
     def __str__(self) -> str:
-        return "\n    ".join([f"{self.rule}: {self.text}", *self.excerpt])
+        return "\n    ".join([f"{self.rule}: {self.text}", *self.shortest])
+
+
+T = TypeVar("T")
+
+
+class _Steps(Generic[T]):
+    """A quantity that changes with some revisions."""
+
+    def __init__(self, first: T) -> None:
+        self._revisions = [1]
+        self._values = [first]
+
+    def set(self, revision: int, value: T) -> None:
+        if value != self._values[-1]:
+            self._revisions.append(revision)
+            self._values.append(value)
+
+    def between(self, low: int, high: int) -> list[T]:
+        """What it was from revision `low` to `high`."""
+        start = max(bisect_right(self._revisions, low) - 1, 0)
+        return self._values[start : max(bisect_right(self._revisions, high), start + 1)]
 
 
 class _Replay:
@@ -244,14 +286,18 @@ class _Replay:
         self.violations: list[tuple[str, str, int]] = []
         """Rule, text and revision."""
         self.pictures: dict[int, Picture] = {1: ((), 0)}
-        self.taken: dict[int, int] = {1: 0}
-        self.taken_of_slot: dict[int, Counter[str]] = {1: Counter()}
-        self.states: dict[str, list[tuple[int, str]]] = defaultdict(list)
-        """Of each appointment, the revisions at which its state changed here; `` where it is elsewhere."""
+        self.taken: _Steps[int] = _Steps(0)
+        self.taken_of_slot: dict[str, _Steps[int]] = defaultdict(lambda: _Steps(0))
+        self.states: dict[str, _Steps[str]] = defaultdict(lambda: _Steps(""))
+        """Of each appointment; empty where it is elsewhere."""
+        self.slots: dict[str, set[str]] = defaultdict(set)
+        """Which slots each appointment ever had here."""
         self.at: dict[str, str] = {}
         self.place: dict[str, tuple[int, str]] = {}
         self.ticket: dict[str, int] = {}
         self.moved: set[str] = set()
+        self._holding: dict[str, str] = {}
+        """Those of `at` that hold a place."""
         self._order: dict[str, tuple[int, int]] = {}
         self._last_ticket = 0
         self._capacity = facts.capacities.get(day[0], 0)
@@ -261,17 +307,26 @@ class _Replay:
             if event.revision != expected:
                 self._say("revisions", f"r{expected} is followed by r{event.revision}", event.revision)
             expected = event.revision + 1
+            slot = self.place.get(event.appointment, (0, ""))[1]
             self._apply(event, memories.get((day, event.revision)))
             self.pictures[event.revision] = self._picture()
-            self.taken[event.revision] = sum(at in HOLDING for at in self.at.values())
-            self.taken_of_slot[event.revision] = self._slots()
+            self.taken.set(event.revision, len(self._holding))
+            for touched in {slot, self.place.get(event.appointment, (0, ""))[1]} - {""}:
+                self.taken_of_slot[touched].set(event.revision, self._taken_of(touched))
         self.last = expected - 1
 
     def _say(self, rule: str, text: str, revision: int) -> None:
-        self.violations.append((rule, text, revision))
+        self.violations.append((rule, f"{text} at r{revision} of {_told(self.day)}", revision))
 
-    def _slots(self) -> Counter[str]:
-        return Counter(self.place[who][1] for who, at in self.at.items() if at in HOLDING and self.place[who][1])
+    def _taken_of(self, slot: str) -> int:
+        return sum(self.place[who][1] == slot for who in self._holding)
+
+    def _put(self, who: str, at: str) -> None:
+        self.at[who] = at
+        if at in HOLDING:
+            self._holding[who] = at
+        else:
+            self._holding.pop(who, None)
 
     def _apply(self, event: Event, memory: Memory | None) -> None:
         who, revision = event.appointment, event.revision
@@ -279,10 +334,13 @@ class _Replay:
         if event.kind in ("BOOKED", "MOVED_IN"):
             if before and (event.kind == "BOOKED" or before != "BOOKED"):
                 self._say("transition", f"{event.kind} of {who}, which is {before}", revision)
-            self.at.pop(who, None)
+            self._holding.pop(who, None)
             number, slot = (memory.number, memory.slot) if memory else self._guess(who)
             self._take(who, number, slot, revision)
-            self.at[who], self.place[who] = "BOOKED", (number, slot)
+            self.place[who] = (number, slot)
+            self._put(who, "BOOKED")
+            if slot:
+                self.slots[who].add(slot)
             after, in_line = "BOOKED", ""
             if event.kind == "MOVED_IN":
                 self.moved.add(who)
@@ -290,6 +348,7 @@ class _Replay:
             if before != "BOOKED":
                 self._say("transition", f"MOVED_OUT of {who}, which is {before or 'not here'}", revision)
             self.at.pop(who, None)
+            self._holding.pop(who, None)
             self.moved.add(who)
             after = in_line = ""
         elif event.kind in STEPS:
@@ -306,52 +365,54 @@ class _Replay:
                     self._last_ticket = event.ticket
                 self.ticket[who] = event.ticket
             if event.kind == "CALLED":
-                waiting = [one for one, at in self.at.items() if at == "WAITING"]
+                waiting = [one for one, at in self._holding.items() if at == "WAITING"]
                 if waiting and who != (first := min(waiting, key=lambda one: self._order[one])):
                     self._say("transition", f"called {who} before {first}", revision)
             if after == "WAITING":
                 self._order[who] = (self._last_ticket, revision) if before == "MISSED" else (self.ticket.get(who, 0), 0)
-            self.at[who] = after
             self.place.setdefault(who, (0, ""))
+            self._put(who, after)
         else:
             after, in_line = before, event.state
         if event.state != in_line:
             self._say("transition", f"{event.kind} left the line at '{event.state}', not '{in_line}'", revision)
-        self.states[who].append((revision, after))
+        self.states[who].set(revision, after)
 
     def _guess(self, who: str) -> tuple[int, str]:
         visit = self._facts.visits.get(who)
         return (visit.number, visit.slot) if visit else (0, "")
 
     def _take(self, who: str, number: int, slot: str, revision: int) -> None:
-        holders = {self.place[one][0]: one for one, at in self.at.items() if at in HOLDING}
+        holders = {self.place[one][0]: one for one in self._holding}
         if len(holders) >= self._capacity or number > self._capacity:
             self._say("over-capacity", f"number {number}, {len(holders) + 1} of {self._capacity} places", revision)
         elif number in holders:
             self._say("number-twice", f"number {number} is that of {holders[number]} and of {who}", revision)
-        elif number != (free := min(set(range(1, self._capacity + 1)) - holders.keys())):
+        elif number != (free := next(n for n in range(1, self._capacity + 1) if n not in holders)):
             self._say("number-twice", f"number {number}, where {free} is the lowest free", revision)
-        if slot and self._slots()[slot] >= self._facts.slots.get(slot, 0):
-            self._say("over-capacity", f"slot {slot} has no place left", revision)
+        if slot:
+            taken, places = self._taken_of(slot), self._facts.slots.get(slot, 0)
+            if taken >= places:
+                self._say("over-capacity", f"{taken + 1} of {places} places of slot {slot}", revision)
         visits = self._facts.visits
-        for one, at in self.at.items():
+        for one, at in self._holding.items():
             if at in LIVE and one in visits and who in visits and visits[one].patient == visits[who].patient:
                 self._say("patient-twice", f"{one} and {who} are live and of one patient", revision)
 
     def _picture(self) -> Picture:
-        waiting = sorted((one for one, at in self.at.items() if at == "WAITING"), key=lambda one: self._order[one])
+        by_state: dict[str, list[str]] = defaultdict(list)
+        for who, at in self._holding.items():
+            by_state[at].append(who)
+        waiting = sorted(by_state["WAITING"], key=lambda one: self._order[one])
         entries = [(one, self.ticket.get(one, 0), "WAITING", place) for place, one in enumerate(waiting, 1)]
         for state in WAITING_ROOM[1:]:
-            here = sorted((self.ticket.get(one, 0), one) for one, at in self.at.items() if at == state)
+            here = sorted((self.ticket.get(one, 0), one) for one in by_state[state])
             entries += [(one, ticket, state, 0) for ticket, one in here]
-        return tuple(entries), sum(at == "BOOKED" for at in self.at.values())
+        return tuple(entries), len(by_state["BOOKED"])
 
     def ever(self, appointment: str, low: int, high: int, states: Iterable[str]) -> bool:
         """Whether the appointment was in one of the states at a revision from `low` to `high`."""
-        steps = self.states.get(appointment, [])
-        start = max(bisect_right(steps, (low, "\U0010ffff")) - 1, 0)
-        wanted = set(states)
-        return any(at in wanted for revision, at in steps[start:] if revision <= high)
+        return appointment in self.states and not set(states).isdisjoint(self.states[appointment].between(low, high))
 
 
 @dataclass(slots=True)
@@ -386,6 +447,14 @@ class _Bounds:
         return low, self._high[bisect_right(self._starts, complete)]
 
 
+def _told(day: Day) -> str:
+    return f"doctor-day {day[0][-6:]} {day[1]}"
+
+
+def _named(source: Operation | Read) -> str:
+    return f"{source.method} {source.key}" if isinstance(source, Operation) else f"a read of client {source.client}"
+
+
 class Checker:
     """The rules, over one history."""
 
@@ -403,44 +472,57 @@ class Checker:
         self._memory = {(memory.method, memory.key): memory for memory in facts.memories}
         made = {(memory.day, memory.revision): memory for memory in facts.memories}
         self._replays = {day: _Replay(day, events, made, facts) for day, events in self._events.items()}
+        self._of_patient: dict[str, list[str]] = defaultdict(list)
+        for visit in facts.visits.values():
+            self._of_patient[visit.patient].append(visit.id)
+        self._days_of: dict[str, list[Day]] = defaultdict(list)
+        for day, replay in self._replays.items():
+            for who in replay.states:
+                self._days_of[who].append(day)
         self._points: dict[Day, list[_Point]] = defaultdict(list)
         for operation in history.operations:
-            for day, revision in self._effects(operation):
-                self._points[day].append(_Point(*operation.span, revision, True, operation))
+            for day, revision, span in self._effects(operation):
+                self._points[day].append(_Point(*span, revision, True, operation))
         for read in history.reads:
             self._points[read.day].append(_Point(read.invoke, read.complete, read.revision, False, read))
         self._bounds = {day: _Bounds(points) for day, points in self._points.items()}
 
-    def check(self) -> list[Violation]:
-        """Every violation that is found."""
-        rules = (
-            self._acknowledged, self._keys, self._answers, self._replayed, self._final, self._real_time, self._pictures,
-            self._watches, self._refusals, self._manners,
-        )  # fmt: skip
-        return [violation for rule in rules for violation in rule()]
+    PARTS = (
+        "acknowledged", "keys", "answers", "replayed", "final", "overlaps", "real_time", "pictures", "watches",
+        "refusals", "asked", "manners",
+    )  # fmt: skip
+    """The parts of the checker, each some rules."""
 
-    def _effects(self, operation: Operation) -> Iterator[tuple[Day, int]]:
-        """The doctor-days and revisions that an answered operation made."""
+    def check(self, parts: Sequence[str] = PARTS) -> list[Violation]:
+        """Every violation that these parts find."""
+        found: list[Violation] = []
+        for part in parts:
+            for violation in getattr(self, f"_{part}")():
+                violation.by = part
+                found.append(violation)
+        return found
+
+    def _effects(self, operation: Operation) -> Iterator[tuple[Day, int, tuple[float, float]]]:
+        """The doctor-days and revisions that an operation made, and between which instants."""
+        memory = self._memory.get((operation.method, operation.key))
         if not operation.successes:
+            if memory is not None and operation.attempts:
+                # Nobody heard of it: made at some time after it was first asked for.
+                yield memory.day, memory.revision, (min(one.invoke for one in operation.attempts), float("inf"))
             return
         first = operation.successes[0]
-        memory = self._memory.get((operation.method, operation.key))
         day = memory.day if memory is not None else operation.day
-        yield day, first.revision
+        yield day, first.revision, operation.span
         # The answer does not say which day was left. With equal revisions it may have been this one; and where the
         # appointment left two days at revisions of one number, either: then nothing is concluded.
         left = self._left.get((first.appointment, first.vacated), [])
         if first.vacated != first.revision and len(left) == 1 and left[0] != day:
-            yield left[0], first.vacated
+            yield left[0], first.vacated, operation.span
 
-    def _excerpt(self, day: Day, revision: int = 0, *shown: object) -> list[str]:
-        """What the history says of a doctor-day around a revision."""
-        lines = [f"doctor-day {day[0][-6:]} {day[1]}", *map(str, shown)]
-        near = [e for e in self._events.get(day, []) if abs(e.revision - revision) <= 3]
-        lines += [f"event r{e.revision} {e.kind} {e.appointment[-6:]} {e.state or '-'} t{e.ticket}" for e in near]
-        points = [p for p in self._points.get(day, []) if abs(p.revision - revision) <= 2 and p.source not in shown]
-        lines += [str(point.source) for point in sorted(points, key=lambda point: point.start)[:8]]
-        return lines
+    def days_of(self, operation: Operation) -> set[Day]:
+        """The doctor-days that an operation was about."""
+        found = {operation.day, *self._days_of.get(operation.appointment, ())}
+        return found | {day for day, _, _ in self._effects(operation)}
 
     def _acknowledged(self) -> Iterator[Violation]:
         for operation in self._history.operations:
@@ -449,66 +531,72 @@ class Checker:
                 day = memory.day if memory is not None else operation.day
                 event = self._event.get((day, one.revision))
                 if event is None or (event.kind, event.appointment) != (KINDS[operation.method], one.appointment):
-                    text = f"{operation.method} was acknowledged as r{one.revision}, where the database has {event}"
-                    yield Violation("acknowledged-lost", text, self._excerpt(day, one.revision, operation))
+                    text = (
+                        f"{_named(operation)} was acknowledged as r{one.revision} of {_told(day)}, where the database"
+                        f" has {event or 'nothing'}"
+                    )
+                    yield Violation("acknowledged-lost", text, (day,))
 
     def _keys(self) -> Iterator[Violation]:
-        claims: Counter[tuple[Day, int]] = Counter()
-        leaving: Counter[tuple[str, int]] = Counter()
+        claims: dict[tuple[Day, int], list[str]] = defaultdict(list)
+        leaving: set[tuple[str, int]] = set()
         for memory in self._facts.memories:
-            claims[memory.day, memory.revision] += 1
+            claims[memory.day, memory.revision].append(f"{memory.method} {memory.key}")
             if (memory.day, memory.revision) not in self._event:
-                text = f"{memory.method} {memory.key} is remembered as r{memory.revision}, which is not there"
-                yield Violation("key-without-effect", text, self._excerpt(memory.day, memory.revision))
+                text = (
+                    f"{memory.method} {memory.key} is remembered as r{memory.revision} of {_told(memory.day)}, which is"
+                    " not there"
+                )
+                yield Violation("key-without-effect", text, (memory.day,))
             if memory.vacated:
-                leaving[memory.appointment, memory.vacated] += 1
+                leaving.add((memory.appointment, memory.vacated))
         for event in self._facts.events:
-            count = claims[event.day, event.revision]
+            keys = claims[event.day, event.revision]
+            count = len(keys)
             if event.kind == "MOVED_OUT":
-                count = min(leaving[event.appointment, event.revision], 1)
+                count = int((event.appointment, event.revision) in leaving)
             if count != 1:
-                text = f"{event.kind} at r{event.revision} was made by {count} keys"
-                yield Violation("key-twice", text, self._excerpt(event.day, event.revision))
+                text = f"{event.kind} at r{event.revision} of {_told(event.day)} was made by {count} keys {keys}"
+                yield Violation("key-twice", text, (event.day,), event.revision)
 
     def _answers(self) -> Iterator[Violation]:
         for operation in self._history.operations:
             successes = operation.successes
             memory = self._memory.get((operation.method, operation.key))
-            day, revision = (memory.day, memory.revision) if memory is not None else (operation.day, 0)
+            days = (memory.day if memory is not None else operation.day,)
             if len({one.answer for one in successes}) > 1 or sum(not one.replayed for one in successes) > 1:
-                text = f"{operation.method} {operation.key}: {len(successes)} answers of one key"
-                yield Violation("answers-disagree", text, self._excerpt(day, revision, operation))
+                text = f"{_named(operation)}: {len(successes)} answers of one key"
+                yield Violation("answers-disagree", text, days)
             if successes and memory is not None:
                 told = (successes[0].appointment, successes[0].revision)
                 if told != (memory.appointment, memory.revision):
-                    text = f"{operation.key} was answered {told}, and remembered {memory}"
-                    yield Violation("answers-disagree", text, self._excerpt(day, revision, operation))
+                    yield Violation("answers-disagree", f"{operation.key} was answered {told}, kept as {memory}", days)
             for one in operation.attempts:
                 if one.outcome == OK or one.outcome.startswith((UNANSWERED, BROKEN)):
                     continue
                 if successes and one.invoke > successes[0].complete:
-                    text = f"{one.outcome} to a key that had been answered"
-                    yield Violation("refused-though-made", text, self._excerpt(day, revision, operation))
+                    text = f"{one.outcome} to {_named(operation)}, which had been answered"
+                    yield Violation("refused-though-made", text, days)
                 elif memory is not None:
                     low, _ = self._span(memory.day, one.invoke, one.complete)
                     if low >= memory.revision or len(operation.attempts) == 1:
-                        text = f"{one.outcome} to a key that had acted"
-                        yield Violation("refused-though-made", text, self._excerpt(day, revision, operation))
+                        text = f"{one.outcome} to {_named(operation)}, which had acted"
+                        yield Violation("refused-though-made", text, days)
             if operation.given_up:
-                yield Violation("no-answer", f"{operation}", self._excerpt(day, revision))
+                yield Violation("no-answer", f"{operation}", days)
 
     def _replayed(self) -> Iterator[Violation]:
         for replay in self._replays.values():
             for rule, text, revision in replay.violations:
-                yield Violation(rule, f"{text} at r{revision}", self._excerpt(replay.day, revision))
+                yield Violation(rule, text, (replay.day,), revision)
 
     def _final(self) -> Iterator[Violation]:
         for day in self._facts.revisions.keys() | self._replays.keys():
             kept = self._facts.revisions.get(day, 1)
             last = self._replays[day].last if day in self._replays else 1
             if kept != last:
-                text = f"the counter is at {kept}, the events at {last}"
-                yield Violation("revisions", text, self._excerpt(day, last))
+                text = f"the counter of {_told(day)} is at {kept}, the events at {last}"
+                yield Violation("revisions", text, (day,))
         for visit in self._facts.visits.values():
             replay = self._replays.get(visit.day)
             played = replay.at.get(visit.id, "nowhere") if replay else "nowhere"
@@ -516,7 +604,18 @@ class Checker:
             ticket = replay.ticket.get(visit.id, 0) if replay else 0
             if (played, place, ticket) != (visit.at, (visit.number, visit.slot), visit.ticket):
                 text = f"the events lead to {played} {place} t{ticket}, and the row is {visit}"
-                yield Violation("row-and-events", text, self._excerpt(visit.day))
+                yield Violation("row-and-events", text, (visit.day,))
+
+    def _overlaps(self) -> Iterator[Violation]:
+        """Nobody is in two places at one time; by the rows, since doctor-days have no order among them."""
+        for patient, visits in self._of_patient.items():
+            live = [self._facts.visits[who] for who in visits]
+            timed = [(self._facts.times[v.slot], v) for v in live if v.at in LIVE and v.slot in self._facts.times]
+            timed.sort(key=lambda one: one[0])
+            for ((_, end), one), ((start, _), other) in pairwise(timed):
+                if start < end:
+                    text = f"{one.id} and {other.id} overlap, and are of patient {patient}"
+                    yield Violation("patient-twice", text, (one.day, other.day))
 
     def _real_time(self) -> Iterator[Violation]:
         """Who was answered before another asked comes first. Of watches: nobody sees what nobody has asked for."""
@@ -529,16 +628,21 @@ class Checker:
                 same = list(group)
                 late = max(same, key=lambda point: point.start)
                 if earliest is not None and earliest.end < late.start:
-                    text = f"r{earliest.revision} was answered before r{late.revision} was asked for"
-                    shown = [f"doctor-day {day}", str(earliest.source), str(late.source)]
-                    yield Violation("real-time" if late.writes else "stale-read", text, shown)
+                    text = (
+                        f"r{earliest.revision} of {_told(day)} was answered to {_named(earliest.source)} before"
+                        f" {_named(late.source)} asked, which got r{late.revision}"
+                    )
+                    yield Violation("real-time" if late.writes else "stale-read", text, (day,), earliest.revision)
                     break
                 earliest = min([*same, *([earliest] if earliest else [])], key=lambda point: point.end)
         for seen in self._history.seen:
             _, high = self._span(seen.day, seen.at, seen.at)
             if seen.revision > high:
-                text = f"r{seen.revision} was seen before it was asked for"
-                yield Violation("real-time", text, self._excerpt(seen.day, seen.revision, seen))
+                text = (
+                    f"watcher {seen.watcher} saw r{seen.revision} of {_told(seen.day)} when nothing after r{high} had"
+                    " been asked for"
+                )
+                yield Violation("real-time", text, (seen.day,))
 
     def _pictures(self) -> Iterator[Violation]:
         sights: list[Read | Seen] = [*self._history.reads, *self._history.seen]
@@ -546,28 +650,25 @@ class Checker:
             replay = self._replays.get(sight.day)
             true = replay.pictures.get(sight.revision) if replay else ((), 0) if sight.revision == 1 else None
             if sight.picture != true:
-                text = f"r{sight.revision} was shown as {sight.picture}, and is {true}"
-                yield Violation("wrong-queue", text, self._excerpt(sight.day, sight.revision, sight))
+                text = f"r{sight.revision} of {_told(sight.day)} was shown as {sight.picture}, and is {true}"
+                yield Violation("wrong-queue", text, (sight.day,), sight.revision)
 
     def _watches(self) -> Iterator[Violation]:
-        known: dict[int, int] = {}
         for seen in self._history.seen:
-            before = known.get(seen.watcher, 0)
-            known[seen.watcher] = seen.revision
             told = [change[0] for change in seen.changes]
-            if seen.previous != before:
-                text = f"a watcher that knew r{before} was told what came after r{seen.previous}"
+            if seen.previous != seen.known:
+                text = f"that knew r{seen.known} was told what came after r{seen.previous}"
             elif seen.previous and told != [*range(seen.previous + 1, seen.revision + 1)]:
-                text = f"the changes from r{seen.previous} to r{seen.revision} are {told}"
+                text = f"was told of the changes from r{seen.previous} to r{seen.revision} as {told}"
             else:
                 wrong = [change for change in seen.changes if change != self._change(seen.day, change[0])]
                 if not wrong:
                     continue
-                text = f"{wrong[0]} is {self._change(seen.day, wrong[0][0])} in the database"
-            yield Violation("watch-missed", text, self._excerpt(seen.day, seen.revision, seen))
+                text = f"was told {wrong[0]}, which is {self._change(seen.day, wrong[0][0])} in the database"
+            yield Violation("watch-missed", f"watcher {seen.watcher} of {_told(seen.day)} {text}", (seen.day,))
         for watcher, day, knew, should, when in self._history.late:
-            text = f"watcher {watcher} knew r{knew} of r{should} {when}"
-            yield Violation("watch-late", text, self._excerpt(day, should))
+            text = f"watcher {watcher} of {_told(day)} knew r{knew} of r{should} {when}"
+            yield Violation("watch-late", text, (day,), should)
 
     def _change(self, day: Day, revision: int) -> Change | None:
         event = self._event.get((day, revision))
@@ -581,45 +682,120 @@ class Checker:
             for one in operation.attempts:
                 if one.outcome == OK or one.outcome.startswith((UNANSWERED, BROKEN)):
                     continue
-                possible = one.outcome in REFUSALS[operation.method]
-                if possible and operation.day in self._replays:
-                    possible = self._possible(operation, one)
-                if not possible:
-                    text = f"{operation.method} cannot have been refused by {one.outcome}"
-                    low, _ = self._span(operation.day, one.invoke, one.complete)
-                    yield Violation("impossible-refusal", text, self._excerpt(operation.day, low, operation))
+                why = "which its method does not refuse by"
+                if one.outcome in REFUSALS[operation.method]:
+                    why = self._impossible(operation, one)
+                if why:
+                    text = f"{one.outcome} to {_named(operation)}, {why}"
+                    yield Violation("impossible-refusal", text, tuple(sorted(self.days_of(operation))))
 
-    def _possible(self, operation: Operation, one: Attempt) -> bool:
-        """Whether what the refusal says held at some moment between the call and its answer; True where unsure."""
+    def _impossible(self, operation: Operation, one: Attempt) -> str:
+        """Why what the refusal says held at no moment between the call and its answer; empty where it may have."""
+        if operation.day not in self._replays:
+            return ""
         replay = self._replays[operation.day]
         low, high = self._span(operation.day, one.invoke, one.complete)
-        span = range(low, min(high, replay.last) + 1)
-        capacity = self._facts.capacities[operation.day[0]]
+        high = min(high, replay.last)
+        when = f"from r{low} to r{high} of {_told(operation.day)}"
         # A move leaves its own place out of the count.
-        own = int(operation.method == "RescheduleAppointment")
+        moves = operation.method == "RescheduleAppointment"
         if one.outcome == "DAY_FULL":
-            return any(replay.taken.get(revision, 0) >= capacity for revision in span)
-        if one.outcome == "SLOT_FULL":
-            full = self._facts.slots[operation.slot]
-            return any(replay.taken_of_slot[revision][operation.slot] >= full for revision in span) or bool(own)
+            capacity = self._facts.capacities[operation.day[0]]
+            most = max(replay.taken.between(low, high))
+            return f"where at most {most} of {capacity} places were taken {when}" if most < capacity else ""
+        if one.outcome == "SLOT_FULL" and not moves:
+            places = self._facts.slots.get(operation.slot, 0)
+            if not places:
+                return "which asked for no slot"
+            most = max(replay.taken_of_slot[operation.slot].between(low, high))
+            return f"where at most {most} of the slot's {places} places were taken {when}" if most < places else ""
         if one.outcome == "QUEUE_EMPTY":
-            return any(all(entry[2] != "WAITING" for entry in replay.pictures[revision][0]) for revision in span)
+            pictures = (replay.pictures.get(revision) for revision in range(low, high + 1))
+            empty = any(p is None or all(entry[2] != "WAITING" for entry in p[0]) for p in pictures)
+            return "" if empty else f"where somebody always waited {when}"
+        if one.outcome in ("DUPLICATE_BOOKING", "PATIENT_OVERLAP"):
+            return self._patient_was_free(operation, one)
         if one.outcome in ("INVALID_TRANSITION", "ALREADY_CHECKED_IN") and operation.appointment not in replay.moved:
-            if operation.method == "RescheduleAppointment":
-                return True
-            allowed = STEPS[KINDS[operation.method]][0]
-            others = {"BOOKED", "CANCELLED", "NO_SHOW", "LEFT", *WAITING_ROOM, "DONE"} - allowed
-            return replay.ever(operation.appointment, low, high, others)
-        return True
+            others = {"CANCELLED", "NO_SHOW", "LEFT", *WAITING_ROOM, "DONE"}
+            if not moves:
+                others = (others | {"BOOKED"}) - STEPS[KINDS[operation.method]][0]
+            if moves or replay.ever(operation.appointment, low, high, others):
+                return ""
+            was = replay.states[operation.appointment].between(low, high)
+            return f"where {operation.appointment} was {', '.join(was)} {when}"
+        return ""
+
+    def _patient_was_free(self, operation: Operation, one: Attempt) -> str:
+        """Why no other visit of the patient stood in the way; empty where one may have."""
+        patient = operation.patient
+        if not patient and operation.appointment in self._facts.visits:
+            patient = self._facts.visits[operation.appointment].patient
+        if not patient:
+            return ""
+        mine = self._facts.times.get(operation.slot, (0.0, 0.0))
+        for who in self._of_patient[patient]:
+            if who == operation.appointment:
+                continue
+            for day in self._days_of[who]:
+                if one.outcome == "DUPLICATE_BOOKING" and day != operation.day:
+                    continue
+                replay = self._replays[day]
+                if one.outcome == "PATIENT_OVERLAP":
+                    theirs = [self._facts.times.get(slot, (0.0, 0.0)) for slot in replay.slots[who]]
+                    if not any(start < mine[1] and mine[0] < end for start, end in theirs):
+                        continue
+                if replay.ever(who, *self._span(day, one.invoke, one.complete), LIVE):
+                    return ""
+        return "where no other visit of the patient was in the way then"
+
+    def _asked(self) -> Iterator[Violation]:
+        """An answer, and a refusal, is about what was asked for."""
+        for operation in self._history.operations:
+            for one in operation.attempts:
+                wrong = self._mistaken(operation, one) if one.about else ""
+                if wrong:
+                    text = f"{one.outcome} to {_named(operation)} {wrong}, and is about {one.about}"
+                    yield Violation("wrong-answer", text, (operation.day,))
+
+    def _mistaken(self, operation: Operation, one: Attempt) -> str:
+        visits = self._facts.visits
+        if one.outcome == OK:
+            patient, doctor, date, slot = one.about
+            if one.appointment in visits and visits[one.appointment].patient != patient:
+                return f"names a patient whose visit {one.appointment} is not"
+            if operation.patient and operation.patient != patient:
+                return f"asked for patient {operation.patient}"
+            if operation.appointment and operation.appointment != one.appointment:
+                return f"asked for {operation.appointment}"
+            aimed = operation.method in ("BookAppointment", "RescheduleAppointment")
+            if aimed and (doctor, date, slot) != (*operation.day, operation.slot):
+                return f"asked for {operation.day} {operation.slot}"
+            return ""
+        about = dict(zip(one.about[::2], one.about[1::2], strict=True))
+        if about.get("doctor_id", operation.day[0]) != operation.day[0]:
+            return "asked for another doctor"
+        if "doctor_id" in about and about.get("date", operation.day[1]) != operation.day[1]:
+            return "asked for another day"
+        if about.get("slot_id", operation.slot) != operation.slot:
+            return "asked for another slot"
+        subject = about.get("appointment_id", "")
+        if one.outcome in ("DUPLICATE_BOOKING", "PATIENT_OVERLAP"):
+            moved = visits.get(operation.appointment)
+            patient = operation.patient or (moved.patient if moved else "")
+            if subject in visits and patient and visits[subject].patient != patient:
+                return "names a visit of another patient"
+        elif subject and subject != operation.appointment:
+            return f"asked for {operation.appointment}"
+        return ""
 
     def _manners(self) -> Iterator[Violation]:
         for operation in self._history.operations:
             for one in operation.attempts:
                 if one.outcome.startswith(BROKEN):
-                    yield Violation("internal", f"{one.outcome} to {operation}", self._excerpt(operation.day))
+                    yield Violation("internal", f"{one.outcome} to {_named(operation)}", (operation.day,))
                 elif one.outcome == f"{UNANSWERED}CONFLICT":
-                    text = "the database gave up on a conflict that the locks should have kept away"
-                    yield Violation("conflict", text, [str(operation)])
+                    text = f"the database gave up on {_named(operation)} for a conflict that the locks should keep away"
+                    yield Violation("conflict", text, (operation.day,))
         if self._facts.deadlocks:
             yield Violation("deadlock", f"PostgreSQL broke {self._facts.deadlocks} deadlocks")
         for watcher, end in self._history.drains:

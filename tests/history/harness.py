@@ -6,16 +6,18 @@ plays the same plan, and a race shows in some of such runs.
 
 import asyncio
 import json
+import multiprocessing
 import os
+import pickle
 import random
 import signal
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from datetime import time as daytime
 from pathlib import Path
@@ -24,35 +26,18 @@ from typing import Any
 import grpc
 import psycopg
 
-from clinic.frontdesk.v1 import appointment_pb2 as pb
 from clinic.frontdesk.v1 import queue_pb2
-from frontdesk.client import FrontdeskClient, Update
-from tests.clinic import Front, day, details
-from tests.history.check import (
-    BROKEN,
-    KINDS,
-    OK,
-    STEPS,
-    UNANSWERED,
-    Attempt,
-    Checker,
-    Day,
-    Event,
-    Facts,
-    History,
-    Memory,
-    Operation,
-    Picture,
-    Read,
-    Seen,
-    Violation,
-    Visit,
-)
+from frontdesk.client import FrontdeskClient
+from tests.clinic import Front
+from tests.history.check import BROKEN, OK, UNANSWERED, Checker, Day, Event, Facts, History, Memory, Violation, Visit
+from tests.history.clients import Chapter, Clients, Shift, Watcher
+from tests.history.shortest import shortest
 from tests.history.world import Cluster, Proxy, Served
 
 FAULTS = (
-    "worker-kill", "postmaster-kill", "terminate-all", "terminate-listen", "network-cut", "network-reset",
-    "network-slow", "network-frozen", "answers-lost", "time-zone", "hints-dropped",
+    "worker-kill", "worker-frozen", "service-restart", "postmaster-kill", "terminate-all", "terminate-listen",
+    "statements-cancelled", "lock-held", "row-held", "network-cut", "network-reset", "network-slow", "network-frozen",
+    "answers-lost", "time-zone", "hints-dropped",
 )  # fmt: skip
 """What the nemesis breaks."""
 
@@ -61,18 +46,17 @@ ODD_FAULTS = ("date-style",)
 
 SETTLE_SECONDS = 3.0
 """A watcher must know by then, once nothing is broken. The poll behind the hints takes 0.2 s."""
-ANSWER_SECONDS = 15.0
-"""A client must have its answer by then, once nothing is broken."""
 
-_APPOINTMENTS = {"BookAppointment", "RescheduleAppointment", "CancelAppointment", "StartAppointment",
-                 "CompleteAppointment", "MarkNoShow"}  # fmt: skip
-_ANSWERED = {"FAILED_PRECONDITION", "ALREADY_EXISTS", "NOT_FOUND", "INVALID_ARGUMENT"}
 _TERMINATE = "select pg_terminate_backend(pid) from pg_stat_activity"
+_CANCEL = "select pg_cancel_backend(pid) from pg_stat_activity"
 _ZONES = ("Pacific/Kiritimati", "Asia/Kathmandu", "America/St_Johns", "Pacific/Pago_Pago", "<+23>-23:59")
-_VERBS = {
-    "CheckIn": 10, "CallNext": 7, "StartAppointment": 4, "CompleteAppointment": 2, "CancelAppointment": 4,
-    "LeaveQueue": 2, "ReturnToLine": 4, "ParkPatient": 3, "MarkMissed": 3, "CallAgain": 1, "MarkNoShow": 1,
-}  # fmt: skip
+_PATIENCE = 60.0
+"""Seconds in which a watcher must know while things go on breaking."""
+_OLD_CONNECTIONS = 60.0
+_PROCESSES = 2
+"""Judges at once."""
+_SLOTS = 8
+"""Of a doctor-day, half an hour each, before midnight."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +65,25 @@ class Plan:
 
     seed: int = 1
     seconds: float = 20.0
-    clients: int = 24
-    channels: int = 6
-    doctors: int = 4
+    clients: int = 40
+    channels: int = 8
+    doctors: int = 6
     """Doctors who work at a time; each sees patients today and tomorrow."""
-    capacity: tuple[int, int] = (2, 6)
-    budget: int = 400
-    """Operations after which a doctor goes home and another comes, because finished visits keep their places."""
+    capacity: tuple[int, int] = (4, 16)
+    chapter: float = 30.0
+    """Seconds after which everybody goes on with other doctors and patients, and the history so far is put away."""
+    patients: int = 300
     faults: Sequence[str] = FAULTS
-    pause: tuple[float, float] = (0.3, 1.5)
+    pause: tuple[float, float] = (0.5, 3.5)
     """Seconds between faults."""
-    moves: float = 0.12
+    moves: float = 0.08
     """How often a booked visit is to be moved."""
     twins: float = 0.05
     """How often a key is asked with twice at once."""
+    bursts: float = 0.02
+    """How often a client asks for many things at once."""
+    haste: float = 0.1
+    """How often a client asks without looking at what the clients know: mostly for what is gone, or refused."""
     mutate: Callable[[psycopg.Connection], None] = lambda admin: None
     """Changes the database before the service starts."""
     bustle: bool = True
@@ -104,107 +93,97 @@ class Plan:
 
 
 @dataclass
+class Verdict:
+    """What the judges say of a chapter, or of all."""
+
+    violations: list[Violation] = field(default_factory=list)
+    methods: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    """By method: how many were asked for, made, refused, left without an answer, and calls, retries and replays."""
+    outcomes: Counter[str] = field(default_factory=Counter)
+    """Of calls."""
+    tally: Counter[str] = field(default_factory=Counter)
+    """Bursts, twins, and what was abandoned by its caller."""
+    reads: int = 0
+    updates: int = 0
+    changes: int = 0
+    """That the watchers were told of."""
+    lags: list[float] = field(default_factory=list)
+    """Seconds from an answer to a watcher's knowing."""
+
+    def add(self, other: "Verdict") -> None:
+        self.violations += other.violations
+        for method, counts in other.methods.items():
+            self.methods[method].update(counts)
+        self.outcomes.update(other.outcomes)
+        self.tally.update(other.tally)
+        self.reads += other.reads
+        self.updates += other.updates
+        self.changes += other.changes
+        self.lags += other.lags
+
+
+@dataclass
 class Report:
     """What a run has shown."""
 
     plan: Plan
-    operations: int
-    attempts: int
-    reads: int
-    updates: int
     seconds: float
+    judged: float
+    """Seconds that the judges took."""
     faults: Counter[str]
-    outcomes: Counter[str]
-    violations: list[Violation]
+    verdict: Verdict
     internal: Counter[str]
     """What the service logged of its INTERNAL answers: exception, SQLSTATE and constraint."""
-    lag: tuple[float, float]
-    """Median and 99th percentile of the seconds from an answer to the watchers' knowing, faults included."""
+
+    @property
+    def violations(self) -> list[Violation]:
+        return self.verdict.violations
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """Of calls, reads apart."""
+        return self.verdict.outcomes
+
+    @property
+    def total(self) -> Counter[str]:
+        """Of all methods."""
+        return sum(self.verdict.methods.values(), Counter())
+
+    @property
+    def operations(self) -> int:
+        """Changes that were asked for, each under a key of its own, and reads."""
+        return self.total["asked"] + self.verdict.reads
 
     def __str__(self) -> str:
+        verdict, total = self.verdict, self.total
+        lags = sorted(verdict.lags) or [0.0]
+        columns = ("asked", "made", "refused", "unanswered", "calls", "replayed")
+        methods = {**verdict.methods, "GetQueue": Counter(dict.fromkeys(("asked", "made", "calls"), verdict.reads))}
+        rows = [(method, [counts[name] for name in columns]) for method, counts in sorted(methods.items())]
+        rows.append(("in all", [sum(counts) for counts in zip(*(row[1] for row in rows), strict=True)]))
         lines = [
-            f"seed {self.plan.seed}: {self.operations} operations in {self.attempts} calls, {self.reads} reads,"
-            f" {self.updates} updates of watches, {self.operations / self.seconds:.0f} operations/s",
-            "faults: " + (", ".join(f"{kind} {count}" for kind, count in sorted(self.faults.items())) or "none"),
-            "outcomes: " + ", ".join(f"{name} {count}" for name, count in self.outcomes.most_common()),
-            f"watchers knew after {self.lag[0] * 1000:.0f} ms (median), {self.lag[1] * 1000:.0f} ms (p99)",
+            f"seed {self.plan.seed}: {self.operations} operations in {self.seconds:.0f} s,"
+            f" {self.operations / self.seconds:.0f} a second; {total['made'] * 100 / max(total['asked'], 1):.0f} % of"
+            f" {total['asked']} changes made; judged in {self.judged:.0f} s",
+            "",
+            "| method |" + "|".join(f" {name} " for name in columns) + "|",
+            "|---|" + "--:|" * len(columns),
+            *(f"| {method} | " + " | ".join(map(str, counts)) + " |" for method, counts in rows),
+            "",
+            f"faults, {sum(self.faults.values())}: "
+            + (", ".join(f"{kind} {count}" for kind, count in sorted(self.faults.items())) or "none"),
+            "calls: " + ", ".join(f"{name} {count}" for name, count in verdict.outcomes.most_common()),
+            ", ".join(f"{name} {count}" for name, count in sorted(verdict.tally.items())),
+            f"watchers: {verdict.updates} updates with {verdict.changes} changes; they knew after"
+            f" {lags[len(lags) // 2] * 1000:.0f} ms (median), {lags[len(lags) * 99 // 100] * 1000:.0f} ms (p99, faults"
+            " included)",
             *(f"internal error {what}: {count}" for what, count in self.internal.most_common(5)),
             f"violations: {len(self.violations)}"
             + "".join(f", {rule} {count}" for rule, count in Counter(v.rule for v in self.violations).most_common()),
         ]
-        seen: set[str] = set()
-        for violation in self.violations:
-            # The first of each rule; the others are mostly its echoes.
-            if violation.rule not in seen:
-                seen.add(violation.rule)
-                lines.append(str(violation))
+        # The first of each rule; the others are mostly its echoes.
+        lines += [str(violation) for violation in _firsts(self.violations)]
         return "\n".join(lines)
-
-
-class Shift:
-    """A doctor at work: two days, their slots, and what the clients believe of their visits."""
-
-    def __init__(self, doctor: str, days: Sequence[Day], slots: dict[Day, list[str]], capacity: int) -> None:
-        self.doctor = doctor
-        self.days = days
-        self.slots = slots
-        self.capacity = capacity
-        self.asked = 0
-        self.done = 0
-        self.visits: dict[str, tuple[Day, str]] = {}
-        self.full: set[Day] = set()
-        self.watchers: list[Watcher] = []
-
-    @property
-    def over(self) -> bool:
-        return self.done + 1 >= self.capacity
-
-
-class Watcher:
-    """Watches a doctor-day, goes away now and then, and comes back with its token."""
-
-    def __init__(self, number: int, target: Day, clients: Sequence[FrontdeskClient], history: History, seed: int):
-        self.number = number
-        self.day = target
-        self.revision = 0
-        self.dozes = True
-        """Whether it leaves off reading now and then, but not long: what is on the way by then comes to it late."""
-        self._clients = clients
-        self._history = history
-        self._random = random.Random(f"{seed}/watcher/{number}")
-        self.task = asyncio.create_task(self._watch())
-
-    async def _watch(self) -> None:
-        token = ""
-        on = datetime.fromisoformat(self.day[1]).date()
-        while True:
-            stay = self._random.expovariate(1 / 6)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(stay):
-                    client = self._random.choice(self._clients)
-                    watch = client.watch_updates(self.day[0], on, heartbeat=5, resume_token=token)
-                    async with aclosing(watch) as updates:
-                        async for update in updates:
-                            token = update.resume_token
-                            self._history.seen.append(_seen(self.number, self.day, update))
-                            self.revision = update.queue.revision
-                            if self.dozes and self._random.random() < 0.03:
-                                await asyncio.sleep(self._random.uniform(0.1, 1))
-
-    async def settle(self, revision: int, seconds: float, when: str) -> None:
-        """Wait until it knows the revision; if it does not in time, that is a part of the history."""
-        deadline = time.monotonic() + seconds
-        while self.revision < revision:
-            if time.monotonic() > deadline or self.task.done():
-                self._history.late.append((self.number, self.day, self.revision, revision, when))
-                return
-            await asyncio.sleep(0.02)
-
-    async def close(self) -> None:
-        self.task.cancel()
-        # What it died of, had it died before.
-        with suppress(asyncio.CancelledError):
-            await self.task
 
 
 class Run:
@@ -216,19 +195,20 @@ class Run:
         self._conninfo = cluster.database(plan.mutate)
         self._directory = directory
         self._random = random.Random(plan.seed)
-        self._history = History()
-        self._blocking = ThreadPoolExecutor(1)
+        self._blocking = ThreadPoolExecutor(2)
         self._faults: Counter[str] = Counter()
         self._faults_over = False
-        self._keys = 0
-        self._requests: dict[str, Any] = {}
         self._watchers = 0
-        self._all_desks: list[FrontdeskClient] = []
-        self._ending: list[asyncio.Task[None]] = []
+        self._chapters = 0
+        self._files: list[tuple[Path, str, list[str]]] = []
+        """Where the history of each chapter is, and its caller and doctors."""
+        self._closing: list[asyncio.Task[None]] = []
+        self._drained = History()
 
     async def run(self) -> Report:
         """Play the plan. The service and the proxy are gone afterwards."""
-        self._set_up()
+        deadlocks = self._cluster.deadlocks()
+        self._clinic()
         # Its path must fit into a socket's address.
         with tempfile.TemporaryDirectory(prefix="fd") as short:
             self._proxy = Proxy(self._conninfo, Path(short))
@@ -241,81 +221,97 @@ class Run:
                     began = time.monotonic()
                     await self._play()
                     seconds = time.monotonic() - began
-                    await self._drain()
+                    await self._drain(last=True)
+            except BaseException:
+                # Nobody waits for those who still play.
+                for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                    task.cancel()
+                raise
             finally:
                 self._proxy.heal()
                 await asyncio.to_thread(self._served.end)
                 await self._proxy.close()
-        violations = Checker(self._history, self._facts()).check()
-        attempts = [one for operation in self._history.operations for one in operation.attempts]
-        return Report(
-            self._plan, len(self._history.operations), len(attempts), len(self._history.reads),
-            len(self._history.seen), seconds, self._faults,
-            Counter(" ".join(one.outcome.split()[:2]) for one in attempts), violations, self._internal(), self._lag(),
-        )  # fmt: skip
+        began = time.monotonic()
+        verdict = Verdict(Checker(self._drained, Facts(deadlocks=self._cluster.deadlocks() - deadlocks)).check())
+        with ProcessPoolExecutor(_PROCESSES, multiprocessing.get_context("spawn")) as judges:
+            for one in judges.map(_judge, *zip(*((self._conninfo, *file) for file in self._files), strict=True)):
+                verdict.add(one)
+        judged = time.monotonic() - began
+        return Report(self._plan, seconds, judged, self._faults, verdict, self._internal())
 
     # The clinic.
 
-    def _set_up(self) -> None:
-        """Doctors, their slots and patients, by SQL: they are no part of the history."""
-        plan, now = self._plan, datetime.now(UTC)
+    def _clinic(self) -> None:
+        now = datetime.now(UTC)
         # Somewhere it is early morning: today lasts longer than any run, and the evening's slots are to come.
         offset = 6 - now.hour if 6 - now.hour >= -12 else 30 - now.hour
         self._today = (now + timedelta(hours=offset)).date()
-        evening = datetime.combine(self._today, daytime(20), UTC) - timedelta(hours=offset)
-        doctors = plan.doctors + 3 + int(plan.seconds * 3)
-        self._shifts: list[Shift] = []
+        self._evening = datetime.combine(self._today, daytime(20), UTC) - timedelta(hours=offset)
         with psycopg.connect(self._conninfo) as admin:
-            (clinic,) = admin.execute(
+            (self._clinic_id,) = admin.execute(
                 "insert into clinic (name, time_zone) values ('History', %s) returning id::text",
                 (f"Etc/GMT{-offset:+d}",),
             ).fetchone() or ("",)
-            for number in range(doctors):
-                # The last two are kept for the end of the run, and have a place for everybody.
-                capacity = self._random.randint(*plan.capacity) if number < doctors - 2 else 500
-                (doctor,) = admin.execute(
-                    "insert into doctor (code, display_name, clinic_id, max_patients_per_day) values (%s, 'D', %s, %s)"
-                    " returning id::text", (f"H-{number}", clinic, capacity),
-                ).fetchone() or ("",)  # fmt: skip
-                days = [(doctor, str(self._today + timedelta(days=later))) for later in (0, 1)]
-                slots: dict[Day, list[str]] = {}
-                for later, target in enumerate(days):
-                    slots[target] = []
-                    for half in range(3):
-                        start = evening + timedelta(days=later, minutes=30 * half)
-                        (slot,) = admin.execute(
-                            "insert into slot (doctor_id, clinic_id, date, start_time, end_time, capacity)"
-                            " values (%s, %s, %s, %s, %s, %s) returning id::text",
-                            (doctor, clinic, target[1], start, start + timedelta(minutes=30), 1 + half % 2),
-                        ).fetchone() or ("",)  # fmt: skip
-                        slots[target].append(slot)
-                self._shifts.append(Shift(doctor, days, slots, capacity))
-            self._patients = [
-                str(row[0])
-                for row in admin.execute(
-                    "insert into patient (given_name, name_key, phone) select 'P', 'p' || n, '+5511987654321'"
-                    " from generate_series(1, %s) n returning id::text", (max(20, plan.clients),),
-                )
-            ]  # fmt: skip
-        self._busy, self._quiet = self._shifts.pop(), self._shifts.pop()
-        self._at_work = [self._shifts.pop() for _ in range(plan.doctors)]
-        self._last_shifts: list[Shift] = []
+
+    async def _chapter(self) -> Chapter:
+        """The next chapter; PostgreSQL may be away for a while."""
+        self._chapters += 1
+        number, seed = self._chapters, self._random.random()
+        while True:
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._blocking, self._populate, number, seed)
+            except psycopg.OperationalError:
+                await asyncio.sleep(0.2)
+
+    def _populate(self, number: int, seed: float) -> Chapter:
+        """Doctors, their slots and patients, by SQL: they are no part of the history. Past the proxy."""
+        plan, mine = self._plan, random.Random(seed)
+        wanted = plan.doctors + 5 + int(min(plan.seconds, plan.chapter) * 3)
+        # The last two are kept for the end of the run, and have a place for everybody.
+        capacities = [mine.randint(*plan.capacity) for _ in range(wanted - 2)] + [900, 900]
+        shifts = []
+        with psycopg.connect(self._conninfo) as admin:
+            admin.execute("set timezone = 'UTC'")
+            admin.execute("set datestyle = 'ISO'")
+            doctors = admin.execute(
+                "insert into doctor (code, display_name, clinic_id, max_patients_per_day)"
+                " select %s || '-' || n, 'D', %s, c from unnest(%s::int[]) with ordinality given (c, n)"
+                " returning id::text, max_patients_per_day", (f"H-{number}", self._clinic_id, capacities),
+            ).fetchall()  # fmt: skip
+            slots: dict[Day, dict[str, int]] = defaultdict(dict)
+            for doctor, date, slot, places in admin.execute(
+                "insert into slot (doctor_id, clinic_id, date, start_time, end_time, capacity)"
+                " select d::uuid, %s, %s::date + later, %s + later * interval '1 day' + n * interval '30 min',"
+                " %s + later * interval '1 day' + (n + 1) * interval '30 min', 1 + n %% 3"
+                " from unnest(%s::text[]) d, generate_series(0, 1) later, generate_series(0, %s - 1) n"
+                " returning doctor_id::text, date::text, id::text, capacity",
+                (self._clinic_id, self._today, self._evening, self._evening, [one[0] for one in doctors], _SLOTS),
+            ):
+                slots[doctor, date][slot] = places
+            patients = admin.execute(
+                "insert into patient (given_name, name_key, phone) select 'P', 'p' || %s || '/' || n, '+5511987654321'"
+                " from generate_series(1, %s) n returning id::text", (number, max(plan.patients, plan.clients)),
+            ).fetchall()  # fmt: skip
+        for doctor, capacity in doctors:
+            days = [(doctor, str(self._today + timedelta(days=later))) for later in (0, 1)]
+            shifts.append(Shift(doctor, days, {target: slots[target] for target in days}, capacity))
+        busy, quiet = shifts.pop(), shifts.pop()
+        at_work = [shifts.pop() for _ in range(plan.doctors)]
+        return Chapter(f"history-{plan.seed}-{number}", shifts, at_work, busy, quiet, [one[0] for one in patients])
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[None]:
-        self._channels: list[grpc.aio.Channel] = []
         self._fronts: list[Front] = []
         self._desks: list[FrontdeskClient] = []
-        self._connect_anew()
+        self._connections: list[tuple[float, list[grpc.aio.Channel], list[FrontdeskClient]]] = []
+        await self._connect_anew()
         try:
             yield
         finally:
-            for desk in self._all_desks:
-                await desk.close()
-            for channel in self._channels:
-                await channel.close()
+            while self._connections:
+                await self._disconnect()
 
-    def _connect_anew(self) -> None:
+    async def _connect_anew(self) -> None:
         """Give everybody a new connection. All go to the one worker that is left when the other is killed."""
         target = f"127.0.0.1:{self._served.port}"
         options = [
@@ -325,279 +321,198 @@ class Run:
             ("grpc.max_reconnect_backoff_ms", 300),
         ]  # fmt: skip
         channels = [grpc.aio.insecure_channel(target, options=options) for _ in range(self._plan.channels + 4)]
-        self._channels += channels
         self._fronts[:] = [Front(one, self._conninfo, self._served.port) for one in channels[: self._plan.channels]]
         # The watchers choose among these whenever they come back.
         self._desks[:] = [FrontdeskClient(one, caller="watch") for one in channels[self._plan.channels :]]
-        self._all_desks += self._desks
+        self._connections.append((time.monotonic(), channels, [*self._desks]))
+        while self._connections[0][0] < time.monotonic() - _OLD_CONNECTIONS:
+            await self._disconnect()
 
-    def _watch(self, shift: Shift) -> None:
-        for target in shift.days:
-            for _ in range(2 if target[1] == str(self._today) else 1):
+    async def _disconnect(self) -> None:
+        _, channels, desks = self._connections.pop(0)
+        for desk in desks:
+            await desk.close()
+        for channel in channels:
+            await channel.close()
+
+    def _watch(self, chapter: Chapter, shift: Shift, watchers: int = 0) -> None:
+        """So many watchers a day; else one or two of today, and one of every other tomorrow."""
+        for later, target in enumerate(shift.days):
+            for _ in range(watchers or (1 - shift.capacity % 2 if later else 1 + shift.capacity % 2)):
                 self._watchers += 1
-                watcher = Watcher(self._watchers, target, self._desks, self._history, self._plan.seed)
+                watcher = Watcher(self._watchers, target, self._desks, chapter.history, self._plan.seed)
                 shift.watchers.append(watcher)
 
     # The course of a run.
 
     async def _play(self) -> None:
-        for shift in self._at_work:
-            self._watch(shift)
         end = time.monotonic() + self._plan.seconds
-        clients = [asyncio.create_task(self._client(number, end)) for number in range(self._plan.clients)]
+        self._now = await self._chapter()
         nemesis = asyncio.create_task(self._nemesis(end))
-        await nemesis
-        await asyncio.gather(*clients)
-        await asyncio.gather(*self._ending)
-        await self._repeat_keys()
-        await self._quiet_end()
-        for shift in [*self._at_work, *self._last_shifts, self._busy, self._quiet]:
-            await self._go_home(shift, SETTLE_SECONDS)
-
-    async def _client(self, number: int, end: float) -> None:
-        mine = random.Random(f"{self._plan.seed}/client/{number}")
-        while time.monotonic() < end:
-            if mine.random() < 0.15:
-                shift = mine.choice(self._at_work)
-                read = await self._read(number, mine.choice(shift.days), mine)
-                if read is not None:
-                    shift.visits |= {who: (read.day, state) for who, _, state, _ in read.picture[0]}
-            else:
-                await self._one(number, mine)
-
-    async def _one(self, number: int, mine: random.Random) -> None:
-        shift = mine.choice(self._at_work)
-        shift.asked += 1
-        if shift.asked == self._plan.budget or (shift.over and shift.asked > 20):
-            self._relieve(shift)
-        operation, request = self._intention(number, shift, mine)
-        self._history.operations.append(operation)
-        await self._insist(operation, request, mine)
-        self._believe(shift, operation)
-
-    def _relieve(self, shift: Shift) -> None:
-        if self._shifts and shift in self._at_work:
-            fresh = self._shifts.pop()
-            self._at_work[self._at_work.index(shift)] = fresh
-            self._watch(fresh)
-            self._last_shifts.append(shift)
-            if len(self._last_shifts) > 20:
-                # Long ago: its last operations have been answered, and the watchers had time, faults or not.
-                self._ending.append(asyncio.create_task(self._go_home(self._last_shifts.pop(0), 30)))
-
-    def _intention(self, number: int, shift: Shift, mine: random.Random) -> tuple[Operation, Any]:
-        self._keys += 1
-        key = f"{self._plan.seed}-{self._keys}"
-        today = shift.days[0]
-        # Somewhat more ask than there are places.
-        target, slot = self._target(shift, mine)
-        # Seldom ask for what is believed to be gone.
-        if not shift.visits or mine.random() < (0.4 if target not in shift.full else 0.03):
-            request: Any = pb.BookAppointmentRequest(patient_id=mine.choice(self._patients), idempotency_key=key)
-            _aim(request, target, slot)
-            return Operation(number, key, "BookAppointment", target, slot=slot), request
-        if mine.random() < self._plan.moves:
-            visit = self._visit(shift, {"BOOKED"}, mine)
-            target, slot = self._target(mine.choice(self._at_work), mine)
-            request = pb.RescheduleAppointmentRequest(appointment_id=visit, idempotency_key=key)
-            _aim(request, target, slot)
-            return Operation(number, key, "RescheduleAppointment", target, visit, slot), request
-        (verb,) = mine.choices([*_VERBS], [*_VERBS.values()])
-        if verb == "CallNext":
-            request = queue_pb2.CallNextRequest(doctor_id=shift.doctor, room="1", idempotency_key=key)
-            return Operation(number, key, verb, today), request
-        visit = self._visit(shift, STEPS[KINDS[verb]][0], mine)
-        messages: Any = pb if verb in _APPOINTMENTS else queue_pb2
-        request = getattr(messages, f"{verb}Request")(appointment_id=visit, idempotency_key=key)
-        return Operation(number, key, verb, shift.visits[visit][0], visit), request
-
-    def _target(self, shift: Shift, mine: random.Random) -> tuple[Day, str]:
-        target = shift.days[mine.random() < 0.3]
-        return target, mine.choice(shift.slots[target]) if mine.random() < 0.35 else ""
-
-    def _visit(self, shift: Shift, states: set[str], mine: random.Random) -> str:
-        """One for which the verb is allowed, if the clients know one; now and then any."""
-        fitting = [one for one, (_, at) in shift.visits.items() if at in states]
-        return mine.choice(fitting if fitting and mine.random() < 0.85 else [*shift.visits])
-
-    def _believe(self, shift: Shift, operation: Operation) -> None:
-        if not operation.successes:
-            refused = operation.attempts[-1].outcome
-            if refused == "DAY_FULL":
-                next((one for one in self._at_work if one.doctor == operation.day[0]), shift).full.add(operation.day)
-            if refused == "INVALID_TRANSITION" and operation.method != "RescheduleAppointment":
-                shift.visits.pop(operation.appointment, None)
-            return
-        made = operation.successes[0]
-        where = shift
-        if operation.method == "RescheduleAppointment":
-            shift.visits.pop(made.appointment, None)
-            where = next((one for one in self._at_work if one.doctor == operation.day[0]), shift)
-        at = {"CHECKED_IN": "WAITING", "COMPLETED": "DONE"}.get(made.state, made.state)
-        if at in ("DONE", "LEFT", "CANCELLED", "NO_SHOW"):
-            # Seldom asked about again.
-            where.visits.pop(made.appointment, None)
-            if at != "DONE":
-                where.full.discard(operation.day)
-            where.done += at == "DONE" and operation.day == where.days[0]
-        elif where.doctor == operation.day[0]:
-            where.visits[made.appointment] = (operation.day, at)
-
-    async def _insist(self, operation: Operation, request: Any, mine: random.Random) -> None:
-        """Ask with the same key until there is an answer."""
-        self._requests[operation.key] = request
-        if mine.random() < self._plan.twins:
-            two = mine.sample(self._fronts, 2)
-            await asyncio.gather(*(self._attempt(operation, request, front) for front in two))
-        else:
-            await self._attempt(operation, request, mine.choice(self._fronts))
-        healed = 0.0
-        while operation.attempts[-1].outcome.startswith((UNANSWERED, BROKEN)) and not operation.successes:
-            await asyncio.sleep(mine.uniform(0.02, 0.2))
-            if self._faults_over:
-                healed = healed or time.monotonic()
-                if time.monotonic() > healed + ANSWER_SECONDS:
-                    operation.given_up = True
-                    return
-            if operation.attempts[-1].outcome.startswith(BROKEN) and len(operation.attempts) > 8:
+        while True:
+            chapter = self._now
+            for shift in chapter.at_work:
+                self._watch(chapter, shift)
+            clients = self._clients(chapter)
+            left = end - time.monotonic()
+            # No short one at the end.
+            until = end if left < 1.5 * self._plan.chapter else time.monotonic() + self._plan.chapter
+            playing = [
+                asyncio.create_task(clients.play(number, f"{chapter.caller}/client/{number}", until))
+                for number in range(self._plan.clients)
+            ]
+            if until == end:
+                await nemesis
+                await asyncio.gather(*playing)
+                await asyncio.gather(*self._closing, *chapter.ending)
+                await self._quiet_end(clients)
+                await self._close(clients, playing, SETTLE_SECONDS)
                 return
-            await self._attempt(operation, request, mine.choice(self._fronts))
+            following = asyncio.create_task(self._chapter())
+            # Some are still asking when the next chapter begins.
+            ended, _ = await asyncio.wait({*playing, nemesis}, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                # What it died of, had it died.
+                task.result()
+            self._now = await following
+            self._closing = [task for task in self._closing if not task.done() or task.exception() is not None]
+            self._closing.append(asyncio.create_task(self._close(clients, playing, _PATIENCE)))
 
-    async def _attempt(self, operation: Operation, request: Any, front: Front) -> None:
-        service: Any = front.appointments if operation.method in _APPOINTMENTS else front.queues
-        call = getattr(service, operation.method)
-        invoke = time.monotonic()
-        try:
-            answer = await call(request, timeout=4, metadata=(("frontdesk-caller", "history"),))
-        except grpc.aio.AioRpcError as error:
-            operation.attempts.append(Attempt(invoke, time.monotonic(), _outcome(error)))
-            return
-        made = Attempt(invoke, time.monotonic(), OK, answer.replayed, answer.revision)
-        if operation.method == "CallNext":
-            made.appointment = answer.entry.appointment_id
-        else:
-            visit = answer.appointment
-            made.appointment, made.number = visit.id, visit.number
-            made.state = pb.Appointment.State.Name(visit.state).removeprefix("STATE_")
-        if operation.method not in _APPOINTMENTS:
-            made.ticket = answer.entry.ticket
-            made.state = queue_pb2.QueueEntry.State.Name(answer.entry.state).removeprefix("STATE_")
-        if operation.method == "RescheduleAppointment":
-            made.vacated = answer.vacated_revision
-        operation.attempts.append(made)
+    def _clients(self, chapter: Chapter) -> Clients:
+        plan = self._plan
 
-    async def _read(self, number: int, target: Day, mine: random.Random) -> Read | None:
-        front = mine.choice(self._fronts)
-        request = queue_pb2.GetQueueRequest(doctor_id=target[0], date=day(datetime.fromisoformat(target[1]).date()))
-        invoke = time.monotonic()
-        try:
-            answer = await front.queues.GetQueue(request, timeout=4)
-        except grpc.aio.AioRpcError:
-            await asyncio.sleep(0.05)
-            return None
-        read = Read(number, target, invoke, time.monotonic(), answer.queue.revision, _picture(answer.queue))
-        self._history.reads.append(read)
-        return read
+        def relieve(shift: Shift) -> None:
+            if chapter.waiting and shift in chapter.at_work:
+                fresh = chapter.waiting.pop()
+                chapter.at_work[chapter.at_work.index(shift)] = fresh
+                self._watch(chapter, fresh)
+                chapter.gone_home.append(shift)
+                long_ago = [one for one in chapter.gone_home if one.watchers]
+                if len(long_ago) > 20:
+                    # Its last operations have been answered, and the watchers had time, faults or not.
+                    watchers, long_ago[0].watchers = long_ago[0].watchers, []
+                    chapter.ending.append(asyncio.create_task(self._go_home(clients, long_ago[0], watchers, _PATIENCE)))
 
-    async def _repeat_keys(self) -> None:
-        """Ask again with keys of long ago; each must get its first answer."""
-        for operation in self._random.sample(self._history.operations, min(150, len(self._history.operations))):
-            request = self._requests.get(operation.key)
+        clients = Clients(
+            chapter, self._fronts, moves=plan.moves, twins=plan.twins, bursts=plan.bursts, haste=plan.haste,
+            relieve=relieve, healed=lambda: self._faults_over,
+        )  # fmt: skip
+        return clients
+
+    async def _close(self, clients: Clients, playing: list[asyncio.Task[None]], seconds: float) -> None:
+        """When all have their answers, ask again with old keys, let the watchers hear, and put the history away."""
+        await asyncio.gather(*playing)
+        chapter = clients.chapter
+        for operation in chapter.history.operations:
+            request = chapter.requests.get(operation.key)
             if request is not None and operation.successes:
-                await self._attempt(operation, request, self._random.choice(self._fronts))
+                await clients.attempt(operation, request, self._random.choice(self._fronts))
+        homes = []
+        for shift in chapter.shifts:
+            watchers, shift.watchers = shift.watchers, []
+            homes.append(self._go_home(clients, shift, watchers, seconds))
+        await asyncio.gather(*homes)
+        await asyncio.gather(*chapter.ending)
+        file = self._directory / f"{chapter.caller}.history"
+        await asyncio.get_running_loop().run_in_executor(self._blocking, _put_away, file, chapter.history)
+        shifts = [*chapter.shifts, *chapter.waiting]
+        self._files.append((file, chapter.caller, [shift.doctor for shift in shifts]))
 
-    async def _quiet_end(self) -> None:
+    async def _quiet_end(self, clients: Clients) -> None:
         """While one doctor-day is busy and every hint is lost, the watchers of another must learn of its changes."""
-        self._connect_anew()
-        for shift in (self._busy, self._quiet):
-            for _ in range(3):
-                self._watch(shift)
-        for shift in [*self._at_work, *self._last_shifts, self._busy, self._quiet]:
+        await self._connect_anew()
+        chapter = clients.chapter
+        for shift in (chapter.busy, chapter.quiet):
+            self._watch(chapter, shift, 3)
+        for shift in chapter.shifts:
             for watcher in shift.watchers:
                 watcher.dozes = False
         self._proxy.deaf = True
         stop = asyncio.Event()
 
         async def book(shift: Shift, front: Front, patient: str) -> str:
-            self._keys += 1
-            request = pb.BookAppointmentRequest(patient_id=patient, idempotency_key=f"{self._plan.seed}-{self._keys}")
-            _aim(request, shift.days[0], "")
-            operation = Operation(-1, request.idempotency_key, "BookAppointment", shift.days[0])
-            self._history.operations.append(operation)
-            await self._attempt(operation, request, front)
+            operation, request = clients.booking(-1, patient, shift.days[0])
+            chapter.history.operations.append(operation)
+            await clients.attempt(operation, request, front)
             return operation.attempts[0].appointment
 
         async def bustle(front: Front, patient: str) -> None:
             while not stop.is_set():
-                who = await book(self._busy, front, patient)
-                self._keys += 1
-                request = pb.CancelAppointmentRequest(
-                    appointment_id=who, idempotency_key=f"{self._plan.seed}-{self._keys}"
-                )
-                operation = Operation(-1, request.idempotency_key, "CancelAppointment", self._busy.days[0], who)
+                who = await book(chapter.busy, front, patient)
                 if who:
-                    self._history.operations.append(operation)
-                    await self._attempt(operation, request, front)
+                    operation, request = clients.cancelling(-1, who, chapter.busy.days[0])
+                    chapter.history.operations.append(operation)
+                    await clients.attempt(operation, request, front)
                 await asyncio.sleep(0.02)
 
         bustling = [
             asyncio.create_task(bustle(front, patient))
-            for front, patient in zip(self._fronts if self._plan.bustle else (), self._patients, strict=False)
+            for front, patient in zip(self._fronts if self._plan.bustle else (), chapter.patients, strict=False)
         ]
         await asyncio.sleep(0.5)
         when = "while its hints were lost" + (" and another doctor-day was busy" if self._plan.bustle else "")
-        for front, patient in zip(self._fronts, self._patients, strict=False):
-            await book(self._quiet, front, patient)
-            await self._settled(self._quiet, 2, when)
-            if self._history.late:
+        for front, patient in zip(self._fronts, chapter.patients, strict=False):
+            await book(chapter.quiet, front, patient)
+            await self._settled(clients, chapter.quiet, chapter.quiet.watchers, 2, when)
+            if chapter.history.late:
                 break
         stop.set()
         await asyncio.gather(*bustling)
         self._proxy.deaf = False
 
-    async def _settled(self, shift: Shift, seconds: float, when: str) -> None:
+    async def _settled(
+        self, clients: Clients, shift: Shift, watchers: Sequence[Watcher], seconds: float, when: str
+    ) -> None:
         mine = random.Random(0)
         for target in shift.days:
+            waiting = [watcher for watcher in watchers if watcher.day == target]
             read = None
-            for _ in range(400):
-                read = read or await self._read(-1, target, mine)
-            watchers = [watcher for watcher in shift.watchers if watcher.day == target]
+            for _ in range(400 if waiting else 0):
+                read = read or await clients.read(-1, target, mine)
             if read is not None:
-                await asyncio.gather(*(watcher.settle(read.revision, seconds, when) for watcher in watchers))
+                await asyncio.gather(*(watcher.settle(read.revision, seconds, when) for watcher in waiting))
 
-    async def _go_home(self, shift: Shift, seconds: float) -> None:
-        await self._settled(shift, seconds, f"{seconds:.0f} s after the last change")
-        for watcher in shift.watchers:
+    async def _go_home(self, clients: Clients, shift: Shift, watchers: Sequence[Watcher], seconds: float) -> None:
+        await self._settled(clients, shift, watchers, seconds, f"{seconds:.0f} s after the last change")
+        for watcher in watchers:
             await watcher.close()
 
-    async def _drain(self) -> None:
-        """Stop the service under open streams: each is told, and the service ends with status 0."""
-        streams: list[Any] = []
-        for number in range(12):
-            shift = self._at_work[number % len(self._at_work)]
-            stub = self._fronts[number % len(self._fronts)].queues
-            stream: Any = stub.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=shift.doctor))
-            await stream.read()
-            streams.append(stream)
+    async def _drain(self, *, last: bool) -> None:
+        """Stop the service under open streams: each is told, and the service ends with status 0.
+
+        The `last` time all of them must open; else the service may be recovering, and some do not.
+        """
+        shifts, streams = self._now.at_work, []
+        async with asyncio.timeout(60):
+            for number in range(12):
+                stub = self._fronts[number % len(self._fronts)].queues
+                request = queue_pb2.WatchQueueRequest(doctor_id=shifts[number % len(shifts)].doctor)
+                stream: Any = stub.WatchQueue(request, wait_for_ready=True)
+                try:
+                    if await stream.read() is not grpc.aio.EOF:
+                        streams.append(stream)
+                except grpc.aio.AioRpcError as error:
+                    if last:
+                        self._drained.drains.append((number, f"nothing, {error.code().name}"))
         self._served.process.send_signal(signal.SIGTERM)
 
         async def end(number: int, stream: Any) -> None:
-            last = "nothing"
+            said = "nothing"
             try:
                 async with asyncio.timeout(20):
                     while (message := await stream.read()) is not grpc.aio.EOF:
-                        last = str(message.WhichOneof("event"))
+                        said = str(message.WhichOneof("event"))
                     code = (await stream.code()).name
             except (grpc.aio.AioRpcError, TimeoutError) as error:
                 code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else "silence"
-            self._history.drains.append((number, f"{last}, {code}"))
+            self._drained.drains.append((number, f"{said}, {code}"))
 
         await asyncio.gather(*(end(number, stream) for number, stream in enumerate(streams)))
         try:
             status = await asyncio.to_thread(self._served.process.wait, 25)
-            self._history.drains.append((-1, "closing, OK" if status == 0 else f"exit status {status}"))
+            self._drained.drains.append((-1, "closing, OK" if status == 0 else f"exit status {status}"))
         except Exception as error:
-            self._history.drains.append((-1, repr(error)))
+            self._drained.drains.append((-1, repr(error)))
 
     # The nemesis.
 
@@ -613,7 +528,7 @@ class Run:
             await asyncio.sleep(pause)
             if not left:
                 left = mine.sample(list(plan.faults), len(plan.faults))
-                self._connect_anew()
+                await self._connect_anew()
             kind = left.pop()
             self._faults[kind] += 1
             await self._break(kind, mine)
@@ -625,17 +540,25 @@ class Run:
 
     async def _break(self, kind: str, mine: random.Random) -> None:
         proxy = self._proxy
-        if kind == "worker-kill":
-            workers = self._served.workers()
-            if workers:
-                with suppress(ProcessLookupError):
-                    os.kill(mine.choice(workers), signal.SIGKILL)
+        if kind in ("worker-kill", "worker-frozen"):
+            await self._signal_worker(kind, mine)
+        elif kind == "service-restart":
+            await self._drain(last=False)
+            await asyncio.to_thread(self._served.start_again)
         elif kind == "postmaster-kill":
             await asyncio.get_running_loop().run_in_executor(self._blocking, self._cluster.kill)
         elif kind == "terminate-all":
             await self._sql(f"{_TERMINATE} where application_name ~ 'frontdesk'")
         elif kind == "terminate-listen":
             await self._sql(f"{_TERMINATE} where application_name = 'frontdesk listen'")
+        elif kind == "statements-cancelled":
+            for _ in range(5):
+                await self._sql(
+                    "select pg_cancel_backend(pid) from pg_stat_activity where application_name ~ 'frontdesk'"
+                )
+                await asyncio.sleep(0.02)
+        elif kind in ("lock-held", "row-held"):
+            await self._hold(kind, mine)
         elif kind == "network-cut":
             proxy.refusing = True
             proxy.reset()
@@ -670,45 +593,39 @@ class Run:
             await asyncio.sleep(mine.uniform(0.5, 2))
             proxy.deaf = False
 
+    async def _signal_worker(self, kind: str, mine: random.Random) -> None:
+        workers = self._served.workers()
+        if not workers:
+            return
+        worker = mine.choice(workers)
+        with suppress(ProcessLookupError):
+            if kind == "worker-kill":
+                os.kill(worker, signal.SIGKILL)
+                return
+            os.kill(worker, signal.SIGSTOP)
+            try:
+                await asyncio.sleep(mine.uniform(0.2, 2))
+            finally:
+                os.kill(worker, signal.SIGCONT)
+
+    async def _hold(self, kind: str, mine: random.Random) -> None:
+        """Keep the lock or the row of a busy doctor-day, idle in a transaction, as an operator's psql might."""
+        shift = mine.choice(self._now.at_work)
+        doctor, date = shift.days[0]
+        query = {
+            "lock-held": "select lock_doctor_day(%s, %s::date)",
+            "row-held": "update doctor_day set note = note where doctor_id = %s and date = %s::date",
+        }[kind]
+        with suppress(psycopg.OperationalError):
+            async with await psycopg.AsyncConnection.connect(self._conninfo) as admin:
+                await admin.execute(query.encode(), (doctor, date))
+                await asyncio.sleep(mine.uniform(0.2, 2))
+
     async def _sql(self, query: str) -> None:
         """Past the proxy."""
         name = psycopg.conninfo.conninfo_to_dict(self._conninfo)["dbname"]
         async with await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True) as admin:
             await admin.execute(query.format(name).encode())
-
-    # The verdict.
-
-    def _facts(self) -> Facts:
-        facts = Facts()
-        with psycopg.connect(self._conninfo) as admin:
-            name = admin.info.dbname
-            facts.capacities = dict(admin.execute("select id::text, max_patients_per_day from doctor").fetchall())
-            facts.slots = dict(admin.execute("select id::text, capacity from slot").fetchall())
-            for doctor, date, revision in admin.execute("select doctor_id::text, date::text, revision from doctor_day"):
-                facts.revisions[doctor, date] = revision
-            for doctor, date, *rest in admin.execute(
-                "select doctor_id::text, date::text, revision, kind, coalesce(appointment_id::text, ''),"
-                " coalesce(queue_state, ''), coalesce(ticket, 0) from event"
-            ):
-                facts.events.append(Event((doctor, date), *rest))
-            for who, patient, doctor, date, number, slot, state, line, ticket in admin.execute(
-                "select id::text, patient_id::text, doctor_id::text, date::text, number, coalesce(slot_id::text, ''),"
-                " state, coalesce(queue_state, ''), coalesce(ticket, 0) from appointment"
-            ):
-                at = str({"CHECKED_IN": line, "COMPLETED": "DONE"}.get(state, state))
-                facts.visits[who] = Visit(who, patient, (doctor, date), number, slot, at, ticket)
-            for method, key, who, snapshot, revision, vacated in admin.execute(
-                "select method, key, result_id::text, snapshot, revision, coalesce(vacated_revision, 0)"
-                " from idempotency"
-            ):
-                target = (snapshot["doctor_id"], snapshot["date"])
-                facts.memories.append(
-                    Memory(method, key, who, target, snapshot["number"], snapshot["slot_id"] or "", revision, vacated)
-                )
-            ((facts.deadlocks,),) = admin.execute(
-                "select deadlocks from pg_stat_database where datname = %s", (name,)
-            ).fetchall()
-        return facts
 
     def _internal(self) -> Counter[str]:
         found: Counter[str] = Counter()
@@ -718,62 +635,107 @@ class Run:
                 found[f"{said['error']} {said['sqlstate']} {said['constraint']}"] += 1
         return found
 
-    def _lag(self) -> tuple[float, float]:
-        made: dict[Day, list[tuple[int, float]]] = defaultdict(list)
-        for operation in self._history.operations:
-            for one in operation.successes[:1]:
-                made[operation.day].append((one.revision, one.complete))
-        for answers in made.values():
-            answers.sort()
-        lags = []
-        for seen in self._history.seen:
-            if seen.previous:
-                lags += [
-                    max(0.0, seen.at - at) for r, at in made.get(seen.day, ()) if seen.previous < r <= seen.revision
-                ]
-        lags.sort()
-        return (lags[len(lags) // 2], lags[len(lags) * 99 // 100]) if lags else (0.0, 0.0)
+
+# The verdict, in processes of its own.
 
 
-def _aim(request: Any, target: Day, slot: str) -> None:
-    if slot:
-        request.slot_id = slot
+def _put_away(file: Path, history: History) -> None:
+    with file.open("wb") as to:
+        pickle.dump(history, to, pickle.HIGHEST_PROTOCOL)
+
+
+def _judge(conninfo: str, file: Path, caller: str, doctors: list[str]) -> Verdict:
+    """Hold a chapter against what the database has of it."""
+    with file.open("rb") as source:
+        history: History = pickle.load(source)
+    facts = _facts(conninfo, caller, doctors)
+    verdict = Verdict(Checker(history, facts).check())
+    for violation in _firsts(verdict.violations):
+        violation.shortest = shortest(history, facts, violation)
+    for operation in history.operations:
+        _count(verdict.methods[operation.method], [one.outcome for one in operation.attempts])
+        verdict.methods[operation.method]["replayed"] += sum(one.replayed for one in operation.attempts)
+        verdict.outcomes.update(" ".join(one.outcome.split()[:2]) for one in operation.attempts)
+    verdict.tally = history.tally
+    verdict.reads, verdict.updates = len(history.reads), len(history.seen)
+    verdict.changes = sum(len(seen.changes) for seen in history.seen)
+    verdict.lags = _lags(history)
+    return verdict
+
+
+def _count(counts: Counter[str], outcomes: Sequence[str]) -> None:
+    counts["asked"] += 1
+    counts["calls"] += len(outcomes)
+    if OK in outcomes:
+        counts["made"] += 1
+    elif outcomes and not outcomes[-1].startswith((UNANSWERED, BROKEN)):
+        counts["refused"] += 1
     else:
-        on = day(datetime.fromisoformat(target[1]).date())
-        request.doctor_day.CopyFrom(pb.DoctorDay(doctor_id=target[0], date=on))
+        counts["unanswered"] += 1
 
 
-def _outcome(error: grpc.aio.AioRpcError) -> str:
-    info = details(error).get("ErrorInfo")
-    code = error.code().name
-    if info is None:
-        # Of the way there and back, not of the service.
-        return f"{UNANSWERED}{code}"
-    if code in _ANSWERED:
-        return str(info.reason)
-    return f"{BROKEN}{info.reason} {dict(info.metadata)}" if code == "INTERNAL" else f"{UNANSWERED}{info.reason}"
+def _firsts(violations: Sequence[Violation]) -> Iterator[Violation]:
+    """The first of each rule, with the shortest history where one has it."""
+    for rule in dict.fromkeys(violation.rule for violation in violations):
+        alike = [violation for violation in violations if violation.rule == rule]
+        yield next((one for one in alike if one.shortest), alike[0])
 
 
-def _picture(queue: queue_pb2.Queue) -> Picture:
-    return tuple((e.appointment_id, e.ticket, _line(e), e.position) for e in queue.entries), queue.expected_count
+def _facts(conninfo: str, caller: str, doctors: list[str]) -> Facts:
+    facts = Facts()
+    with psycopg.connect(conninfo) as admin:
+        admin.execute("set datestyle = 'ISO'")
+        admin.execute("set timezone = 'UTC'")
+        of = (doctors,)
+        for doctor, places in admin.execute(
+            "select id::text, max_patients_per_day from doctor where id = any(%s::uuid[])", of
+        ):
+            facts.capacities[doctor] = places
+        for slot, places, start, end in admin.execute(
+            "select id::text, capacity, extract(epoch from start_time)::float8, extract(epoch from end_time)::float8"
+            " from slot where doctor_id = any(%s::uuid[])", of,
+        ):  # fmt: skip
+            facts.slots[slot], facts.times[slot] = places, (start, end)
+        for doctor, date, revision in admin.execute(
+            "select doctor_id::text, date::text, revision from doctor_day where doctor_id = any(%s::uuid[])", of
+        ):
+            facts.revisions[doctor, date] = revision
+        for doctor, date, *rest in admin.execute(
+            "select doctor_id::text, date::text, revision, kind, coalesce(appointment_id::text, ''),"
+            " coalesce(queue_state, ''), coalesce(ticket, 0) from event where doctor_id = any(%s::uuid[])", of,
+        ):  # fmt: skip
+            facts.events.append(Event((doctor, date), *rest))
+        for who, patient, doctor, date, number, slot, state, line, ticket in admin.execute(
+            "select id::text, patient_id::text, doctor_id::text, date::text, number, coalesce(slot_id::text, ''),"
+            " state, coalesce(queue_state, ''), coalesce(ticket, 0) from appointment"
+            " where doctor_id = any(%s::uuid[])", of,
+        ):  # fmt: skip
+            at = str({"CHECKED_IN": line, "COMPLETED": "DONE"}.get(state, state))
+            facts.visits[who] = Visit(who, patient, (doctor, date), number, slot, at, ticket)
+        for method, key, who, snapshot, revision, vacated in admin.execute(
+            "select method, key, result_id::text, snapshot, revision, coalesce(vacated_revision, 0)"
+            " from idempotency where caller = 'name:' || %s", (caller,),
+        ):  # fmt: skip
+            target = (snapshot["doctor_id"], snapshot["date"])
+            facts.memories.append(
+                Memory(method, key, who, target, snapshot["number"], snapshot["slot_id"] or "", revision, vacated)
+            )
+    return facts
 
 
-def _line(entry: queue_pb2.QueueEntry) -> str:
-    return queue_pb2.QueueEntry.State.Name(entry.state).removeprefix("STATE_")
-
-
-def _seen(watcher: int, target: Day, update: Update) -> Seen:
-    changes = tuple(
-        (
-            change.revision, queue_pb2.QueueChange.Kind.Name(change.kind).removeprefix("KIND_"), change.appointment_id,
-            _line(change.entry) if change.HasField("entry") else "", change.entry.ticket,
-        )
-        for change in update.changes
-    )  # fmt: skip
-    return Seen(
-        watcher, target, time.monotonic(), update.previous_revision, update.queue.revision, changes,
-        _picture(update.queue),
-    )  # fmt: skip
+def _lags(history: History) -> list[float]:
+    """Some: at most 2,000."""
+    made: dict[Day, dict[int, float]] = defaultdict(dict)
+    for operation in history.operations:
+        for one in operation.successes[:1]:
+            made[operation.day][one.revision] = one.complete
+    lags = []
+    for seen in history.seen:
+        for change in seen.changes:
+            answered = made[seen.day].get(change[0])
+            if answered is not None:
+                lags.append(max(0.0, seen.at - answered))
+    return random.Random(0).sample(lags, min(2000, len(lags)))
 
 
 def play(plan: Plan, cluster: Cluster | None = None) -> Report:

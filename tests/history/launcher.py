@@ -10,10 +10,12 @@ from typing import Any
 
 from frontdesk import feed as _feed
 from frontdesk import supervisor
+from frontdesk.db import batch as _batch
 from frontdesk.log import configure_log
 from frontdesk.settings import Settings
 
 feed: Any = _feed
+batch: Any = _batch
 
 
 def _no_poll() -> None:
@@ -53,7 +55,29 @@ def _no_closing() -> None:
     queues._write = silent
 
 
-CHANGES = {"no-poll": _no_poll, "changes-skipped": _changes_skipped, "old-queue": _old_queue, "no-closing": _no_closing}
+def _no_batches() -> None:
+    batch.MOST, batch.PATIENCE = 1, 0.0
+
+
+def _answers_swapped() -> None:
+    # A module's own name comes before the built-in one.
+    batch.zip = lambda asked, rows, strict: zip(asked, reversed(rows), strict=strict)
+
+
+def _refused_together() -> None:
+    from frontdesk.errors import Refused
+
+    def alike(asked: Any, rows: Any, strict: bool) -> Any:
+        refusal = next((row for row in rows if isinstance(row, Refused)), None)
+        return zip(asked, [refusal or row for row in rows], strict=strict)
+
+    batch.zip = alike
+
+
+CHANGES = {
+    "no-poll": _no_poll, "changes-skipped": _changes_skipped, "old-queue": _old_queue, "no-closing": _no_closing,
+    "answers-swapped": _answers_swapped, "refused-together": _refused_together, "no-batches": _no_batches,
+}  # fmt: skip
 
 
 def work(**task: Any) -> None:
@@ -69,7 +93,7 @@ def _announce(said: str) -> None:
 
 
 if __name__ == "__main__":
-    settings = Settings.load(listen="127.0.0.1:0", workers=2)
+    settings = Settings.load(workers=2)
     configure_log(settings.log_level)
     nothing: Any = lambda conninfo: None  # noqa: E731
     sys.exit(supervisor.supervise(settings, worker=work, migrate=nothing, check_schema=nothing, announce=_announce))

@@ -68,7 +68,10 @@ _NO_ASSERTION = _all(
     _edited("lock_all", (_ANY_ISOLATION, "false")), _edited("lock_doctor_day", (_ANY_ISOLATION, "false"))
 )
 
-CROWD = Plan(seconds=6, doctors=2, capacity=(2, 4), faults=(), twins=0.3, bustle=False)
+CROWD = Plan(
+    seconds=6, clients=24, channels=6, doctors=2, capacity=(2, 4), patients=24, faults=(), twins=0.3, haste=0.5,
+    bustle=False,
+)  # fmt: skip
 LONG_LINE = replace(CROWD, doctors=1, capacity=(12, 16))
 BROKEN_NET = replace(CROWD, faults=("answers-lost", "network-reset"), pause=(0.2, 0.5))
 
@@ -114,7 +117,8 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        # Two must meet at one visit between two days: they are given some milliseconds more for it.
+        # Two must meet at one visit between two days: they are given some milliseconds more for it, and each is sent
+        # alone, since a batch has its locks before it reads.
         "a move during the wait for the lock goes unnoticed",
         replace(CROWD, doctors=3, moves=0.5, capacity=(4, 6)),
         _all(
@@ -129,6 +133,7 @@ MUTANTS = (
                 ("v_now := moment();", "v_now := moment();\n    perform pg_sleep(0.01);"),
             ),
         ),
+        changed="no-batches",
     ),
     Mutant(
         "locks in any order",
@@ -171,6 +176,13 @@ MUTANTS = (
         changed="changes-skipped",
     ),
     Mutant("a kind of change is not told", CROWD, changed="old-queue"),
+    Mutant("the answers of a batch are swapped", CROWD, changed="answers-swapped"),
+    Mutant("a batch is refused as one", CROWD, changed="refused-together"),
+    Mutant(
+        "a batch takes its locks one by one",
+        replace(CROWD, doctors=4, moves=0.3, bursts=0.1, capacity=(4, 6)),
+        _edited("decide", ("if json_array_length(p_requests) > 1 then", "if false then")),
+    ),
     Mutant("no closing message", replace(CROWD, seconds=2), changed="no-closing"),
     Mutant(
         "tickets from a sequence",

@@ -16,15 +16,17 @@ from tests.history.check import (
     Operation,
     Read,
     Seen,
+    Violation,
     Visit,
 )
+from tests.history.shortest import reduced, shortest
 
 DAY, NEXT = ("doctor", "2030-05-06"), ("doctor", "2030-05-07")
 
 
-def told(start: float, revision: int, appointment: str, state: str, number: int = 1, **more: int) -> Attempt:
+def told(start: float, revision: int, appointment: str, state: str, number: int = 1, ticket: int = 0) -> Attempt:
     """An answer that came 0.5 s after it was asked for."""
-    return Attempt(start, start + 0.5, "OK", False, revision, 0, appointment, number, state, **more)
+    return Attempt(start, start + 0.5, "OK", False, revision, 0, appointment, number, state, ticket)
 
 
 def right() -> tuple[History, Facts]:
@@ -58,11 +60,15 @@ def right() -> tuple[History, Facts]:
         Event(NEXT, 2, "MOVED_IN", "b"),
     ]
     facts.visits = {"a": Visit("a", "p", DAY, 1, "", "PARKED", 1), "b": Visit("b", "q", NEXT, 1, "", "BOOKED", 0)}
+    for number, patient in enumerate("pqr"):
+        history.operations[number].patient = patient
+    history.operations[0].attempts[0].about = ("p", *DAY, "")
+    history.operations[2].attempts[0].about = ("date", DAY[1], "doctor_id", DAY[0])
     facts.revisions = {DAY: 7, NEXT: 2}
     waiting, called = (("a", 1, "WAITING", 1),), (("a", 1, "CALLED", 0),)
     history.reads = [Read(9, DAY, 4.6, 4.7, 4, (waiting, 1))]
     changes: tuple[Change, ...] = ((4, "CHECKED_IN", "a", "WAITING", 1), (5, "CALLED", "a", "CALLED", 1))
-    history.seen = [Seen(1, DAY, 2.6, 0, 3, (), ((), 2)), Seen(1, DAY, 5.6, 3, 5, changes, (called, 1))]
+    history.seen = [Seen(1, DAY, 2.6, 0, 3, (), ((), 2)), Seen(1, DAY, 5.6, 3, 5, changes, (called, 1), 3)]
     history.drains = [(1, "closing, OK")]
     return history, facts
 
@@ -223,6 +229,40 @@ def _allowed(history: History, facts: Facts) -> None:
     history.operations[6] = Operation(6, "k6", "ReturnToLine", DAY, "a", "", [Attempt(7, 7.5, "INVALID_TRANSITION")])
 
 
+def _not_there(history: History, facts: Facts) -> None:
+    # c's patient has no visit at all.
+    history.operations[2].attempts[0].outcome = "DUPLICATE_BOOKING"
+
+
+def _not_at_that_time(history: History, facts: Facts) -> None:
+    history.operations[2].attempts[0].outcome, history.operations[2].slot = "PATIENT_OVERLAP", "slot"
+    history.operations[2].patient = "q"
+
+
+def _before_it_was_asked(history: History, facts: Facts) -> None:
+    # Nobody heard that the check-in was made, and yet it cannot have been seen before it was asked for.
+    history.operations[3].attempts[0] = Attempt(6.5, 6.9, "?CANCELLED")
+
+
+def _two_places(history: History, facts: Facts) -> None:
+    facts.slots["other"], facts.times = 1, {"slot": (0, 30), "other": (29, 60)}
+    facts.memories[0].slot = facts.visits["a"].slot = "slot"
+    facts.memories[5].slot = facts.visits["b"].slot = "other"
+    facts.visits["b"].patient = "p"
+
+
+def _of_another(history: History, facts: Facts) -> None:
+    history.operations[0].attempts[0].about = ("q", *DAY, "")
+
+
+def _of_another_day(history: History, facts: Facts) -> None:
+    history.operations[0].attempts[0].about = ("p", *NEXT, "")
+
+
+def _anothers_refusal(history: History, facts: Facts) -> None:
+    history.operations[2].attempts[0].about = ("date", NEXT[1], "doctor_id", NEXT[0])
+
+
 def _strange(history: History, facts: Facts) -> None:
     history.operations[2].attempts[0].outcome = "DATE_IN_PAST"
 
@@ -243,26 +283,161 @@ def _not_told(history: History, facts: Facts) -> None:
     history.drains.append((2, "update, UNAVAILABLE"))
 
 
-@pytest.mark.parametrize(
-    ("rule", "spoil"),
-    [
-        ("acknowledged-lost", _lost), ("key-twice", _forgotten), ("key-twice", _twice),
-        ("key-without-effect", _without_effect), ("answers-disagree", _another_answer),
-        ("answers-disagree", _acted_twice), ("refused-though-made", _refused_after),
-        ("refused-though-made", _refused_though_made), ("no-answer", _unanswered), ("over-capacity", _over),
-        ("over-capacity", _slot_over), ("number-twice", _same_number), ("number-twice", _not_lowest),
-        ("patient-twice", _one_patient), ("tickets", _ticket_gap), ("revisions", _revision_gap),
-        ("revisions", _counter), ("transition", _step), ("transition", _out_of_turn), ("row-and-events", _row),
-        ("real-time", _backwards), ("stale-read", _stale), ("real-time", _future), ("wrong-queue", _read_wrong),
-        ("wrong-queue", _seen_wrong), ("watch-missed", _change_missed), ("watch-missed", _update_missed),
-        ("watch-missed", _began_anew), ("watch-missed", _change_wrong), ("watch-late", _late),
-        ("impossible-refusal", _not_full), ("impossible-refusal", _slot_not_full), ("impossible-refusal", _not_empty),
-        ("impossible-refusal", _allowed), ("impossible-refusal", _strange), ("internal", _internal),
-        ("conflict", _conflict), ("deadlock", _deadlock), ("drain", _not_told),
-    ],
-)  # fmt: skip
+WRONG: list[tuple[str, Callable[[History, Facts], None]]] = [
+    ("acknowledged-lost", _lost), ("key-twice", _forgotten), ("key-twice", _twice),
+    ("key-without-effect", _without_effect), ("answers-disagree", _another_answer),
+    ("answers-disagree", _acted_twice), ("refused-though-made", _refused_after),
+    ("refused-though-made", _refused_though_made), ("no-answer", _unanswered), ("over-capacity", _over),
+    ("over-capacity", _slot_over), ("number-twice", _same_number), ("number-twice", _not_lowest),
+    ("patient-twice", _one_patient), ("tickets", _ticket_gap), ("revisions", _revision_gap), ("revisions", _counter),
+    ("transition", _step), ("transition", _out_of_turn), ("row-and-events", _row), ("real-time", _backwards),
+    ("stale-read", _stale), ("real-time", _future), ("wrong-queue", _read_wrong), ("wrong-queue", _seen_wrong),
+    ("watch-missed", _change_missed), ("watch-missed", _update_missed), ("watch-missed", _began_anew),
+    ("watch-missed", _change_wrong), ("watch-late", _late), ("impossible-refusal", _not_full),
+    ("impossible-refusal", _slot_not_full), ("impossible-refusal", _not_empty), ("impossible-refusal", _allowed),
+    ("impossible-refusal", _strange), ("impossible-refusal", _not_there), ("impossible-refusal", _not_at_that_time),
+    ("real-time", _before_it_was_asked), ("patient-twice", _two_places), ("wrong-answer", _of_another),
+    ("wrong-answer", _of_another_day), ("wrong-answer", _anothers_refusal), ("internal", _internal),
+    ("conflict", _conflict), ("deadlock", _deadlock), ("drain", _not_told),
+]  # fmt: skip
+"""The rule, and what breaks it."""
+
+
+@pytest.mark.parametrize(("rule", "spoil"), WRONG)
 def test_a_wrong_history_is_noticed(rule: str, spoil: Callable[[History, Facts], None]) -> None:
     """Each rule catches the history that breaks it."""
     history, facts = right()
     spoil(history, facts)
     assert rule in rules(history, facts)
+
+
+class Story:
+    """A day at another doctor's, of any length and right in everything, for wrongs to hide in."""
+
+    def __init__(self, places: int) -> None:
+        self.history, self.facts = History(), Facts(capacities={"long": places})
+        self.revision, self.ticket = 1, 0
+        self.free = list(range(1, places + 1))
+
+    def _step(self, method: str, kind: str, who: str, at: str, state: str = "") -> None:
+        self.revision += 1
+        day, visit = ("long", DAY[1]), self.facts.visits[who]
+        visit.at = at
+        self.facts.events.append(Event(day, self.revision, kind, who, state, visit.ticket if state else 0))
+        key = f"s{self.revision}"
+        self.facts.memories.append(Memory(method, key, who, day, visit.number, "", self.revision, 0))
+        self.facts.revisions[day] = self.revision
+        answer = told(self.revision, self.revision, who, at, visit.number, visit.ticket)
+        self.history.operations.append(Operation(self.revision % 7, key, method, day, who, "", [answer]))
+
+    def book(self, who: str) -> None:
+        number = min(self.free)
+        self.free.remove(number)
+        self.facts.visits[who] = Visit(who, f"patient of {who}", ("long", DAY[1]), number, "", "BOOKED", 0)
+        self._step("BookAppointment", "BOOKED", who, "BOOKED")
+        self.history.operations[-1].appointment = ""
+
+    def cancel(self, who: str) -> None:
+        self.free.append(self.facts.visits[who].number)
+        self._step("CancelAppointment", "CANCELLED", who, "CANCELLED")
+
+    def check_in(self, who: str) -> None:
+        self.ticket += 1
+        self.facts.visits[who].ticket = self.ticket
+        self._step("CheckIn", "CHECKED_IN", who, "WAITING", "WAITING")
+
+
+def long_story() -> Story:
+    """Three places; a hundred come and give up again, and in the end x and y hold a place."""
+    story = Story(3)
+    for number in range(100):
+        story.book(f"v{number}")
+        if number:
+            story.cancel(f"v{number - 1}")
+    story.cancel("v99")
+    story.book("x")
+    story.book("y")
+    story.check_in("x")
+    return story
+
+
+def found(history: History, facts: Facts, rule: str) -> Violation:
+    return next(one for one in Checker(history, facts).check() if one.rule == rule)
+
+
+def test_a_long_story_is_right() -> None:
+    """So that what is found in it below is what was put there."""
+    story = long_story()
+    assert Checker(story.history, story.facts).check() == []
+
+
+def test_the_shortest_history_of_a_place_sold_twice() -> None:
+    """Of two hundred events the three remain that held the places, with the one that should not have got one."""
+    story = long_story()
+    story.book("z")
+    story.free.append(4)
+    story.book("w")
+    violation = found(story.history, story.facts, "over-capacity")
+    assert violation.text.startswith("number 4, 4 of 3 places at r206")
+    lines = shortest(story.history, story.facts, violation)
+    assert [line.split(",")[0] for line in lines] == [
+        "database r203 BOOKED y -", "database r204 CHECKED_IN x WAITING t1", "database r205 BOOKED z -",
+        "database r206 BOOKED w -",
+    ]  # fmt: skip
+
+
+def test_the_shortest_history_of_a_stale_read() -> None:
+    """The write that had been answered, and the read that did not know of it."""
+    story = long_story()
+    story.history.reads.append(Read(3, ("long", DAY[1]), 150.6, 150.7, 100, ((), 1)))
+    violation = found(story.history, story.facts, "stale-read")
+    assert shortest(story.history, story.facts, violation) == [
+        "client 3 BookAppointment key s101: [101.000–101.500] OK r101 #1 BOOKED t0 v50",
+        "client 3 GetQueue [150.600–150.700] r100 ((), 1)",
+    ]
+
+
+def test_the_shortest_history_of_a_wrong_refusal() -> None:
+    """Who held places meanwhile, and the answer that says since when."""
+    story = long_story()
+    wish = Operation(1, "wish", "BookAppointment", ("long", DAY[1]), attempts=[Attempt(204.6, 204.9, "DAY_FULL")])
+    story.history.operations.append(wish)
+    violation = found(story.history, story.facts, "impossible-refusal")
+    assert violation.text.endswith("at most 2 of 3 places were taken from r204 to r204 of doctor-day long 2030-05-06")
+    assert shortest(story.history, story.facts, violation) == [
+        "database r203 BOOKED y -, patient t of y, by key s203 #2",
+        "database r204 CHECKED_IN x WAITING t1, patient t of x, by key s204 #1",
+        "client 1 CheckIn x key s204: [204.000–204.500] OK r204 #1 WAITING t1 x",
+        "client 1 BookAppointment key wish: [204.600–204.900] DAY_FULL",
+    ]
+
+
+@pytest.mark.parametrize(("rule", "spoil"), WRONG)
+def test_nothing_can_be_left_out_of_the_shortest(rule: str, spoil: Callable[[History, Facts], None]) -> None:
+    """Beside another doctor's long day, each wrong is shown by a few steps, and by no fewer."""
+    history, facts = right()
+    spoil(history, facts)
+    story = long_story()
+    for mine, theirs in ((history.operations, story.history.operations), (facts.events, story.facts.events)):
+        mine += theirs  # type: ignore[operator]
+    facts.memories += story.facts.memories
+    facts.visits |= story.facts.visits
+    facts.capacities |= story.facts.capacities
+    facts.revisions |= story.facts.revisions
+    violation = found(history, facts, rule)
+    if not violation.days:
+        assert shortest(history, facts, violation) == []
+        return
+    part = reduced(history, facts, violation)
+
+    def shown(left: object) -> bool:
+        said = left.checked(history, facts).check([violation.by])  # type: ignore[attr-defined]
+        return any((one.rule, one.text) == (violation.rule, violation.text) for one in said)
+
+    assert shown(part)
+    assert len(part.observed) + len(part.events) <= 8
+    for one in part.observed:
+        assert not shown(replace(part, observed=tuple(other for other in part.observed if other is not one)))
+    for who in {(event.day, event.appointment) for event in part.events}:
+        less = tuple(event for event in part.events if (event.day, event.appointment) != who)
+        assert not shown(replace(part, events=less))

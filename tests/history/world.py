@@ -5,15 +5,19 @@ and ends it with that. A process of its own, because the server ends with the th
 """
 
 import asyncio
-import contextlib
 import itertools
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import psycopg
 from psycopg.conninfo import make_conninfo
@@ -32,6 +36,7 @@ class Cluster:
     """An embedded PostgreSQL whose postmaster may be killed."""
 
     def __init__(self, directory: Path) -> None:
+        self._deadlocks = 0
         self._keeper = subprocess.Popen(
             [sys.executable, "-m", "tests.history.world", str(directory)],
             cwd=_ROOT,
@@ -61,11 +66,20 @@ class Cluster:
 
     def kill(self) -> None:
         """End the postmaster with SIGKILL, and start PostgreSQL again; returns when it accepts connections. Blocks."""
+        with suppress(psycopg.OperationalError):
+            self._deadlocks = self.deadlocks()
         os.kill(self.pid, signal.SIGKILL)
         assert self._keeper.stdin is not None
         self._keeper.stdin.write("again\n")
         self._keeper.stdin.flush()
         self.pid, _ = self._heard()
+
+    def deadlocks(self) -> int:
+        """How many PostgreSQL broke since it was first started, but for those of the last moments before a kill."""
+        with psycopg.connect(self.conninfo) as admin:
+            row = admin.execute("select sum(deadlocks)::int from pg_stat_database").fetchone()
+        # A crash ends the statistics.
+        return self._deadlocks + (row[0] if row else 0)
 
     def close(self) -> None:
         """End the server and its keeper."""
@@ -95,15 +109,20 @@ class Proxy:
         self.answers = asyncio.Event()
         """Set: what PostgreSQL says goes through; else it waits."""
         self.dropped = 0
-        self._links: set[asyncio.StreamWriter] = set()
+        self.ends: set[_End] = set()
+        self.connecting: set[asyncio.Task[None]] = set()
         self.heal()
 
     async def start(self) -> None:
-        self._server = await asyncio.start_unix_server(self._serve, self._path)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: _End(self, self.asks), self._path)
 
     async def close(self) -> None:
         self._server.close()
         self.reset()
+        # uvloop ends a transport in a later turn.
+        while self.ends:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
     def heal(self) -> None:
         """Let everything through."""
@@ -113,60 +132,112 @@ class Proxy:
 
     def reset(self) -> None:
         """Cut every connection; what waits in it is lost."""
-        for writer in self._links:
-            writer.transport.abort()
+        for end in self.ends:
+            end.transport.abort()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        pair = [writer]
-        self._links.add(writer)
-        tasks: list[asyncio.Task[None]] = []
-        try:
-            if self.refusing:
-                return
+    async def upstream(self, gate: asyncio.Event) -> "_End":
+        """A connection to PostgreSQL. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        return (await loop.create_unix_connection(lambda: _End(self, gate), self._upstream))[1]
+
+
+class _End(asyncio.Protocol):
+    """One end of a connection through the proxy; what it hears goes to the other, at once if nothing is disturbed."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, proxy: Proxy, gate: asyncio.Event) -> None:
+        self._proxy = proxy
+        self._gate = gate
+        self._other: _End | None = None
+        self._late: deque[bytes | None] = deque()
+        """What waits to be passed on; None is the end of it."""
+        self._passing: asyncio.Task[None] | None = None
+        self._framed = False
+        self._rest = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are of classes of their own.
+        self.transport = cast(asyncio.Transport, transport)
+        self._proxy.ends.add(self)
+        if self._proxy.refusing and self._gate is self._proxy.asks:
+            self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self._other is None:
             # The first packet says who connects: only a connection that listens is taken apart.
-            hello = await reader.read(65536)
-            back, forth = await asyncio.open_unix_connection(self._upstream)
-            pair.append(forth)
-            self._links.add(forth)
-            forth.write(hello)
-            answer = self._messages if b"frontdesk listen" in hello else self._bytes
-            tasks = [
-                asyncio.create_task(self._bytes(reader, forth, self.asks)),
-                asyncio.create_task(answer(back, writer, self.answers)),
-            ]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            self._late.append(data)
+            if self._passing is None:
+                self._passing = asyncio.create_task(self._connect(b"frontdesk listen" in data))
+                self._proxy.connecting.add(self._passing)
+                self._passing.add_done_callback(self._proxy.connecting.discard)
+            return
+        if self._framed:
+            data = self._heard(data)
+        if self._late or self._proxy.delay or not self._gate.is_set():
+            self._pass_later(data)
+        elif data:
+            self._other.transport.write(data)
+
+    async def _connect(self, listens: bool) -> None:
+        try:
+            other = await self._proxy.upstream(self._proxy.answers)
         except OSError:
-            pass
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for one in pair:
-                self._links.discard(one)
-                one.close()
+            self.transport.abort()
+            return
+        other._other, other._framed = self, listens
+        if self.transport.is_closing():
+            other.transport.abort()
+            return
+        self._other = other
+        await self._pass()
 
-    async def _bytes(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event) -> None:
-        with contextlib.suppress(OSError):
-            while piece := await reader.read(65536):
-                await self._pass(piece, writer, gate)
+    def _heard(self, data: bytes) -> bytes:
+        """Whole messages of PostgreSQL, without its notifications while nothing is to be heard of them."""
+        data, through, at = self._rest + data, [], 0
+        while len(data) >= at + 5 and len(data) >= (after := at + 1 + int.from_bytes(data[at + 1 : at + 5])):
+            if self._proxy.deaf and data[at : at + 1] == b"A":
+                self._proxy.dropped += 1
+            else:
+                through.append(data[at:after])
+            at = after
+        self._rest = data[at:]
+        return b"".join(through)
 
-    async def _messages(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event) -> None:
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            while True:
-                head = await reader.readexactly(5)
-                body = await reader.readexactly(int.from_bytes(head[1:]) - 4)
-                if self.deaf and head[:1] == b"A":
-                    self.dropped += 1
-                else:
-                    await self._pass(head + body, writer, gate)
+    def _pass_later(self, data: bytes | None) -> None:
+        self._late.append(data)
+        if self._passing is None or self._passing.done():
+            self._passing = asyncio.create_task(self._pass())
 
-    async def _pass(self, piece: bytes, writer: asyncio.StreamWriter, gate: asyncio.Event) -> None:
-        if self.delay:
-            await asyncio.sleep(self.delay)
-        if not gate.is_set():
-            await gate.wait()
-        writer.write(piece)
-        await writer.drain()
+    async def _pass(self) -> None:
+        while self._late:
+            if self._proxy.delay:
+                await asyncio.sleep(self._proxy.delay)
+            await self._gate.wait()
+            data = self._late.popleft()
+            if self._other is None or self._other.transport.is_closing():
+                return
+            if data is None:
+                self._other.transport.close()
+            else:
+                self._other.transport.write(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._proxy.ends.discard(self)
+        if self._other is None:
+            return
+        if error is None and self._late:
+            self._pass_later(None)
+        else:
+            self._other.transport.close()
+
+    def pause_writing(self) -> None:
+        if self._other is not None:
+            self._other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._other is not None and not self._other.transport.is_closing():
+            self._other.transport.resume_reading()
 
 
 class Served(Service):
@@ -174,16 +245,29 @@ class Served(Service):
 
     def __init__(self, conninfo: str, directory: Path, changed: str = "") -> None:
         self.log = directory / "log"
-        module = "tests.history.launcher" if changed else "frontdesk.cli"
-        with self.log.open("w") as log:
+        self.log.write_text("")
+        self.port = _free_port()
+        self._conninfo = conninfo
+        self._changed = changed
+        self._launch()
+
+    def start_again(self) -> None:
+        """Start it where it served before; returns when both workers serve."""
+        self.end()
+        self._launch()
+
+    def _launch(self) -> None:
+        module = "tests.history.launcher" if self._changed else "frontdesk.cli"
+        with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, "serve", "--listen", "127.0.0.1:0", "--workers", "2"],
+                [sys.executable, "-m", module, "serve", "--workers", "2"],
                 cwd=_ROOT,
                 env={
                     **os.environ,
-                    "FRONTDESK_DATABASE_URL": conninfo,
+                    "FRONTDESK_DATABASE_URL": self._conninfo,
+                    "FRONTDESK_LISTEN": f"127.0.0.1:{self.port}",
                     "FRONTDESK_LOG_LEVEL": "warning",
-                    "HISTORY_CHANGED": changed,
+                    "HISTORY_CHANGED": self._changed,
                 },
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -205,8 +289,21 @@ class Served(Service):
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def _free_port() -> int:
+    """One that nobody gets by chance while the service is being started again, as the end of a connection of theirs."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(max(lowest - 12_000, 1024), lowest)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _keep(directory: Path) -> None:

@@ -16,7 +16,6 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, patient_pb2, queue_pb2
-from frontdesk.db.embedded import EmbeddedPostgres
 from frontdesk.db.migrate import migrate
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, details, outcome, reason_of, refusal, today, tomorrow
@@ -24,6 +23,7 @@ from tests.hostile.methods import METHODS, VALID, call, manners, noon, world
 from tests.hostile.test_domain import sound
 from tests.hostile.test_wire import waiting
 from tests.hostile.wire import SOON, database_of, serving, until, until_true
+from tests.servers import Cluster, directories
 from tests.test_metrics import text
 from tests.test_server import Service
 
@@ -116,11 +116,10 @@ async def test_a_database_that_is_away(front: Front, admin: psycopg.Connection[t
     await until_true(serves, BACK_WITHIN)
 
 
-async def test_a_real_restart(settings: Settings, tmp_path: Path) -> None:
+async def test_a_real_restart(settings: Settings) -> None:
     """While PostgreSQL stops and starts again, under bookings, nothing that was acknowledged is lost or made twice."""
-    postgres = EmbeddedPostgres(tmp_path / "own")
-    await asyncio.to_thread(postgres.start)
-    try:
+    with directories() as make, Cluster(make("own")) as postgres:
+        await asyncio.to_thread(postgres.start)
         await asyncio.to_thread(migrate, postgres.conninfo)
         async with serving(settings, postgres.conninfo) as (_, front):
             doctor = await front.doctor(max_patients_per_day=1000)
@@ -157,8 +156,6 @@ async def test_a_real_restart(settings: Settings, tmp_path: Path) -> None:
             assert dict(front.sql("select key, result_id::text from idempotency")) == acknowledged
             assert front.sql("select count(*), count(distinct patient_id) from appointment") == [(120, 120)]
             sound(front)
-    finally:
-        await asyncio.to_thread(postgres.stop)
 
 
 async def test_a_read_only_primary(front: Front, admin: psycopg.Connection[tuple[object, ...]]) -> None:

@@ -1,0 +1,531 @@
+"""What many clients ask of the clinic, and what watchers see: each call and its outcome goes into the history.
+
+The clients share what they believe of the visits, so that most of what they ask can be done, and now and then ask
+without looking. Each asks with the same key until there is an answer, as the published retry policy does, only sooner.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from clinic.frontdesk.v1 import appointment_pb2 as pb
+from clinic.frontdesk.v1 import queue_pb2
+from frontdesk.client import FrontdeskClient, Update
+from tests.clinic import Front, day
+from tests.history.check import (
+    BROKEN,
+    KINDS,
+    OK,
+    STEPS,
+    UNANSWERED,
+    Attempt,
+    Day,
+    History,
+    Operation,
+    Picture,
+    Read,
+    Seen,
+)
+
+ANSWER_SECONDS = 15.0
+"""A client must have its answer by then, once nothing is broken."""
+BUDGET = 400
+"""Operations after which a doctor goes home and another comes: a line that grows for ever shows nothing new."""
+
+_APPOINTMENTS = {"BookAppointment", "RescheduleAppointment", "CancelAppointment", "StartAppointment",
+                 "CompleteAppointment", "MarkNoShow"}  # fmt: skip
+_ANSWERED = {"FAILED_PRECONDITION", "ALREADY_EXISTS", "NOT_FOUND", "INVALID_ARGUMENT"}
+_VERBS = {
+    "CheckIn": 10, "CallNext": 7, "StartAppointment": 5, "CompleteAppointment": 3, "CancelAppointment": 4,
+    "LeaveQueue": 2, "ReturnToLine": 4, "ParkPatient": 3, "MarkMissed": 3, "CallAgain": 1, "MarkNoShow": 1,
+}  # fmt: skip
+_LINE = {number: name.removeprefix("STATE_") for name, number in queue_pb2.QueueEntry.State.items()}
+_VISIT = {number: name.removeprefix("STATE_") for name, number in pb.Appointment.State.items()}
+_CHANGE = {number: name.removeprefix("KIND_") for name, number in queue_pb2.QueueChange.Kind.items()}
+
+
+@dataclass(slots=True)
+class Known:
+    """What the clients believe of a visit."""
+
+    day: Day
+    at: str
+    patient: str = ""
+    slot: str = ""
+
+
+class Shift:
+    """A doctor at work: two days, their slots, and what the clients believe of their visits."""
+
+    def __init__(self, doctor: str, days: Sequence[Day], slots: dict[Day, dict[str, int]], capacity: int) -> None:
+        self.doctor = doctor
+        self.days = days
+        self.slots = slots
+        """Places, by slot and day."""
+        self.capacity = capacity
+        self.asked = 0
+        self.visits: dict[str, Known] = {}
+        self.busy: set[str] = set()
+        """Visits that somebody asks about just now."""
+        self.arriving = 0
+        """Bookings that are under way."""
+        self.full: set[Day] = set()
+        """Days that were said to be full, whatever we believe."""
+        self.watchers: list[Watcher] = []
+
+    @property
+    def over(self) -> bool:
+        """Whether nearly everybody of today has been seen: finished visits keep their places."""
+        today = self.days[0]
+        done = sum(known.at == "DONE" and known.day == today for known in self.visits.values())
+        return done + 1 >= self.capacity or self.asked >= BUDGET
+
+    def room(self, target: Day) -> int:
+        """How many places are free."""
+        if target in self.full:
+            return 0
+        return self.capacity - self.arriving - sum(known.day == target for known in self.visits.values())
+
+    def slots_with_room(self, target: Day) -> list[str]:
+        taken = [known.slot for known in self.visits.values() if known.slot]
+        return [slot for slot, places in self.slots[target].items() if taken.count(slot) < places]
+
+    def in_state(self, states: set[str]) -> list[str]:
+        """Visits in one of the states that nobody asks about just now."""
+        return [who for who, known in self.visits.items() if known.at in states and who not in self.busy]
+
+
+class Watcher:
+    """Watches a doctor-day, goes away now and then, and comes back with its token."""
+
+    def __init__(
+        self, number: int, target: Day, clients: Sequence[FrontdeskClient], history: History, seed: int
+    ) -> None:
+        self.number = number
+        self.day = target
+        self.revision = 0
+        self.dozes = True
+        """Whether it leaves off reading now and then, but not long: what is on the way by then comes to it late."""
+        self._clients = clients
+        self._history = history
+        self._random = random.Random(f"{seed}/watcher/{number}")
+        self.task = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        token = ""
+        on = datetime.fromisoformat(self.day[1]).date()
+        while True:
+            stay = min(self._random.expovariate(1 / 6), 30)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(stay):
+                    client = self._random.choice(self._clients)
+                    watch = client.watch_updates(self.day[0], on, heartbeat=5, resume_token=token)
+                    async with aclosing(watch) as updates:
+                        async for update in updates:
+                            token = update.resume_token
+                            self._history.seen.append(_seen(self.number, self.day, update, self.revision))
+                            self.revision = update.queue.revision
+                            if self.dozes and self._random.random() < 0.03:
+                                await asyncio.sleep(self._random.uniform(0.1, 1))
+                    # Its connection was closed for good: by the next moment there are others, or all is over.
+                    await asyncio.sleep(0.05)
+
+    async def settle(self, revision: int, seconds: float, when: str) -> None:
+        """Wait until it knows the revision; if it does not in time, that is a part of the history."""
+        deadline = time.monotonic() + seconds
+        while self.revision < revision:
+            if time.monotonic() > deadline or self.task.done():
+                self._history.late.append((self.number, self.day, self.revision, revision, when))
+                return
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        self.task.cancel()
+        # What it died of, had it died before.
+        with suppress(asyncio.CancelledError):
+            await self.task
+
+
+@dataclass
+class Chapter:
+    """A part of a run that is judged by itself: its own doctors, patients and keys.
+
+    A run of any length is many of them, one after the other, so that only what is played now is in memory.
+    """
+
+    caller: str
+    """Whose keys they are; no other chapter's."""
+    waiting: list[Shift]
+    """Who comes when another goes home."""
+    at_work: list[Shift]
+    busy: Shift
+    quiet: Shift
+    """These two are kept for the end of the run, and have a place for everybody."""
+    patients: list[str]
+    history: History = field(default_factory=History)
+    gone_home: list[Shift] = field(default_factory=list)
+    requests: dict[str, Any] = field(default_factory=dict)
+    """Some requests by their key, to be asked again at the end."""
+    keys: int = 0
+    ending: list[asyncio.Task[None]] = field(default_factory=list)
+    """Of those who have gone home: their watchers are waited for."""
+
+    @property
+    def shifts(self) -> list[Shift]:
+        """Everybody who has worked in it."""
+        return [*self.at_work, *self.gone_home, self.busy, self.quiet]
+
+    def key(self) -> str:
+        """A new one."""
+        self.keys += 1
+        return f"{self.caller}-{self.keys}"
+
+
+class Clients:
+    """They play in a chapter. `fronts` may be exchanged under way; each is one connection, so one worker."""
+
+    def __init__(
+        self, chapter: Chapter, fronts: Sequence[Front], *,
+        moves: float, twins: float, bursts: float, haste: float,
+        relieve: Callable[[Shift], None], healed: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self.chapter = chapter
+        self._history = chapter.history
+        self._fronts = fronts
+        self._moves, self._twins, self._bursts, self._haste = moves, twins, bursts, haste
+        self._relieve = relieve
+        self._healed = healed
+        self._metadata = (("frontdesk-caller", chapter.caller),)
+
+    async def play(self, number: int, seed: str, end: float) -> None:
+        """One client's doing until then."""
+        mine = random.Random(seed)
+        while time.monotonic() < end:
+            dice = mine.random()
+            if dice < 0.08:
+                shift = mine.choice(self.chapter.at_work)
+                read = await self.read(number, mine.choice(shift.days), mine)
+                if read is not None:
+                    self._look(shift, read)
+            elif dice < 0.08 + self._bursts:
+                await self._burst(number, mine)
+            else:
+                await self._one(number, mine)
+
+    async def _one(self, number: int, mine: random.Random) -> None:
+        shift = mine.choice(self.chapter.at_work)
+        shift.asked += 1
+        if shift.over and shift.asked > 20:
+            self._relieve(shift)
+        operation, request = self._intention(number, shift, mine)
+        await self._pursue(shift, operation, request, mine, twins=mine.random() < self._twins)
+
+    async def _pursue(
+        self, shift: Shift, operation: Operation, request: Any, mine: random.Random, *,
+        twins: bool, front: Front | None = None, patience: float = 4.0, leave: float = 0.0, give_up: bool = False,
+    ) -> None:  # fmt: skip
+        """Ask until there is an answer. The first attempt may be twins, impatient, or left by its caller."""
+        self._history.operations.append(operation)
+        if mine.random() < 0.02:
+            self.chapter.requests[operation.key] = request
+        books = operation.method in ("BookAppointment", "RescheduleAppointment")
+        shift.arriving += books
+        mark = operation.appointment or operation.method
+        shift.busy.add(mark)
+        try:
+            if twins:
+                self._history.tally["twins"] += 1
+                two = [front, front] if front is not None else mine.sample(self._fronts, 2)
+                await asyncio.gather(*(self.attempt(operation, request, one, patience) for one in two))
+            else:
+                await self.attempt(operation, request, front or mine.choice(self._fronts), patience, leave)
+            self._history.tally["abandoned"] += give_up
+            if not give_up:
+                await self._insist(operation, request, mine)
+        finally:
+            shift.arriving -= books
+            shift.busy.discard(mark)
+        self._believe(shift, operation)
+
+    async def _insist(self, operation: Operation, request: Any, mine: random.Random) -> None:
+        healed = 0.0
+        while operation.attempts[-1].outcome.startswith((UNANSWERED, BROKEN)) and not operation.successes:
+            await asyncio.sleep(mine.uniform(0.02, 0.2))
+            if self._healed():
+                healed = healed or time.monotonic()
+                if time.monotonic() > healed + ANSWER_SECONDS:
+                    operation.given_up = True
+                    return
+            if operation.attempts[-1].outcome.startswith(BROKEN) and len(operation.attempts) > 8:
+                return
+            await self.attempt(operation, request, mine.choice(self._fronts))
+
+    async def attempt(
+        self, operation: Operation, request: Any, front: Front, patience: float = 4.0, leave: float = 0.0
+    ) -> None:
+        """One call. `patience` is its deadline, and `leave` when the caller goes away, both in seconds; 0: it stays."""
+        service: Any = front.appointments if operation.method in _APPOINTMENTS else front.queues
+        invoke = time.monotonic()
+        call = getattr(service, operation.method)(request, timeout=patience, metadata=self._metadata)
+        if leave:
+            asyncio.get_running_loop().call_later(leave, call.cancel)
+        try:
+            answer = await call
+        except grpc.aio.AioRpcError as error:
+            outcome, about = _refused(error)
+            operation.attempts.append(Attempt(invoke, time.monotonic(), outcome, about=about))
+            return
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            operation.attempts.append(Attempt(invoke, time.monotonic(), f"{UNANSWERED}CANCELLED"))
+            return
+        made = Attempt(invoke, time.monotonic(), OK, answer.replayed, answer.revision)
+        if operation.method == "CallNext":
+            made.appointment = answer.entry.appointment_id
+            made.about = (answer.entry.patient_id, *operation.day, "")
+        else:
+            visit = answer.appointment
+            made.appointment, made.number = visit.id, visit.number
+            made.state = _VISIT[visit.state]
+            made.about = (visit.patient_id, visit.doctor_id, _date(visit.date), visit.slot_id)
+        if operation.method not in _APPOINTMENTS:
+            made.ticket = answer.entry.ticket
+            made.state = _LINE[answer.entry.state]
+        if operation.method == "RescheduleAppointment":
+            made.vacated = answer.vacated_revision
+        operation.attempts.append(made)
+
+    async def read(self, number: int, target: Day, mine: random.Random) -> Read | None:
+        """Ask for a queue once; None where nothing answered."""
+        front = mine.choice(self._fronts)
+        request = queue_pb2.GetQueueRequest(doctor_id=target[0], date=day(datetime.fromisoformat(target[1]).date()))
+        invoke = time.monotonic()
+        try:
+            answer = await front.queues.GetQueue(request, timeout=4)
+        except grpc.aio.AioRpcError:
+            await asyncio.sleep(0.05)
+            return None
+        read = Read(number, target, invoke, time.monotonic(), answer.queue.revision, _picture(answer.queue))
+        self._history.reads.append(read)
+        return read
+
+    # What is asked.
+
+    def booking(self, number: int, patient: str, target: Day, slot: str = "") -> tuple[Operation, Any]:
+        """A wish for a place."""
+        key = self.chapter.key()
+        request = pb.BookAppointmentRequest(patient_id=patient, idempotency_key=key)
+        _aim(request, target, slot)
+        return Operation(number, key, "BookAppointment", target, slot=slot, patient=patient), request
+
+    def cancelling(self, number: int, visit: str, target: Day) -> tuple[Operation, Any]:
+        """A wish to give a place up."""
+        key = self.chapter.key()
+        request = pb.CancelAppointmentRequest(appointment_id=visit, idempotency_key=key)
+        return Operation(number, key, "CancelAppointment", target, visit), request
+
+    def _moving(self, number: int, visit: str, target: Day, slot: str) -> tuple[Operation, Any]:
+        key = self.chapter.key()
+        request = pb.RescheduleAppointmentRequest(appointment_id=visit, idempotency_key=key)
+        _aim(request, target, slot)
+        return Operation(number, key, "RescheduleAppointment", target, visit, slot), request
+
+    def _intention(self, number: int, shift: Shift, mine: random.Random) -> tuple[Operation, Any]:
+        hasty = mine.random() < self._haste
+        booked = [*shift.visits] if hasty else shift.in_state({"BOOKED"})
+        if booked and mine.random() < self._moves:
+            target, slot = self._target(mine.choice(self.chapter.at_work), mine, hasty)
+            return self._moving(number, mine.choice(booked), target, slot)
+        target, slot = self._target(shift, mine, hasty)
+        if (hasty or shift.room(target) > 0) and mine.random() < 0.45:
+            return self.booking(number, self._patient(shift, target, mine, hasty), target, slot)
+        verb, visit = self._verb(shift, mine, hasty)
+        if verb == "CallNext":
+            key = self.chapter.key()
+            request: Any = queue_pb2.CallNextRequest(doctor_id=shift.doctor, room="1", idempotency_key=key)
+            return Operation(number, key, verb, shift.days[0]), request
+        if not visit:
+            return self.booking(number, self._patient(shift, target, mine, hasty), target, slot)
+        key = self.chapter.key()
+        messages: Any = pb if verb in _APPOINTMENTS else queue_pb2
+        request = getattr(messages, f"{verb}Request")(appointment_id=visit, idempotency_key=key)
+        return Operation(number, key, verb, shift.visits[visit].day, visit), request
+
+    def _verb(self, shift: Shift, mine: random.Random, hasty: bool) -> tuple[str, str]:
+        if hasty and shift.visits:
+            (verb,) = mine.choices([*_VERBS], [*_VERBS.values()])
+            return verb, mine.choice([*shift.visits])
+        today = shift.days[0]
+        fitting: dict[str, list[str]] = {}
+        for verb in _VERBS:
+            if verb == "CallNext":
+                waits = any(known.at == "WAITING" for known in shift.visits.values())
+                fitting[verb] = [""] if waits and verb not in shift.busy else []
+                continue
+            found = shift.in_state(STEPS[KINDS[verb]][0])
+            if verb in ("CheckIn", "MarkNoShow"):
+                found = [who for who in found if shift.visits[who].day == today]
+            if verb == "MarkNoShow":
+                found = [who for who in found if not shift.visits[who].slot]
+            if verb == "CancelAppointment" and mine.random() < 0.7:
+                # Tomorrow's can do nothing else; of today's the line is to see some.
+                found = [who for who in found if shift.visits[who].day != today]
+            fitting[verb] = found
+        possible = [verb for verb, found in fitting.items() if found]
+        if not possible:
+            return "", ""
+        (verb,) = mine.choices(possible, [_VERBS[verb] for verb in possible])
+        return verb, mine.choice(fitting[verb])
+
+    def _target(self, shift: Shift, mine: random.Random, hasty: bool) -> tuple[Day, str]:
+        target = shift.days[mine.random() < 0.3]
+        if not hasty and shift.room(target) <= 0:
+            target = shift.days[target == shift.days[0]]
+        if mine.random() >= 0.35:
+            return target, ""
+        slots = [*shift.slots[target]] if hasty else shift.slots_with_room(target)
+        return target, mine.choice(slots) if slots else ""
+
+    def _patient(self, shift: Shift, target: Day, mine: random.Random, hasty: bool) -> str:
+        patients = self.chapter.patients
+        if hasty:
+            # These few are asked for again and again.
+            return mine.choice(patients[:8])
+        there = {known.patient for known in shift.visits.values() if known.day == target}
+        return next((one for one in (mine.choice(patients) for _ in range(5)) if one not in there), patients[0])
+
+    async def _burst(self, number: int, mine: random.Random) -> None:
+        """Many at once to one worker: for the same places, by the same patients, in twins, and some who do not wait.
+
+        What the worker puts together on its way to the database must come apart as if each had come alone.
+        """
+        front = mine.choice(self._fronts)
+        shifts = mine.sample(self.chapter.at_work, min(2, len(self.chapter.at_work)))
+        shifts.sort(key=lambda one: -max(one.room(target) for target in one.days))
+        self._history.tally["bursts"] += 1
+        patients = mine.sample(self.chapter.patients, 5) + mine.sample(self.chapter.patients[:8], 2)
+        wishes = []
+        for _ in range(mine.randint(5, 14)):
+            shift = shifts[0 if mine.random() < 0.75 else -1]
+            shift.asked += 1
+            booked = shift.in_state({"BOOKED"})
+            dice = mine.random()
+            if booked and dice < 0.12:
+                visit = mine.choice(booked)
+                wish = self.cancelling(number, visit, shift.visits[visit].day)
+            elif booked and dice < 0.22:
+                wish = self._moving(number, mine.choice(booked), *self._target(mine.choice(shifts), mine, False))
+            else:
+                target = shift.days[mine.random() < 0.4]
+                slot = mine.choice([*shift.slots[target]]) if mine.random() < 0.4 else ""
+                wish = self.booking(number, mine.choice(patients), target, slot)
+            dice = mine.random()
+            leave = mine.uniform(0.001, 0.03) if dice < 0.12 else 0.0
+            patience = mine.uniform(0.004, 0.06) if 0.12 < dice < 0.24 else 4.0
+            give_up = dice < 0.24 and mine.random() < 0.3
+            wishes.append(
+                self._pursue(
+                    shift, *wish, mine, twins=mine.random() < 0.15, front=front, patience=patience, leave=leave,
+                    give_up=give_up,
+                )
+            )  # fmt: skip
+        await asyncio.gather(*wishes)
+
+    # What is believed.
+
+    def _look(self, shift: Shift, read: Read) -> None:
+        for who, _, state, _ in read.picture[0]:
+            if who not in shift.busy:
+                shift.visits.setdefault(who, Known(read.day, state)).at = state
+
+    def _believe(self, shift: Shift, operation: Operation) -> None:
+        if not operation.successes:
+            refused = operation.attempts[-1].outcome
+            where = self._shift_of(operation.day, shift)
+            if refused == "DAY_FULL":
+                where.full.add(operation.day)
+            known = shift.visits.get(operation.appointment)
+            if refused == "INVALID_TRANSITION" and known is not None:
+                state = operation.attempts[-1].about[-1]
+                if state in ("CANCELLED", "NO_SHOW", "LEFT"):
+                    del shift.visits[operation.appointment]
+                else:
+                    # Of one in the line only a look at the line tells more.
+                    known.at = {"COMPLETED": "DONE"}.get(state, state)
+            return
+        made = operation.successes[0]
+        if operation.method == "RescheduleAppointment":
+            left = shift.visits.pop(made.appointment, None)
+            if left is not None:
+                shift.full.discard(left.day)
+        at = {"CHECKED_IN": "WAITING", "COMPLETED": "DONE"}.get(made.state, made.state)
+        where = self._shift_of(operation.day, shift)
+        if at in ("LEFT", "CANCELLED", "NO_SHOW"):
+            where.visits.pop(made.appointment, None)
+            where.full.discard(operation.day)
+        elif where.doctor == operation.day[0]:
+            slot = made.about[3] if made.about else ""
+            if operation.method == "CallNext" and made.appointment in where.visits:
+                slot = where.visits[made.appointment].slot
+            where.visits[made.appointment] = Known(operation.day, at, made.about[0] if made.about else "", slot)
+
+    def _shift_of(self, target: Day, near: Shift) -> Shift:
+        if near.doctor == target[0]:
+            return near
+        return next((one for one in self.chapter.at_work if one.doctor == target[0]), near)
+
+
+def _aim(request: Any, target: Day, slot: str) -> None:
+    if slot:
+        request.slot_id = slot
+    else:
+        on = day(datetime.fromisoformat(target[1]).date())
+        request.doctor_day.CopyFrom(pb.DoctorDay(doctor_id=target[0], date=on))
+
+
+def _date(on: Any) -> str:
+    return f"{on.year:04}-{on.month:02}-{on.day:02}"
+
+
+def _refused(error: grpc.aio.AioRpcError) -> tuple[str, tuple[str, ...]]:
+    """The outcome, and what the refusal is about."""
+    info = error_details_pb2.ErrorInfo()
+    for name, value in error.trailing_metadata() or ():
+        if name == "grpc-status-details-bin" and isinstance(value, bytes):
+            for packed in status_pb2.Status.FromString(value).details:
+                packed.Unpack(info)
+    code = error.code().name
+    if not info.reason:
+        # Of the way there and back, not of the service.
+        return f"{UNANSWERED}{code}", ()
+    if code in _ANSWERED:
+        return info.reason, tuple(part for pair in sorted(info.metadata.items()) for part in pair)
+    return (f"{BROKEN}{info.reason} {dict(info.metadata)}" if code == "INTERNAL" else f"{UNANSWERED}{info.reason}"), ()
+
+
+def _picture(queue: queue_pb2.Queue) -> Picture:
+    return tuple((e.appointment_id, e.ticket, _LINE[e.state], e.position) for e in queue.entries), queue.expected_count
+
+
+def _seen(watcher: int, target: Day, update: Update, known: int) -> Seen:
+    changes = tuple(
+        (
+            change.revision, _CHANGE[change.kind], change.appointment_id,
+            _LINE[change.entry.state] if change.HasField("entry") else "", change.entry.ticket,
+        )
+        for change in update.changes
+    )  # fmt: skip
+    return Seen(
+        watcher, target, time.monotonic(), update.previous_revision, update.queue.revision, changes,
+        _picture(update.queue), known,
+    )  # fmt: skip
