@@ -63,6 +63,11 @@ def _show_booking(console: Console, found: dict[str, Any]) -> None:
     for name, cost in found["pgbench"].items():
         shown.add_row(name, f"{cost['postgres_us']:.0f}", f"{cost['calls_per_second']:.0f}", str(cost["failed"]))
     console.print(shown)
+    half = found["half_rate"]
+    console.print(
+        f"Booking at half of the most, {half['calls_per_second']:.0f} a second, each at its time:"
+        f" p50 {half['p50_ms']:.1f} ms, p99 {half['p99_ms']:.1f} ms, {sum(half['refused'].values())} failed"
+    )
     shown = table("Ratios of CPU a call, server and PostgreSQL together", "ratio", *map(str, booking.IN_FLIGHT))
     for name, ratios in found["ratios"].items():
         shown.add_row(name, *(f"{ratios[n]:.2f}" for n in booking.IN_FLIGHT))

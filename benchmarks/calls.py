@@ -57,13 +57,19 @@ class Spent:
 
 
 def spend(
-    stage: Stage, clients: Sequence[Child], kind: Kind, calls: int, in_flight: int, *, connections: int = 1
-) -> Spent:
-    """Make the next calls of a kind, dealt to the clients, so many in flight and over so many connections in all."""
+    stage: Stage, clients: Sequence[Child], kind: Kind, calls: int, in_flight: int, *, connections: int = 1,
+    rate: float = 0.0,
+) -> Spent:  # fmt: skip
+    """Make the next calls of a kind, dealt to the clients, so many in flight and over so many connections in all.
+
+    With a `rate`, so many a second instead, each at its time.
+    """
     requests = kind.next(calls)
     share = len(clients)
     for n, client in enumerate(clients):
-        client.ask(kind.port, kind.method, requests[n::share], in_flight // share, max(1, connections // share))
+        client.ask(
+            kind.port, kind.method, requests[n::share], in_flight // share, max(1, connections // share), rate / share
+        )
     meter = Meter(stage, kind.server, clients)
     background, (read, written) = stage.background, stage.traffic
     for client in clients:

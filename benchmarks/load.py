@@ -50,15 +50,16 @@ class Loaded:
 
 
 def unary_client(pipe: Connection) -> None:
-    """Serves commands `(port, method, requests, in flight, connections)`: answers when ready, begins at the next
-    message."""
+    """Serves commands `(port, method, requests, in flight, connections, rate)`: answers when ready, begins at the next
+    message. With a rate, so many a second are sent at their time, whatever is in flight; a latency counts from then.
+    """
     uvloop.run(_unary_client(pipe))
 
 
 async def _unary_client(pipe: Connection) -> None:
     channels: dict[int, list[grpc.aio.Channel]] = {}
     while True:
-        port, method, requests, in_flight, connections = await asyncio.to_thread(pipe.recv)
+        port, method, requests, in_flight, connections, rate = await asyncio.to_thread(pipe.recv)
         ways = channels.setdefault(port, [])
         while len(ways) < connections:
             ways.append(channel(port))
@@ -66,28 +67,37 @@ async def _unary_client(pipe: Connection) -> None:
         calls: list[Any] = [way.unary_unary(method) for way in ways[:connections]]
         pipe.send("ready")
         await asyncio.to_thread(pipe.recv)
-        pipe.send(await _load(calls, requests, in_flight))
+        pipe.send(await _load(calls, requests, in_flight, rate))
 
 
-async def _load(calls: Sequence[Any], requests: Sequence[bytes], in_flight: int) -> Loaded:
+async def _load(calls: Sequence[Any], requests: Sequence[bytes], in_flight: int, rate: float) -> Loaded:
     left = iter(requests)
-    latencies: list[float] = []
+    loaded = Loaded(0.0, [])
     refused: Counter[str] = Counter()
-    last = b""
+
+    async def make(call: Any, request: bytes, since: float) -> None:
+        try:
+            loaded.last = await call(request)
+        except grpc.aio.AioRpcError as error:
+            refused[reason_of(error)] += 1
+        loaded.latencies.append(time.perf_counter() - since)
 
     async def work(call: Any) -> None:
-        nonlocal last
         for request in left:
-            started = time.perf_counter()
-            try:
-                last = await call(request)
-            except grpc.aio.AioRpcError as error:
-                refused[reason_of(error)] += 1
-            latencies.append(time.perf_counter() - started)
+            await make(call, request, time.perf_counter())
 
     started = time.perf_counter()
-    await asyncio.gather(*(work(calls[n % len(calls)]) for n in range(in_flight)))
-    return Loaded(time.perf_counter() - started, latencies, dict(refused), last)
+    if rate:
+        async with asyncio.TaskGroup() as group:
+            for n, request in enumerate(left):
+                due = started + n / rate
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                group.create_task(make(calls[n % len(calls)], request, due))
+    else:
+        await asyncio.gather(*(work(calls[n % len(calls)]) for n in range(in_flight)))
+    loaded.seconds = time.perf_counter() - started
+    loaded.refused = dict(refused)
+    return loaded
 
 
 @dataclass
