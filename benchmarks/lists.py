@@ -230,7 +230,7 @@ def _time(client: Child, port: int, connection: psycopg.Connection, shape: Shape
     """Milliseconds a call through the service, median; and what PostgreSQL alone says of it."""
 
     def load(request: Any, calls: int) -> Loaded:
-        client.ask(port, shape.method, [request.SerializeToString()] * calls, 1, 1)
+        client.ask(port, shape.method, [request.SerializeToString()] * calls, 1, 1, 0.0)
         done: Loaded = client.ask("go")
         return done
 
