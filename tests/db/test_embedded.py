@@ -244,6 +244,24 @@ def test_a_killed_server_is_started_again_under_the_same_address(cluster: Path) 
         assert ask(conninfo, "SELECT n FROM kept") == 7
 
 
+def test_a_server_whose_backends_take_long_to_end_is_waited_for(cluster: Path) -> None:
+    """Those that have read much give much memory back, and hold it until they have: nobody else may start meanwhile."""
+    with EmbeddedPostgres(cluster) as postgres:
+        with psycopg.connect(postgres.conninfo, autocommit=True) as connection:
+            connection.execute("CREATE TABLE much AS SELECT repeat('x', 1000) AS t FROM generate_series(1, 300000)")
+        for _ in range(5):
+            others = [psycopg.connect(postgres.conninfo, autocommit=True) for _ in range(25)]
+            for other in others:
+                other.execute("SELECT count(*) FROM much")
+            assert postgres.pid is not None
+            os.kill(postgres.pid, signal.SIGKILL)
+            until(lambda: not postgres.alive)
+            postgres.start()
+            for other in others:
+                other.close()
+        assert ask(postgres.conninfo, "SELECT count(*) FROM much") == 300_000
+
+
 def test_a_reused_process_id_in_a_stale_file_harms_nobody(cluster: Path) -> None:
     stranger = subprocess.Popen(["sleep", "600"])
     try:

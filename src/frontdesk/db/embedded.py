@@ -425,8 +425,14 @@ def _servers_in(cluster: Path) -> list[int]:
             there = os.stat(f"/proc/{entry}/cwd")
             if not os.path.samestat(here, there):
                 continue
-            # After an upgrade of the package the kernel adds " (deleted)".
-            if os.path.basename(os.readlink(f"/proc/{entry}/exe")).split(" ")[0] == "postgres":
+            try:
+                # After an upgrade of the package the kernel adds " (deleted)".
+                program = os.path.basename(os.readlink(f"/proc/{entry}/exe")).split(" ")[0]
+            except FileNotFoundError:
+                # It is ending, and has its directory for as long as it may still hold the shared memory, without whose
+                # end no other server starts.
+                program = Path(f"/proc/{entry}/comm").read_text().strip()
+            if program == "postgres":
                 found.append(int(entry))
         except OSError:
             # It ended meanwhile, or is another user's, and so no server that we started.
