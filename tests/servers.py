@@ -250,10 +250,23 @@ class Service:
         assert "serves on" in said, log.read_text()
         self.port = int(said.rpartition(":")[2])
 
+    def workers(self) -> list[int]:
+        """The process ids of the processes that serve."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                    if int(stat[1]) == self.process.pid and b"spawn_main" in (entry / "cmdline").read_bytes():
+                        found.append(int(entry.name))
+        return found
+
     def stop(self) -> None:
         """Drain and end; it must end well."""
         self.process.terminate()
         assert self.process.wait(30) == 0, self.log.read_text()[-2000:]
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def __enter__(self) -> Self:
         return self

@@ -27,7 +27,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from clinic.frontdesk.v1 import doctor_pb2, queue_pb2
 from frontdesk.settings import Settings, SettingsError
 from tests.clinic import Front, day, outcome, today, tomorrow, until
-from tests.test_server import Service, two_fronts
+from tests.servers import Service
+from tests.test_server import two_fronts
 
 OPERATIONS = Path(__file__).parent.parent / "docs" / "operations"
 METHOD = "clinic.frontdesk.v1."
@@ -47,15 +48,12 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     started: list[Service] = []
 
     def begin(conninfo: str) -> Service:
-        started.append(Service(conninfo, tmp_path))
+        started.append(Service(tmp_path / "log", conninfo, workers=2))
         return started[-1]
 
     yield begin
     (running,) = started
-    running.process.terminate()
-    assert running.process.wait(30) == 0
-    assert running.process.stdout is not None
-    running.process.stdout.close()
+    running.stop()
     assert not list(tmp_path.glob("frontdesk-metrics-*")), "the files outlive the service"
 
 

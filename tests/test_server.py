@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ from clinic.frontdesk.v1 import queue_pb2
 from frontdesk.app import Worker
 from frontdesk.settings import Settings, SettingsError
 from tests.clinic import Front, outcome, reason_of, refusal, until
+from tests.servers import Service
 
 SERVICES = [
     f"clinic.frontdesk.v1.{noun}Service" for noun in ("Appointment", "Clinic", "Doctor", "Patient", "Queue", "Slot")
@@ -164,42 +163,11 @@ async def test_drain(conninfo: str, settings: Settings) -> None:
         assert error.code() == grpc.StatusCode.UNAVAILABLE
 
 
-class Service:
-    """`frontdesk serve` with two workers on a database of the test's."""
-
-    def __init__(self, conninfo: str, tmp_path: Path) -> None:
-        self.log = tmp_path / "log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "frontdesk.cli", "serve", "--listen", "127.0.0.1:0", "--workers", "2"],
-                env={**os.environ, "FRONTDESK_DATABASE_URL": conninfo},
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline().rpartition(":")[2])
-
-    def workers(self) -> list[int]:
-        """The process ids of the processes that serve."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    stat = (entry / "stat").read_text().rpartition(")")[2].split()
-                    if int(stat[1]) == self.process.pid and b"spawn_main" in (entry / "cmdline").read_bytes():
-                        found.append(int(entry.name))
-        return found
-
-
 @pytest.fixture
 def service(conninfo: str, tmp_path: Path) -> Iterator[Service]:
-    running = Service(conninfo, tmp_path)
-    yield running
-    running.process.terminate()
-    assert running.process.wait(30) == 0
-    assert running.process.stdout is not None
-    running.process.stdout.close()
+    with Service(tmp_path / "log", conninfo, workers=2) as running:
+        yield running
+        running.stop()
 
 
 async def two_fronts(service: Service, conninfo: str) -> list[Front]:

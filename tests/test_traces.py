@@ -25,7 +25,7 @@ from frontdesk.app import Worker
 from frontdesk.settings import Settings
 from frontdesk.tracing import Tracing
 from tests.clinic import Front, day, refusal, today, until
-from tests.test_server import Service
+from tests.servers import Service
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = ("traceparent", f"00-{TRACE}-{PARENT}-01")
@@ -237,10 +237,7 @@ async def one_call(service: Service, conninfo: str) -> None:
 
 def stopped(service: Service) -> list[dict[str, Any]]:
     """The log of the service, which is told to stop."""
-    service.process.terminate()
-    assert service.process.wait(30) == 0
-    assert service.process.stdout is not None
-    service.process.stdout.close()
+    service.stop()
     return [json.loads(line) for line in service.log.read_text().splitlines()]
 
 
@@ -251,7 +248,7 @@ async def test_sent_to_a_collector(
     monkeypatch.setenv("FRONTDESK_TRACES", "on")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "60000")
-    service = await asyncio.to_thread(Service, conninfo, tmp_path)
+    service = await asyncio.to_thread(Service, tmp_path / "log", conninfo, workers=2)
     await one_call(service, conninfo)
     log = await asyncio.to_thread(stopped, service)
     (line,) = (line for line in log if line["event"] == "call")
@@ -275,7 +272,7 @@ async def test_without_a_collector(
     """Calls are answered, the log says in its own form that nobody takes the spans, and a worker ends in time."""
     monkeypatch.setenv("FRONTDESK_TRACES", "on")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{unused_tcp_port}")
-    service = await asyncio.to_thread(Service, conninfo, tmp_path)
+    service = await asyncio.to_thread(Service, tmp_path / "log", conninfo, workers=2)
     await one_call(service, conninfo)
     log = await asyncio.to_thread(stopped, service)
     assert [line for line in log if line["event"] == "opentelemetry"]
@@ -287,7 +284,7 @@ async def test_off_by_default(
 ) -> None:
     """The variables of OpenTelemetry alone switch nothing on: they may be there for others."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
-    service = await asyncio.to_thread(Service, conninfo, tmp_path)
+    service = await asyncio.to_thread(Service, tmp_path / "log", conninfo, workers=2)
     await one_call(service, conninfo)
     log = await asyncio.to_thread(stopped, service)
     (line,) = (line for line in log if line["event"] == "call")

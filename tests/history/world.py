@@ -24,7 +24,7 @@ from psycopg.conninfo import make_conninfo
 
 from frontdesk.db.embedded import EmbeddedPostgres
 from frontdesk.db.migrate import migrate
-from tests.test_server import Service
+from tests.servers import Service
 
 _ROOT = Path(__file__).parents[2]
 _TEMPLATE = "frontdesk_template"

@@ -23,9 +23,8 @@ from tests.hostile.methods import METHODS, VALID, call, manners, noon, world
 from tests.hostile.test_domain import sound
 from tests.hostile.test_wire import waiting
 from tests.hostile.wire import SOON, database_of, serving, until, until_true
-from tests.servers import Cluster, directories
+from tests.servers import Cluster, Service, directories
 from tests.test_metrics import text
-from tests.test_server import Service
 
 BACK_WITHIN = 5.0
 CANARY = "Zzyzx-canary"
@@ -370,7 +369,7 @@ async def test_no_canary_gets_out(
 async def test_no_canary_is_measured(conninfo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A patient's name is in no metric and no line of a real service's log, nor is what callers call themselves."""
     monkeypatch.setenv("FRONTDESK_METRICS_LISTEN", "127.0.0.1:0")
-    service = Service(conninfo, tmp_path)
+    service = Service(tmp_path / "log", conninfo, workers=2)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{service.port}") as channel:
             front = Front(channel, conninfo, service.port)
@@ -393,10 +392,7 @@ async def test_no_canary_is_measured(conninfo: str, tmp_path: Path, monkeypatch:
             for said in (page, service.log.read_text()):
                 assert CANARY not in said
     finally:
-        service.process.terminate()
-        assert await asyncio.to_thread(service.process.wait, 30) == 0
-        assert service.process.stdout is not None
-        service.process.stdout.close()
+        await asyncio.to_thread(service.stop)
 
 
 def patient_with(old: patient_pb2.Patient, new: patient_pb2.Patient) -> patient_pb2.Patient:
