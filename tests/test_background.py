@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from frontdesk.background import Alarm, Background
+from frontdesk.background import Alarm, Background, end
 
 
 async def test_the_alarm_rings() -> None:
@@ -57,3 +57,23 @@ async def test_background_work_is_done_again_and_ends() -> None:
             await asyncio.sleep(0.01)
     await background.close()
     assert lost.is_set()
+
+
+async def test_an_end_that_is_sure() -> None:
+    """A task that loses its first cancellation is cancelled again."""
+    lost = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            lost.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    end(task)
+    async with asyncio.timeout(20):
+        await asyncio.wait([task])
+    assert lost.is_set()
+    assert task.cancelled()

@@ -1,9 +1,10 @@
-"""What asyncio lacks: work that goes on beside the calls, and a cheap alarm."""
+"""What asyncio lacks: work that goes on beside the calls, an end that is sure, and a cheap alarm."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import TracebackType
+from typing import Any
 
 import psycopg
 import structlog
@@ -11,7 +12,7 @@ import structlog
 from frontdesk.errors import Refused
 
 _PAUSE_SECONDS = 0.2
-_RING_AGAIN_SECONDS = 1.0
+_AGAIN_SECONDS = 1.0
 
 _log = structlog.get_logger("frontdesk.background")
 
@@ -48,8 +49,19 @@ class Alarm:
     def _ring(self) -> None:
         self._rang += 1
         self._task.cancel()
-        # Again, if need be: before Python 3.12 asyncio.wait_for, in which the pool waits, can lose a cancellation.
-        self._handle = self._task.get_loop().call_later(_RING_AGAIN_SECONDS, self._ring)
+        # Again, if need be, as in `end`.
+        self._handle = self._task.get_loop().call_later(_AGAIN_SECONDS, self._ring)
+
+
+def end(task: asyncio.Task[Any]) -> None:
+    """Cancel a task that works with the database, and again until it has ended.
+
+    Once is not enough: before Python 3.12 asyncio.wait_for, in which the pool waits, can lose a cancellation, and a
+    cancel request that reaches PostgreSQL before the statement does is for nothing.
+    """
+    if not task.done():
+        task.cancel()
+        task.get_loop().call_later(_AGAIN_SECONDS, end, task)
 
 
 class Background:
@@ -68,7 +80,7 @@ class Background:
         while pending:
             for task in pending:
                 task.cancel()
-            # Again, if need be, as in Alarm.
+            # Again, if need be, as in `end`.
             _, pending = await asyncio.wait(pending, timeout=_PAUSE_SECONDS)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from typing import Any, Generic, TypeVar
 
+from frontdesk.background import end
 from frontdesk.db.database import Database
 from frontdesk.errors import DatabaseUnavailable
 
@@ -117,4 +118,4 @@ class Batcher(Generic[T]):
         if asked.task is None:
             self._waiting.remove(asked)
         elif all(mate.answer.done() for mate in asked.mates):
-            asked.task.cancel()
+            end(asked.task)
