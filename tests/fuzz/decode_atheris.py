@@ -12,7 +12,8 @@ import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 with atheris.instrument_imports(include=["frontdesk"]):
     from frontdesk.errors import InvalidField
     from frontdesk.feed import ResumeToken
-    from frontdesk.rpc import convert, pipeline, status
+    from frontdesk.rpc import convert, status
+    from frontdesk.rpc.requests import request_from
 
 import hypothesis
 from google.protobuf import message_factory
@@ -64,7 +65,7 @@ def one(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(METHODS)), "method")
     raw = data.draw(requests(name, _KNOWN), "request")
     try:
-        _read(pipeline._decoded(raw, message_factory.GetMessageClass(METHODS[name].input_type).FromString))
+        _read(request_from(raw, message_factory.GetMessageClass(METHODS[name].input_type)))
     except InvalidField as refusal:
         code, text, trailers = status.status_of(refusal)
         assert code.name == "INVALID_ARGUMENT"

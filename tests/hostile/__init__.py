@@ -10,7 +10,8 @@
  8 admission: test_admission test_too_many_watchers
  9 NUL: test_nul_in_every_string
 10 long text, odd characters: test_text_that_is_too_long test_one_character_too_many test_names_are_lines
-   test_control_and_bidirectional_characters test_lists_of_a_megabyte test_at_most_twenty_violations
+   test_control_and_bidirectional_characters test_lists_of_a_megabyte test_one_element_too_many
+   test_fields_without_end test_at_most_twenty_violations
 11 insured numbers: test_insured_numbers
 12 countries and enums: test_countries test_enums
 13 timestamps: test_impossible_timestamps test_the_last_hours_of_the_year_9999

@@ -239,13 +239,18 @@ async def long_lists(target: Target) -> AsyncIterator[Act]:
     unknown: Any = 99
     states = appointment_pb2.ListAppointmentsRequest(states=[unknown] * 900_000)
     allergies = patient_pb2.RegisterPatientRequest(patient=patient_pb2.Patient(allergies=[""] * 400_000))
-    turn = itertools.cycle((0, 1))
+    slots = slot_pb2.BatchCreateSlotsRequest(slots=[slot_pb2.Slot()] * 500_000)
+    turn = itertools.cycle(range(3))
     async with desks(target) as desk:
 
         def act() -> Awaitable[str]:
-            if next(turn):
-                return said(desk().patients.RegisterPatient(allergies))
-            return said(desk().appointments.ListAppointments(states))
+            match next(turn):
+                case 0:
+                    return said(desk().patients.RegisterPatient(allergies))
+                case 1:
+                    return said(desk().appointments.ListAppointments(states))
+                case _:
+                    return said(desk().slots.BatchCreateSlots(slots))
 
         yield act
 

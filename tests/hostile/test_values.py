@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import grpc
 import pytest
+from google.protobuf import message_factory
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -24,6 +25,7 @@ from clinic.frontdesk.v1 import (
     slot_pb2,
 )
 from frontdesk import errors
+from frontdesk.rpc.requests import MOST_ELEMENTS
 from frontdesk.rpc.status import CODES, code_of
 from tests.clinic import Front, details, outcome, refusal, today
 from tests.hostile.methods import (
@@ -46,6 +48,7 @@ from tests.hostile.methods import (
     named,
     noon,
     places,
+    raw,
     refused_field,
     slot_at,
     world,
@@ -532,26 +535,69 @@ async def test_at_most_twenty_violations(front: Front) -> None:
     assert not manners(error, CANARY)
 
 
-async def test_lists_of_a_megabyte(front: Front) -> None:
-    """A list that is too long is refused for its length alone: no rule looks at its elements, one by one."""
-    here = await world(front)
+def _lists() -> list[tuple[str, Place]]:
     lists = [(name, place) for name in METHODS for place in places(name, lambda field: bool(field.is_repeated))]
     assert {"slots", "slot_ids", "allergies", "insurances", "states", "paths"} <= {p.field.name for _, p in lists}
-    for name, place in lists:
-        holder: Any = VALID[name](here)
-        request = holder
-        for step in place.steps[:-1]:
-            holder = getattr(holder, step.name)
-        values = getattr(holder, place.field.name)
-        many = 300_000
-        if is_text(place.field) or is_enum(place.field):
-            values.extend(["" if is_text(place.field) else 0] * many)
-        else:
-            values.MergeFrom([type(values.add())()] * many)
-        error = await refusal(call(front, name, request))
+    return lists
+
+
+def _only(name: str, place: Place, count: int) -> Any:
+    """A request of nothing but so many elements of that list, and the list."""
+    request = message_factory.GetMessageClass(METHODS[name].input_type)()
+    holder: Any = request
+    for step in place.steps[:-1]:
+        holder = getattr(holder, step.name)
+    values = getattr(holder, place.field.name)
+    if is_text(place.field) or is_enum(place.field):
+        values.extend(["" if is_text(place.field) else 99] * count)
+    else:
+        values.MergeFrom([type(values.add())()] * (count - 1))
+    return request
+
+
+async def test_lists_of_a_megabyte(front: Front) -> None:
+    """A list that is too long is refused for its length alone: no rule looks at its elements, one by one."""
+    for name, place in _lists():
+        error = await refusal(call(front, name, _only(name, place, 300_000)))
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, (name, error.details())
         assert list(named(error)) == [place.path]
         assert not manners(error)
+
+
+async def test_one_element_too_many(front: Front) -> None:
+    """Each limit of a list is exact, also where a list comes in pieces, or numbers in any form that protobuf allows."""
+    for name, place in _lists():
+        rules = place.field.GetOptions().Extensions[validate_pb2.field].repeated
+        most = rules.max_items if rules.HasField("max_items") else MOST_ELEMENTS
+
+        async def too_long(*pieces: bytes, name: str = name, place: Place = place) -> bool:
+            error = await refusal(raw(front, name)(b"".join(pieces)))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, name
+            assert not manners(error)
+            return (error.details() or "").startswith(f"{place.path}: must contain no more than")
+
+        whole, some, one = (_only(name, place, count).SerializeToString() for count in (most, most - 1, 1))
+        assert not await too_long(whole), name
+        assert not await too_long(some, one), name
+        assert await too_long(whole, one), name
+        if is_enum(place.field):
+            one = bytes([place.field.number << 3, 99])
+            assert not await too_long(one, some), name
+            assert await too_long(one, whole), name
+            wide = bytes([place.field.number << 3, *[0xE3] + [0x80] * 8, 0])
+            assert not await too_long(wide * most), name
+            assert await too_long(wide * (most + 1)), name
+
+
+async def test_fields_without_end(front: Front) -> None:
+    """A megabyte of fields of which each is allowed, or unknown, is refused for their number where they take time."""
+    unknown, group = bytes([0xF8, 0x07, 0]), bytes([0xFB, 0x07, 0xFC, 0x07])
+    for name in {name for name, _ in _lists()}:
+        for piece in (unknown, group, bytes([0x0A, 0])):
+            error = await refusal(raw(front, name)(piece * 250_000))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, name
+            assert len(named(error)) == 1
+            assert not manners(error)
 
 
 async def test_nothing_at_all(front: Front) -> None:
