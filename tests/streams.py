@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 
 from clinic.frontdesk.v1 import queue_pb2
-from tests.clinic import Front, until
+from tests.clinic import Front
+from tests.waiting import until
 
 
 async def many_people(front: Front, count: int) -> list[str]:

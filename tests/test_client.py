@@ -32,6 +32,7 @@ from frontdesk.client import (
 )
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, today
+from tests.waiting import until
 
 UNKNOWN = "00000000-0000-7000-8000-000000000000"
 SERVICES = [
@@ -107,13 +108,6 @@ class Watcher:
             assert update.previous_revision == before.queue.revision
             revisions = [change.revision for change in update.changes]
             assert revisions == [*range(before.queue.revision + 1, update.queue.revision + 1)]
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    """Wait until it holds."""
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 # Unary calls
@@ -303,7 +297,7 @@ async def test_a_watch_survives_a_restart(
         await watcher.reaches((await front.arrive(doctor.id)).revision)
         for round_ in range(2):
             await worker.stop(drain=drain)
-            await eventually(lambda: lives[-1:] == [False])
+            await until(lambda: lives[-1:] == [False])
             answer = await front.arrive(doctor.id)
             assert watcher.seen[-1].queue.revision < answer.revision
             worker = Worker(settings, conninfo)
@@ -649,9 +643,9 @@ async def test_sync_watch_of_a_real_server(front: Front) -> None:
             await asyncio.to_thread(next, desk.watch_queue(UNKNOWN))
         assert caught.value.reason == "DOCTOR_NOT_FOUND"
         following = asyncio.create_task(asyncio.to_thread(follow, desk))
-        await eventually(lambda: seen == [1])
+        await until(lambda: seen == [1])
         revision = (await front.arrive(doctor.id)).revision
-        await eventually(lambda: seen[-1] == revision)
+        await until(lambda: seen[-1] == revision)
     async with asyncio.timeout(5):
         await following
 
@@ -670,4 +664,4 @@ async def test_sync_silence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async with script.serving() as port, asyncio.timeout(20):
         assert await asyncio.to_thread(follow, port) == [5, 6]
-    await eventually(lambda: not any(thread.name == "frontdesk-watch" for thread in threading.enumerate()))
+    await until(lambda: not any(thread.name == "frontdesk-watch" for thread in threading.enumerate()))

@@ -9,9 +9,10 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from frontdesk.db.migrate import migrate
-from tests.clinic import Front, until
-from tests.servers import Cluster, Service, directories, wait_for
+from tests.clinic import Front
+from tests.servers import Cluster, Service, directories
 from tests.streams import Bookings, Watcher, many_people
+from tests.waiting import until, wait_for
 
 DATABASE = "clinic"
 

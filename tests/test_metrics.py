@@ -26,9 +26,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from clinic.frontdesk.v1 import doctor_pb2, queue_pb2
 from frontdesk.settings import Settings, SettingsError
-from tests.clinic import Front, day, outcome, today, tomorrow, until
+from tests.clinic import Front, day, outcome, today, tomorrow
 from tests.servers import Service
 from tests.test_server import two_fronts
+from tests.waiting import until
 
 OPERATIONS = Path(__file__).parent.parent / "docs" / "operations"
 METHOD = "clinic.frontdesk.v1."

@@ -15,9 +15,10 @@ from psycopg.conninfo import make_conninfo
 from clinic.frontdesk.v1 import appointment_pb2, doctor_pb2, queue_pb2
 from frontdesk.db.migrate import migrate
 from frontdesk.settings import Settings, SettingsError
-from tests.clinic import Front, day, outcome, reason_of, refusal, today, until
-from tests.servers import Cluster, PgBouncer, Service, directories, wait_for
+from tests.clinic import Front, day, outcome, reason_of, refusal, today
+from tests.servers import Cluster, PgBouncer, Service, directories
 from tests.streams import Bookings, Watcher, many_people
+from tests.waiting import until, wait_for
 
 pytestmark = pytest.mark.skipif(PgBouncer.PROGRAM is None, reason="pgbouncer is not installed (Debian: pgbouncer)")
 

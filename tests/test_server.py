@@ -20,8 +20,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from clinic.frontdesk.v1 import queue_pb2
 from frontdesk.app import Worker
 from frontdesk.settings import Settings, SettingsError
-from tests.clinic import Front, outcome, reason_of, refusal, until
+from tests.clinic import Front, outcome, reason_of, refusal
 from tests.servers import Service
+from tests.waiting import until
 
 SERVICES = [
     f"clinic.frontdesk.v1.{noun}Service" for noun in ("Appointment", "Clinic", "Doctor", "Patient", "Queue", "Slot")

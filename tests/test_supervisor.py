@@ -21,6 +21,7 @@ import structlog
 
 from frontdesk.settings import Settings, SettingsError
 from frontdesk.supervisor import _claim, supervise
+from tests.waiting import wait_for
 
 # --- What the processes under test run. ---
 
@@ -93,14 +94,6 @@ if __name__ == "__main__":
 # --- The tests. ---
 
 
-def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-    return value
-
-
 class Service:
     """A supervisor in a process, and a process group, of its own."""
 
@@ -109,7 +102,8 @@ class Service:
         self.directory = directory
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(given)],
+            [sys.executable, "-m", "tests.test_supervisor", json.dumps(given)],
+            cwd=Path(__file__).parents[1],
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
@@ -162,7 +156,7 @@ def runs(pid: int) -> bool:
 
 
 def until_gone(pids: set[int]) -> None:
-    until(lambda: not [pid for pid in pids if runs(pid)])
+    wait_for(lambda: not [pid for pid in pids if runs(pid)])
 
 
 def conninfo(directory: Path) -> str:
@@ -189,7 +183,7 @@ def workers(at: tuple[str, int], many: int) -> set[int]:
             seen.add(answer[0])
         return len({pid for pid in seen if runs(pid)}) == many
 
-    until(enough)
+    wait_for(enough)
     return {pid for pid in seen if runs(pid)}
 
 
@@ -356,7 +350,7 @@ def test_a_worker_that_fails_later_is_tried_again(service: Callable[..., Service
     (directory / "refuse").touch()
     (before,) = workers(at, 1)
     os.kill(before, signal.SIGKILL)
-    until(lambda: call(at) is None)
+    wait_for(lambda: call(at) is None)
     (directory / "refuse").unlink()
     workers(at, 1)
     assert one.process.poll() is None
@@ -379,7 +373,7 @@ def test_a_killed_postgresql_is_started_again_while_the_workers_stay(service: Ca
         except (psycopg.OperationalError, FileNotFoundError):
             return False
 
-    until(back)
+    wait_for(back)
     one.process.terminate()
     assert one.ends() == 0
 
@@ -390,7 +384,7 @@ def test_ctrl_c_drains(service: Callable[..., Service], directory: Path) -> None
     (pid,) = workers(one.serves(), 1)
     # A terminal signals the whole process group.
     os.killpg(one.process.pid, signal.SIGINT)
-    until((directory / f"draining-{pid}").exists)
+    wait_for((directory / f"draining-{pid}").exists)
     assert one.rows() == []
     assert one.process.poll() is None
     (directory / "drain").unlink()
@@ -405,7 +399,7 @@ def test_a_drain_does_not_last_forever(service: Callable[..., Service], director
     (pid,) = workers(one.serves(), 1)
     members = one.members()
     one.process.terminate()
-    until((directory / f"draining-{pid}").exists)
+    wait_for((directory / f"draining-{pid}").exists)
     if how == "second signal":
         one.process.terminate()
     assert one.ends() == 0
@@ -416,7 +410,7 @@ def test_a_drain_does_not_last_forever(service: Callable[..., Service], director
 
 def test_a_signal_while_it_starts(service: Callable[..., Service], directory: Path) -> None:
     one = service()
-    until((directory / "data" / "lock").exists)
+    wait_for((directory / "data" / "lock").exists)
     one.process.terminate()
     assert one.ends() == 0
     assert one.said() == ""

@@ -24,8 +24,9 @@ from clinic.frontdesk.v1 import queue_pb2
 from frontdesk.app import Worker
 from frontdesk.settings import Settings
 from frontdesk.tracing import Tracing
-from tests.clinic import Front, day, refusal, today, until
+from tests.clinic import Front, day, refusal, today
 from tests.servers import Service
+from tests.waiting import until
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = ("traceparent", f"00-{TRACE}-{PARENT}-01")

@@ -15,9 +15,10 @@ import pytest
 import frontdesk
 from clinic.frontdesk.v1 import clinic_pb2
 from frontdesk.db.migrate import SchemaError, check_schema, migrate, newest
-from tests.clinic import Front, until
+from tests.clinic import Front
 from tests.servers import Service
 from tests.streams import Bookings, Watcher, many_people
+from tests.waiting import until
 
 THIS = Path(frontdesk.__file__).parent
 

@@ -22,6 +22,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from frontdesk.db.embedded import EmbeddedError, EmbeddedPostgres, _installation, _servers_in
+from tests.waiting import wait_for
 
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="needs root")
@@ -47,14 +48,6 @@ print(postgres.conninfo, flush=True)
 sys.stdin.read()
 postgres.stop()
 """
-
-
-def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-    return value
 
 
 def ask(conninfo: str, query: str) -> Any:
@@ -99,7 +92,7 @@ def directory() -> Iterator[Path]:
     parent = Path(tempfile.mkdtemp())
     yield parent / "data"
     if (parent / "data").is_dir():
-        until(lambda: not _servers_in(parent / "data" / "postgres"))
+        wait_for(lambda: not _servers_in(parent / "data" / "postgres"))
     shutil.rmtree(parent)
 
 
@@ -202,7 +195,7 @@ def test_the_owner_is_killed_and_the_next_one_takes_over(cluster: Path) -> None:
         with EmbeddedPostgres(cluster) as postgres:
             assert ask(postgres.conninfo, "SELECT n FROM kept") == 7
             # Soon, because a backend may be about to end.
-            until(lambda: set(_servers_in(cluster / "postgres")) == tree(postgres.pid))
+            wait_for(lambda: set(_servers_in(cluster / "postgres")) == tree(postgres.pid))
 
 
 def tree(pid: int | None) -> set[int]:
@@ -219,7 +212,7 @@ def test_a_server_that_outlived_its_owner_is_ended_before_ours_starts(cluster: P
     kill(first)
     assert old in _servers_in(cluster / "postgres")
     second = owner(cluster)
-    until(lambda: (cluster / "lock").read_text() == f"{second.pid}\n")
+    wait_for(lambda: (cluster / "lock").read_text() == f"{second.pid}\n")
     os.kill(old, signal.SIGCONT)
     assert ask(first_line(second), "SELECT 1") == 1
     assert old not in _servers_in(cluster / "postgres")
@@ -236,7 +229,7 @@ def test_a_killed_server_is_started_again_under_the_same_address(cluster: Path) 
         busy.pgconn.send_query(b"SELECT count(*) FROM generate_series(1, 100000000000)")
         assert postgres.pid is not None
         os.kill(postgres.pid, signal.SIGKILL)
-        until(lambda: not postgres.alive)
+        wait_for(lambda: not postgres.alive)
         postgres.start()
         busy.close()
         assert postgres.alive
@@ -255,7 +248,7 @@ def test_a_server_whose_backends_take_long_to_end_is_waited_for(cluster: Path) -
                 other.execute("SELECT count(*) FROM much")
             assert postgres.pid is not None
             os.kill(postgres.pid, signal.SIGKILL)
-            until(lambda: not postgres.alive)
+            wait_for(lambda: not postgres.alive)
             postgres.start()
             for other in others:
                 other.close()
@@ -270,7 +263,7 @@ def test_a_reused_process_id_in_a_stale_file_harms_nobody(cluster: Path) -> None
             text = file.read_text()
             assert postgres.pid is not None
             os.kill(postgres.pid, signal.SIGKILL)
-            until(lambda: not postgres.alive)
+            wait_for(lambda: not postgres.alive)
             file.write_text(text.replace(str(postgres.pid), str(stranger.pid)))
             postgres.start()
             assert ask(postgres.conninfo, "SELECT 1") == 1
@@ -282,7 +275,7 @@ def test_a_reused_process_id_in_a_stale_file_harms_nobody(cluster: Path) -> None
 
 def test_an_interrupted_initdb_leaves_nothing_that_starts(directory: Path) -> None:
     first = owner(directory)
-    until(lambda: list(directory.glob("initdb-*/global")))
+    wait_for(lambda: list(directory.glob("initdb-*/global")))
     kill(first)
     assert not (directory / "postgres").exists()
     with EmbeddedPostgres(directory) as postgres:
@@ -302,7 +295,7 @@ def test_odd_and_deep_paths(directory: Path, name: str) -> None:
         # And it still holds after the server was started again.
         assert postgres.pid is not None
         os.kill(postgres.pid, signal.SIGKILL)
-        until(lambda: not postgres.alive)
+        wait_for(lambda: not postgres.alive)
         postgres.start()
         assert ask(postgres.conninfo, "SELECT 1") == 1
 

@@ -22,9 +22,10 @@ from tests.clinic import Front, day, details, outcome, reason_of, refusal, today
 from tests.hostile.methods import METHODS, VALID, call, manners, noon, world
 from tests.hostile.test_domain import sound
 from tests.hostile.test_wire import waiting
-from tests.hostile.wire import SOON, database_of, serving, until, until_true
+from tests.hostile.wire import database_of, serving
 from tests.servers import Cluster, Service, directories
 from tests.test_metrics import text
+from tests.waiting import SOON, until, until_true
 
 BACK_WITHIN = 5.0
 CANARY = "Zzyzx-canary"

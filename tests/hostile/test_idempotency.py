@@ -15,7 +15,8 @@ from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, patient
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today, tomorrow
 from tests.hostile.methods import MUTATIONS, call, manners, noon, request_class, slot_at
-from tests.hostile.wire import Line, serving, until
+from tests.hostile.wire import Line, serving
+from tests.waiting import until
 
 KEY = "the same intention"
 

@@ -23,7 +23,8 @@ from tests.clinic import Front, day, outcome, reason_of, refusal, today, tomorro
 from tests.history.world import Served
 from tests.hostile.methods import METHODS, MUTATIONS, call, manners, path_of, request_class
 from tests.hostile.test_domain import cancelling, to_day
-from tests.hostile.wire import SOON, RawConnection, another_client, framed, serving, until
+from tests.hostile.wire import RawConnection, another_client, framed, serving
+from tests.waiting import SOON, until
 
 Change = tuple[int, int, str]
 

@@ -32,7 +32,8 @@ from tests.hostile.methods import (
     request_class,
     world,
 )
-from tests.hostile.wire import SOON, RawConnection, another_client, frame, framed, serving, until
+from tests.hostile.wire import RawConnection, another_client, frame, framed, serving
+from tests.waiting import SOON, until
 
 GET_CLINIC = path_of("GetClinic")
 NOBODY = clinic_pb2.GetClinicRequest(clinic_id="0192f5d1-7a5c-7b6e-8f00-0123456789ab")
@@ -240,12 +241,17 @@ async def held(front: Front) -> AsyncIterator[tuple[Front, str, str]]:
 
 
 def waiting(front: Front) -> int:
-    """How many statements of the service run in the database."""
+    """How many bookings run in the database."""
     (found,) = front.sql(
         "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'frontdesk'"
         " and state = 'active' and query like '%%decide(%%'"
     )
     return int(found[0])
+
+
+async def until_none_waits(front: Front) -> None:
+    """Until the statements were cancelled, that is, before PostgreSQL's own limit would end them."""
+    await until(lambda: waiting(front) == 0, STATEMENT_TIMEOUT - 2)
 
 
 @pytest.mark.parametrize("timeout", [None, 10.0**9])
@@ -263,7 +269,7 @@ async def test_the_servers_own_limit(
     for error in errors:
         assert (error.code(), reason_of(error)) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
         assert not manners(error)
-    await until(lambda: waiting(front) == 0)
+    await until_none_waits(front)
     monkeypatch.undo()
     assert Counter(await asyncio.gather(*(outcome(front.clinic()) for _ in range(30)))) == {"OK": 30}
     assert front.sql("select count(*) from appointment") == [(0,)]
@@ -279,8 +285,7 @@ async def test_the_limit_holds_for_those_who_wait_for_a_connection(
         async with asyncio.timeout(3):
             booked = await asyncio.gather(*(outcome(front.book(patient, doctor, tomorrow())) for _ in range(13)))
             assert Counter(booked) == {"DEADLINE_EXCEEDED": 13}
-        # Cancelled, that is, before PostgreSQL's own limit would end it.
-        await until(lambda: waiting(front) == 0, STATEMENT_TIMEOUT - 2)
+        await until_none_waits(front)
 
 
 async def test_the_callers_deadline(held: tuple[Front, str, str]) -> None:
@@ -289,12 +294,12 @@ async def test_the_callers_deadline(held: tuple[Front, str, str]) -> None:
     booking = asyncio.create_task(refusal(front.book(patient, doctor, tomorrow(), idempotency_key="k")))
     await until(lambda: waiting(front) == 1)
     booking.cancel()
-    await until(lambda: waiting(front) == 0)
+    await until_none_waits(front)
     target = appointment_pb2.DoctorDay(doctor_id=doctor, date=day(tomorrow()))
     request = appointment_pb2.BookAppointmentRequest(patient_id=patient, doctor_day=target)
     error = await refusal(front.appointments.BookAppointment(request, timeout=0.3))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await until(lambda: waiting(front) == 0)
+    await until_none_waits(front)
     assert await outcome(front.clinic()) == "OK"
     assert front.sql("select count(*) from appointment") == [(0,)]
 

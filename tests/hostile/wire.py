@@ -2,7 +2,7 @@
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import TracebackType
 
@@ -18,9 +18,7 @@ from psycopg.conninfo import conninfo_to_dict
 from frontdesk.app import Worker
 from frontdesk.settings import Settings
 from tests.clinic import Front
-
-SOON = 15.0
-"""How long a test waits for what must happen."""
+from tests.waiting import SOON, until
 
 _GOAWAY = 7
 
@@ -49,20 +47,6 @@ async def another_client(front: Front, *options: tuple[str, int]) -> AsyncIterat
 def database_of(front: Front) -> str:
     """The name of the test's database."""
     return str(conninfo_to_dict(front.conninfo)["dbname"])
-
-
-async def until(holds: Callable[[], bool], seconds: float = SOON) -> None:
-    """Wait until it holds."""
-    async with asyncio.timeout(seconds):
-        while not holds():  # noqa: ASYNC110 - what it waits for is in another process
-            await asyncio.sleep(0.02)
-
-
-async def until_true(holds: Callable[[], Awaitable[bool]], seconds: float = SOON) -> None:
-    """Wait until it holds, where the asking takes its time as well."""
-    async with asyncio.timeout(seconds):
-        while not await holds():  # noqa: ASYNC110 - as above
-            await asyncio.sleep(0.02)
 
 
 def framed(message: bytes | Message, *, compressed: bool = False, length: int | None = None) -> bytes:
