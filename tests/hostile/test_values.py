@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import gc
 import json
+from collections import Counter
 from collections.abc import Awaitable, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -38,6 +40,7 @@ from tests.hostile.methods import (
     UPDATES,
     VALID,
     Place,
+    World,
     call,
     is_a,
     is_enum,
@@ -613,3 +616,31 @@ def test_every_reason_has_a_code() -> None:
     for refused in errors.REFUSALS.values():
         assert code_of(refused) in CODES.values()
         assert refused.__doc__
+
+
+def _ours(garbage: object) -> bool:
+    """Whether it is of the service's types, or runs in its code."""
+    codes = [getattr(garbage, name) for name in ("cr_code", "gi_code", "f_code", "__code__") if hasattr(garbage, name)]
+    return any("src/frontdesk/" in code.co_filename for code in codes) or type(garbage).__module__.startswith(
+        "frontdesk."
+    )
+
+
+async def test_calls_leave_no_circles(front: Front) -> None:
+    """Whatever a call was answered, nothing of it is left to the garbage collector, which stops everyone."""
+    here, nowhere = await world(front), World(*["0190a0b0-1111-7222-8333-444455556666"] * 5)
+    answers = Counter[str]()
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for name in METHODS:
+            for request in (VALID[name](here), VALID[name](nowhere), type(VALID[name](here))()):
+                answers[await outcome(call(front, name, request))] += 1
+                gc.collect()
+                assert not [repr(left)[:200] for left in gc.garbage if _ours(left)], name
+                gc.garbage.clear()
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert len(answers) > 8
+    assert min(answers["OK"], answers["INVALID_FIELD"]) > 10

@@ -20,14 +20,13 @@ PATIENCE = 0.1
 
 
 class _Asked:
-    """A request that waits for its answer; once it is sent, with whom and by which task."""
+    """A request that waits for its answer; once it is sent, by which task."""
 
-    __slots__ = ("answer", "mates", "task", "text")
+    __slots__ = ("answer", "task", "text")
 
     def __init__(self, text: str, answer: asyncio.Future[Any]) -> None:
         self.text = text
         self.answer = answer
-        self.mates: Sequence[_Asked] = ()
         self.task: asyncio.Task[None] | None = None
 
 
@@ -47,7 +46,8 @@ class Batcher(Generic[T]):
         self._make = make
         self._waiting: list[_Asked] = []
         self._under_way: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        # Here and not in each request: that would be a circle for the garbage collector, and every call's answer in it.
+        self._sent: dict[asyncio.Task[None], Sequence[_Asked]] = {}
 
     async def ask(self, request: Mapping[str, Any]) -> T:
         """The answer to one request, made by calling `make` with the columns of its row.
@@ -85,9 +85,9 @@ class Batcher(Generic[T]):
     def _start(self, asked: Sequence[_Asked]) -> asyncio.Task[None]:
         task = asyncio.create_task(self._together(asked))
         for one in asked:
-            one.mates, one.task = asked, task
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            one.task = task
+        self._sent[task] = asked
+        task.add_done_callback(self._sent.pop)
         return task
 
     async def _together(self, asked: Sequence[_Asked]) -> None:
@@ -117,5 +117,5 @@ class Batcher(Generic[T]):
     def _give_up(self, asked: _Asked) -> None:
         if asked.task is None:
             self._waiting.remove(asked)
-        elif all(mate.answer.done() for mate in asked.mates):
+        elif all(mate.answer.done() for mate in self._sent.get(asked.task, ())):
             end(asked.task)

@@ -115,11 +115,17 @@ class Pipeline:
                     response = await behaviour(request, Call(context, caller))
                 account.close("OK", started, caller)
                 return response.SerializeToString()
+            except (asyncio.CancelledError, GeneratorExit):
+                account.close("CANCELLED", started, caller)
+                raise
             except BaseException as error:
-                await context.abort(*_ended(error, account, started, caller))
+                await context.abort(*_refusal(error, account, started, caller))
                 raise
             finally:
                 self.in_flight -= 1
+                # The error that `abort` raises knows this frame, and the context that error: a circle, which would keep
+                # what the call has touched until a garbage collection, which stops everyone.
+                del context
 
         return answer
 
@@ -135,9 +141,14 @@ class Pipeline:
                 caller = self._caller(context)
                 await behaviour(request_from(raw, kind), Call(context, caller))
                 account.close("OK", started, caller, end="DRAINING" if self.draining else "COMPLETED")
-            except BaseException as error:
-                await context.abort(*_ended(error, account, started, caller))
+            except (asyncio.CancelledError, GeneratorExit):
+                account.close("CANCELLED", started, caller)
                 raise
+            except BaseException as error:
+                await context.abort(*_refusal(error, account, started, caller))
+                raise
+            finally:
+                del context
 
         return stream
 
@@ -175,13 +186,12 @@ class _Account:
         _log.info("call", method=self.method, code=code, ms=round(seconds * 1000, 3), caller=caller, **more)
 
 
-def _ended(
+def _refusal(
     error: BaseException, account: _Account, started: float, caller: str
 ) -> tuple[grpc.StatusCode, str, Trailers]:
-    """Write down how a call failed, and say what it is answered. Re-raises what is no answer: the caller has gone."""
-    if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        account.close("CANCELLED", started, caller)
-        raise error
+    """Write down how a call failed, and say what it is answered."""
+    # Its frames hold the call's context, which will hold the error.
+    trace, error.__traceback__ = error.__traceback__, None
     if isinstance(error, TimeoutError):
         error = DeadlineExceeded()
     if isinstance(error, Refused):
@@ -198,6 +208,6 @@ def _ended(
         # Where, not what: the text of an exception may quote the row.
         sqlstate=getattr(error, "sqlstate", None),
         constraint=getattr(getattr(error, "diag", None), "constraint_name", None),
-        where=[f"{frame.name} {frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)],
+        where=[f"{frame.name} {frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(trace)],
     )
     return internal(error_id)
