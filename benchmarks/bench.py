@@ -7,6 +7,7 @@ ratios are made of one run, in which what is compared took turns.
 import argparse
 from argparse import Namespace
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -64,10 +65,15 @@ def _show_booking(console: Console, found: dict[str, Any]) -> None:
         shown.add_row(name, f"{cost['postgres_us']:.0f}", f"{cost['calls_per_second']:.0f}", str(cost["failed"]))
     console.print(shown)
     half = found["half_rate"]
-    console.print(
-        f"Booking at half of the most, {half['calls_per_second']:.0f} a second, each at its time:"
-        f" p50 {half['p50_ms']:.1f} ms, p99 {half['p99_ms']:.1f} ms, {sum(half['refused'].values())} failed"
-    )
+    shown = table(
+        f"At half of the most, {half['calls_per_second']:.0f} a second, each at its time: ms of each round,"
+        f" {sum(half['refused'].values())} failed",
+        "call", "p50", "p99", "middle p99",
+    )  # fmt: skip
+    for name, rounds in half["p50_and_p99_ms"].items():
+        p50, p99 = ([found[rank] for found in rounds] for rank in (0, 1))
+        shown.add_row(name, *(" ".join(f"{ms:.1f}" for ms in each) for each in (p50, p99)), f"{median(p99):.1f}")
+    console.print(shown)
     shown = table("Ratios of CPU a call, server and PostgreSQL together", "ratio", *map(str, booking.IN_FLIGHT))
     for name, ratios in found["ratios"].items():
         shown.add_row(name, *(f"{ratios[n]:.2f}" for n in booking.IN_FLIGHT))

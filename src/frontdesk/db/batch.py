@@ -77,7 +77,7 @@ class Batcher(Generic[T]):
         task.add_done_callback(self._go_on)
         task.get_loop().call_later(PATIENCE, self._go_on, task)
 
-    def _go_on(self, task: asyncio.Task[None]) -> None:
+    def _go_on(self, task: asyncio.Task[None] | None) -> None:
         if self._under_way is task:
             self._under_way = None
             self._send()
@@ -110,6 +110,8 @@ class Batcher(Generic[T]):
                 one.answer.cancel()
             raise
         else:
+            # Before anyone looks at an answer: the database works on the next ones meanwhile.
+            self._go_on(asked[0].task)
             for one, row in zip(asked, rows, strict=True):
                 if not one.answer.done():
                     one.answer.set_result(row)
