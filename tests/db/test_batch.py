@@ -36,6 +36,7 @@ class Desk:
 
     def __init__(self, db: Database, other: psycopg.AsyncConnection) -> None:
         self.batcher = Batcher(db, "select n, transaction from answer(%s)", lambda n, transaction: (n, transaction))
+        self.db = db
         self.other = other
 
     def ask(self, n: int, **more: int) -> asyncio.Task[tuple[int, int]]:
@@ -78,7 +79,10 @@ async def desk(conninfo: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
 
 
 async def test_what_comes_meanwhile_goes_together(desk: Desk) -> None:
-    """One request is answered alone; those that came while it was under way by one transaction, each its own answer."""
+    """One request is answered alone; those that came while it was under way by one transaction, each its own answer.
+
+    And all on the connection that the first one got.
+    """
     await desk.hold()
     first = desk.ask(0, lock=1)
     await desk.waits(1)
@@ -90,6 +94,7 @@ async def test_what_comes_meanwhile_goes_together(desk: Desk) -> None:
     together = {transaction for _, transaction in answers[:MOST]}
     assert len(together) == 1
     assert len(together | {alone, answers[MOST][1]}) == 3
+    assert desk.db.pool_stats()["requests_num"] == 1
 
 
 async def test_one_that_fails_fails_alone(desk: Desk) -> None:

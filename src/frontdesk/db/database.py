@@ -175,12 +175,28 @@ class Database:
         """
         return await self._try(lambda tx: tx.row(query, params, make))
 
-    async def rows(self, query: str, params: Params, make: Callable[..., T]) -> list[T]:
-        """One statement, answered by its rows.
+    async def rows(
+        self, query: str, params: Params, make: Callable[..., T], *, on: AsyncConnection[Any] | None = None
+    ) -> list[T]:
+        """One statement, answered by its rows; on a connection from `connection`, or on any.
 
         Raises DatabaseUnavailable, Conflict.
         """
-        return await self._try(lambda tx: tx.rows(query, params, make))
+        return await self._try(lambda tx: tx.rows(query, params, make), on)
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[AsyncConnection[Any]]:
+        """A connection for statements that follow one another closely.
+
+        It spares the pool's work for each, and what PostgreSQL's process behind it has at hand stays of use.
+
+        Raises DatabaseUnavailable.
+        """
+        try:
+            async with self._pool.connection() as connection:
+                yield connection
+        except _NOT_NOW as error:
+            raise self._unavailable(error) from None
 
     async def run(self, query: str, params: Params) -> int:
         """One statement without an answer; how many rows it changed.
@@ -201,10 +217,10 @@ class Database:
 
         return await self._try(together)
 
-    async def _try(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
+    async def _try(self, work: Callable[[Transaction], Awaitable[T]], held: AsyncConnection[Any] | None = None) -> T:
         for attempt in range(_ATTEMPTS):
             try:
-                async with self._pool.connection() as connection:
+                async with self._pool.connection() if held is None else nullcontext(held) as connection:
                     try:
                         return await work(self._transaction(connection))
                     except _STALE as error:
@@ -231,15 +247,15 @@ class Database:
             except _TRY_AGAIN:
                 await asyncio.sleep(random.uniform(0, 0.01 * 2**attempt))
             except _NOT_NOW as error:
-                _log.warning("database_unavailable", error=type(error).__name__)
-                self._look_over_idle_connections()
-                raise DatabaseUnavailable from None
+                raise self._unavailable(error) from None
         raise Conflict
 
-    def _look_over_idle_connections(self) -> None:
+    def _unavailable(self, error: Exception) -> DatabaseUnavailable:
+        _log.warning("database_unavailable", error=type(error).__name__)
         # Where one connection was cut the others may be: find out now, not one failing call at a time.
         if self._look_over is None or self._look_over.done():
             self._look_over = asyncio.create_task(self._pool.check())
+        return DatabaseUnavailable()
 
     def pool_stats(self) -> dict[str, int]:
         """What the pool says of itself, by the names of psycopg_pool."""
