@@ -179,9 +179,9 @@ async def test_calls_are_grpc_calls(desk: FrontdeskClient) -> None:
 
 
 async def test_retries_act_once() -> None:
-    """gRPC's retries of an UNAVAILABLE or ABORTED mutation carry one key; other refusals are not retried."""
+    """gRPC's retries of an UNAVAILABLE, ABORTED or CANCELLED mutation carry one key; no other refusal is retried."""
     keys: list[str] = []
-    codes = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED]
+    codes = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED, grpc.StatusCode.CANCELLED]
 
     async def create(raw: bytes, context: Any) -> bytes:
         request = clinic_pb2.CreateClinicRequest.FromString(raw)
@@ -198,11 +198,11 @@ async def test_retries_act_once() -> None:
         FrontdeskClient(f"127.0.0.1:{port}") as desk,
     ):
         await desk.clinics.CreateClinic(clinic_pb2.CreateClinicRequest(clinic=clinic_pb2.Clinic(name="One")))
-        assert len(keys) == 3
+        assert len(keys) == 4
         assert len(set(keys)) == 1
         with pytest.raises(FrontdeskError):
             await desk.clinics.CreateClinic(clinic_pb2.CreateClinicRequest())
-        assert len(keys) == 4
+        assert len(keys) == 5
 
 
 async def test_a_server_can_forbid_retries() -> None:
@@ -236,7 +236,7 @@ def test_the_service_config_covers_every_service() -> None:
     }
     assert named == {*ours, "clinic.frontdesk.v1.SlotService"}
     assert retried["retryPolicy"]["maxAttempts"] <= 5
-    assert set(retried["retryPolicy"]["retryableStatusCodes"]) == {"UNAVAILABLE", "ABORTED"}
+    assert set(retried["retryPolicy"]["retryableStatusCodes"]) == {"UNAVAILABLE", "ABORTED", "CANCELLED"}
     assert watch == {"name": [{"service": "clinic.frontdesk.v1.QueueService", "method": "WatchQueue"}]}
     assert dict(CHANNEL_OPTIONS)["grpc.service_config"] == SERVICE_CONFIG
 

@@ -19,9 +19,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from clinic.frontdesk.v1 import queue_pb2
 from frontdesk.app import Worker
+from frontdesk.client import CHANNEL_OPTIONS
 from frontdesk.settings import Settings, SettingsError
-from tests.clinic import Front, outcome, reason_of, refusal
+from tests.clinic import Front, outcome, reason_of, refusal, tomorrow
 from tests.servers import Service
+from tests.streams import many_people
 from tests.waiting import until
 
 SERVICES = [
@@ -238,6 +240,38 @@ async def test_two_workers_one_history(service: Service, conninfo: str) -> None:
     assert first == second == sorted((answer.revision, answer.appointment.id) for answer in answers)
     for front in fronts:
         await front.channel.close()
+
+
+async def test_stopped_workers_fail_no_call(service: Service, conninfo: str) -> None:
+    """Workers stop under load, as in an upgrade: callers who retry as the service config says notice nothing."""
+    target = f"127.0.0.1:{service.port}"
+    booked: list[int] = []
+    async with grpc.aio.insecure_channel(target) as channel:
+        front = Front(channel, conninfo, service.port)
+        doctor = await front.doctor(max_patients_per_day=1000)
+        people = await many_people(front, 600)
+    waiting = iter(people)
+
+    async def some(channel: grpc.aio.Channel) -> None:
+        front = Front(channel, conninfo, service.port)
+        for patient_id in waiting:
+            answer = await front.book(patient_id, doctor.id, tomorrow(), idempotency_key=patient_id)
+            booked.append(answer.appointment.number)
+
+    async def stop() -> None:
+        for threshold in (100, 300):
+            before = service.workers()
+            await until(lambda threshold=threshold: len(booked) >= threshold)  # type: ignore[misc]
+            os.kill(before[0], signal.SIGTERM)
+            await until(lambda before=before: len({*service.workers()} - {before[0]}) == 2)  # type: ignore[misc]
+
+    async with asyncio.timeout(60), contextlib.AsyncExitStack() as stack:
+        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(target, options=options)) for _ in range(4)
+        ]
+        await asyncio.gather(stop(), *(some(channel) for channel in channels for _ in range(8)))
+    assert sorted(booked) == list(range(1, 601))
 
 
 async def test_killed_workers_lose_nothing(service: Service, conninfo: str) -> None:

@@ -6,9 +6,9 @@
             ...
 
 Both offer the generated stubs of every service (`clinics`, `patients`, `doctors`, `slots`, `appointments`, `queues`)
-and add what every careful caller would write: a deadline, the caller's name, retries of what is UNAVAILABLE or ABORTED
-(`SERVICE_CONFIG`), an idempotency key where the request has none, so that no retry acts twice, refusals as
-`FrontdeskError`, and a watch that heals itself.
+and add what every careful caller would write: a deadline, the caller's name, gRPC's retries (`SERVICE_CONFIG`), an
+idempotency key where the request has none, so that no retry acts twice, refusals as `FrontdeskError`, and a watch that
+heals itself.
 """
 
 import asyncio
@@ -39,7 +39,11 @@ from clinic.frontdesk.v1.queue_pb2_grpc import QueueServiceStub
 from clinic.frontdesk.v1.slot_pb2_grpc import SlotServiceStub
 
 SERVICE_CONFIG = files("frontdesk").joinpath("service_config.json").read_text()
-"""gRPC's retries, as JSON that a client of any language takes.
+"""gRPC's retries, as JSON that a client of any language takes: of what is UNAVAILABLE, ABORTED, or CANCELLED by the
+server.
+
+gRPC's core cancels what it has received and not yet handed over when its server stops. What the caller cancels itself
+has ended, and is not retried.
 
 A mutation is safe with it only under an idempotency key. Five attempts are the most that gRPC makes; they are spread
 over some four seconds, in which a worker that died is there again. WatchQueue is left out: a resume token is worth more
