@@ -107,7 +107,7 @@ class _Program:
         self._keeper = self._start(*command)
         assert self._keeper.stdout is not None
         self.pid = int(self._keeper.stdout.readline())
-        wait_for(lambda: answers(conninfo))
+        wait_for(lambda: answers(conninfo), 30)
 
     def kill(self) -> None:
         """End it by SIGKILL."""

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from frontdesk.background import Alarm, Background, end
+from tests.waiting import until
 
 
 async def test_the_alarm_rings() -> None:
@@ -52,9 +53,7 @@ async def test_background_work_is_done_again_and_ends() -> None:
             lost.set()
 
     background.start(work)
-    async with asyncio.timeout(5):
-        while runs < 3:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: runs >= 3, 5)
     await background.close()
     assert lost.is_set()
 

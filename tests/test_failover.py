@@ -28,7 +28,7 @@ def pair() -> Iterator[tuple[Cluster, Cluster]]:
             standby.start()
             primary.sql("alter system set synchronous_standby_names = 'standby'")
             primary.sql("select pg_reload_conf()")
-            wait_for(lambda: primary.sql("select sync_state from pg_stat_replication") == [("sync",)])
+            wait_for(lambda: primary.sql("select sync_state from pg_stat_replication") == [("sync",)], 30)
             yield primary, standby
 
 

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-SOON = 30.0
-"""Seconds: plenty, also on a busy machine. Where less tells right from wrong, the test says so."""
+SOON = 20.0
+"""Seconds: plenty, also on a busy machine. Where another bound tells right from wrong, the test says so."""
 
 
 async def until(holds: Callable[[], bool], seconds: float = SOON) -> None:

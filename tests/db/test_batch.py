@@ -11,6 +11,7 @@ from frontdesk.db.batch import MOST, Batcher
 from frontdesk.db.database import Database, Taken
 from frontdesk.errors import Conflict, DatabaseUnavailable
 from tests.clinic import Front, outcome, tomorrow
+from tests.waiting import until_true
 
 ANSWER = """
 create table once (n integer constraint once_key unique);
@@ -51,18 +52,15 @@ class Desk:
     async def waits(self, count: int) -> None:
         """Until so many statements wait for a lock."""
 
-        async def waiting() -> int:
+        async def waiting() -> bool:
             async with await psycopg.AsyncConnection.connect(self.other.info.dsn, autocommit=True) as look:
                 cursor = await look.execute(
                     "select count(*) from pg_locks where locktype = 'advisory' and not granted"
                     " and database = (select oid from pg_database where datname = current_database())"
                 )
-                (found,) = await cursor.fetchone() or (0,)
-                return int(found)
+                return await cursor.fetchone() == (count,)
 
-        async with asyncio.timeout(20):
-            while await waiting() != count:  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
+        await until_true(waiting)
 
 
 @pytest.fixture

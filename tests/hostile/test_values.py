@@ -545,7 +545,7 @@ def _lists() -> list[tuple[str, Place]]:
 
 
 def _only(name: str, place: Place, count: int) -> Any:
-    """A request of nothing but so many elements of that list, and the list."""
+    """A request of nothing but so many elements of that list."""
     request = message_factory.GetMessageClass(METHODS[name].input_type)()
     holder: Any = request
     for step in place.steps[:-1]:
