@@ -71,7 +71,7 @@ def _show_booking(console: Console, found: dict[str, Any]) -> None:
         "call", "p50", "p99", "middle p99",
     )  # fmt: skip
     for name, rounds in half["p50_and_p99_ms"].items():
-        p50, p99 = ([found[rank] for found in rounds] for rank in (0, 1))
+        p50, p99 = ([ranks[n] for ranks in rounds] for n in (0, 1))
         shown.add_row(name, *(" ".join(f"{ms:.1f}" for ms in each) for each in (p50, p99)), f"{median(p99):.1f}")
     console.print(shown)
     shown = table("Ratios of CPU a call, server and PostgreSQL together", "ratio", *map(str, booking.IN_FLIGHT))

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date, timedelta
@@ -82,13 +83,13 @@ def measure(stage: Stage, *, calls: int, rounds: int, progress: Callable[[str], 
         rate = max(cost.calls_per_second for cost in costs if cost.name == BOOKING) / 2
         paced = [kind for kind in kinds if kind.name in (FLOOR, BOOKING)]
         waits: dict[str, list[list[float]]] = {kind.name: [] for kind in paced}
-        refused: dict[str, int] = {}
+        refused = Counter[str]()
         for turn in range(rounds):
             for kind in paced:
                 progress(f"{kind.name} at half of the most, {turn + 1} of {rounds}")
                 spent = spend(stage, [client], kind, PACED * calls, 0, rate=rate)
                 waits[kind.name].append([1e3 * ms for ms in percentiles(spent.latencies, 50, 99)])
-                refused |= spent.refused
+                refused += spent.refused
     progress("pgbench")
     pgbench = {
         name: _pgbench(stage, conninfo, script, doctors, total, day, calls * rounds)
@@ -179,11 +180,7 @@ def _run(stage: Stage, client: Child, kind: Kind, calls: int, in_flight: int) ->
 def _middle(runs: Sequence[Cost]) -> Cost:
     """The run with the median CPU a call; calls and refusals of all."""
     middle = sorted(runs, key=lambda cost: cost.cpu_us)[len(runs) // 2]
-    refused: dict[str, int] = {}
-    for run in runs:
-        for reason, count in run.refused.items():
-            refused[reason] = refused.get(reason, 0) + count
-    middle.refused = refused
+    middle.refused = sum((Counter(run.refused) for run in runs), Counter())
     middle.calls = sum(run.calls for run in runs)
     return middle
 
