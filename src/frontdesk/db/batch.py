@@ -105,7 +105,7 @@ class Batcher(Generic[T]):
         late = lane.get_loop().call_later(PATIENCE, self._close, lane)
         try:
             async with self._db.connection() as connection:
-                while asked:
+                while True:
                     requests = "[" + ",".join(one.text for one in asked) + "]"
                     rows = await self._db.rows(self._query, (requests,), self._make, on=connection)
                     late.cancel()
@@ -114,6 +114,8 @@ class Batcher(Generic[T]):
                     # The next round trip goes out before anyone looks at these answers: the database works meanwhile.
                     asked = self._next() if goes_on else ()
                     self._note(lane, asked)
+                    if not asked:
+                        return
                     late = lane.get_loop().call_later(PATIENCE, self._close, lane)
         except DatabaseUnavailable:
             for one in asked:

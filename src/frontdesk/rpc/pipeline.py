@@ -148,6 +148,7 @@ class Pipeline:
                 await context.abort(*_refusal(error, account, started, caller))
                 raise
             finally:
+                # As above.
                 del context
 
         return stream
