@@ -19,7 +19,8 @@ from benchmarks.load import Loaded, unary_client
 from benchmarks.people import CLINIC, CLINICS, DOCTOR, PATIENT, SLOT, make_id
 from benchmarks.stage import Child, Stage
 from clinic.frontdesk.v1 import appointment_pb2, slot_pb2
-from frontdesk import appointments, slots
+from frontdesk.core import appointment as appointments
+from frontdesk.core import slot as slots
 from frontdesk.db.database import compiled
 from frontdesk.db.schema import VISIT_STATES, appointment
 

@@ -16,11 +16,11 @@ from typing import Any, Protocol, Self, TypeVar
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from frontdesk.app import run_worker
-from frontdesk.db.embedded import NAME, EmbeddedPostgres
 from frontdesk.db.migrate import check_schema, migrate
+from frontdesk.process.postgres import NAME, EmbeddedPostgres
+from frontdesk.process.supervisor import supervise
+from frontdesk.process.worker import run_worker
 from frontdesk.settings import Settings
-from frontdesk.supervisor import supervise
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

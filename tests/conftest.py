@@ -17,9 +17,9 @@ import pytest
 import structlog
 from psycopg.conninfo import make_conninfo
 
-from frontdesk.app import Worker
-from frontdesk.db.embedded import EmbeddedPostgres
 from frontdesk.db.migrate import migrate
+from frontdesk.process.postgres import EmbeddedPostgres
+from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
 from tests.clinic import Front
 

@@ -22,7 +22,7 @@ from typing import Self
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from frontdesk.db.embedded import NAME, EmbeddedPostgres, _installation, _spawn
+from frontdesk.process.postgres import NAME, EmbeddedPostgres, _installation, _spawn
 from tests.waiting import wait_for
 
 HERE = "/proc/self/cwd"

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from frontdesk.background import Alarm, Background, end
+from frontdesk.tasks import Alarm, Background, end
 from tests.waiting import until
 
 

@@ -23,9 +23,9 @@ from psycopg.conninfo import make_conninfo
 from rich.console import Console
 
 from clinic.frontdesk.v1 import appointment_pb2, doctor_pb2, queue_pb2
-from frontdesk.board import Board, line
 from frontdesk.client import SyncFrontdeskClient
-from frontdesk.demo import CALLER, fill
+from frontdesk.tools.board import Board, line
+from frontdesk.tools.demo import CALLER, fill
 from tests.clinic import Front, day
 
 FRONTDESK = [sys.executable, "-m", "frontdesk.cli"]

@@ -20,7 +20,6 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, patient_pb2, queue_pb2
 from frontdesk import client as client_module
-from frontdesk.app import Worker
 from frontdesk.client import (
     CHANNEL_OPTIONS,
     SERVICE_CONFIG,
@@ -30,6 +29,7 @@ from frontdesk.client import (
     SyncFrontdeskClient,
     Update,
 )
+from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, today
 from tests.waiting import until
@@ -280,7 +280,7 @@ async def test_a_watch_survives_a_restart(
     conninfo: str, settings: Settings, drain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that is restarted on its port, gently or not, costs the watcher no revision, and none comes twice."""
-    monkeypatch.setattr("frontdesk.rpc.queues.DRAIN_SPREAD_SECONDS", 0.2)
+    monkeypatch.setattr("frontdesk.rpc.services.queue.DRAIN_SPREAD_SECONDS", 0.2)
     worker = Worker(settings, conninfo)
     port = await worker.start("127.0.0.1:0")
     # Another server of the same database, through which the clinic works on meanwhile.

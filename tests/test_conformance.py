@@ -14,10 +14,10 @@ import grpc
 import pytest
 
 from clinic.frontdesk.v1 import appointment_pb2, queue_pb2
-from frontdesk import conformance
 from frontdesk.client import FrontdeskError
-from frontdesk.conformance import CHECKS, Result, conform
-from frontdesk.rpc import queues
+from frontdesk.rpc.services import queue as queues
+from frontdesk.tools import conformance
+from frontdesk.tools.conformance import CHECKS, Result, conform
 from tests.clinic import Front
 
 Message = queue_pb2.WatchQueueResponse

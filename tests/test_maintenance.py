@@ -8,8 +8,8 @@ from typing import Any
 
 from clinic.frontdesk.v1 import queue_pb2
 from frontdesk.db.database import Database
-from frontdesk.feed import ResumeToken
-from frontdesk.maintenance import Removed, clean
+from frontdesk.jobs.maintenance import Removed, clean
+from frontdesk.live.feed import ResumeToken
 from tests.clinic import Front
 
 DAY = 86400.0

@@ -280,7 +280,10 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
 
 def test_what_is_off_is_not_even_imported() -> None:
     """Neither the numbers nor the traces cost a worker anything that does without."""
-    code = "import sys, frontdesk.app; print([m for m in ('prometheus_client', 'opentelemetry') if m in sys.modules])"
+    code = (
+        "import sys, frontdesk.process.worker;"
+        " print([m for m in ('prometheus_client', 'opentelemetry') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
 

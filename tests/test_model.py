@@ -19,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
 from clinic.frontdesk.v1 import clinic_pb2, doctor_pb2, patient_pb2, queue_pb2, slot_pb2
-from frontdesk.app import Worker
 from frontdesk.client import FrontdeskError, SyncFrontdeskClient
+from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
 
 NOW = datetime(2030, 5, 6, 9, tzinfo=UTC)

@@ -12,8 +12,8 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from clinic.frontdesk.v1 import queue_pb2
-from frontdesk.app import Worker
-from frontdesk.db.embedded import _installation
+from frontdesk.process.postgres import _installation
+from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
 from tests.clinic import Front, outcome
 from tests.hostile.test_watch import first_of, watching

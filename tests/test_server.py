@@ -18,8 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from clinic.frontdesk.v1 import queue_pb2
-from frontdesk.app import Worker
 from frontdesk.client import CHANNEL_OPTIONS
+from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings, SettingsError
 from tests.clinic import Front, outcome, reason_of, refusal, tomorrow
 from tests.servers import Service

@@ -15,7 +15,25 @@ from frontdesk.rpc.status import code_of
 
 SOURCE = Path(__file__).parent.parent / "src" / "frontdesk"
 WIRE = {"grpc", "grpc_status", "grpc_health", "grpc_reflection", "clinic", "buf", "google"}
-MAY_SPEAK_GRPC = {"app.py", "client.py", "demo.py", "board.py", "cli.py", "conformance.py"}
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "tasks": {"errors"},
+    "settings": set(),
+    "db": {"errors", "tasks"},
+    "core": {"errors", "db"},
+    "live": {"errors", "tasks", "db", "core"},
+    "jobs": {"errors", "tasks", "db", "core", "settings"},
+    "rpc": {"errors", "tasks", "db", "core", "live", "settings"},
+    "process": {"errors", "tasks", "db", "core", "live", "jobs", "rpc", "settings"},
+    "client": set(),
+    "tools": {"client"},
+    "cli": {"errors", "db", "core", "jobs", "process", "client", "tools", "settings"},
+}
+"""The packages and modules directly below frontdesk, and what each may know of the others."""
+
+MAY_SPEAK_GRPC = {"rpc", "client", "tools", "cli"}
+PROTOS = Path(__file__).parent.parent / "protos" / "clinic" / "frontdesk" / "v1"
 
 
 def imports(path: Path) -> set[str]:
@@ -29,26 +47,35 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def room(path: Path) -> str:
+    """The package or module directly below frontdesk that a file belongs to."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
 def test_only_the_edge_speaks_grpc() -> None:
-    """The core knows nothing of gRPC or generated code: only rpc/, the composition root and the client do."""
+    """The core knows nothing of gRPC or generated code: only rpc/, the clients and the commands do."""
     for path in SOURCE.rglob("*.py"):
-        place = path.relative_to(SOURCE)
-        if place.parts[0] == "rpc" or place.name in MAY_SPEAK_GRPC:
+        if room(path) not in MAY_SPEAK_GRPC:
+            spoken = {name.partition(".")[0] for name in imports(path)} & WIRE
+            assert not spoken, f"{path} imports {spoken}"
+
+
+def test_imports_point_inwards() -> None:
+    """Each package imports only the packages that its line names, so there is no circle between packages."""
+    for path in SOURCE.rglob("*.py"):
+        if path.parent == SOURCE and path.name == "__init__.py":
             continue
-        spoken = {name.partition(".")[0] for name in imports(path)} & WIRE
-        assert not spoken, f"{place} imports {spoken}"
+        known = {name.split(".")[1] for name in imports(path) if name.startswith("frontdesk.")}
+        extra = known - MAY_IMPORT[room(path)] - {room(path)}
+        assert not extra, f"{path} imports {extra}"
 
 
-def test_the_core_does_not_look_outwards() -> None:
-    """rpc -> domain -> db: nothing imports against the direction, and db knows no noun of the clinic."""
-    nouns = {"appointments", "clinics", "doctors", "patients", "queues", "slots", "feed", "rpc", "app"}
-    for path in SOURCE.rglob("*.py"):
-        place = path.relative_to(SOURCE)
-        inner = {name.split(".")[1] for name in imports(path) if name.startswith("frontdesk.")}
-        if place.parts[0] == "db":
-            assert not inner & nouns, f"{place} imports {inner & nouns}"
-        elif place.parts[0] != "rpc" and place.name not in MAY_SPEAK_GRPC:
-            assert not inner & {"rpc", "app"}, f"{place} imports {inner}"
+def test_one_noun_is_one_name() -> None:
+    """A service is found under its proto's name: `rpc/services/x.py` translates it and `core/x.py` decides."""
+    services = {path.stem for path in PROTOS.glob("*.proto") if "\nservice " in path.read_text()}
+    assert services
+    assert services == {path.stem for path in (SOURCE / "rpc" / "services").glob("*.py")} - {"__init__"}
+    assert services <= {path.stem for path in (SOURCE / "core").glob("*.py")}
 
 
 def test_only_settings_and_cli_read_the_environment() -> None:

@@ -19,8 +19,8 @@ import psycopg
 import pytest
 import structlog
 
+from frontdesk.process.supervisor import _claim, supervise
 from frontdesk.settings import Settings, SettingsError
-from frontdesk.supervisor import _claim, supervise
 from tests.waiting import wait_for
 
 # --- What the processes under test run. ---

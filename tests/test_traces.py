@@ -21,9 +21,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from clinic.frontdesk.v1 import queue_pb2
-from frontdesk.app import Worker
+from frontdesk.process.tracing import Tracing
+from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
-from frontdesk.tracing import Tracing
 from tests.clinic import Front, day, refusal, today
 from tests.servers import Service
 from tests.waiting import until

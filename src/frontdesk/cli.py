@@ -122,8 +122,8 @@ def serve(
     if demo and settings.tls_cert is not None and settings.client_ca is None:
         raise typer.BadParameter("needs FRONTDESK_CLIENT_CA, since this service has TLS.", param_hint="'--demo'")
 
-    from frontdesk.log import configure_log
-    from frontdesk.supervisor import supervise
+    from frontdesk.process.log import configure_log
+    from frontdesk.process.supervisor import supervise
 
     configure_log(settings.log_level)
     after = _AfterServing(settings, demo=demo)
@@ -144,7 +144,7 @@ def _worker(**task: Any) -> None:
         # The one way to tell prometheus_client.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(task["metrics"].directory)
 
-    from frontdesk.app import run_worker
+    from frontdesk.process.worker import run_worker
 
     run_worker(**task)
 
@@ -201,14 +201,14 @@ class _AfterServing:
 @app.command()
 def migrate(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> None:
     """Bring the database's schema up to date; `serve` does it by itself for the embedded PostgreSQL."""
-    from frontdesk.log import configure_log
+    from frontdesk.process.log import configure_log
 
     settings = _settings(data_dir=data_dir, database_url=database_url)
     configure_log(settings.log_level)
     if settings.database_url is not None:
         there = _migrate(settings.direct_database_url or settings.database_url, settings)
     else:
-        from frontdesk.db.embedded import EmbeddedError, EmbeddedPostgres
+        from frontdesk.process.postgres import EmbeddedError, EmbeddedPostgres
 
         try:
             with EmbeddedPostgres(settings.data_dir) as postgres:
@@ -225,7 +225,7 @@ def maintain(database_url: _DatabaseUrl = None) -> None:
 
     from frontdesk.db.database import Database
     from frontdesk.errors import Refused
-    from frontdesk.maintenance import clean, retention
+    from frontdesk.jobs.maintenance import clean, retention
 
     settings = _settings(database_url=database_url)
     if settings.database_url is None:
@@ -258,7 +258,7 @@ def demo(target: _Target = None) -> None:
     from rich.table import Table
 
     from frontdesk.client import SyncFrontdeskClient
-    from frontdesk.demo import CALLER, fill
+    from frontdesk.tools.demo import CALLER, fill
 
     target = _target(target)
     with _refusals(target), SyncFrontdeskClient(target, credentials=_credentials(), caller=CALLER) as client:
@@ -303,8 +303,8 @@ def watch(
 async def _watch(target: str, doctor: str, day: "datetime.date | None") -> None:
     from rich.console import Console
 
-    from frontdesk.board import UnknownDoctor, follow
     from frontdesk.client import FrontdeskClient
+    from frontdesk.tools.board import UnknownDoctor, follow
 
     async with FrontdeskClient(target, credentials=_credentials(), caller="frontdesk-watch") as client:
         try:
@@ -325,7 +325,7 @@ def conformance(
     """Hold a service against the contract of WatchQueue, through its API alone; status 0 where no check fails."""
     import asyncio
 
-    from frontdesk.conformance import CHECKS
+    from frontdesk.tools.conformance import CHECKS
 
     for name in only or ():
         if name not in CHECKS:
@@ -339,7 +339,7 @@ def conformance(
 async def _conform(target: str, only: list[str], patience: float) -> int:
     from rich.console import Console
 
-    from frontdesk.conformance import conform, report
+    from frontdesk.tools.conformance import conform, report
 
     console = Console()
     results = []

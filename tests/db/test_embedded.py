@@ -21,7 +21,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from frontdesk.db.embedded import EmbeddedError, EmbeddedPostgres, _installation, _servers_in
+from frontdesk.process.postgres import EmbeddedError, EmbeddedPostgres, _installation, _servers_in
 from tests.waiting import wait_for
 
 ROOT = os.geteuid() == 0
@@ -38,7 +38,7 @@ needs_readable = pytest.mark.skipif(not READABLE, reason="other users cannot rea
 OWNER = """
 import sys, time
 from pathlib import Path
-from frontdesk.db.embedded import EmbeddedError, EmbeddedPostgres
+from frontdesk.process.postgres import EmbeddedError, EmbeddedPostgres
 postgres = EmbeddedPostgres(Path(sys.argv[1]))
 try:
     postgres.start()

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, patient_pb2, queue_pb2, slot_pb2
-from frontdesk.app import Worker
+from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, today
 from tests.fuzz.requests import CANARY, METADATA, Known, requests

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from frontdesk import feed as _feed
-from frontdesk import supervisor
 from frontdesk.db import batch as _batch
-from frontdesk.log import configure_log
+from frontdesk.live import feed as _feed
+from frontdesk.process import supervisor
+from frontdesk.process.log import configure_log
 from frontdesk.settings import Settings
 
 feed: Any = _feed
@@ -44,7 +44,7 @@ def _old_queue() -> None:
 
 def _no_closing() -> None:
     from clinic.frontdesk.v1 import queue_pb2
-    from frontdesk.rpc import queues
+    from frontdesk.rpc.services import queue as queues
 
     write = queues._write
 
@@ -82,7 +82,7 @@ CHANGES = {
 
 def work(**task: Any) -> None:
     """A worker's life, without its safety."""
-    from frontdesk.app import run_worker
+    from frontdesk.process.worker import run_worker
 
     CHANGES[os.environ["HISTORY_CHANGED"]]()
     run_worker(**task)

@@ -22,8 +22,8 @@ from typing import cast
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from frontdesk.db.embedded import EmbeddedPostgres
 from frontdesk.db.migrate import migrate
+from frontdesk.process.postgres import EmbeddedPostgres
 from tests.servers import Service
 
 _ROOT = Path(__file__).parents[2]

@@ -28,8 +28,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from clinic.frontdesk.v1 import appointment_pb2, queue_pb2
-from frontdesk.db.embedded import EmbeddedPostgres
 from frontdesk.db.migrate import migrate
+from frontdesk.process.postgres import EmbeddedPostgres
 from tests.clinic import Front
 from tests.history.world import Served
 from tests.hostile.attacks import ATTACKS, NICE, Target, knowing

@@ -16,8 +16,8 @@ import psycopg
 import pytest
 
 from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, queue_pb2
-from frontdesk.feed import Feed
-from frontdesk.rpc import queues
+from frontdesk.live.feed import Feed
+from frontdesk.rpc.services import queue as queues
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today, tomorrow
 from tests.history.world import Served

@@ -15,7 +15,7 @@ import h2.settings
 from google.protobuf.message import Message
 from psycopg.conninfo import conninfo_to_dict
 
-from frontdesk.app import Worker
+from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
 from tests.clinic import Front
 from tests.waiting import SOON, until

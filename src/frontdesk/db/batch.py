@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from typing import Any, Generic, TypeVar
 
-from frontdesk.background import end
 from frontdesk.db.database import Database
 from frontdesk.errors import DatabaseUnavailable
+from frontdesk.tasks import end
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import psycopg
 import sqlalchemy as sa
@@ -22,9 +22,6 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from sqlalchemy.dialects import postgresql
 
 from frontdesk.errors import Conflict, DatabaseUnavailable
-
-if TYPE_CHECKING:
-    from frontdesk.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -120,6 +117,14 @@ def _rows_by(make: Callable[..., T]) -> Callable[[Any], RowMaker[T]]:
     return lambda cursor: lambda values: make(*values)
 
 
+class Tracing(Protocol):
+    """Makes a span for each statement."""
+
+    def transaction(self, connection: AsyncConnection[Any]) -> Transaction: ...
+
+    def statement(self, query: str) -> AbstractContextManager[None]: ...
+
+
 class Database:
     """PostgreSQL, as one worker sees it."""
 
@@ -130,7 +135,7 @@ class Database:
         pool_size: int,
         pooled: bool = False,
         direct: str | None = None,
-        tracing: "Tracing | None" = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """`pooled`: between us and PostgreSQL a pooler gives each transaction another session. `direct` is a way around
         it, for `listening`; without a pooler `conninfo` is one.

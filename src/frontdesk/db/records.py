@@ -9,8 +9,8 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.dialects.postgresql import JSONB
 
 from frontdesk.db.database import Database, Transaction, compiled
+from frontdesk.db.paging import Listing, Page, cut
 from frontdesk.errors import EtagMismatch, NotFound
-from frontdesk.paging import Listing, Page, cut
 
 
 class Record(Protocol):

@@ -16,9 +16,9 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.type import date_pb2
 
+from frontdesk.core.caller import Intent
+from frontdesk.db.paging import Page
 from frontdesk.errors import InvalidField
-from frontdesk.intent import Intent
-from frontdesk.paging import Page
 from frontdesk.rpc.pipeline import Call
 
 DEFAULT_PAGE = 50

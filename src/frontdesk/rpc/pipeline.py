@@ -9,21 +9,19 @@ import asyncio
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 import grpc
 import structlog
+from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
-from frontdesk.background import Alarm
 from frontdesk.errors import DeadlineExceeded, Draining, Overloaded, Refused
 from frontdesk.rpc.requests import request_from
 from frontdesk.rpc.status import Trailers, internal, status_of
-
-if TYPE_CHECKING:
-    from frontdesk.metrics import WorkerMetrics
-    from frontdesk.tracing import Tracing
+from frontdesk.tasks import Alarm
 
 DEADLINE_SECONDS = 10.0
 """The limit of a unary call whose caller gives none, or a longer one."""
@@ -31,6 +29,33 @@ DEADLINE_SECONDS = 10.0
 ANONYMOUS = "anonymous"
 
 _log = structlog.get_logger("frontdesk.call")
+
+
+class Servicer(Protocol):
+    """The methods of one service, each named as in its proto, and taking the request and a `Call`."""
+
+    @property
+    def service(self) -> ServiceDescriptor: ...
+
+
+class MethodMetrics(Protocol):
+    """Counts the calls of one method."""
+
+    def ended(self, code: str, seconds: float, reason: str, end: str) -> None: ...
+
+
+class Metrics(Protocol):
+    """Counts the calls of a worker."""
+
+    def method(self, name: str, *, streams: bool) -> MethodMetrics: ...
+
+
+class Tracing(Protocol):
+    """Makes a span for each call."""
+
+    def around(self, method: str, behaviour: Callable[[bytes, Any], Awaitable[Any]]) -> Any: ...
+
+    def ended(self, code: str, reason: str) -> str: ...
 
 
 class Call:
@@ -52,15 +77,15 @@ class Call:
 
 
 class Pipeline:
-    """Wraps the methods of generated servicers; `add_…Servicer_to_server` takes it for the server."""
+    """Wraps the methods of servicers."""
 
     def __init__(
         self,
         *,
         max_in_flight: int,
         mutual_tls: bool,
-        metrics: "WorkerMetrics | None" = None,
-        tracing: "Tracing | None" = None,
+        metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._mutual_tls = mutual_tls
         self._max_in_flight = max_in_flight
@@ -72,25 +97,24 @@ class Pipeline:
         self.handlers: list[grpc.GenericRpcHandler] = []
         self.services: list[str] = []
 
-    # The two methods through which generated code hands over its handlers.
-
-    def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        """Everything comes by name through `add_registered_method_handlers`."""
-
-    def add_registered_method_handlers(self, service: str, methods: Mapping[str, Any]) -> None:
-        """Wrap the methods of one service."""
-        self.services.append(service)
+    def add(self, servicer: Servicer) -> None:
+        """Serve the methods of one service: `servicer` has one of the same name for each."""
+        service = servicer.service.full_name
         wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-        for name, method in methods.items():
-            full_name = f"{service}/{name}"
-            account = _Account(full_name, method.response_streaming, self._metrics, self._tracing)
-            around = (lambda _, behaviour: behaviour) if self._tracing is None else self._tracing.around
-            if method.response_streaming:
-                streamed = self._streaming(account, method.unary_stream, method.request_deserializer.__self__)
-                wrapped[name] = grpc.unary_stream_rpc_method_handler(around(full_name, streamed))
+        for method in servicer.service.methods:
+            account = _Account(f"{service}/{method.name}", method.server_streaming, self._metrics, self._tracing)
+            behaviour = getattr(servicer, method.name)
+            kind = GetMessageClass(method.input_type)
+            if method.server_streaming:
+                handler: Any = grpc.unary_stream_rpc_method_handler
+                wrapper: Any = self._streaming(account, behaviour, kind)
             else:
-                answered = self._unary(account, method.unary_unary, method.request_deserializer.__self__)
-                wrapped[name] = grpc.unary_unary_rpc_method_handler(around(full_name, answered))
+                handler = grpc.unary_unary_rpc_method_handler
+                wrapper = self._unary(account, behaviour, kind)
+            if self._tracing is not None:
+                wrapper = self._tracing.around(f"{service}/{method.name}", wrapper)
+            wrapped[method.name] = handler(wrapper)
+        self.services.append(service)
         self.handlers.append(grpc.method_handlers_generic_handler(service, wrapped))
 
     def _unary(
@@ -171,7 +195,7 @@ class _Account:
 
     __slots__ = ("_metrics", "_tracing", "method")
 
-    def __init__(self, method: str, streams: bool, metrics: "WorkerMetrics | None", tracing: "Tracing | None") -> None:
+    def __init__(self, method: str, streams: bool, metrics: Metrics | None, tracing: Tracing | None) -> None:
         self.method = f"/{method}"
         self._metrics = None if metrics is None else metrics.method(method, streams=streams)
         self._tracing = tracing

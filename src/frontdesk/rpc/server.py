@@ -6,7 +6,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from frontdesk.feed import Feed
+from frontdesk.live.feed import Feed
 from frontdesk.rpc.pipeline import Pipeline
 from frontdesk.settings import Settings
 

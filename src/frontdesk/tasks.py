@@ -14,7 +14,7 @@ from frontdesk.errors import Refused
 _PAUSE_SECONDS = 0.2
 _AGAIN_SECONDS = 1.0
 
-_log = structlog.get_logger("frontdesk.background")
+_log = structlog.get_logger("frontdesk.tasks")
 
 
 class Alarm:

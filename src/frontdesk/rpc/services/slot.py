@@ -1,7 +1,7 @@
 """clinic.frontdesk.v1.SlotService."""
 
 from clinic.frontdesk.v1 import slot_pb2 as pb
-from clinic.frontdesk.v1.slot_pb2_grpc import SlotServiceServicer
+from frontdesk.core.slot import NewSlot, Slot, SlotFilter, Slots
 from frontdesk.errors import InvalidField
 from frontdesk.rpc.convert import (
     INSTANTS_AND_IDS,
@@ -14,13 +14,14 @@ from frontdesk.rpc.convert import (
     version_from,
 )
 from frontdesk.rpc.pipeline import Call
-from frontdesk.slots import NewSlot, Slot, SlotFilter, Slots
 
 to_slot = converter(pb.Slot, Slot, available_count=lambda slot: max(slot.capacity - slot.booked_count, 0))
 
 
-class SlotServicer(SlotServiceServicer):
+class SlotServicer:
     """Translates; `Slots` decides."""
+
+    service = pb.DESCRIPTOR.services_by_name["SlotService"]
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots

@@ -3,8 +3,7 @@
 from typing import Any
 
 from clinic.frontdesk.v1 import patient_pb2 as pb
-from clinic.frontdesk.v1.patient_pb2_grpc import PatientServiceServicer
-from frontdesk.patients import Patient, Patients
+from frontdesk.core.patient import Patient, Patients
 from frontdesk.rpc.convert import (
     EVERY_FIELD,
     IDS,
@@ -59,8 +58,10 @@ _WRITABLE = writable(
 }
 
 
-class PatientServicer(PatientServiceServicer):
+class PatientServicer:
     """Translates; `Patients` decides."""
+
+    service = pb.DESCRIPTOR.services_by_name["PatientService"]
 
     def __init__(self, patients: Patients) -> None:
         self._patients = patients

@@ -7,13 +7,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from frontdesk import clinics
+from frontdesk.core import clinic as clinics
+from frontdesk.core.caller import Changed, Intent, claim
 from frontdesk.db import schema
 from frontdesk.db.database import Database, Taken, Transaction, compiled
+from frontdesk.db.paging import Listing, Page, cut
 from frontdesk.db.records import Records
 from frontdesk.errors import REFUSALS, AlreadyExists, CodeTaken, DoctorNotFound, LicenseTaken
-from frontdesk.intent import Changed, Intent, claim
-from frontdesk.paging import Listing, Page, cut
 
 
 @dataclass(frozen=True, slots=True)

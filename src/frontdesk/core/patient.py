@@ -10,13 +10,13 @@ import sqlalchemy as sa
 from psycopg.types.json import Jsonb
 from sqlalchemy.dialects.postgresql import JSONB
 
+from frontdesk.core.caller import Intent, claim
+from frontdesk.core.formats import e164, folded, require_country
 from frontdesk.db import schema
 from frontdesk.db.database import Database, Transaction, compiled
+from frontdesk.db.paging import Listing, Page
 from frontdesk.db.records import Records
 from frontdesk.errors import InvalidField, PatientExists, PatientNotFound
-from frontdesk.intent import Intent, claim
-from frontdesk.paging import Listing, Page
-from frontdesk.reference import e164, folded, require_country
 
 
 @dataclass(frozen=True, slots=True)

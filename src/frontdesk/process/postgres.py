@@ -55,7 +55,7 @@ _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000
 # Loaded here and not where it is used, which is between fork and exec.
 _libc = ctypes.CDLL(None, use_errno=True)
 
-_log = structlog.get_logger("frontdesk.db.embedded")
+_log = structlog.get_logger("frontdesk.postgres")
 
 
 class EmbeddedError(Exception):

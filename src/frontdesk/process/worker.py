@@ -11,37 +11,22 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import uvloop
 
-from clinic.frontdesk.v1.appointment_pb2_grpc import add_AppointmentServiceServicer_to_server
-from clinic.frontdesk.v1.clinic_pb2_grpc import add_ClinicServiceServicer_to_server
-from clinic.frontdesk.v1.doctor_pb2_grpc import add_DoctorServiceServicer_to_server
-from clinic.frontdesk.v1.patient_pb2_grpc import add_PatientServiceServicer_to_server
-from clinic.frontdesk.v1.queue_pb2_grpc import add_QueueServiceServicer_to_server
-from clinic.frontdesk.v1.slot_pb2_grpc import add_SlotServiceServicer_to_server
-from frontdesk.appointments import Appointments
-from frontdesk.background import Background
-from frontdesk.clinics import Clinics
+from frontdesk.core import Core
 from frontdesk.db.database import Database
-from frontdesk.doctors import Doctors
 from frontdesk.errors import Refused
-from frontdesk.feed import Feed
-from frontdesk.log import configure_log
-from frontdesk.maintenance import clean, retention
-from frontdesk.patients import Patients
-from frontdesk.queues import Queues
-from frontdesk.rpc.appointments import AppointmentServicer
-from frontdesk.rpc.clinics import ClinicServicer
-from frontdesk.rpc.doctors import DoctorServicer
-from frontdesk.rpc.patients import PatientServicer
+from frontdesk.jobs.maintenance import clean, retention
+from frontdesk.live.feed import Feed
+from frontdesk.process.log import configure_log
 from frontdesk.rpc.pipeline import Pipeline
-from frontdesk.rpc.queues import QueueServicer, render
 from frontdesk.rpc.server import Server
-from frontdesk.rpc.slots import SlotServicer
+from frontdesk.rpc.services import servicers
+from frontdesk.rpc.services.queue import render
 from frontdesk.settings import Settings
-from frontdesk.slots import Slots
+from frontdesk.tasks import Background
 
 if TYPE_CHECKING:
-    from frontdesk.metrics import Files, WorkerMetrics
-    from frontdesk.tracing import Tracing
+    from frontdesk.process.metrics import Files, WorkerMetrics
+    from frontdesk.process.tracing import Tracing
 
 CLEAN_SECONDS = 3600.0
 """How often a worker throws away what is too old; several do not hinder one another."""
@@ -82,26 +67,16 @@ class Worker:
             tracing=tracing,
         )
         self._feed = Feed(self._db, render, seen=None if metrics is None else metrics.change_seen)
-        changed = self._feed.changed
-        appointments = Appointments(self._db, changed)
-        self._pipeline = pipeline = Pipeline(
+        self._pipeline = Pipeline(
             max_in_flight=settings.max_in_flight,
             mutual_tls=settings.tls_client_ca is not None,
             metrics=metrics,
             tracing=tracing,
         )
-        # To the generated functions it stands for the server.
-        methods: Any = pipeline
-        add_ClinicServiceServicer_to_server(ClinicServicer(Clinics(self._db)), methods)
-        add_PatientServiceServicer_to_server(PatientServicer(Patients(self._db)), methods)
-        add_DoctorServiceServicer_to_server(DoctorServicer(Doctors(self._db, changed)), methods)
-        add_SlotServiceServicer_to_server(SlotServicer(Slots(self._db)), methods)
-        add_AppointmentServiceServicer_to_server(AppointmentServicer(appointments), methods)
-        add_QueueServiceServicer_to_server(
-            QueueServicer(Queues(self._db), appointments, self._feed, max_watchers=settings.max_watchers),
-            methods,
-        )
-        self._server = Server(settings, pipeline, self._feed, reuse_port=reuse_port)
+        core = Core(self._db, self._feed.changed)
+        for servicer in servicers(core, self._feed, max_watchers=settings.max_watchers):
+            self._pipeline.add(servicer)
+        self._server = Server(settings, self._pipeline, self._feed, reuse_port=reuse_port)
         self._background = Background()
 
     async def start(self, address: str) -> int:
@@ -171,7 +146,7 @@ def run_worker(
 ) -> None:
     """The whole life of a worker process, until SIGTERM. Sends its port to `ready`, or why it cannot start.
 
-    With `metrics`, PROMETHEUS_MULTIPROC_DIR must be set as frontdesk.metrics asks for.
+    With `metrics`, PROMETHEUS_MULTIPROC_DIR must be set as frontdesk.process.metrics asks for.
     """
     configure_log(settings.log_level)
     # A connection is a file, and the usual limit of 1,024 is meant for programs that use select().
@@ -181,11 +156,11 @@ def run_worker(
     measures: dict[str, Any] = {}
     exporter = None
     if metrics is not None:
-        from frontdesk.metrics import WorkerMetrics
+        from frontdesk.process.metrics import WorkerMetrics
 
         measures["metrics"] = WorkerMetrics(metrics)
     if settings.traces == "on":
-        from frontdesk.tracing import Exporter, Tracing
+        from frontdesk.process.tracing import Exporter, Tracing
 
         exporter = Exporter()
         measures["tracing"] = Tracing(exporter.provider)

@@ -6,7 +6,7 @@ from datetime import date, datetime
 from itertools import groupby
 from typing import Any
 
-from frontdesk.appointments import Decision
+from frontdesk.core.appointment import Decision
 from frontdesk.db.database import Database
 from frontdesk.errors import DoctorNotFound
 

@@ -12,7 +12,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -21,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import structlog
 
-from frontdesk.db.embedded import EmbeddedError, EmbeddedPostgres
+from frontdesk.process.postgres import EmbeddedError, EmbeddedPostgres
+from frontdesk.process.upkeep import Upkeep
 from frontdesk.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
-    from frontdesk.metrics import MetricsPage
+    from frontdesk.process.metrics import MetricsPage
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
 _LONG_LIFE = 30.0
@@ -61,7 +61,7 @@ def supervise(
     - `address`, the HOST:PORT to bind, and `reuse_port`, whether to bind it with SO_REUSEPORT (only then may it be);
     - `ready`, a Connection to send one thing on: the bound port (int) once it serves, or one line (str) that says why
       it cannot;
-    - with `settings.metrics_listen`, `metrics`: the frontdesk.metrics.Files in which it measures.
+    - with `settings.metrics_listen`, `metrics`: the frontdesk.process.metrics.Files in which it measures.
 
     It serves until SIGTERM, then drains within `settings.drain_seconds` and returns. SIGINT does not reach it.
     `announce` is called once, with the line that says where all workers serve.
@@ -145,17 +145,6 @@ class _Worker:
         self.ready: Connection | None = None
         self.serves = False
         self.again = _Backoff()
-
-
-@dataclass
-class Upkeep:
-    """What the page of metrics tells of the supervisor's children."""
-
-    workers: int
-    """How many there shall be."""
-    workers_serving: int = 0
-    worker_restarts: int = 0
-    postgresql_restarts: int = 0
 
 
 class _Supervisor:
@@ -260,7 +249,7 @@ class _Supervisor:
         if listen is None:
             return
         # Only here, since it takes its time.
-        from frontdesk.metrics import MetricsPage
+        from frontdesk.process.metrics import MetricsPage
 
         try:
             self._metrics = MetricsPage(listen, self._upkeep)

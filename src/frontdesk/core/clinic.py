@@ -7,13 +7,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from frontdesk.core.caller import Intent, claim
+from frontdesk.core.formats import e164, require_country, require_zone
 from frontdesk.db import schema
 from frontdesk.db.database import Database, Transaction
+from frontdesk.db.paging import Listing, Page
 from frontdesk.db.records import Records
 from frontdesk.errors import ClinicNotFound
-from frontdesk.intent import Intent, claim
-from frontdesk.paging import Listing, Page
-from frontdesk.reference import e164, require_country, require_zone
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from frontdesk.core.caller import Changed, Intent
 from frontdesk.db import schema
 from frontdesk.db.batch import Batcher
 from frontdesk.db.database import Database, compiled
+from frontdesk.db.paging import Listing, Page, cut
 from frontdesk.errors import REFUSALS, AppointmentNotFound, InvalidField, Refused
-from frontdesk.intent import Changed, Intent
-from frontdesk.paging import Listing, Page, cut
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
-from clinic.frontdesk.v1.appointment_pb2_grpc import AppointmentServiceServicer
-from frontdesk.appointments import Appointment, AppointmentFilter, Appointments, Target
+from frontdesk.core.appointment import Appointment, AppointmentFilter, Appointments, Target
 from frontdesk.rpc.convert import (
     DATES_AND_IDS,
     changes_from,
@@ -30,8 +29,10 @@ _WRITABLE = writable("reason", "notes")
 _STATES = {number: name for name, number in enum_numbers(pb.Appointment.State.DESCRIPTOR).items()}
 
 
-class AppointmentServicer(AppointmentServiceServicer):
+class AppointmentServicer:
     """Translates; `Appointments` decides."""
+
+    service = pb.DESCRIPTOR.services_by_name["AppointmentService"]
 
     def __init__(self, appointments: Appointments) -> None:
         self._appointments = appointments

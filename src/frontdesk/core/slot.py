@@ -8,11 +8,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from frontdesk.core.caller import Intent
 from frontdesk.db import schema
 from frontdesk.db.database import Database, compiled
+from frontdesk.db.paging import Listing, Page, cut
 from frontdesk.errors import REFUSALS, InvalidField, SlotNotFound
-from frontdesk.intent import Intent
-from frontdesk.paging import Listing, Page, cut
 
 
 @dataclass(frozen=True, slots=True)

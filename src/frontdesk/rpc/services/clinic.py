@@ -1,8 +1,7 @@
 """clinic.frontdesk.v1.ClinicService."""
 
 from clinic.frontdesk.v1 import clinic_pb2 as pb
-from clinic.frontdesk.v1.clinic_pb2_grpc import ClinicServiceServicer
-from frontdesk.clinics import Clinic, Clinics
+from frontdesk.core.clinic import Clinic, Clinics
 from frontdesk.rpc.convert import (
     EVERY_FIELD,
     IDS,
@@ -24,8 +23,10 @@ _WRITABLE = writable(
 )
 
 
-class ClinicServicer(ClinicServiceServicer):
+class ClinicServicer:
     """Translates; `Clinics` decides."""
+
+    service = pb.DESCRIPTOR.services_by_name["ClinicService"]
 
     def __init__(self, clinics: Clinics) -> None:
         self._clinics = clinics

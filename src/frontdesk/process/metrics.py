@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import structlog
@@ -31,8 +31,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
-if TYPE_CHECKING:
-    from frontdesk.supervisor import Upkeep
+from frontdesk.process.upkeep import Upkeep
 
 _log = structlog.get_logger("frontdesk.metrics")
 
@@ -173,7 +172,7 @@ class MethodMetrics:
 class MetricsPage:
     """The page, served by a thread of the supervisor, and the directory of its workers' files."""
 
-    def __init__(self, listen: str, upkeep: "Upkeep") -> None:
+    def __init__(self, listen: str, upkeep: Upkeep) -> None:
         """Listen on `listen`, HOST:PORT; port 0 takes any free one. Raises OSError."""
         host, _, port = listen.rpartition(":")
         registry = CollectorRegistry()
@@ -270,7 +269,7 @@ def _size(path: Path) -> int:
 class _Supervisor(Collector):
     """What the supervisor knows."""
 
-    upkeep: "Upkeep"
+    upkeep: Upkeep
 
     def collect(self) -> Iterator[Metric]:
         upkeep = self.upkeep

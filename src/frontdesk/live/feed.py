@@ -16,10 +16,7 @@ from dataclasses import dataclass
 from datetime import date
 from types import TracebackType
 
-from frontdesk.background import Background
-from frontdesk.db.database import Database
-from frontdesk.errors import DatabaseUnavailable, DoctorNotFound, InvalidField, Refused
-from frontdesk.queues import (
+from frontdesk.core.queue import (
     Queue,
     QueueChange,
     read_changes,
@@ -28,6 +25,9 @@ from frontdesk.queues import (
     read_revisions,
     with_positions,
 )
+from frontdesk.db.database import Database
+from frontdesk.errors import DatabaseUnavailable, DoctorNotFound, InvalidField, Refused
+from frontdesk.tasks import Background
 
 DoctorDayKey = tuple[str, date]
 

@@ -1,8 +1,7 @@
 """clinic.frontdesk.v1.DoctorService."""
 
 from clinic.frontdesk.v1 import doctor_pb2 as pb
-from clinic.frontdesk.v1.doctor_pb2_grpc import DoctorServiceServicer
-from frontdesk.doctors import Availability, Doctor, Doctors
+from frontdesk.core.doctor import Availability, Doctor, Doctors
 from frontdesk.rpc.convert import (
     DATES,
     EVERY_FIELD,
@@ -40,8 +39,10 @@ _WRITABLE = writable(
 )
 
 
-class DoctorServicer(DoctorServiceServicer):
+class DoctorServicer:
     """Translates; `Doctors` decides."""
+
+    service = pb.DESCRIPTOR.services_by_name["DoctorService"]
 
     def __init__(self, doctors: Doctors) -> None:
         self._doctors = doctors

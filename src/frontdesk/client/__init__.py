@@ -38,7 +38,7 @@ from clinic.frontdesk.v1.patient_pb2_grpc import PatientServiceStub
 from clinic.frontdesk.v1.queue_pb2_grpc import QueueServiceStub
 from clinic.frontdesk.v1.slot_pb2_grpc import SlotServiceStub
 
-SERVICE_CONFIG = files("frontdesk").joinpath("service_config.json").read_text()
+SERVICE_CONFIG = files("frontdesk.client").joinpath("service_config.json").read_text()
 """gRPC's retries, as JSON that a client of any language takes: of what is UNAVAILABLE, ABORTED, or CANCELLED by the
 server.
 

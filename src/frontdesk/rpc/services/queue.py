@@ -8,15 +8,14 @@ from typing import Any, TypeVar
 from google.protobuf import duration_pb2
 
 from clinic.frontdesk.v1 import queue_pb2 as pb
-from clinic.frontdesk.v1.queue_pb2_grpc import QueueServiceServicer
-from frontdesk.appointments import Appointments
-from frontdesk.background import Alarm
+from frontdesk.core.appointment import Appointments
+from frontdesk.core.queue import Queue, QueueChange, QueueEntry, Queues, entry_of
 from frontdesk.errors import InvalidField, TooManyWatchers, WatcherTooSlow
-from frontdesk.feed import Feed, ResumeToken, Subscription
-from frontdesk.queues import Queue, QueueChange, QueueEntry, Queues, entry_of
-from frontdesk.rpc.appointments import to_appointment
+from frontdesk.live.feed import Feed, ResumeToken, Subscription
 from frontdesk.rpc.convert import converter, date_from, enum_numbers, intent_of
 from frontdesk.rpc.pipeline import Call
+from frontdesk.rpc.services.appointment import to_appointment
+from frontdesk.tasks import Alarm
 
 MAX_AGE_SECONDS = (20 * 60, 30 * 60)
 """A stream ends at a random age between these, so that streams which began together do not end together."""
@@ -65,8 +64,10 @@ def _to_change(change: QueueChange) -> pb.QueueChange:
     return message
 
 
-class QueueServicer(QueueServiceServicer):
+class QueueServicer:
     """Translates; `Queues`, `Appointments` and `Feed` decide."""
+
+    service = pb.DESCRIPTOR.services_by_name["QueueService"]
 
     def __init__(self, queues: Queues, appointments: Appointments, feed: Feed, *, max_watchers: int) -> None:
         self._queues = queues
