@@ -121,7 +121,7 @@ async def test_a_refusal_is_typed(desk: FrontdeskClient, front: Front) -> None:
     assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "DOCTOR_NOT_FOUND")
     assert error.metadata == {"doctor_id": UNKNOWN}
     assert isinstance(error.__cause__, grpc.aio.AioRpcError)
-    assert str(error) == "NOT_FOUND DOCTOR_NOT_FOUND: There is no such doctor."
+    assert str(error) == "NOT_FOUND DOCTOR_NOT_FOUND: The doctor does not exist."
     assert (error.field_violations, error.retry_after, error.error_id) == ((), None, "")
 
 

@@ -1,20 +1,21 @@
-"""What the clinic may refuse, and what the server may have to say about itself. Knows nothing of gRPC.
+"""All refusals: by the rules of the clinic, and by the limits of the server. Nothing here depends on gRPC.
 
-A refusal carries ids, dates and states, never a name or a phone: its text and metadata reach logs and other services.
+The docstring of a refusal with a reason is the status text that callers read. Text and metadata reach logs and other
+services, so they hold ids, dates and states, never a name or a phone.
 """
 
 from typing import ClassVar
 
 REFUSALS: dict[str, type["Refused"]] = {}
-"""Every refusal by its reason: what the SQL functions answer in `outcome`."""
+"""All refusals by reason. The SQL functions answer a reason in `outcome`."""
 
 
 class Refused(Exception):
-    """The call was understood and nothing was changed."""
+    """The service refused the call. It changed nothing, except perhaps before DeadlineExceeded."""
 
     reason: ClassVar[str] = ""
     resource: ClassVar[str] = ""
-    """What kind of thing `subject` is the id of."""
+    """The kind of resource that `subject` is the id of."""
 
     def __init_subclass__(cls) -> None:
         if cls.reason:
@@ -27,7 +28,7 @@ class Refused(Exception):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What a program may want to know, by name; ids, dates and states only."""
+        """Details for programs, by name: ids, dates and states only."""
         found = {}
         if self.subject:
             found[f"{self.resource}_id"] = self.subject
@@ -39,130 +40,130 @@ class Refused(Exception):
 
 
 class InvalidField(Refused):
-    """A field of the request cannot be used."""
+    """A field of the request is not valid."""
 
     reason = "INVALID_FIELD"
 
     def __init__(self, *violations: tuple[str, str]) -> None:
         super().__init__()
         self.violations = violations
-        """Pairs of a field's path and what is wrong with it; the text never repeats the value."""
+        """Pairs of a field's path and the rule that it breaks. The text never repeats the value."""
 
 
 class IdempotencyKeyReused(Refused):
-    """The idempotency key was used for another request."""
+    """The idempotency key was already used for a different request."""
 
     reason = "IDEMPOTENCY_KEY_REUSED"
 
 
 class NotFound(Refused):
-    """There is no such resource."""
+    """The resource does not exist."""
 
 
 class ClinicNotFound(NotFound):
-    """There is no such clinic."""
+    """The clinic does not exist."""
 
     reason = "CLINIC_NOT_FOUND"
     resource = "clinic"
 
 
 class PatientNotFound(NotFound):
-    """There is no such patient."""
+    """The patient does not exist."""
 
     reason = "PATIENT_NOT_FOUND"
     resource = "patient"
 
 
 class DoctorNotFound(NotFound):
-    """There is no such doctor."""
+    """The doctor does not exist."""
 
     reason = "DOCTOR_NOT_FOUND"
     resource = "doctor"
 
 
 class SlotNotFound(NotFound):
-    """There is no such slot."""
+    """The slot does not exist."""
 
     reason = "SLOT_NOT_FOUND"
     resource = "slot"
 
 
 class AppointmentNotFound(NotFound):
-    """There is no such appointment."""
+    """The appointment does not exist."""
 
     reason = "APPOINTMENT_NOT_FOUND"
     resource = "appointment"
 
 
 class Precondition(Refused):
-    """The clinic's state does not allow it."""
+    """The present state of a resource does not allow the change."""
 
 
 class DayFull(Precondition):
-    """Every place of this doctor's day is taken."""
+    """This doctor has no free place on this date."""
 
     reason = "DAY_FULL"
     resource = "doctor"
 
 
 class SlotFull(Precondition):
-    """Every place of this slot is taken."""
+    """This slot has no free place."""
 
     reason = "SLOT_FULL"
     resource = "slot"
 
 
 class SlotBlocked(Precondition):
-    """The slot is blocked."""
+    """This slot is blocked."""
 
     reason = "SLOT_BLOCKED"
     resource = "slot"
 
 
 class DoctorAbsent(Precondition):
-    """The doctor is not there on that date."""
+    """The doctor is absent on this date."""
 
     reason = "DOCTOR_ABSENT"
     resource = "doctor"
 
 
 class DateInPast(Precondition):
-    """The date is over in the clinic's time zone."""
+    """This date is in the past in the clinic's time zone."""
 
     reason = "DATE_IN_PAST"
     resource = "doctor"
 
 
 class SlotInPast(Precondition):
-    """The slot has begun."""
+    """The slot's start time is not in the future."""
 
     reason = "SLOT_IN_PAST"
     resource = "slot"
 
 
 class NotAppointmentDate(Precondition):
-    """Today, in the clinic's time zone, is not the date of the appointment."""
+    """The appointment is not on today's date in the clinic's time zone."""
 
     reason = "NOT_APPOINTMENT_DATE"
     resource = "appointment"
 
 
 class TooEarly(Precondition):
-    """The appointment's date or start time has not come."""
+    """The appointment's date or start time has not come yet."""
 
     reason = "TOO_EARLY"
     resource = "appointment"
 
 
 class PatientMismatch(Precondition):
-    """The appointment is another patient's."""
+    """The appointment belongs to another patient."""
 
     reason = "PATIENT_MISMATCH"
     resource = "appointment"
 
 
 class InvalidTransition(Precondition):
-    """The appointment's present state does not allow it."""
+    """The appointment's present state does not allow this change."""
 
     reason = "INVALID_TRANSITION"
     resource = "appointment"
@@ -170,14 +171,14 @@ class InvalidTransition(Precondition):
 
 
 class QueueEmpty(Precondition):
-    """Nobody waits in this doctor's line."""
+    """Nobody is waiting in this doctor's queue."""
 
     reason = "QUEUE_EMPTY"
     resource = "doctor"
 
 
 class SlotHasBookings(Precondition):
-    """The slot holds live bookings."""
+    """Appointments still hold places in this slot."""
 
     reason = "SLOT_HAS_BOOKINGS"
     resource = "slot"
@@ -198,39 +199,39 @@ class DoctorInactive(Precondition):
 
 
 class ClinicInactive(Precondition):
-    """The clinic of the doctor is inactive."""
+    """The doctor's clinic is inactive."""
 
     reason = "CLINIC_INACTIVE"
     resource = "doctor"
 
 
 class AlreadyExists(Refused):
-    """What is asked for exists, or stands in the way."""
+    """An existing resource conflicts with the request."""
 
 
 class DuplicateBooking(AlreadyExists):
-    """The patient has a live appointment on that doctor's day."""
+    """The patient already has a live appointment with this doctor on this date."""
 
     reason = "DUPLICATE_BOOKING"
     resource = "appointment"
 
 
 class PatientOverlap(AlreadyExists):
-    """The patient has a live appointment at that time."""
+    """The patient already has a live appointment at this time."""
 
     reason = "PATIENT_OVERLAP"
     resource = "appointment"
 
 
 class AlreadyCheckedIn(AlreadyExists):
-    """The patient is checked in already."""
+    """The patient is already checked in."""
 
     reason = "ALREADY_CHECKED_IN"
     resource = "appointment"
 
 
 class SlotOverlap(AlreadyExists):
-    """The doctor has a slot at that time."""
+    """The doctor already has a slot at this time."""
 
     reason = "SLOT_OVERLAP"
     resource = "slot"
@@ -238,73 +239,73 @@ class SlotOverlap(AlreadyExists):
 
 
 class CodeTaken(AlreadyExists):
-    """Another doctor has that code."""
+    """Another doctor already has this code."""
 
     reason = "CODE_TAKEN"
     resource = "doctor"
 
 
 class LicenseTaken(AlreadyExists):
-    """Another doctor has that licence number."""
+    """Another doctor already has this licence number."""
 
     reason = "LICENSE_TAKEN"
     resource = "doctor"
 
 
 class PatientExists(AlreadyExists):
-    """Another record is the same person."""
+    """This person already has another patient record."""
 
     reason = "PATIENT_EXISTS"
     resource = "patient"
 
 
 class EtagMismatch(Refused):
-    """The resource has changed since its etag was read."""
+    """The resource has changed since this etag was read."""
 
     reason = "ETAG_MISMATCH"
     resource = "resource"
 
 
 class Conflict(Refused):
-    """The database gave up on a conflict with other work, several times."""
+    """The database reported a conflict with other work on every attempt."""
 
     reason = "CONFLICT"
 
 
 class Unavailable(Refused):
-    """The service cannot work at present."""
+    """The service cannot answer at present."""
 
 
 class DatabaseUnavailable(Unavailable):
-    """The database is away, read-only or has no connection free."""
+    """The database is unreachable, read-only or has no free connection."""
 
     reason = "DATABASE_UNAVAILABLE"
 
 
 class Overloaded(Unavailable):
-    """The server works on as many calls as it may."""
+    """The server has reached its limit of calls in progress."""
 
     reason = "OVERLOADED"
 
 
 class Draining(Unavailable):
-    """The server is being stopped."""
+    """The server is shutting down."""
 
     reason = "DRAINING"
 
 
 class Exhausted(Refused):
-    """A limit of the server is reached."""
+    """The caller has reached a limit of the server."""
 
 
 class TooManyWatchers(Exhausted):
-    """The server streams to as many watchers as it may."""
+    """The server has reached its limit of watchers."""
 
     reason = "TOO_MANY_WATCHERS"
 
 
 class WatcherTooSlow(Exhausted):
-    """The watcher has not read for too long."""
+    """The watcher left a message unread for too long."""
 
     reason = "WATCHER_TOO_SLOW"
 

@@ -1,4 +1,4 @@
-"""What the world has agreed on: countries, time zones, phone numbers; and how names are compared. Pure."""
+"""Public formats: countries, time zones, phone numbers; and the form in which names are compared. No I/O."""
 
 import unicodedata
 from functools import cache
@@ -12,7 +12,7 @@ from frontdesk.errors import InvalidField
 
 @cache
 def countries() -> frozenset[str]:
-    """The ISO 3166-1 alpha-2 codes, from the table that the IANA time zone database carries."""
+    """The ISO 3166-1 alpha-2 codes, from the table in the IANA time zone database."""
     table = files("tzdata").joinpath("zoneinfo", "iso3166.tab").read_text(encoding="utf-8")
     return frozenset(line[:2] for line in table.splitlines() if line and not line.startswith("#"))
 
@@ -24,37 +24,38 @@ def zones() -> frozenset[str]:
 
 
 def require_country(code: str, field: str) -> None:
-    """Raise InvalidField where `code` is neither empty nor a country's."""
+    """Raise InvalidField unless `code` is empty or a country's code."""
     if code and code not in countries():
-        raise InvalidField((field, "is no ISO 3166-1 alpha-2 code"))
+        raise InvalidField((field, "is not an ISO 3166-1 alpha-2 country code"))
 
 
 def require_zone(name: str, field: str) -> None:
-    """Raise InvalidField where there is no such time zone."""
+    """Raise InvalidField unless `name` is a time zone."""
     if name not in zones():
-        raise InvalidField((field, "is no IANA time zone"))
+        raise InvalidField((field, "is not an IANA time zone name"))
 
 
 def e164(number: str, country: str, field: str) -> str:
     """The number in E.164, such as +5511987654321.
 
-    `country` reads a number written without its country code; an empty number stays empty. Raises InvalidField where
-    it is no possible number there.
+    A number without a country code is read as a number of `country`. An empty number stays empty. Raises InvalidField
+    if the number is not valid in its country.
     """
     if not number:
         return ""
     if any(character.isalpha() for character in number):
-        # The library reads letters as keys of the phone, as in 1-800-CLINIC; here they are a slip.
-        raise InvalidField((field, "has letters"))
+        # The library reads letters as keys of a phone, as in 1-800-CLINIC. Here they are a mistake.
+        raise InvalidField((field, "contains letters"))
     try:
         parsed = phonenumbers.parse(number, country or None)
     except phonenumbers.NumberParseException:
-        raise InvalidField((field, "is no phone number" + ("" if country else "; without + give a country"))) from None
+        hint = "" if country else "; give a country, or start with + and the country code"
+        raise InvalidField((field, "is not a phone number" + hint)) from None
     if not phonenumbers.is_valid_number(parsed):
-        raise InvalidField((field, "is no phone number of its country"))
+        raise InvalidField((field, "is not a valid phone number in its country"))
     return phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.E164)
 
 
 def folded(*names: str) -> str:
-    """Names as they are compared: compatibility-normalised, case-folded, single spaces (Unicode 3.13)."""
+    """Names in the form in which they are compared: NFKC-normalised, case-folded, single spaces (Unicode 3.13)."""
     return " ".join(unicodedata.normalize("NFKC", " ".join(names)).casefold().split())

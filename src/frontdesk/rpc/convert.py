@@ -1,4 +1,4 @@
-"""Between the wire's shapes and Python's: dates, instants, etags, masks, pages, keys."""
+"""Convert between messages and Python values: dates, instants, etags, masks, pages, keys."""
 
 import base64
 import binascii
@@ -34,9 +34,9 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def date_from(message: Message, field: str, within: str = "") -> date | None:
-    """The date in this field; None where it is absent. Raises InvalidField where there is no such day.
+    """The date in this field; None if it is absent. Raises InvalidField if no such day exists.
 
-    `within` is the path of the message in its request, with a dot, for the refusal.
+    `within` is the path of the message in its request, ending with a dot; the refusal names it.
     """
     if not message.HasField(field):
         return None
@@ -44,11 +44,11 @@ def date_from(message: Message, field: str, within: str = "") -> date | None:
     try:
         return date(value.year, value.month, value.day)
     except ValueError:
-        raise InvalidField((within + field, "is no date")) from None
+        raise InvalidField((within + field, "is not a valid date")) from None
 
 
 def required_date(message: Message, field: str, within: str = "") -> date:
-    """The date in a field that must be there. Raises InvalidField."""
+    """The date in a required field. Raises InvalidField if it is absent or no such day exists."""
     found = date_from(message, field, within)
     if found is None:
         raise InvalidField((within + field, "is required"))
@@ -61,23 +61,23 @@ def date_to(value: date) -> date_pb2.Date:
 
 
 def instant_from(message: Message, field: str, within: str = "") -> datetime | None:
-    """The instant in this field, to the microsecond; None where it is absent.
+    """The instant in this field, cut to microseconds; None if it is absent.
 
-    Raises InvalidField outside the years 1970 to 9999.
+    Raises InvalidField for an instant outside the years 1970 to 9999.
     """
     if not message.HasField(field):
         return None
     value: timestamp_pb2.Timestamp = getattr(message, field)
     if not 0 <= value.nanos < 10**9 or not 0 <= value.seconds < 253402300800:
-        raise InvalidField((within + field, "is no instant of the years 1970 to 9999"))
+        raise InvalidField((within + field, "is not an instant in the years 1970 to 9999"))
     return _EPOCH + timedelta(seconds=value.seconds, microseconds=value.nanos // 1000)
 
 
 def converter(message: type[M], shape: type[Any], **others: Callable[[Any], Any]) -> Callable[[Any], M]:
-    """A function from a dataclass of the core to its message: what has the same name is the same thing.
+    """Make the function that turns a dataclass of the core into its message, field by field of the same name.
 
-    Dates, instants and states are put in the wire's form, and a `version` becomes the `etag`; `others` say how to make
-    fields that the dataclass does not have.
+    Dates, instants and states become their protobuf types, and `version` becomes `etag`. `others` make the fields that
+    the dataclass does not have.
     """
     plan: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any] | None]] = []
     names = {field.name for field in fields(shape)}
@@ -107,20 +107,20 @@ def converter(message: type[M], shape: type[Any], **others: Callable[[Any], Any]
 
 
 def enum_numbers(enum: Any) -> dict[str, int]:
-    """The numbers of an enum by the names that the core uses: without the prefix that protobuf style asks for."""
+    """The numbers of an enum by the names that the core uses, which lack the prefix of protobuf style."""
     prefix = len(enum.values_by_number[0].name) - len("UNSPECIFIED")
     return {value.name[prefix:]: value.number for value in enum.values}
 
 
 def version_from(etag: str) -> int | None:
-    """The version that an etag names; None where none is given, and one that matches nothing where it is foreign."""
+    """The version in an etag; None if the etag is empty, -1 (which matches no version) if it is not one of ours."""
     if not etag:
         return None
     return int(etag) if etag.isascii() and etag.isdigit() and len(etag) < 10 else -1
 
 
 def intent_of(request: Any, call: Call) -> Intent:
-    """Who asks, and the key with the fingerprint of the rest of the request. Takes the key out of the request."""
+    """The caller, the key, and the fingerprint of the request without its key. Clears the key in the request."""
     key = request.idempotency_key
     if not key:
         return Intent(call.caller)
@@ -134,7 +134,7 @@ def id_or_none(value: str) -> str | None:
 
 
 def writable(*paths: str, **others: Callable[[Any], Mapping[str, Any]]) -> dict[str, Columns]:
-    """Which columns each path of a resource sets: its own name's, or what `others` say."""
+    """The columns that each path of a resource sets: the column of its own name, or those that `others` return."""
 
     def same(path: str) -> Columns:
         return lambda resource: {path: getattr(resource, path)}
@@ -143,15 +143,15 @@ def writable(*paths: str, **others: Callable[[Any], Mapping[str, Any]]) -> dict[
 
 
 def active_from(resource: Any) -> dict[str, bool]:
-    """Absent means active."""
+    """The value of `active`; absent means true."""
     return {"active": resource.active if resource.HasField("active") else True}
 
 
 def changes_from(resource: Any, mask: FieldMask, columns: Mapping[str, Columns]) -> dict[str, Any]:
     """The columns that an update changes, by the rules of the mask (AIP-134).
 
-    `columns` says for each path that may be written which columns it sets. No mask means the fields that are set, `*`
-    every one. Raises InvalidField for an unknown or output-only path.
+    `columns` maps each writable path to the columns that it sets. Without a mask, the fields that are set are changed; `*`
+    changes all fields. Raises InvalidField for an unknown or output-only path.
     """
     paths: Sequence[str]
     if not mask.paths:
@@ -162,7 +162,7 @@ def changes_from(resource: Any, mask: FieldMask, columns: Mapping[str, Columns])
         paths = mask.paths
         for path in paths:
             if path not in columns:
-                raise InvalidField(("update_mask", "names an unknown or output-only path"))
+                raise InvalidField(("update_mask", "contains an unknown or output-only path"))
     changes: dict[str, Any] = {}
     for path in paths:
         changes |= columns[path](resource)
@@ -172,7 +172,7 @@ def changes_from(resource: Any, mask: FieldMask, columns: Mapping[str, Columns])
 def page_from(request: Any, *kinds: Callable[[str], Any]) -> Page:
     """The page that a List request asks for; `kinds` parse the parts of the sort key.
 
-    Raises InvalidField for a token that is not this filter's.
+    Raises InvalidField for a token that was not made for this method and filter.
     """
     size = min(request.page_size or DEFAULT_PAGE, MOST_PAGE)
     if not request.page_token:
@@ -181,15 +181,15 @@ def page_from(request: Any, *kinds: Callable[[str], Any]) -> Page:
         mark, *after = json.loads(base64.b64decode(request.page_token, altchars=b"-_", validate=True))
         if mark != _filter_mark(request) or len(after) != len(kinds):
             raise ValueError
-        # In Python's own spelling: what it reads and PostgreSQL does not must not get there.
+        # In the form that Python writes: it also reads forms that PostgreSQL would refuse.
         place = tuple(str(parse(part)) for parse, part in zip(kinds, after, strict=True))
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, binascii.Error):
-        raise InvalidField(("page_token", "is no token of this method and filter")) from None
+        raise InvalidField(("page_token", "is not a page token of this method and filter")) from None
     return Page(size, place)
 
 
 def page_token(request: Any, after: tuple[str, ...] | None) -> str:
-    """The token of the page after this sort key; empty where there is none."""
+    """The token for the page after this sort key; empty if `after` is None, which means the last page."""
     if after is None:
         return ""
     return base64.urlsafe_b64encode(json.dumps([_filter_mark(request), *after]).encode()).decode()
