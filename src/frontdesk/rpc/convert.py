@@ -150,8 +150,8 @@ def active_from(resource: Any) -> dict[str, bool]:
 def changes_from(resource: Any, mask: FieldMask, columns: Mapping[str, Columns]) -> dict[str, Any]:
     """The columns that an update changes, by the rules of the mask (AIP-134).
 
-    `columns` maps each writable path to the columns that it sets. Without a mask, the fields that are set are changed; `*`
-    changes all fields. Raises InvalidField for an unknown or output-only path.
+    `columns` maps each writable path to the columns that it sets. Without a mask, the fields that are set are changed;
+    `*` changes all fields. Raises InvalidField for an unknown or output-only path.
     """
     paths: Sequence[str]
     if not mask.paths:
