@@ -22,7 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Clinic(_message.Message):
-    """A clinic. Its time zone decides what "today" is for its doctors' days."""
+    """A clinic. Its time zone decides which date is today for its doctors."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -41,36 +41,42 @@ class Clinic(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Output only, but for UpdateClinic, where it says which. A UUID, lower case, time-ordered."""
+    """Lower-case UUID, time-ordered. Output only, except in UpdateClinic, where it is required and names the clinic to
+    change.
+    """
     name: _builtins.str
-    """Required, 1 to 200 characters."""
+    """Required. 1 to 200 characters on one line, not only white space."""
     address: _builtins.str
-    """Street address, up to 500 characters, lines allowed."""
+    """Street address. Up to 500 characters, on any number of lines."""
     city: _builtins.str
-    """Up to 200 characters."""
+    """Up to 200 characters on one line."""
     state: _builtins.str
-    """State, province or region, up to 200 characters."""
+    """State, province or region. Up to 200 characters on one line."""
     postal_code: _builtins.str
-    """Up to 20 characters."""
+    """Up to 20 characters on one line."""
     country: _builtins.str
-    """ISO 3166-1 alpha-2 in upper case, such as BR. Unknown codes are refused."""
+    """ISO 3166-1 alpha-2 code in upper case, such as BR. Unknown codes are refused."""
     phone: _builtins.str
-    """Answered in E.164. A national number is read by `country`."""
+    """E.164 in responses, such as +551130001000. A number without a country code is read as a number of `country`, and
+    refused if `country` is empty. Up to 40 characters. A number that is not valid in its country is refused.
+    """
     email: _builtins.str
-    """Up to 254 characters (RFC 5321)."""
+    """E-mail address, up to 254 characters (RFC 5321)."""
     time_zone: _builtins.str
-    """Required: an IANA name such as America/Sao_Paulo. Changing it later moves no appointment: days stay civil days."""
+    """Required. IANA name, such as America/Sao_Paulo. Unknown names are refused. A later change moves no appointment:
+    every appointment keeps its civil date.
+    """
     active: _builtins.bool
     """Absent on create means true. An inactive clinic takes no new bookings (CLINIC_INACTIVE)."""
     etag: _builtins.str
-    """Output only. Changes with every change of this resource."""
+    """Changes with every change of the clinic. Output only."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only."""
+        """When the clinic was created. Output only."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only."""
+        """When the clinic was last changed. Output only."""
 
     def __init__(
         self,
@@ -102,19 +108,20 @@ Global___Clinic: _TypeAlias = Clinic  # noqa: Y015
 
 @_typing.final
 class CreateClinicRequest(_message.Message):
-    """What CreateClinic takes."""
+    """Request of CreateClinic."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLINIC_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change, so that a retry with the same key does not make it again. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def clinic(self) -> Global___Clinic:
-        """The clinic; output-only fields are ignored."""
+        """Required. The clinic to create; output-only fields are ignored."""
 
     def __init__(
         self,
@@ -132,14 +139,14 @@ Global___CreateClinicRequest: _TypeAlias = CreateClinicRequest  # noqa: Y015
 
 @_typing.final
 class CreateClinicResponse(_message.Message):
-    """What CreateClinic answers."""
+    """Response of CreateClinic."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLINIC_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. The response then has the clinic as it is now."""
     @_builtins.property
     def clinic(self) -> Global___Clinic:
         """The clinic as stored."""
@@ -160,13 +167,13 @@ Global___CreateClinicResponse: _TypeAlias = CreateClinicResponse  # noqa: Y015
 
 @_typing.final
 class GetClinicRequest(_message.Message):
-    """What GetClinic takes."""
+    """Request of GetClinic."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLINIC_ID_FIELD_NUMBER: _builtins.int
     clinic_id: _builtins.str
-    """Required."""
+    """Required. The clinic's id."""
     def __init__(
         self,
         *,
@@ -182,7 +189,7 @@ Global___GetClinicRequest: _TypeAlias = GetClinicRequest  # noqa: Y015
 
 @_typing.final
 class GetClinicResponse(_message.Message):
-    """What GetClinic answers."""
+    """Response of GetClinic."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -206,7 +213,7 @@ Global___GetClinicResponse: _TypeAlias = GetClinicResponse  # noqa: Y015
 
 @_typing.final
 class UpdateClinicRequest(_message.Message):
-    """What UpdateClinic takes."""
+    """Request of UpdateClinic."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -215,18 +222,21 @@ class UpdateClinicRequest(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     etag: _builtins.str
-    """Optional: act only on what still has this etag, else ETAG_MISMATCH."""
+    """Optional. The clinic is changed only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change, so that a retry with the same key does not make it again. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def clinic(self) -> Global___Clinic:
-        """The new values, and the id of the clinic to change."""
+        """Required. The new values, with the id of the clinic to change."""
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which fields to take; absent means those that are set, `*` means all. Unknown and output-only paths are refused."""
+        """The fields to change, at most 100 paths. Absent means the fields that are set; `*` means all fields. Unknown and
+        output-only paths are refused.
+        """
 
     def __init__(
         self,
@@ -246,14 +256,14 @@ Global___UpdateClinicRequest: _TypeAlias = UpdateClinicRequest  # noqa: Y015
 
 @_typing.final
 class UpdateClinicResponse(_message.Message):
-    """What UpdateClinic answers."""
+    """Response of UpdateClinic."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLINIC_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. The response then has the clinic as it is now."""
     @_builtins.property
     def clinic(self) -> Global___Clinic:
         """The clinic after the change."""
@@ -274,7 +284,7 @@ Global___UpdateClinicResponse: _TypeAlias = UpdateClinicResponse  # noqa: Y015
 
 @_typing.final
 class ListClinicsRequest(_message.Message):
-    """What ListClinics takes."""
+    """Request of ListClinics."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -282,11 +292,13 @@ class ListClinicsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     city: _builtins.str
-    """Only clinics of this city, letter case ignored; empty means every city."""
+    """Only clinics in this city, ignoring letter case; empty means every city."""
     page_size: _builtins.int
-    """0 means 50; above 100 means 100; negative is refused."""
+    """The maximum number of clinics to return. 0 means 50; above 100 means 100; a negative number is refused."""
     page_token: _builtins.str
-    """The next_page_token of the page before, with the same filter; anything else is refused."""
+    """The `next_page_token` of the previous page, with the same filter; empty means the first page. Any other token is
+    refused.
+    """
     def __init__(
         self,
         *,
@@ -304,17 +316,17 @@ Global___ListClinicsRequest: _TypeAlias = ListClinicsRequest  # noqa: Y015
 
 @_typing.final
 class ListClinicsResponse(_message.Message):
-    """What ListClinics answers."""
+    """Response of ListClinics."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLINICS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty on the last page."""
+    """The `page_token` of the next page; empty on the last page."""
     @_builtins.property
     def clinics(self) -> _containers.RepeatedCompositeFieldContainer[Global___Clinic]:
-        """The page."""
+        """The clinics of this page."""
 
     def __init__(
         self,

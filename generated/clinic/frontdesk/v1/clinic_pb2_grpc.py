@@ -26,10 +26,9 @@ if _version_not_supported:
 
 
 class ClinicServiceStub:
-    """The clinics whose front desks this service runs.
+    """Manages the clinics whose front desks this service runs.
 
-    Every method of every service may also answer INVALID_FIELD, what the server says about itself (see ErrorReason), and,
-    where it takes an idempotency key, IDEMPOTENCY_KEY_REUSED; methods name only what is particular to them.
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel):
@@ -61,35 +60,34 @@ class ClinicServiceStub:
 
 
 class ClinicServiceServicer:
-    """The clinics whose front desks this service runs.
+    """Manages the clinics whose front desks this service runs.
 
-    Every method of every service may also answer INVALID_FIELD, what the server says about itself (see ErrorReason), and,
-    where it takes an idempotency key, IDEMPOTENCY_KEY_REUSED; methods name only what is particular to them.
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def CreateClinic(self, request, context):
-        """Opens a clinic.
+        """Creates a clinic.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetClinic(self, request, context):
-        """Answers one clinic. Errors: CLINIC_NOT_FOUND.
+        """Gets a clinic. Errors: CLINIC_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateClinic(self, request, context):
-        """Changes the fields that the mask names. Errors: CLINIC_NOT_FOUND, ETAG_MISMATCH.
+        """Changes the fields of a clinic that the mask names. Errors: CLINIC_NOT_FOUND, ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListClinics(self, request, context):
-        """Lists clinics, the oldest first.
+        """Lists clinics, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,10 +125,9 @@ def add_ClinicServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ClinicService:
-    """The clinics whose front desks this service runs.
+    """Manages the clinics whose front desks this service runs.
 
-    Every method of every service may also answer INVALID_FIELD, what the server says about itself (see ErrorReason), and,
-    where it takes an idempotency key, IDEMPOTENCY_KEY_REUSED; methods name only what is particular to them.
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     @staticmethod

@@ -27,10 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ClinicServiceStub:
-    """The clinics whose front desks this service runs.
+    """Manages the clinics whose front desks this service runs.
 
-    Every method of every service may also answer INVALID_FIELD, what the server says about itself (see ErrorReason), and,
-    where it takes an idempotency key, IDEMPOTENCY_KEY_REUSED; methods name only what is particular to them.
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     @_typing.overload
@@ -38,37 +37,35 @@ class ClinicServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ClinicServiceAsyncStub: ...
     CreateClinic: _grpc.UnaryUnaryMultiCallable[_clinic_pb2.CreateClinicRequest, _clinic_pb2.CreateClinicResponse]
-    """Opens a clinic."""
+    """Creates a clinic."""
     GetClinic: _grpc.UnaryUnaryMultiCallable[_clinic_pb2.GetClinicRequest, _clinic_pb2.GetClinicResponse]
-    """Answers one clinic. Errors: CLINIC_NOT_FOUND."""
+    """Gets a clinic. Errors: CLINIC_NOT_FOUND."""
     UpdateClinic: _grpc.UnaryUnaryMultiCallable[_clinic_pb2.UpdateClinicRequest, _clinic_pb2.UpdateClinicResponse]
-    """Changes the fields that the mask names. Errors: CLINIC_NOT_FOUND, ETAG_MISMATCH."""
+    """Changes the fields of a clinic that the mask names. Errors: CLINIC_NOT_FOUND, ETAG_MISMATCH."""
     ListClinics: _grpc.UnaryUnaryMultiCallable[_clinic_pb2.ListClinicsRequest, _clinic_pb2.ListClinicsResponse]
-    """Lists clinics, the oldest first."""
+    """Lists clinics, oldest first."""
 
 @_typing.type_check_only
 class ClinicServiceAsyncStub(ClinicServiceStub):
-    """The clinics whose front desks this service runs.
+    """Manages the clinics whose front desks this service runs.
 
-    Every method of every service may also answer INVALID_FIELD, what the server says about itself (see ErrorReason), and,
-    where it takes an idempotency key, IDEMPOTENCY_KEY_REUSED; methods name only what is particular to them.
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateClinic: _aio.UnaryUnaryMultiCallable[_clinic_pb2.CreateClinicRequest, _clinic_pb2.CreateClinicResponse]  # type: ignore[assignment]
-    """Opens a clinic."""
+    """Creates a clinic."""
     GetClinic: _aio.UnaryUnaryMultiCallable[_clinic_pb2.GetClinicRequest, _clinic_pb2.GetClinicResponse]  # type: ignore[assignment]
-    """Answers one clinic. Errors: CLINIC_NOT_FOUND."""
+    """Gets a clinic. Errors: CLINIC_NOT_FOUND."""
     UpdateClinic: _aio.UnaryUnaryMultiCallable[_clinic_pb2.UpdateClinicRequest, _clinic_pb2.UpdateClinicResponse]  # type: ignore[assignment]
-    """Changes the fields that the mask names. Errors: CLINIC_NOT_FOUND, ETAG_MISMATCH."""
+    """Changes the fields of a clinic that the mask names. Errors: CLINIC_NOT_FOUND, ETAG_MISMATCH."""
     ListClinics: _aio.UnaryUnaryMultiCallable[_clinic_pb2.ListClinicsRequest, _clinic_pb2.ListClinicsResponse]  # type: ignore[assignment]
-    """Lists clinics, the oldest first."""
+    """Lists clinics, oldest first."""
 
 class ClinicServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The clinics whose front desks this service runs.
+    """Manages the clinics whose front desks this service runs.
 
-    Every method of every service may also answer INVALID_FIELD, what the server says about itself (see ErrorReason), and,
-    where it takes an idempotency key, IDEMPOTENCY_KEY_REUSED; methods name only what is particular to them.
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     @_abc_1.abstractmethod
@@ -77,7 +74,7 @@ class ClinicServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _clinic_pb2.CreateClinicRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_clinic_pb2.CreateClinicResponse, _abc.Awaitable[_clinic_pb2.CreateClinicResponse]]:
-        """Opens a clinic."""
+        """Creates a clinic."""
 
     @_abc_1.abstractmethod
     def GetClinic(
@@ -85,7 +82,7 @@ class ClinicServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _clinic_pb2.GetClinicRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_clinic_pb2.GetClinicResponse, _abc.Awaitable[_clinic_pb2.GetClinicResponse]]:
-        """Answers one clinic. Errors: CLINIC_NOT_FOUND."""
+        """Gets a clinic. Errors: CLINIC_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def UpdateClinic(
@@ -93,7 +90,7 @@ class ClinicServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _clinic_pb2.UpdateClinicRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_clinic_pb2.UpdateClinicResponse, _abc.Awaitable[_clinic_pb2.UpdateClinicResponse]]:
-        """Changes the fields that the mask names. Errors: CLINIC_NOT_FOUND, ETAG_MISMATCH."""
+        """Changes the fields of a clinic that the mask names. Errors: CLINIC_NOT_FOUND, ETAG_MISMATCH."""
 
     @_abc_1.abstractmethod
     def ListClinics(
@@ -101,6 +98,6 @@ class ClinicServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _clinic_pb2.ListClinicsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_clinic_pb2.ListClinicsResponse, _abc.Awaitable[_clinic_pb2.ListClinicsResponse]]:
-        """Lists clinics, the oldest first."""
+        """Lists clinics, oldest first."""
 
 def add_ClinicServiceServicer_to_server(servicer: ClinicServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,163 +25,222 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UNSPECIFIED: _ErrorReason.ValueType  # 0
     """Never answered."""
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 1
-    """INVALID_ARGUMENT: the message is malformed or breaks a field's rule. Example: page_size -1. BadRequest lists up to 20 fields."""
+    """INVALID_ARGUMENT: the message is malformed or a field breaks a rule. BadRequest lists at most 20 fields. Example:
+    page_size -1.
+    """
     ERROR_REASON_IDEMPOTENCY_KEY_REUSED: _ErrorReason.ValueType  # 2
-    """INVALID_ARGUMENT: the idempotency key was used for another request. Example: the same key with another patient_id."""
+    """INVALID_ARGUMENT: the idempotency key was already used for a different request. Example: the same key with another
+    patient_id.
+    """
     ERROR_REASON_CLINIC_NOT_FOUND: _ErrorReason.ValueType  # 3
-    """NOT_FOUND: no such clinic. Example: GetClinic with an id of another database."""
+    """NOT_FOUND: the clinic does not exist. Example: GetClinic with an id from another database."""
     ERROR_REASON_PATIENT_NOT_FOUND: _ErrorReason.ValueType  # 4
-    """NOT_FOUND: no such patient. Example: BookAppointment with a mistyped patient_id."""
+    """NOT_FOUND: the patient does not exist. Example: BookAppointment with a mistyped patient_id."""
     ERROR_REASON_DOCTOR_NOT_FOUND: _ErrorReason.ValueType  # 5
-    """NOT_FOUND: no such doctor. Example: WatchQueue with a mistyped doctor_id."""
+    """NOT_FOUND: the doctor does not exist. Example: WatchQueue with a mistyped doctor_id."""
     ERROR_REASON_SLOT_NOT_FOUND: _ErrorReason.ValueType  # 6
-    """NOT_FOUND: no such slot. Example: GetSlot of a deleted slot."""
+    """NOT_FOUND: the slot does not exist. Example: GetSlot of a deleted slot."""
     ERROR_REASON_APPOINTMENT_NOT_FOUND: _ErrorReason.ValueType  # 7
-    """NOT_FOUND: no such appointment. Example: CheckIn with a mistyped appointment_id."""
+    """NOT_FOUND: the appointment does not exist. Example: CheckIn with a mistyped appointment_id."""
     ERROR_REASON_DAY_FULL: _ErrorReason.ValueType  # 8
-    """FAILED_PRECONDITION: every place of the doctor-day is taken. Example: the eleventh booking of a day for ten."""
+    """FAILED_PRECONDITION: the doctor-day has no free place. Example: the eleventh booking of a day with ten places."""
     ERROR_REASON_SLOT_FULL: _ErrorReason.ValueType  # 9
-    """FAILED_PRECONDITION: every place of the slot is taken. Example: the second booking of a slot for one."""
+    """FAILED_PRECONDITION: the slot has no free place. Example: the second booking of a slot with one place."""
     ERROR_REASON_SLOT_BLOCKED: _ErrorReason.ValueType  # 10
     """FAILED_PRECONDITION: the slot is blocked. Example: booking a slot after BlockSlots."""
     ERROR_REASON_DOCTOR_ABSENT: _ErrorReason.ValueType  # 11
-    """FAILED_PRECONDITION: the doctor is not there on that date. Example: booking a day that SetDoctorAvailability marked absent."""
+    """FAILED_PRECONDITION: the doctor is absent on this date. Example: booking a day that SetDoctorAvailability marked
+    absent.
+    """
     ERROR_REASON_DATE_IN_PAST: _ErrorReason.ValueType  # 12
-    """FAILED_PRECONDITION: the date is over in the clinic's time zone. Example: booking yesterday."""
+    """FAILED_PRECONDITION: the date is in the past in the clinic's time zone. Example: booking yesterday."""
     ERROR_REASON_SLOT_IN_PAST: _ErrorReason.ValueType  # 13
-    """FAILED_PRECONDITION: the slot has begun. Example: booking the 09:00 slot at 09:01."""
+    """FAILED_PRECONDITION: the slot's start time is not in the future. Example: booking the 09:00 slot at 09:01."""
     ERROR_REASON_NOT_APPOINTMENT_DATE: _ErrorReason.ValueType  # 14
-    """FAILED_PRECONDITION: the clinic's date is not the appointment's. Example: checking in a day early."""
+    """FAILED_PRECONDITION: the appointment is not on today's date in the clinic's time zone. Example: checking in a day
+    early.
+    """
     ERROR_REASON_TOO_EARLY: _ErrorReason.ValueType  # 15
-    """FAILED_PRECONDITION: the appointment has not begun. Example: MarkNoShow on the day before."""
+    """FAILED_PRECONDITION: the appointment's date or start time has not come yet. Example: MarkNoShow on the day before."""
     ERROR_REASON_PATIENT_MISMATCH: _ErrorReason.ValueType  # 16
-    """FAILED_PRECONDITION: the appointment is another patient's. Example: CheckIn with the patient_id of a namesake."""
+    """FAILED_PRECONDITION: the appointment belongs to another patient. Example: CheckIn with the patient_id of another
+    patient of the same name.
+    """
     ERROR_REASON_INVALID_TRANSITION: _ErrorReason.ValueType  # 17
-    """FAILED_PRECONDITION: the verb does not go from the present state, which the metadata names. Example: cancelling twice."""
+    """FAILED_PRECONDITION: the present state does not allow this change; `state` in the metadata names it. Example:
+    cancelling twice.
+    """
     ERROR_REASON_QUEUE_EMPTY: _ErrorReason.ValueType  # 18
-    """FAILED_PRECONDITION: nobody waits. Example: CallNext in an empty line."""
+    """FAILED_PRECONDITION: nobody is waiting. Example: CallNext on an empty queue."""
     ERROR_REASON_SLOT_HAS_BOOKINGS: _ErrorReason.ValueType  # 19
-    """FAILED_PRECONDITION: the slot holds live bookings. Example: DeleteSlot of a booked slot."""
+    """FAILED_PRECONDITION: appointments hold places in the slot. Example: DeleteSlot of a booked slot."""
     ERROR_REASON_PATIENT_INACTIVE: _ErrorReason.ValueType  # 20
     """FAILED_PRECONDITION: the patient's record is inactive. Example: booking for a deactivated patient."""
     ERROR_REASON_DOCTOR_INACTIVE: _ErrorReason.ValueType  # 21
     """FAILED_PRECONDITION: the doctor's record is inactive. Example: booking with a doctor who has retired."""
     ERROR_REASON_CLINIC_INACTIVE: _ErrorReason.ValueType  # 22
-    """FAILED_PRECONDITION: the clinic's record is inactive. Example: booking with a doctor of a closed clinic."""
+    """FAILED_PRECONDITION: the doctor's clinic is inactive. Example: booking with a doctor of a closed clinic."""
     ERROR_REASON_DUPLICATE_BOOKING: _ErrorReason.ValueType  # 23
-    """ALREADY_EXISTS: the patient has a live appointment on that doctor-day. Example: booking the same day twice."""
+    """ALREADY_EXISTS: the patient already has a live appointment on this doctor-day. Example: booking the same day twice."""
     ERROR_REASON_PATIENT_OVERLAP: _ErrorReason.ValueType  # 24
-    """ALREADY_EXISTS: the patient has a live appointment at that time. Example: two doctors at ten o'clock."""
+    """ALREADY_EXISTS: the patient already has a live appointment at this time. Example: two doctors at ten o'clock."""
     ERROR_REASON_ALREADY_CHECKED_IN: _ErrorReason.ValueType  # 25
-    """ALREADY_EXISTS: the patient is in the line already. Example: CheckIn twice without an idempotency key."""
+    """ALREADY_EXISTS: the patient is already checked in. Example: CheckIn twice without an idempotency key."""
     ERROR_REASON_SLOT_OVERLAP: _ErrorReason.ValueType  # 26
-    """ALREADY_EXISTS: the doctor has a slot at that time. Example: 09:00 to 09:30 beside 09:15 to 09:45."""
+    """ALREADY_EXISTS: the doctor already has a slot at this time. Example: creating 09:15 to 09:45 beside 09:00 to 09:30."""
     ERROR_REASON_CODE_TAKEN: _ErrorReason.ValueType  # 27
-    """ALREADY_EXISTS: another doctor has that code. Example: a second doctor D-01."""
+    """ALREADY_EXISTS: another doctor already has this code. Example: a second doctor D-01."""
     ERROR_REASON_LICENSE_TAKEN: _ErrorReason.ValueType  # 28
-    """ALREADY_EXISTS: another doctor has that licence number. Example: registering a doctor twice under two codes."""
+    """ALREADY_EXISTS: another doctor already has this licence number. Example: creating one doctor under two codes."""
     ERROR_REASON_PATIENT_EXISTS: _ErrorReason.ValueType  # 29
-    """ALREADY_EXISTS: another record is the same person. Example: renaming a patient to a namesake on the same phone."""
+    """ALREADY_EXISTS: this person already has another patient record. Example: giving a patient the name of another one
+    with the same phone.
+    """
     ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 30
-    """ABORTED: the resource has changed since its etag was read. Example: two people edit one doctor. Read again."""
+    """ABORTED: the resource has changed since this etag was read. Get it again before you retry. Example: two people edit
+    one doctor.
+    """
     ERROR_REASON_CONFLICT: _ErrorReason.ValueType  # 31
-    """ABORTED: the database gave up on a conflict, several times. Example: a deadlock with an administrator's statement. Retry."""
+    """ABORTED: the database reported a conflict with other work on every attempt. Retry. Example: a deadlock with an
+    administrator's statement.
+    """
     ERROR_REASON_DATABASE_UNAVAILABLE: _ErrorReason.ValueType  # 32
-    """UNAVAILABLE: the database is away, read-only or has no connection free. Example: it is being restarted. Retry."""
+    """UNAVAILABLE: the database is unreachable, read-only or has no free connection. Retry. Example: a restart of the
+    database.
+    """
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 33
-    """UNAVAILABLE: the server works on as many calls as it may. Example: a client without a limit of its own. Retry as told."""
+    """UNAVAILABLE: the server has reached its limit of calls in progress. Retry after the delay in RetryInfo. Example: a
+    client without a limit of its own.
+    """
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 34
-    """UNAVAILABLE: the server is being stopped. Example: a deployment. Retry on another connection."""
+    """UNAVAILABLE: the server is shutting down. Retry on another connection. Example: a deployment."""
     ERROR_REASON_TOO_MANY_WATCHERS: _ErrorReason.ValueType  # 35
-    """RESOURCE_EXHAUSTED: the server streams to as many watchers as it may. Example: a board that reconnects without closing."""
+    """RESOURCE_EXHAUSTED: the server has reached its limit of watchers. Retry after the delay in RetryInfo. Example: a
+    board that reconnects without closing its old streams.
+    """
     ERROR_REASON_WATCHER_TOO_SLOW: _ErrorReason.ValueType  # 36
-    """RESOURCE_EXHAUSTED: the watcher has not read for 30 seconds. Example: a suspended laptop. Resume with the token."""
+    """RESOURCE_EXHAUSTED: the watcher left a message unread for 30 s. Watch again with the resume token. Example: a
+    suspended laptop.
+    """
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 37
-    """DEADLINE_EXCEEDED: the caller's deadline, or the server's own limit of 10 s, has passed. Example: a deadline of 1 ms."""
+    """DEADLINE_EXCEEDED: the caller's deadline, or the server's own limit of 10 s, has passed. The change may or may not
+    have been made. Example: a deadline of 1 ms.
+    """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 38
-    """INTERNAL: a fault of the server; the metadata has the `error_id` that its log has too. Example: none that we know."""
+    """INTERNAL: a fault of the server. Its log has the `error_id` of the metadata. Example: none known."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
-    """Why a call was refused. On the wire the reason is google.rpc.ErrorInfo.reason without the prefix (`DAY_FULL`), in the
-    domain `frontdesk.clinic`; its metadata holds ids, dates and states, never a name or a phone.
+    """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
+    `DAY_FULL`, in the domain `frontdesk.clinic`. The metadata holds ids, dates and states, never a name or a phone.
+
+    Every method can answer INVALID_FIELD, DATABASE_UNAVAILABLE, CONFLICT, OVERLOADED, DRAINING, DEADLINE_EXCEEDED and
+    INTERNAL; a method with an idempotency key also IDEMPOTENCY_KEY_REUSED. Each method lists its other reasons.
     """
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 """Never answered."""
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
-"""INVALID_ARGUMENT: the message is malformed or breaks a field's rule. Example: page_size -1. BadRequest lists up to 20 fields."""
+"""INVALID_ARGUMENT: the message is malformed or a field breaks a rule. BadRequest lists at most 20 fields. Example:
+page_size -1.
+"""
 ERROR_REASON_IDEMPOTENCY_KEY_REUSED: ErrorReason.ValueType  # 2
-"""INVALID_ARGUMENT: the idempotency key was used for another request. Example: the same key with another patient_id."""
+"""INVALID_ARGUMENT: the idempotency key was already used for a different request. Example: the same key with another
+patient_id.
+"""
 ERROR_REASON_CLINIC_NOT_FOUND: ErrorReason.ValueType  # 3
-"""NOT_FOUND: no such clinic. Example: GetClinic with an id of another database."""
+"""NOT_FOUND: the clinic does not exist. Example: GetClinic with an id from another database."""
 ERROR_REASON_PATIENT_NOT_FOUND: ErrorReason.ValueType  # 4
-"""NOT_FOUND: no such patient. Example: BookAppointment with a mistyped patient_id."""
+"""NOT_FOUND: the patient does not exist. Example: BookAppointment with a mistyped patient_id."""
 ERROR_REASON_DOCTOR_NOT_FOUND: ErrorReason.ValueType  # 5
-"""NOT_FOUND: no such doctor. Example: WatchQueue with a mistyped doctor_id."""
+"""NOT_FOUND: the doctor does not exist. Example: WatchQueue with a mistyped doctor_id."""
 ERROR_REASON_SLOT_NOT_FOUND: ErrorReason.ValueType  # 6
-"""NOT_FOUND: no such slot. Example: GetSlot of a deleted slot."""
+"""NOT_FOUND: the slot does not exist. Example: GetSlot of a deleted slot."""
 ERROR_REASON_APPOINTMENT_NOT_FOUND: ErrorReason.ValueType  # 7
-"""NOT_FOUND: no such appointment. Example: CheckIn with a mistyped appointment_id."""
+"""NOT_FOUND: the appointment does not exist. Example: CheckIn with a mistyped appointment_id."""
 ERROR_REASON_DAY_FULL: ErrorReason.ValueType  # 8
-"""FAILED_PRECONDITION: every place of the doctor-day is taken. Example: the eleventh booking of a day for ten."""
+"""FAILED_PRECONDITION: the doctor-day has no free place. Example: the eleventh booking of a day with ten places."""
 ERROR_REASON_SLOT_FULL: ErrorReason.ValueType  # 9
-"""FAILED_PRECONDITION: every place of the slot is taken. Example: the second booking of a slot for one."""
+"""FAILED_PRECONDITION: the slot has no free place. Example: the second booking of a slot with one place."""
 ERROR_REASON_SLOT_BLOCKED: ErrorReason.ValueType  # 10
 """FAILED_PRECONDITION: the slot is blocked. Example: booking a slot after BlockSlots."""
 ERROR_REASON_DOCTOR_ABSENT: ErrorReason.ValueType  # 11
-"""FAILED_PRECONDITION: the doctor is not there on that date. Example: booking a day that SetDoctorAvailability marked absent."""
+"""FAILED_PRECONDITION: the doctor is absent on this date. Example: booking a day that SetDoctorAvailability marked
+absent.
+"""
 ERROR_REASON_DATE_IN_PAST: ErrorReason.ValueType  # 12
-"""FAILED_PRECONDITION: the date is over in the clinic's time zone. Example: booking yesterday."""
+"""FAILED_PRECONDITION: the date is in the past in the clinic's time zone. Example: booking yesterday."""
 ERROR_REASON_SLOT_IN_PAST: ErrorReason.ValueType  # 13
-"""FAILED_PRECONDITION: the slot has begun. Example: booking the 09:00 slot at 09:01."""
+"""FAILED_PRECONDITION: the slot's start time is not in the future. Example: booking the 09:00 slot at 09:01."""
 ERROR_REASON_NOT_APPOINTMENT_DATE: ErrorReason.ValueType  # 14
-"""FAILED_PRECONDITION: the clinic's date is not the appointment's. Example: checking in a day early."""
+"""FAILED_PRECONDITION: the appointment is not on today's date in the clinic's time zone. Example: checking in a day
+early.
+"""
 ERROR_REASON_TOO_EARLY: ErrorReason.ValueType  # 15
-"""FAILED_PRECONDITION: the appointment has not begun. Example: MarkNoShow on the day before."""
+"""FAILED_PRECONDITION: the appointment's date or start time has not come yet. Example: MarkNoShow on the day before."""
 ERROR_REASON_PATIENT_MISMATCH: ErrorReason.ValueType  # 16
-"""FAILED_PRECONDITION: the appointment is another patient's. Example: CheckIn with the patient_id of a namesake."""
+"""FAILED_PRECONDITION: the appointment belongs to another patient. Example: CheckIn with the patient_id of another
+patient of the same name.
+"""
 ERROR_REASON_INVALID_TRANSITION: ErrorReason.ValueType  # 17
-"""FAILED_PRECONDITION: the verb does not go from the present state, which the metadata names. Example: cancelling twice."""
+"""FAILED_PRECONDITION: the present state does not allow this change; `state` in the metadata names it. Example:
+cancelling twice.
+"""
 ERROR_REASON_QUEUE_EMPTY: ErrorReason.ValueType  # 18
-"""FAILED_PRECONDITION: nobody waits. Example: CallNext in an empty line."""
+"""FAILED_PRECONDITION: nobody is waiting. Example: CallNext on an empty queue."""
 ERROR_REASON_SLOT_HAS_BOOKINGS: ErrorReason.ValueType  # 19
-"""FAILED_PRECONDITION: the slot holds live bookings. Example: DeleteSlot of a booked slot."""
+"""FAILED_PRECONDITION: appointments hold places in the slot. Example: DeleteSlot of a booked slot."""
 ERROR_REASON_PATIENT_INACTIVE: ErrorReason.ValueType  # 20
 """FAILED_PRECONDITION: the patient's record is inactive. Example: booking for a deactivated patient."""
 ERROR_REASON_DOCTOR_INACTIVE: ErrorReason.ValueType  # 21
 """FAILED_PRECONDITION: the doctor's record is inactive. Example: booking with a doctor who has retired."""
 ERROR_REASON_CLINIC_INACTIVE: ErrorReason.ValueType  # 22
-"""FAILED_PRECONDITION: the clinic's record is inactive. Example: booking with a doctor of a closed clinic."""
+"""FAILED_PRECONDITION: the doctor's clinic is inactive. Example: booking with a doctor of a closed clinic."""
 ERROR_REASON_DUPLICATE_BOOKING: ErrorReason.ValueType  # 23
-"""ALREADY_EXISTS: the patient has a live appointment on that doctor-day. Example: booking the same day twice."""
+"""ALREADY_EXISTS: the patient already has a live appointment on this doctor-day. Example: booking the same day twice."""
 ERROR_REASON_PATIENT_OVERLAP: ErrorReason.ValueType  # 24
-"""ALREADY_EXISTS: the patient has a live appointment at that time. Example: two doctors at ten o'clock."""
+"""ALREADY_EXISTS: the patient already has a live appointment at this time. Example: two doctors at ten o'clock."""
 ERROR_REASON_ALREADY_CHECKED_IN: ErrorReason.ValueType  # 25
-"""ALREADY_EXISTS: the patient is in the line already. Example: CheckIn twice without an idempotency key."""
+"""ALREADY_EXISTS: the patient is already checked in. Example: CheckIn twice without an idempotency key."""
 ERROR_REASON_SLOT_OVERLAP: ErrorReason.ValueType  # 26
-"""ALREADY_EXISTS: the doctor has a slot at that time. Example: 09:00 to 09:30 beside 09:15 to 09:45."""
+"""ALREADY_EXISTS: the doctor already has a slot at this time. Example: creating 09:15 to 09:45 beside 09:00 to 09:30."""
 ERROR_REASON_CODE_TAKEN: ErrorReason.ValueType  # 27
-"""ALREADY_EXISTS: another doctor has that code. Example: a second doctor D-01."""
+"""ALREADY_EXISTS: another doctor already has this code. Example: a second doctor D-01."""
 ERROR_REASON_LICENSE_TAKEN: ErrorReason.ValueType  # 28
-"""ALREADY_EXISTS: another doctor has that licence number. Example: registering a doctor twice under two codes."""
+"""ALREADY_EXISTS: another doctor already has this licence number. Example: creating one doctor under two codes."""
 ERROR_REASON_PATIENT_EXISTS: ErrorReason.ValueType  # 29
-"""ALREADY_EXISTS: another record is the same person. Example: renaming a patient to a namesake on the same phone."""
+"""ALREADY_EXISTS: this person already has another patient record. Example: giving a patient the name of another one
+with the same phone.
+"""
 ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 30
-"""ABORTED: the resource has changed since its etag was read. Example: two people edit one doctor. Read again."""
+"""ABORTED: the resource has changed since this etag was read. Get it again before you retry. Example: two people edit
+one doctor.
+"""
 ERROR_REASON_CONFLICT: ErrorReason.ValueType  # 31
-"""ABORTED: the database gave up on a conflict, several times. Example: a deadlock with an administrator's statement. Retry."""
+"""ABORTED: the database reported a conflict with other work on every attempt. Retry. Example: a deadlock with an
+administrator's statement.
+"""
 ERROR_REASON_DATABASE_UNAVAILABLE: ErrorReason.ValueType  # 32
-"""UNAVAILABLE: the database is away, read-only or has no connection free. Example: it is being restarted. Retry."""
+"""UNAVAILABLE: the database is unreachable, read-only or has no free connection. Retry. Example: a restart of the
+database.
+"""
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 33
-"""UNAVAILABLE: the server works on as many calls as it may. Example: a client without a limit of its own. Retry as told."""
+"""UNAVAILABLE: the server has reached its limit of calls in progress. Retry after the delay in RetryInfo. Example: a
+client without a limit of its own.
+"""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 34
-"""UNAVAILABLE: the server is being stopped. Example: a deployment. Retry on another connection."""
+"""UNAVAILABLE: the server is shutting down. Retry on another connection. Example: a deployment."""
 ERROR_REASON_TOO_MANY_WATCHERS: ErrorReason.ValueType  # 35
-"""RESOURCE_EXHAUSTED: the server streams to as many watchers as it may. Example: a board that reconnects without closing."""
+"""RESOURCE_EXHAUSTED: the server has reached its limit of watchers. Retry after the delay in RetryInfo. Example: a
+board that reconnects without closing its old streams.
+"""
 ERROR_REASON_WATCHER_TOO_SLOW: ErrorReason.ValueType  # 36
-"""RESOURCE_EXHAUSTED: the watcher has not read for 30 seconds. Example: a suspended laptop. Resume with the token."""
+"""RESOURCE_EXHAUSTED: the watcher left a message unread for 30 s. Watch again with the resume token. Example: a
+suspended laptop.
+"""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 37
-"""DEADLINE_EXCEEDED: the caller's deadline, or the server's own limit of 10 s, has passed. Example: a deadline of 1 ms."""
+"""DEADLINE_EXCEEDED: the caller's deadline, or the server's own limit of 10 s, has passed. The change may or may not
+have been made. Example: a deadline of 1 ms.
+"""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 38
-"""INTERNAL: a fault of the server; the metadata has the `error_id` that its log has too. Example: none that we know."""
+"""INTERNAL: a fault of the server. Its log has the `error_id` of the metadata. Example: none known."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -37,7 +37,7 @@ class _GenderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Gender.ValueTy
     GENDER_OTHER: _Gender.ValueType  # 3
     """Another gender."""
     GENDER_UNKNOWN: _Gender.ValueType  # 4
-    """Asked and not known."""
+    """Asked, but not known."""
 
 class Gender(_Gender, metaclass=_GenderEnumTypeWrapper):
     """Administrative gender, as in HL7 FHIR."""
@@ -51,21 +51,23 @@ GENDER_MALE: Gender.ValueType  # 2
 GENDER_OTHER: Gender.ValueType  # 3
 """Another gender."""
 GENDER_UNKNOWN: Gender.ValueType  # 4
-"""Asked and not known."""
+"""Asked, but not known."""
 Global___Gender: _TypeAlias = Gender  # noqa: Y015
 
 @_typing.final
 class EmergencyContact(_message.Message):
-    """Someone to call for a patient."""
+    """A person to contact in an emergency."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     PHONE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Up to 200 characters."""
+    """Up to 200 characters on one line."""
     phone: _builtins.str
-    """Answered in E.164; a national number is read like the patient's own."""
+    """E.164 in responses. A number without a country code is read like the patient's own phone. Up to 40 characters. A
+    number that is not valid in its country is refused.
+    """
     def __init__(
         self,
         *,
@@ -82,16 +84,18 @@ Global___EmergencyContact: _TypeAlias = EmergencyContact  # noqa: Y015
 
 @_typing.final
 class Insurance(_message.Message):
-    """The number by which a country's insurance knows a patient."""
+    """The number by which the insurance of one country knows a patient."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     COUNTRY_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     country: _builtins.str
-    """Required: ISO 3166-1 alpha-2 in upper case."""
+    """Required. ISO 3166-1 alpha-2 code in upper case, such as PE. Unknown codes are refused."""
     number: _builtins.str
-    """Required. PE and CL: exactly 5 ASCII digits. Elsewhere 1 to 50 ASCII letters, digits, spaces and `-./`."""
+    """Required. In PE and CL exactly 5 ASCII digits. Elsewhere 1 to 50 ASCII letters, digits, spaces and `-./`, starting
+    with a letter or digit.
+    """
     def __init__(
         self,
         *,
@@ -108,7 +112,7 @@ Global___Insurance: _TypeAlias = Insurance  # noqa: Y015
 
 @_typing.final
 class Patient(_message.Message):
-    """A patient."""
+    """A patient's record."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -128,46 +132,53 @@ class Patient(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Output only, but for UpdatePatient, where it says which. A UUID, lower case, time-ordered."""
+    """Lower-case UUID, time-ordered. Output only, except in UpdatePatient, where it is required and names the patient to
+    change.
+    """
     given_name: _builtins.str
-    """Required, 1 to 200 characters."""
+    """Required. 1 to 200 characters on one line, not only white space."""
     family_name: _builtins.str
-    """Up to 200 characters; some people have none."""
+    """Up to 200 characters on one line. Empty for a person without a family name."""
     gender: Global___Gender.ValueType
-    """Unspecified means not given."""
+    """GENDER_UNSPECIFIED means not given. Unknown numbers are refused."""
     phone: _builtins.str
-    """Required. Answered in E.164; households may share one."""
+    """Required. E.164 in responses, such as +551130001000. A number without a country code is read as a number of
+    `default_country` in the request. Up to 40 characters. A number that is not valid in its country is refused. A
+    household may share one phone.
+    """
     email: _builtins.str
-    """Up to 254 characters."""
+    """E-mail address, up to 254 characters."""
     blood_group: _builtins.str
-    """ABO and Rh, such as `O+` or `AB-`; empty means unknown."""
+    """ABO group and Rh factor: A+, A-, B+, B-, AB+, AB-, O+ or O-. Empty means unknown."""
     active: _builtins.bool
     """Absent on registration means true. An inactive patient cannot be booked (PATIENT_INACTIVE)."""
     etag: _builtins.str
-    """Output only. Changes with every change of this resource."""
+    """Changes with every change of the patient. Output only."""
     @_builtins.property
     def birth_date(self) -> _date_pb2.Date:
-        """Not after today; absent means unknown."""
+        """A full date; absent means unknown. A date later than today is refused, where today is the latest date in any time
+        zone (UTC+14).
+        """
 
     @_builtins.property
     def allergies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """At most 100 of 1 to 200 characters each."""
+        """At most 100, each 1 to 200 characters on one line."""
 
     @_builtins.property
     def emergency_contact(self) -> Global___EmergencyContact:
-        """Someone to call."""
+        """The person to contact in an emergency."""
 
     @_builtins.property
     def insurances(self) -> _containers.RepeatedCompositeFieldContainer[Global___Insurance]:
-        """At most 20, one a country."""
+        """At most 20, and at most one per country."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only."""
+        """When the patient was registered. Output only."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only."""
+        """When the patient was last changed. Output only."""
 
     def __init__(
         self,
@@ -200,7 +211,7 @@ Global___Patient: _TypeAlias = Patient  # noqa: Y015
 
 @_typing.final
 class RegisterPatientRequest(_message.Message):
-    """What RegisterPatient takes."""
+    """Request of RegisterPatient."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -208,14 +219,15 @@ class RegisterPatientRequest(_message.Message):
     DEFAULT_COUNTRY_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     default_country: _builtins.str
-    """ISO 3166-1 alpha-2: the country that reads a phone written without its country code. Empty: only numbers with `+`."""
+    """ISO 3166-1 alpha-2 code of the country for phones without a country code. If empty, such phones are refused."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change, so that a retry with the same key does not make it again. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def patient(self) -> Global___Patient:
-        """The patient; output-only fields are ignored."""
+        """Required. The patient to register; output-only fields are ignored."""
 
     def __init__(
         self,
@@ -234,7 +246,7 @@ Global___RegisterPatientRequest: _TypeAlias = RegisterPatientRequest  # noqa: Y0
 
 @_typing.final
 class RegisterPatientResponse(_message.Message):
-    """What RegisterPatient answers."""
+    """Response of RegisterPatient."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -242,9 +254,9 @@ class RegisterPatientResponse(_message.Message):
     ALREADY_REGISTERED_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     already_registered: _builtins.bool
-    """True where the same person was registered before."""
+    """True if the person was already registered."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. The response then has the patient as it is now."""
     @_builtins.property
     def patient(self) -> Global___Patient:
         """The patient as stored."""
@@ -266,13 +278,13 @@ Global___RegisterPatientResponse: _TypeAlias = RegisterPatientResponse  # noqa: 
 
 @_typing.final
 class GetPatientRequest(_message.Message):
-    """What GetPatient takes."""
+    """Request of GetPatient."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PATIENT_ID_FIELD_NUMBER: _builtins.int
     patient_id: _builtins.str
-    """Required."""
+    """Required. The patient's id."""
     def __init__(
         self,
         *,
@@ -288,7 +300,7 @@ Global___GetPatientRequest: _TypeAlias = GetPatientRequest  # noqa: Y015
 
 @_typing.final
 class GetPatientResponse(_message.Message):
-    """What GetPatient answers."""
+    """Response of GetPatient."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -312,7 +324,7 @@ Global___GetPatientResponse: _TypeAlias = GetPatientResponse  # noqa: Y015
 
 @_typing.final
 class UpdatePatientRequest(_message.Message):
-    """What UpdatePatient takes."""
+    """Request of UpdatePatient."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -322,20 +334,23 @@ class UpdatePatientRequest(_message.Message):
     DEFAULT_COUNTRY_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     etag: _builtins.str
-    """Optional: act only on what still has this etag, else ETAG_MISMATCH."""
+    """Optional. The patient is changed only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
     default_country: _builtins.str
-    """As in RegisterPatientRequest."""
+    """ISO 3166-1 alpha-2 code of the country for phones without a country code. If empty, such phones are refused."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change, so that a retry with the same key does not make it again. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def patient(self) -> Global___Patient:
-        """The new values, and the id of the patient to change."""
+        """Required. The new values, with the id of the patient to change."""
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which fields to take; absent means those that are set, `*` means all. Unknown and output-only paths are refused."""
+        """The fields to change, at most 100 paths. Absent means the fields that are set; `*` means all fields. Paths may go
+        into `emergency_contact`, such as `emergency_contact.phone`. Unknown and output-only paths are refused.
+        """
 
     def __init__(
         self,
@@ -356,14 +371,14 @@ Global___UpdatePatientRequest: _TypeAlias = UpdatePatientRequest  # noqa: Y015
 
 @_typing.final
 class UpdatePatientResponse(_message.Message):
-    """What UpdatePatient answers."""
+    """Response of UpdatePatient."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PATIENT_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. The response then has the patient as it is now."""
     @_builtins.property
     def patient(self) -> Global___Patient:
         """The patient after the change."""
@@ -384,7 +399,7 @@ Global___UpdatePatientResponse: _TypeAlias = UpdatePatientResponse  # noqa: Y015
 
 @_typing.final
 class ListPatientsRequest(_message.Message):
-    """What ListPatients takes."""
+    """Request of ListPatients."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -395,18 +410,20 @@ class ListPatientsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     phone: _builtins.str
-    """Everyone with this phone: E.164, or a national number of `default_country`."""
+    """Only patients with this phone: in E.164, or a number of `default_country`; empty means every phone."""
     default_country: _builtins.str
-    """ISO 3166-1 alpha-2: the country that reads a phone written without its country code."""
+    """ISO 3166-1 alpha-2 code of the country for a phone without a country code. If empty, such a phone is refused."""
     name_prefix: _builtins.str
-    """The beginning of a given or a family name, letter case ignored."""
+    """Only patients whose full name or family name starts with this text, ignoring letter case; empty means every name."""
     page_size: _builtins.int
-    """0 means 50; above 100 means 100; negative is refused."""
+    """The maximum number of patients to return. 0 means 50; above 100 means 100; a negative number is refused."""
     page_token: _builtins.str
-    """The next_page_token of the page before, with the same filter; anything else is refused."""
+    """The `next_page_token` of the previous page, with the same filter; empty means the first page. Any other token is
+    refused.
+    """
     @_builtins.property
     def insurance(self) -> Global___Insurance:
-        """Everyone with this insured number."""
+        """Only patients with this insured number; absent means every number."""
 
     def __init__(
         self,
@@ -428,17 +445,17 @@ Global___ListPatientsRequest: _TypeAlias = ListPatientsRequest  # noqa: Y015
 
 @_typing.final
 class ListPatientsResponse(_message.Message):
-    """What ListPatients answers."""
+    """Response of ListPatients."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PATIENTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty on the last page."""
+    """The `page_token` of the next page; empty on the last page."""
     @_builtins.property
     def patients(self) -> _containers.RepeatedCompositeFieldContainer[Global___Patient]:
-        """The page."""
+        """The patients of this page."""
 
     def __init__(
         self,

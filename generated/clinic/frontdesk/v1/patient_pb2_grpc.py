@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PatientServiceStub:
-    """The people who come to the clinics. A phone is no person: households share one.
+    """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
     """
 
     def __init__(self, channel):
@@ -58,36 +58,36 @@ class PatientServiceStub:
 
 
 class PatientServiceServicer:
-    """The people who come to the clinics. A phone is no person: households share one.
+    """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
     """
 
     def RegisterPatient(self, request, context):
-        """Registers a person, or finds the one who is registered already. The same person is the same phone (E.164) and the
-        same name (letter case and white space ignored) without a contradicting birth date. What is stored stays as it is
-        when the person is found; UpdatePatient changes it.
+        """Registers a patient, or finds the record of the same person. The same person has the same phone (E.164) and the
+        same full name (ignoring letter case and extra white space); if both birth dates are known, they are equal too. A
+        found record stays unchanged; use UpdatePatient to change it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetPatient(self, request, context):
-        """Answers one patient. Errors: PATIENT_NOT_FOUND.
+        """Gets a patient. Errors: PATIENT_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdatePatient(self, request, context):
-        """Changes the fields that the mask names. Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS where the
-        change would make this the second record of one person.
+        """Changes the fields of a patient that the mask names. Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS
+        if the change would make this a second record of one person.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListPatients(self, request, context):
-        """Lists patients, the oldest first. Filters that are set must all hold; at least one is required, since nobody needs
-        everyone's data at once.
+        """Lists the patients that match every filter that is set, oldest record first. At least one filter is required,
+        because nobody needs the data of all patients at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,7 +125,7 @@ def add_PatientServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PatientService:
-    """The people who come to the clinics. A phone is no person: households share one.
+    """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
     """
 
     @staticmethod

@@ -27,51 +27,51 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PatientServiceStub:
-    """The people who come to the clinics. A phone is no person: households share one."""
+    """Manages the patients of all clinics. A phone number does not identify a person: a household may share one."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PatientServiceAsyncStub: ...
     RegisterPatient: _grpc.UnaryUnaryMultiCallable[_patient_pb2.RegisterPatientRequest, _patient_pb2.RegisterPatientResponse]
-    """Registers a person, or finds the one who is registered already. The same person is the same phone (E.164) and the
-    same name (letter case and white space ignored) without a contradicting birth date. What is stored stays as it is
-    when the person is found; UpdatePatient changes it.
+    """Registers a patient, or finds the record of the same person. The same person has the same phone (E.164) and the
+    same full name (ignoring letter case and extra white space); if both birth dates are known, they are equal too. A
+    found record stays unchanged; use UpdatePatient to change it.
     """
     GetPatient: _grpc.UnaryUnaryMultiCallable[_patient_pb2.GetPatientRequest, _patient_pb2.GetPatientResponse]
-    """Answers one patient. Errors: PATIENT_NOT_FOUND."""
+    """Gets a patient. Errors: PATIENT_NOT_FOUND."""
     UpdatePatient: _grpc.UnaryUnaryMultiCallable[_patient_pb2.UpdatePatientRequest, _patient_pb2.UpdatePatientResponse]
-    """Changes the fields that the mask names. Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS where the
-    change would make this the second record of one person.
+    """Changes the fields of a patient that the mask names. Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS
+    if the change would make this a second record of one person.
     """
     ListPatients: _grpc.UnaryUnaryMultiCallable[_patient_pb2.ListPatientsRequest, _patient_pb2.ListPatientsResponse]
-    """Lists patients, the oldest first. Filters that are set must all hold; at least one is required, since nobody needs
-    everyone's data at once.
+    """Lists the patients that match every filter that is set, oldest record first. At least one filter is required,
+    because nobody needs the data of all patients at once.
     """
 
 @_typing.type_check_only
 class PatientServiceAsyncStub(PatientServiceStub):
-    """The people who come to the clinics. A phone is no person: households share one."""
+    """Manages the patients of all clinics. A phone number does not identify a person: a household may share one."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterPatient: _aio.UnaryUnaryMultiCallable[_patient_pb2.RegisterPatientRequest, _patient_pb2.RegisterPatientResponse]  # type: ignore[assignment]
-    """Registers a person, or finds the one who is registered already. The same person is the same phone (E.164) and the
-    same name (letter case and white space ignored) without a contradicting birth date. What is stored stays as it is
-    when the person is found; UpdatePatient changes it.
+    """Registers a patient, or finds the record of the same person. The same person has the same phone (E.164) and the
+    same full name (ignoring letter case and extra white space); if both birth dates are known, they are equal too. A
+    found record stays unchanged; use UpdatePatient to change it.
     """
     GetPatient: _aio.UnaryUnaryMultiCallable[_patient_pb2.GetPatientRequest, _patient_pb2.GetPatientResponse]  # type: ignore[assignment]
-    """Answers one patient. Errors: PATIENT_NOT_FOUND."""
+    """Gets a patient. Errors: PATIENT_NOT_FOUND."""
     UpdatePatient: _aio.UnaryUnaryMultiCallable[_patient_pb2.UpdatePatientRequest, _patient_pb2.UpdatePatientResponse]  # type: ignore[assignment]
-    """Changes the fields that the mask names. Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS where the
-    change would make this the second record of one person.
+    """Changes the fields of a patient that the mask names. Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS
+    if the change would make this a second record of one person.
     """
     ListPatients: _aio.UnaryUnaryMultiCallable[_patient_pb2.ListPatientsRequest, _patient_pb2.ListPatientsResponse]  # type: ignore[assignment]
-    """Lists patients, the oldest first. Filters that are set must all hold; at least one is required, since nobody needs
-    everyone's data at once.
+    """Lists the patients that match every filter that is set, oldest record first. At least one filter is required,
+    because nobody needs the data of all patients at once.
     """
 
 class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The people who come to the clinics. A phone is no person: households share one."""
+    """Manages the patients of all clinics. A phone number does not identify a person: a household may share one."""
 
     @_abc_1.abstractmethod
     def RegisterPatient(
@@ -79,9 +79,9 @@ class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _patient_pb2.RegisterPatientRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_patient_pb2.RegisterPatientResponse, _abc.Awaitable[_patient_pb2.RegisterPatientResponse]]:
-        """Registers a person, or finds the one who is registered already. The same person is the same phone (E.164) and the
-        same name (letter case and white space ignored) without a contradicting birth date. What is stored stays as it is
-        when the person is found; UpdatePatient changes it.
+        """Registers a patient, or finds the record of the same person. The same person has the same phone (E.164) and the
+        same full name (ignoring letter case and extra white space); if both birth dates are known, they are equal too. A
+        found record stays unchanged; use UpdatePatient to change it.
         """
 
     @_abc_1.abstractmethod
@@ -90,7 +90,7 @@ class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _patient_pb2.GetPatientRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_patient_pb2.GetPatientResponse, _abc.Awaitable[_patient_pb2.GetPatientResponse]]:
-        """Answers one patient. Errors: PATIENT_NOT_FOUND."""
+        """Gets a patient. Errors: PATIENT_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def UpdatePatient(
@@ -98,8 +98,8 @@ class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _patient_pb2.UpdatePatientRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_patient_pb2.UpdatePatientResponse, _abc.Awaitable[_patient_pb2.UpdatePatientResponse]]:
-        """Changes the fields that the mask names. Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS where the
-        change would make this the second record of one person.
+        """Changes the fields of a patient that the mask names. Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS
+        if the change would make this a second record of one person.
         """
 
     @_abc_1.abstractmethod
@@ -108,8 +108,8 @@ class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _patient_pb2.ListPatientsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_patient_pb2.ListPatientsResponse, _abc.Awaitable[_patient_pb2.ListPatientsResponse]]:
-        """Lists patients, the oldest first. Filters that are set must all hold; at least one is required, since nobody needs
-        everyone's data at once.
+        """Lists the patients that match every filter that is set, oldest record first. At least one filter is required,
+        because nobody needs the data of all patients at once.
         """
 
 def add_PatientServiceServicer_to_server(servicer: PatientServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
