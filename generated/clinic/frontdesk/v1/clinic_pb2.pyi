@@ -115,7 +115,7 @@ class CreateClinicRequest(_message.Message):
     CLINIC_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
-    """Optional. Names this one change, so that a retry with the same key does not make it again. 1 to 255 printable ASCII
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
     characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
     (IDEMPOTENCY_KEY_REUSED).
     """
@@ -224,7 +224,7 @@ class UpdateClinicRequest(_message.Message):
     etag: _builtins.str
     """Optional. The clinic is changed only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
     idempotency_key: _builtins.str
-    """Optional. Names this one change, so that a retry with the same key does not make it again. 1 to 255 printable ASCII
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
     characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
     (IDEMPOTENCY_KEY_REUSED).
     """

@@ -41,36 +41,42 @@ class Doctor(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Output only, but for UpdateDoctor, where it says which. A UUID, lower case, time-ordered."""
+    """Lower-case UUID, time-ordered. Output only, except in UpdateDoctor, where it is required and names the doctor to
+    change.
+    """
     code: _builtins.str
-    """Required, 1 to 50 characters, unique: what the clinic calls this doctor by."""
+    """Required. The clinic's short name for this doctor, unique among all doctors (CODE_TAKEN). 1 to 50 characters on one
+    line, not only white space.
+    """
     display_name: _builtins.str
-    """Required, 1 to 200 characters."""
+    """Required. 1 to 200 characters on one line, not only white space."""
     specialty: _builtins.str
-    """Such as Cardiology; up to 200 characters."""
+    """Specialty, such as Cardiology. Up to 200 characters on one line."""
     license_number: _builtins.str
-    """Unique when given; up to 50 characters."""
+    """Licence number, unique among all doctors if given (LICENSE_TAKEN). Up to 50 characters on one line."""
     qualifications: _builtins.str
-    """Free text, up to 2,000 characters."""
+    """Up to 2,000 characters, on any number of lines."""
     experience_years: _builtins.int
-    """Years, 0 to 100."""
+    """Years of experience, 0 to 100."""
     clinic_id: _builtins.str
-    """The clinic, whose time zone the doctor's days follow. Empty on create means the default clinic. A later change moves
-    no appointment.
+    """The id of the doctor's clinic. The doctor's dates follow its time zone. Empty on create means the default clinic. A
+    later change moves no appointment.
     """
     max_patients_per_day: _builtins.int
-    """How many patients one day takes: 1 to 1,000; 0 means the default of 10."""
+    """The capacity of each of the doctor's dates: 1 to 1,000 patients; 0 means the default, 10. SetDoctorAvailability can
+    set another capacity for one date.
+    """
     active: _builtins.bool
     """Absent on create means true. An inactive doctor takes no new bookings (DOCTOR_INACTIVE)."""
     etag: _builtins.str
-    """Output only. Changes with every change of this resource."""
+    """Changes with every change of the doctor. Output only."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only."""
+        """When the doctor was created. Output only."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only."""
+        """When the doctor was last changed. Output only."""
 
     def __init__(
         self,
@@ -101,19 +107,20 @@ Global___Doctor: _TypeAlias = Doctor  # noqa: Y015
 
 @_typing.final
 class CreateDoctorRequest(_message.Message):
-    """What CreateDoctor takes."""
+    """Request of CreateDoctor."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DOCTOR_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def doctor(self) -> Global___Doctor:
-        """The doctor; output-only fields are ignored."""
+        """Required. The doctor to create; output-only fields are ignored."""
 
     def __init__(
         self,
@@ -131,14 +138,14 @@ Global___CreateDoctorRequest: _TypeAlias = CreateDoctorRequest  # noqa: Y015
 
 @_typing.final
 class CreateDoctorResponse(_message.Message):
-    """What CreateDoctor answers."""
+    """Response of CreateDoctor."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DOCTOR_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. The response then has the doctor as it is now."""
     @_builtins.property
     def doctor(self) -> Global___Doctor:
         """The doctor as stored."""
@@ -159,13 +166,13 @@ Global___CreateDoctorResponse: _TypeAlias = CreateDoctorResponse  # noqa: Y015
 
 @_typing.final
 class GetDoctorRequest(_message.Message):
-    """What GetDoctor takes."""
+    """Request of GetDoctor."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DOCTOR_ID_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
-    """Required."""
+    """Required. The doctor's id."""
     def __init__(
         self,
         *,
@@ -181,7 +188,7 @@ Global___GetDoctorRequest: _TypeAlias = GetDoctorRequest  # noqa: Y015
 
 @_typing.final
 class GetDoctorResponse(_message.Message):
-    """What GetDoctor answers."""
+    """Response of GetDoctor."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -205,7 +212,7 @@ Global___GetDoctorResponse: _TypeAlias = GetDoctorResponse  # noqa: Y015
 
 @_typing.final
 class UpdateDoctorRequest(_message.Message):
-    """What UpdateDoctor takes."""
+    """Request of UpdateDoctor."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -214,18 +221,21 @@ class UpdateDoctorRequest(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     etag: _builtins.str
-    """Optional: act only on what still has this etag, else ETAG_MISMATCH."""
+    """Optional. The doctor is changed only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def doctor(self) -> Global___Doctor:
-        """The new values, and the id of the doctor to change."""
+        """Required. The new values, with the id of the doctor to change."""
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which fields to take; absent means those that are set, `*` means all. Unknown and output-only paths are refused."""
+        """The fields to change, at most 100 paths. Absent means the fields that are set; `*` means all fields. Unknown and
+        output-only paths are refused.
+        """
 
     def __init__(
         self,
@@ -245,14 +255,14 @@ Global___UpdateDoctorRequest: _TypeAlias = UpdateDoctorRequest  # noqa: Y015
 
 @_typing.final
 class UpdateDoctorResponse(_message.Message):
-    """What UpdateDoctor answers."""
+    """Response of UpdateDoctor."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DOCTOR_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. The response then has the doctor as it is now."""
     @_builtins.property
     def doctor(self) -> Global___Doctor:
         """The doctor after the change."""
@@ -273,7 +283,7 @@ Global___UpdateDoctorResponse: _TypeAlias = UpdateDoctorResponse  # noqa: Y015
 
 @_typing.final
 class ListDoctorsRequest(_message.Message):
-    """What ListDoctors takes."""
+    """Request of ListDoctors."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -283,15 +293,17 @@ class ListDoctorsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     specialty: _builtins.str
-    """Only this specialty, letter case ignored; empty means every one."""
+    """Only doctors with this specialty, ignoring letter case; empty means every specialty."""
     clinic_id: _builtins.str
-    """Only this clinic's doctors; empty means every clinic."""
+    """Only doctors of this clinic; empty means every clinic."""
     code: _builtins.str
     """Only the doctor with exactly this code; empty means every code."""
     page_size: _builtins.int
-    """0 means 50; above 100 means 100; negative is refused."""
+    """The maximum number of doctors to return. 0 means 50; above 100 means 100; a negative number is refused."""
     page_token: _builtins.str
-    """The next_page_token of the page before, with the same filter; anything else is refused."""
+    """The `next_page_token` of the previous page, with the same filter; empty means the first page. Any other token is
+    refused.
+    """
     def __init__(
         self,
         *,
@@ -311,17 +323,17 @@ Global___ListDoctorsRequest: _TypeAlias = ListDoctorsRequest  # noqa: Y015
 
 @_typing.final
 class ListDoctorsResponse(_message.Message):
-    """What ListDoctors answers."""
+    """Response of ListDoctors."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DOCTORS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty on the last page."""
+    """The `page_token` of the next page; empty on the last page."""
     @_builtins.property
     def doctors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Doctor]:
-        """The page."""
+        """The doctors of this page."""
 
     def __init__(
         self,
@@ -339,7 +351,7 @@ Global___ListDoctorsResponse: _TypeAlias = ListDoctorsResponse  # noqa: Y015
 
 @_typing.final
 class DoctorAvailability(_message.Message):
-    """What was said of one doctor-day."""
+    """Whether one doctor is present on one date."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -349,13 +361,13 @@ class DoctorAvailability(_message.Message):
     NOTE_FIELD_NUMBER: _builtins.int
     MAX_PATIENTS_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
-    """The doctor."""
+    """The doctor's id."""
     is_present: _builtins.bool
-    """Whether the doctor is there."""
+    """Whether the doctor is present."""
     note: _builtins.str
-    """Up to 4,000 characters."""
+    """Up to 4,000 characters, on any number of lines."""
     max_patients: _builtins.int
-    """How many patients this day takes, 0 to 1,000; absent means the doctor's own maximum."""
+    """The capacity of this date: 0 to 1,000 patients. Absent means the doctor's max_patients_per_day."""
     @_builtins.property
     def date(self) -> _date_pb2.Date:
         """The civil date in the clinic's time zone."""
@@ -381,7 +393,7 @@ Global___DoctorAvailability: _TypeAlias = DoctorAvailability  # noqa: Y015
 
 @_typing.final
 class SetDoctorAvailabilityRequest(_message.Message):
-    """What SetDoctorAvailability takes. It replaces what was said of that date before."""
+    """Request of SetDoctorAvailability. It replaces everything that was set for the date before."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -392,20 +404,21 @@ class SetDoctorAvailabilityRequest(_message.Message):
     MAX_PATIENTS_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
-    """Required."""
+    """Required. The doctor's id."""
     is_present: _builtins.bool
-    """False: no new booking on that date."""
+    """Whether the doctor is present. False means no new bookings on this date (DOCTOR_ABSENT)."""
     note: _builtins.str
-    """Up to 4,000 characters."""
+    """Up to 4,000 characters, on any number of lines."""
     max_patients: _builtins.int
-    """How many patients this day takes, 0 to 1,000; absent means the doctor's own maximum."""
+    """The capacity of this date: 0 to 1,000 patients. Absent means the doctor's max_patients_per_day."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def date(self) -> _date_pb2.Date:
-        """Required: a civil date in the clinic's time zone."""
+        """Required. The civil date in the clinic's time zone."""
 
     def __init__(
         self,
@@ -429,7 +442,7 @@ Global___SetDoctorAvailabilityRequest: _TypeAlias = SetDoctorAvailabilityRequest
 
 @_typing.final
 class SetDoctorAvailabilityResponse(_message.Message):
-    """What SetDoctorAvailability answers."""
+    """Response of SetDoctorAvailability."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -438,17 +451,19 @@ class SetDoctorAvailabilityResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. The ids and the revision are then those of that first
+    success.
+    """
     @_builtins.property
     def availability(self) -> Global___DoctorAvailability:
-        """What is said of that date now."""
+        """The availability as stored."""
 
     @_builtins.property
     def affected_appointment_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The live appointments of a date that is marked absent, by number: still booked, to be moved or cancelled by the
-        clinic. Empty where the doctor is present.
+        """If the doctor is absent: the ids of the appointments on this date that are booked, checked in or in consultation,
+        by number. They stay as they are until the clinic moves or cancels them. Empty if the doctor is present.
         """
 
     def __init__(
@@ -469,7 +484,7 @@ Global___SetDoctorAvailabilityResponse: _TypeAlias = SetDoctorAvailabilityRespon
 
 @_typing.final
 class ListDoctorAvailabilityRequest(_message.Message):
-    """What ListDoctorAvailability takes."""
+    """Request of ListDoctorAvailability."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -479,18 +494,20 @@ class ListDoctorAvailabilityRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
-    """Required."""
+    """Required. The doctor's id."""
     page_size: _builtins.int
-    """0 means 50; above 100 means 100; negative is refused."""
+    """The maximum number of dates to return. 0 means 50; above 100 means 100; a negative number is refused."""
     page_token: _builtins.str
-    """The next_page_token of the page before, with the same filter; anything else is refused."""
+    """The `next_page_token` of the previous page, with the same filter; empty means the first page. Any other token is
+    refused.
+    """
     @_builtins.property
     def from_date(self) -> _date_pb2.Date:
-        """The first date, inclusive; absent means no bound."""
+        """The first date, inclusive; absent means no limit."""
 
     @_builtins.property
     def to_date(self) -> _date_pb2.Date:
-        """The last date, inclusive; absent means no bound."""
+        """The last date, inclusive; absent means no limit."""
 
     def __init__(
         self,
@@ -511,17 +528,17 @@ Global___ListDoctorAvailabilityRequest: _TypeAlias = ListDoctorAvailabilityReque
 
 @_typing.final
 class ListDoctorAvailabilityResponse(_message.Message):
-    """What ListDoctorAvailability answers."""
+    """Response of ListDoctorAvailability."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     AVAILABILITIES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty on the last page."""
+    """The `page_token` of the next page; empty on the last page."""
     @_builtins.property
     def availabilities(self) -> _containers.RepeatedCompositeFieldContainer[Global___DoctorAvailability]:
-        """The page."""
+        """The availabilities of this page, one per date."""
 
     def __init__(
         self,

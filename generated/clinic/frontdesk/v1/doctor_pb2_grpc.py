@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class DoctorServiceStub:
-    """The doctors, and whether they are there on a date.
+    """Manages doctors and their presence on each date.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel):
@@ -68,49 +70,53 @@ class DoctorServiceStub:
 
 
 class DoctorServiceServicer:
-    """The doctors, and whether they are there on a date.
+    """Manages doctors and their presence on each date.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def CreateDoctor(self, request, context):
-        """Takes a doctor on. Errors: CLINIC_NOT_FOUND, CODE_TAKEN, LICENSE_TAKEN.
+        """Creates a doctor. Errors: CLINIC_NOT_FOUND, CODE_TAKEN, LICENSE_TAKEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetDoctor(self, request, context):
-        """Answers one doctor. Errors: DOCTOR_NOT_FOUND.
+        """Gets a doctor. Errors: DOCTOR_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateDoctor(self, request, context):
-        """Changes the fields that the mask names. A lowered daily maximum keeps what is booked and takes no more. Errors:
-        DOCTOR_NOT_FOUND, CLINIC_NOT_FOUND, CODE_TAKEN, LICENSE_TAKEN, ETAG_MISMATCH.
+        """Changes the fields of a doctor that the mask names. If you lower the daily maximum, existing bookings stay, and new
+        ones are refused while the date is full (DAY_FULL). Errors: DOCTOR_NOT_FOUND, CLINIC_NOT_FOUND, CODE_TAKEN,
+        LICENSE_TAKEN, ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListDoctors(self, request, context):
-        """Lists doctors, the oldest first. Filters that are set must all hold.
+        """Lists the doctors that match every filter that is set, oldest record first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetDoctorAvailability(self, request, context):
-        """Says whether a doctor is there on a date, and optionally how many patients that day takes. A day with bookings may
-        be marked absent: they stay booked and are answered, for the clinic to move or cancel. Errors: DOCTOR_NOT_FOUND.
+        """Sets whether a doctor is present on a date and, optionally, the capacity of that date. A date with bookings can be
+        marked absent: the appointments stay booked, and the response lists them for the clinic to move or cancel. Errors:
+        DOCTOR_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListDoctorAvailability(self, request, context):
-        """Lists what was said of a doctor's dates, the earliest first; a date that is not listed means present. Errors:
-        DOCTOR_NOT_FOUND.
+        """Lists the dates of a doctor for which availability was set, earliest first. On every other date the doctor is
+        present. Errors: DOCTOR_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,7 +164,9 @@ def add_DoctorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DoctorService:
-    """The doctors, and whether they are there on a date.
+    """Manages doctors and their presence on each date.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     @staticmethod

@@ -27,57 +27,70 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class DoctorServiceStub:
-    """The doctors, and whether they are there on a date."""
+    """Manages doctors and their presence on each date.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DoctorServiceAsyncStub: ...
     CreateDoctor: _grpc.UnaryUnaryMultiCallable[_doctor_pb2.CreateDoctorRequest, _doctor_pb2.CreateDoctorResponse]
-    """Takes a doctor on. Errors: CLINIC_NOT_FOUND, CODE_TAKEN, LICENSE_TAKEN."""
+    """Creates a doctor. Errors: CLINIC_NOT_FOUND, CODE_TAKEN, LICENSE_TAKEN."""
     GetDoctor: _grpc.UnaryUnaryMultiCallable[_doctor_pb2.GetDoctorRequest, _doctor_pb2.GetDoctorResponse]
-    """Answers one doctor. Errors: DOCTOR_NOT_FOUND."""
+    """Gets a doctor. Errors: DOCTOR_NOT_FOUND."""
     UpdateDoctor: _grpc.UnaryUnaryMultiCallable[_doctor_pb2.UpdateDoctorRequest, _doctor_pb2.UpdateDoctorResponse]
-    """Changes the fields that the mask names. A lowered daily maximum keeps what is booked and takes no more. Errors:
-    DOCTOR_NOT_FOUND, CLINIC_NOT_FOUND, CODE_TAKEN, LICENSE_TAKEN, ETAG_MISMATCH.
+    """Changes the fields of a doctor that the mask names. If you lower the daily maximum, existing bookings stay, and new
+    ones are refused while the date is full (DAY_FULL). Errors: DOCTOR_NOT_FOUND, CLINIC_NOT_FOUND, CODE_TAKEN,
+    LICENSE_TAKEN, ETAG_MISMATCH.
     """
     ListDoctors: _grpc.UnaryUnaryMultiCallable[_doctor_pb2.ListDoctorsRequest, _doctor_pb2.ListDoctorsResponse]
-    """Lists doctors, the oldest first. Filters that are set must all hold."""
+    """Lists the doctors that match every filter that is set, oldest record first."""
     SetDoctorAvailability: _grpc.UnaryUnaryMultiCallable[_doctor_pb2.SetDoctorAvailabilityRequest, _doctor_pb2.SetDoctorAvailabilityResponse]
-    """Says whether a doctor is there on a date, and optionally how many patients that day takes. A day with bookings may
-    be marked absent: they stay booked and are answered, for the clinic to move or cancel. Errors: DOCTOR_NOT_FOUND.
+    """Sets whether a doctor is present on a date and, optionally, the capacity of that date. A date with bookings can be
+    marked absent: the appointments stay booked, and the response lists them for the clinic to move or cancel. Errors:
+    DOCTOR_NOT_FOUND.
     """
     ListDoctorAvailability: _grpc.UnaryUnaryMultiCallable[_doctor_pb2.ListDoctorAvailabilityRequest, _doctor_pb2.ListDoctorAvailabilityResponse]
-    """Lists what was said of a doctor's dates, the earliest first; a date that is not listed means present. Errors:
-    DOCTOR_NOT_FOUND.
+    """Lists the dates of a doctor for which availability was set, earliest first. On every other date the doctor is
+    present. Errors: DOCTOR_NOT_FOUND.
     """
 
 @_typing.type_check_only
 class DoctorServiceAsyncStub(DoctorServiceStub):
-    """The doctors, and whether they are there on a date."""
+    """Manages doctors and their presence on each date.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateDoctor: _aio.UnaryUnaryMultiCallable[_doctor_pb2.CreateDoctorRequest, _doctor_pb2.CreateDoctorResponse]  # type: ignore[assignment]
-    """Takes a doctor on. Errors: CLINIC_NOT_FOUND, CODE_TAKEN, LICENSE_TAKEN."""
+    """Creates a doctor. Errors: CLINIC_NOT_FOUND, CODE_TAKEN, LICENSE_TAKEN."""
     GetDoctor: _aio.UnaryUnaryMultiCallable[_doctor_pb2.GetDoctorRequest, _doctor_pb2.GetDoctorResponse]  # type: ignore[assignment]
-    """Answers one doctor. Errors: DOCTOR_NOT_FOUND."""
+    """Gets a doctor. Errors: DOCTOR_NOT_FOUND."""
     UpdateDoctor: _aio.UnaryUnaryMultiCallable[_doctor_pb2.UpdateDoctorRequest, _doctor_pb2.UpdateDoctorResponse]  # type: ignore[assignment]
-    """Changes the fields that the mask names. A lowered daily maximum keeps what is booked and takes no more. Errors:
-    DOCTOR_NOT_FOUND, CLINIC_NOT_FOUND, CODE_TAKEN, LICENSE_TAKEN, ETAG_MISMATCH.
+    """Changes the fields of a doctor that the mask names. If you lower the daily maximum, existing bookings stay, and new
+    ones are refused while the date is full (DAY_FULL). Errors: DOCTOR_NOT_FOUND, CLINIC_NOT_FOUND, CODE_TAKEN,
+    LICENSE_TAKEN, ETAG_MISMATCH.
     """
     ListDoctors: _aio.UnaryUnaryMultiCallable[_doctor_pb2.ListDoctorsRequest, _doctor_pb2.ListDoctorsResponse]  # type: ignore[assignment]
-    """Lists doctors, the oldest first. Filters that are set must all hold."""
+    """Lists the doctors that match every filter that is set, oldest record first."""
     SetDoctorAvailability: _aio.UnaryUnaryMultiCallable[_doctor_pb2.SetDoctorAvailabilityRequest, _doctor_pb2.SetDoctorAvailabilityResponse]  # type: ignore[assignment]
-    """Says whether a doctor is there on a date, and optionally how many patients that day takes. A day with bookings may
-    be marked absent: they stay booked and are answered, for the clinic to move or cancel. Errors: DOCTOR_NOT_FOUND.
+    """Sets whether a doctor is present on a date and, optionally, the capacity of that date. A date with bookings can be
+    marked absent: the appointments stay booked, and the response lists them for the clinic to move or cancel. Errors:
+    DOCTOR_NOT_FOUND.
     """
     ListDoctorAvailability: _aio.UnaryUnaryMultiCallable[_doctor_pb2.ListDoctorAvailabilityRequest, _doctor_pb2.ListDoctorAvailabilityResponse]  # type: ignore[assignment]
-    """Lists what was said of a doctor's dates, the earliest first; a date that is not listed means present. Errors:
-    DOCTOR_NOT_FOUND.
+    """Lists the dates of a doctor for which availability was set, earliest first. On every other date the doctor is
+    present. Errors: DOCTOR_NOT_FOUND.
     """
 
 class DoctorServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The doctors, and whether they are there on a date."""
+    """Manages doctors and their presence on each date.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    """
 
     @_abc_1.abstractmethod
     def CreateDoctor(
@@ -85,7 +98,7 @@ class DoctorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _doctor_pb2.CreateDoctorRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_doctor_pb2.CreateDoctorResponse, _abc.Awaitable[_doctor_pb2.CreateDoctorResponse]]:
-        """Takes a doctor on. Errors: CLINIC_NOT_FOUND, CODE_TAKEN, LICENSE_TAKEN."""
+        """Creates a doctor. Errors: CLINIC_NOT_FOUND, CODE_TAKEN, LICENSE_TAKEN."""
 
     @_abc_1.abstractmethod
     def GetDoctor(
@@ -93,7 +106,7 @@ class DoctorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _doctor_pb2.GetDoctorRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_doctor_pb2.GetDoctorResponse, _abc.Awaitable[_doctor_pb2.GetDoctorResponse]]:
-        """Answers one doctor. Errors: DOCTOR_NOT_FOUND."""
+        """Gets a doctor. Errors: DOCTOR_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def UpdateDoctor(
@@ -101,8 +114,9 @@ class DoctorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _doctor_pb2.UpdateDoctorRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_doctor_pb2.UpdateDoctorResponse, _abc.Awaitable[_doctor_pb2.UpdateDoctorResponse]]:
-        """Changes the fields that the mask names. A lowered daily maximum keeps what is booked and takes no more. Errors:
-        DOCTOR_NOT_FOUND, CLINIC_NOT_FOUND, CODE_TAKEN, LICENSE_TAKEN, ETAG_MISMATCH.
+        """Changes the fields of a doctor that the mask names. If you lower the daily maximum, existing bookings stay, and new
+        ones are refused while the date is full (DAY_FULL). Errors: DOCTOR_NOT_FOUND, CLINIC_NOT_FOUND, CODE_TAKEN,
+        LICENSE_TAKEN, ETAG_MISMATCH.
         """
 
     @_abc_1.abstractmethod
@@ -111,7 +125,7 @@ class DoctorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _doctor_pb2.ListDoctorsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_doctor_pb2.ListDoctorsResponse, _abc.Awaitable[_doctor_pb2.ListDoctorsResponse]]:
-        """Lists doctors, the oldest first. Filters that are set must all hold."""
+        """Lists the doctors that match every filter that is set, oldest record first."""
 
     @_abc_1.abstractmethod
     def SetDoctorAvailability(
@@ -119,8 +133,9 @@ class DoctorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _doctor_pb2.SetDoctorAvailabilityRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_doctor_pb2.SetDoctorAvailabilityResponse, _abc.Awaitable[_doctor_pb2.SetDoctorAvailabilityResponse]]:
-        """Says whether a doctor is there on a date, and optionally how many patients that day takes. A day with bookings may
-        be marked absent: they stay booked and are answered, for the clinic to move or cancel. Errors: DOCTOR_NOT_FOUND.
+        """Sets whether a doctor is present on a date and, optionally, the capacity of that date. A date with bookings can be
+        marked absent: the appointments stay booked, and the response lists them for the clinic to move or cancel. Errors:
+        DOCTOR_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
@@ -129,8 +144,8 @@ class DoctorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _doctor_pb2.ListDoctorAvailabilityRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_doctor_pb2.ListDoctorAvailabilityResponse, _abc.Awaitable[_doctor_pb2.ListDoctorAvailabilityResponse]]:
-        """Lists what was said of a doctor's dates, the earliest first; a date that is not listed means present. Errors:
-        DOCTOR_NOT_FOUND.
+        """Lists the dates of a doctor for which availability was set, earliest first. On every other date the doctor is
+        present. Errors: DOCTOR_NOT_FOUND.
         """
 
 def add_DoctorServiceServicer_to_server(servicer: DoctorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -221,7 +221,7 @@ class RegisterPatientRequest(_message.Message):
     default_country: _builtins.str
     """ISO 3166-1 alpha-2 code of the country for phones without a country code. If empty, such phones are refused."""
     idempotency_key: _builtins.str
-    """Optional. Names this one change, so that a retry with the same key does not make it again. 1 to 255 printable ASCII
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
     characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
     (IDEMPOTENCY_KEY_REUSED).
     """
@@ -338,7 +338,7 @@ class UpdatePatientRequest(_message.Message):
     default_country: _builtins.str
     """ISO 3166-1 alpha-2 code of the country for phones without a country code. If empty, such phones are refused."""
     idempotency_key: _builtins.str
-    """Optional. Names this one change, so that a retry with the same key does not make it again. 1 to 255 printable ASCII
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
     characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
     (IDEMPOTENCY_KEY_REUSED).
     """

@@ -27,6 +27,8 @@ if _version_not_supported:
 
 class PatientServiceStub:
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel):
@@ -59,6 +61,8 @@ class PatientServiceStub:
 
 class PatientServiceServicer:
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def RegisterPatient(self, request, context):
@@ -126,6 +130,8 @@ def add_PatientServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class PatientService:
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     @staticmethod

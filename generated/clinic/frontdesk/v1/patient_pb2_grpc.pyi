@@ -27,7 +27,10 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PatientServiceStub:
-    """Manages the patients of all clinics. A phone number does not identify a person: a household may share one."""
+    """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -51,7 +54,10 @@ class PatientServiceStub:
 
 @_typing.type_check_only
 class PatientServiceAsyncStub(PatientServiceStub):
-    """Manages the patients of all clinics. A phone number does not identify a person: a household may share one."""
+    """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterPatient: _aio.UnaryUnaryMultiCallable[_patient_pb2.RegisterPatientRequest, _patient_pb2.RegisterPatientResponse]  # type: ignore[assignment]
@@ -71,7 +77,10 @@ class PatientServiceAsyncStub(PatientServiceStub):
     """
 
 class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Manages the patients of all clinics. A phone number does not identify a person: a household may share one."""
+    """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    """
 
     @_abc_1.abstractmethod
     def RegisterPatient(

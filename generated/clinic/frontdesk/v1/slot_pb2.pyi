@@ -23,7 +23,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Slot(_message.Message):
-    """A bookable interval of one doctor's time, inside one doctor-day, whose capacity holds too."""
+    """A bookable interval of one doctor's time with its own capacity. It lies inside one doctor-day (one doctor on one
+    civil date of the clinic's time zone), whose capacity holds too.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -36,19 +38,19 @@ class Slot(_message.Message):
         STATE_UNSPECIFIED: Slot._State.ValueType  # 0
         """Never answered; refused in requests."""
         STATE_OPEN: Slot._State.ValueType  # 1
-        """Can be booked."""
+        """The slot takes bookings."""
         STATE_BLOCKED: Slot._State.ValueType  # 2
-        """Taken out of booking by BlockSlots."""
+        """BlockSlots has blocked the slot: it takes no new bookings."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
-        """Whether a slot can be booked."""
+        """Whether the slot takes bookings."""
 
     STATE_UNSPECIFIED: Slot.State.ValueType  # 0
     """Never answered; refused in requests."""
     STATE_OPEN: Slot.State.ValueType  # 1
-    """Can be booked."""
+    """The slot takes bookings."""
     STATE_BLOCKED: Slot.State.ValueType  # 2
-    """Taken out of booking by BlockSlots."""
+    """BlockSlots has blocked the slot: it takes no new bookings."""
 
     ID_FIELD_NUMBER: _builtins.int
     DOCTOR_ID_FIELD_NUMBER: _builtins.int
@@ -65,42 +67,48 @@ class Slot(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Output only. A UUID, lower case, time-ordered."""
+    """Lower-case UUID, time-ordered. Output only."""
     doctor_id: _builtins.str
-    """Required."""
+    """Required. The doctor's id."""
     clinic_id: _builtins.str
-    """Output only: the doctor's clinic when the slot was opened."""
+    """The id of the doctor's clinic when the slot was created. Output only."""
     capacity: _builtins.int
-    """How many patients it takes: 1 to 1,000; 0 means the default of 1."""
+    """How many patients the slot takes: 1 to 1,000; 0 means the default, 1."""
     booked_count: _builtins.int
-    """Output only: live bookings in this slot."""
+    """How many appointments hold a place in the slot: those that are booked, checked in, in consultation or completed.
+    Output only.
+    """
     available_count: _builtins.int
-    """Output only: places left in the slot; the doctor-day may have fewer."""
+    """How many places are free in the slot: capacity less booked_count, at least 0. The doctor-day may have fewer. Output
+    only.
+    """
     state: Global___Slot.State.ValueType
-    """Output only."""
+    """Whether the slot takes bookings. Output only."""
     block_reason: _builtins.str
-    """Output only: why it is blocked."""
+    """Why the slot is blocked; empty if it is open. Output only."""
     etag: _builtins.str
-    """Output only. Changes with every change of this resource."""
+    """Changes with every change of the slot. Output only."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Required: in the future, year 1970 to 9999."""
+        """Required. In the future and before the year 10000; cut to microseconds."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Required: after start_time; the slot lies within one civil day of the clinic, and may end at its midnight."""
+        """Required. After start_time and on the same civil date in the clinic's time zone; the midnight that ends this date
+        is allowed. Cut to microseconds.
+        """
 
     @_builtins.property
     def date(self) -> _date_pb2.Date:
-        """Output only: the civil date in the clinic's time zone."""
+        """The civil date in the clinic's time zone. Output only."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only."""
+        """When the slot was created. Output only."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only."""
+        """When the slot was last changed. Output only."""
 
     def __init__(
         self,
@@ -130,19 +138,20 @@ Global___Slot: _TypeAlias = Slot  # noqa: Y015
 
 @_typing.final
 class CreateSlotRequest(_message.Message):
-    """What CreateSlot takes."""
+    """Request of CreateSlot."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SLOT_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def slot(self) -> Global___Slot:
-        """The slot; output-only fields are ignored."""
+        """Required. The slot to create; output-only fields are ignored."""
 
     def __init__(
         self,
@@ -160,14 +169,16 @@ Global___CreateSlotRequest: _TypeAlias = CreateSlotRequest  # noqa: Y015
 
 @_typing.final
 class CreateSlotResponse(_message.Message):
-    """What CreateSlot answers."""
+    """Response of CreateSlot."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SLOT_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. The slot is then as that call left it, except that its
+    counts are the present ones.
+    """
     @_builtins.property
     def slot(self) -> Global___Slot:
         """The slot as stored."""
@@ -188,19 +199,20 @@ Global___CreateSlotResponse: _TypeAlias = CreateSlotResponse  # noqa: Y015
 
 @_typing.final
 class BatchCreateSlotsRequest(_message.Message):
-    """What BatchCreateSlots takes."""
+    """Request of BatchCreateSlots."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SLOTS_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slot]:
-        """1 to 500 slots; they may not overlap one another where the doctor is the same."""
+        """Required. The slots to create, 1 to 500. Slots of one doctor must not overlap."""
 
     def __init__(
         self,
@@ -218,14 +230,16 @@ Global___BatchCreateSlotsRequest: _TypeAlias = BatchCreateSlotsRequest  # noqa: 
 
 @_typing.final
 class BatchCreateSlotsResponse(_message.Message):
-    """What BatchCreateSlots answers."""
+    """Response of BatchCreateSlots."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SLOTS_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Each slot is then as that call left it, except that its
+    counts are the present ones.
+    """
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slot]:
         """The slots as stored, in the order of the request."""
@@ -246,13 +260,13 @@ Global___BatchCreateSlotsResponse: _TypeAlias = BatchCreateSlotsResponse  # noqa
 
 @_typing.final
 class GetSlotRequest(_message.Message):
-    """What GetSlot takes."""
+    """Request of GetSlot."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SLOT_ID_FIELD_NUMBER: _builtins.int
     slot_id: _builtins.str
-    """Required."""
+    """Required. The slot's id."""
     def __init__(
         self,
         *,
@@ -268,7 +282,7 @@ Global___GetSlotRequest: _TypeAlias = GetSlotRequest  # noqa: Y015
 
 @_typing.final
 class GetSlotResponse(_message.Message):
-    """What GetSlot answers."""
+    """Response of GetSlot."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -292,7 +306,7 @@ Global___GetSlotResponse: _TypeAlias = GetSlotResponse  # noqa: Y015
 
 @_typing.final
 class ListSlotsRequest(_message.Message):
-    """What ListSlots takes."""
+    """Request of ListSlots."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -305,26 +319,28 @@ class ListSlotsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
-    """Only this doctor's; empty means every doctor."""
+    """Only slots of this doctor; empty means every doctor."""
     clinic_id: _builtins.str
-    """Only this clinic's; empty means every clinic."""
+    """Only slots of this clinic; empty means every clinic."""
     specialty: _builtins.str
-    """Only of doctors with this specialty, letter case ignored."""
+    """Only slots of doctors with this specialty, ignoring letter case; empty means every specialty."""
     available_only: _builtins.bool
-    """Only slots that can be booked now: open, in the future, with a place left in the slot and in its doctor-day, the
-    doctor present, doctor and clinic active.
+    """If true, only slots that can be booked now: open, in the future, with a free place in the slot and in its
+    doctor-day, and with the doctor present and both doctor and clinic active.
     """
     page_size: _builtins.int
-    """0 means 50; above 100 means 100; negative is refused."""
+    """The maximum number of slots to return. 0 means 50; above 100 means 100; a negative number is refused."""
     page_token: _builtins.str
-    """The next_page_token of the page before, with the same filter; anything else is refused."""
+    """The `next_page_token` of the previous page, with the same filter; empty means the first page. Any other token is
+    refused.
+    """
     @_builtins.property
     def start_time_from(self) -> _timestamp_pb2.Timestamp:
-        """Only slots that start at or after this instant."""
+        """Only slots that start at or after this instant; absent means no limit."""
 
     @_builtins.property
     def start_time_to(self) -> _timestamp_pb2.Timestamp:
-        """Only slots that start before this instant."""
+        """Only slots that start before this instant; absent means no limit."""
 
     def __init__(
         self,
@@ -348,17 +364,17 @@ Global___ListSlotsRequest: _TypeAlias = ListSlotsRequest  # noqa: Y015
 
 @_typing.final
 class ListSlotsResponse(_message.Message):
-    """What ListSlots answers."""
+    """Response of ListSlots."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SLOTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty on the last page."""
+    """The `page_token` of the next page; empty on the last page."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slot]:
-        """The page."""
+        """The slots of this page."""
 
     def __init__(
         self,
@@ -376,7 +392,7 @@ Global___ListSlotsResponse: _TypeAlias = ListSlotsResponse  # noqa: Y015
 
 @_typing.final
 class BlockSlotsRequest(_message.Message):
-    """What BlockSlots takes."""
+    """Request of BlockSlots."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -384,14 +400,15 @@ class BlockSlotsRequest(_message.Message):
     BLOCK_REASON_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     block_reason: _builtins.str
-    """Up to 2,000 characters."""
+    """Why the slots are blocked. Up to 2,000 characters, on any number of lines."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def slot_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """1 to 500 different ids."""
+        """Required. The ids of the slots, 1 to 500. A repeated id is refused."""
 
     def __init__(
         self,
@@ -410,14 +427,16 @@ Global___BlockSlotsRequest: _TypeAlias = BlockSlotsRequest  # noqa: Y015
 
 @_typing.final
 class BlockSlotsResponse(_message.Message):
-    """What BlockSlots answers."""
+    """Response of BlockSlots."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SLOTS_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Each slot is then as that call left it, except that its
+    counts are the present ones.
+    """
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slot]:
         """The slots after the change, in the order of the request."""
@@ -438,19 +457,20 @@ Global___BlockSlotsResponse: _TypeAlias = BlockSlotsResponse  # noqa: Y015
 
 @_typing.final
 class ReleaseSlotsRequest(_message.Message):
-    """What ReleaseSlots takes."""
+    """Request of ReleaseSlots."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SLOT_IDS_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def slot_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """1 to 500 different ids."""
+        """Required. The ids of the slots, 1 to 500. A repeated id is refused."""
 
     def __init__(
         self,
@@ -468,14 +488,16 @@ Global___ReleaseSlotsRequest: _TypeAlias = ReleaseSlotsRequest  # noqa: Y015
 
 @_typing.final
 class ReleaseSlotsResponse(_message.Message):
-    """What ReleaseSlots answers."""
+    """Response of ReleaseSlots."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SLOTS_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Each slot is then as that call left it, except that its
+    counts are the present ones.
+    """
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slot]:
         """The slots after the change, in the order of the request."""
@@ -496,7 +518,7 @@ Global___ReleaseSlotsResponse: _TypeAlias = ReleaseSlotsResponse  # noqa: Y015
 
 @_typing.final
 class DeleteSlotRequest(_message.Message):
-    """What DeleteSlot takes."""
+    """Request of DeleteSlot."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -504,12 +526,13 @@ class DeleteSlotRequest(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     slot_id: _builtins.str
-    """Required."""
+    """Required. The slot's id."""
     etag: _builtins.str
-    """Optional: act only on what still has this etag, else ETAG_MISMATCH."""
+    """Optional. The slot is deleted only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     def __init__(
         self,
@@ -528,13 +551,13 @@ Global___DeleteSlotRequest: _TypeAlias = DeleteSlotRequest  # noqa: Y015
 
 @_typing.final
 class DeleteSlotResponse(_message.Message):
-    """What DeleteSlot answers."""
+    """Response of DeleteSlot."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key deleted the slot."""
     def __init__(
         self,
         *,

@@ -26,7 +26,10 @@ if _version_not_supported:
 
 
 class SlotServiceStub:
-    """The bookable intervals of the doctors' days. Intervals are half-open: one may start where another ends.
+    """Manages slots, the bookable intervals of the doctors' days. Intervals are half-open: one slot may start at the
+    instant at which another ends.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel):
@@ -73,54 +76,59 @@ class SlotServiceStub:
 
 
 class SlotServiceServicer:
-    """The bookable intervals of the doctors' days. Intervals are half-open: one may start where another ends.
+    """Manages slots, the bookable intervals of the doctors' days. Intervals are half-open: one slot may start at the
+    instant at which another ends.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def CreateSlot(self, request, context):
-        """Opens one slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP.
+        """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BatchCreateSlots(self, request, context):
-        """Opens many slots, of one doctor or several: all or none. Errors as CreateSlot's.
+        """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; for SLOT_OVERLAP, `index` in the
+        metadata is the slot's place in the request, from 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSlot(self, request, context):
-        """Answers one slot. Errors: SLOT_NOT_FOUND.
+        """Gets a slot. Errors: SLOT_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSlots(self, request, context):
-        """Lists slots in the order of their start times, then ids. Filters that are set must all hold.
+        """Lists the slots that match every filter that is set, by start time, then id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BlockSlots(self, request, context):
-        """Takes slots out of booking: all or none. What is booked in them stays; blocked ones stay blocked. Errors:
-        SLOT_NOT_FOUND.
+        """Blocks slots, so that they take no new bookings: all or none. Existing bookings stay. A slot that is already
+        blocked gets the new reason. Errors: SLOT_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseSlots(self, request, context):
-        """Opens blocked slots again: all or none; open ones stay open. Errors: SLOT_NOT_FOUND.
+        """Opens blocked slots again: all or none. A slot that is already open stays open. Errors: SLOT_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSlot(self, request, context):
-        """Removes a slot that holds no live booking. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, ETAG_MISMATCH.
+        """Deletes a slot. It is refused while booked_count is not 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS,
+        ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,7 +181,10 @@ def add_SlotServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class SlotService:
-    """The bookable intervals of the doctors' days. Intervals are half-open: one may start where another ends.
+    """Manages slots, the bookable intervals of the doctors' days. Intervals are half-open: one slot may start at the
+    instant at which another ends.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     @staticmethod

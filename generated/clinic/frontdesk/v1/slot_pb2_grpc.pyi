@@ -27,53 +27,73 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class SlotServiceStub:
-    """The bookable intervals of the doctors' days. Intervals are half-open: one may start where another ends."""
+    """Manages slots, the bookable intervals of the doctors' days. Intervals are half-open: one slot may start at the
+    instant at which another ends.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SlotServiceAsyncStub: ...
     CreateSlot: _grpc.UnaryUnaryMultiCallable[_slot_pb2.CreateSlotRequest, _slot_pb2.CreateSlotResponse]
-    """Opens one slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
+    """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
     BatchCreateSlots: _grpc.UnaryUnaryMultiCallable[_slot_pb2.BatchCreateSlotsRequest, _slot_pb2.BatchCreateSlotsResponse]
-    """Opens many slots, of one doctor or several: all or none. Errors as CreateSlot's."""
+    """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; for SLOT_OVERLAP, `index` in the
+    metadata is the slot's place in the request, from 0.
+    """
     GetSlot: _grpc.UnaryUnaryMultiCallable[_slot_pb2.GetSlotRequest, _slot_pb2.GetSlotResponse]
-    """Answers one slot. Errors: SLOT_NOT_FOUND."""
+    """Gets a slot. Errors: SLOT_NOT_FOUND."""
     ListSlots: _grpc.UnaryUnaryMultiCallable[_slot_pb2.ListSlotsRequest, _slot_pb2.ListSlotsResponse]
-    """Lists slots in the order of their start times, then ids. Filters that are set must all hold."""
+    """Lists the slots that match every filter that is set, by start time, then id."""
     BlockSlots: _grpc.UnaryUnaryMultiCallable[_slot_pb2.BlockSlotsRequest, _slot_pb2.BlockSlotsResponse]
-    """Takes slots out of booking: all or none. What is booked in them stays; blocked ones stay blocked. Errors:
-    SLOT_NOT_FOUND.
+    """Blocks slots, so that they take no new bookings: all or none. Existing bookings stay. A slot that is already
+    blocked gets the new reason. Errors: SLOT_NOT_FOUND.
     """
     ReleaseSlots: _grpc.UnaryUnaryMultiCallable[_slot_pb2.ReleaseSlotsRequest, _slot_pb2.ReleaseSlotsResponse]
-    """Opens blocked slots again: all or none; open ones stay open. Errors: SLOT_NOT_FOUND."""
+    """Opens blocked slots again: all or none. A slot that is already open stays open. Errors: SLOT_NOT_FOUND."""
     DeleteSlot: _grpc.UnaryUnaryMultiCallable[_slot_pb2.DeleteSlotRequest, _slot_pb2.DeleteSlotResponse]
-    """Removes a slot that holds no live booking. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, ETAG_MISMATCH."""
+    """Deletes a slot. It is refused while booked_count is not 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS,
+    ETAG_MISMATCH.
+    """
 
 @_typing.type_check_only
 class SlotServiceAsyncStub(SlotServiceStub):
-    """The bookable intervals of the doctors' days. Intervals are half-open: one may start where another ends."""
+    """Manages slots, the bookable intervals of the doctors' days. Intervals are half-open: one slot may start at the
+    instant at which another ends.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSlot: _aio.UnaryUnaryMultiCallable[_slot_pb2.CreateSlotRequest, _slot_pb2.CreateSlotResponse]  # type: ignore[assignment]
-    """Opens one slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
+    """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
     BatchCreateSlots: _aio.UnaryUnaryMultiCallable[_slot_pb2.BatchCreateSlotsRequest, _slot_pb2.BatchCreateSlotsResponse]  # type: ignore[assignment]
-    """Opens many slots, of one doctor or several: all or none. Errors as CreateSlot's."""
+    """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; for SLOT_OVERLAP, `index` in the
+    metadata is the slot's place in the request, from 0.
+    """
     GetSlot: _aio.UnaryUnaryMultiCallable[_slot_pb2.GetSlotRequest, _slot_pb2.GetSlotResponse]  # type: ignore[assignment]
-    """Answers one slot. Errors: SLOT_NOT_FOUND."""
+    """Gets a slot. Errors: SLOT_NOT_FOUND."""
     ListSlots: _aio.UnaryUnaryMultiCallable[_slot_pb2.ListSlotsRequest, _slot_pb2.ListSlotsResponse]  # type: ignore[assignment]
-    """Lists slots in the order of their start times, then ids. Filters that are set must all hold."""
+    """Lists the slots that match every filter that is set, by start time, then id."""
     BlockSlots: _aio.UnaryUnaryMultiCallable[_slot_pb2.BlockSlotsRequest, _slot_pb2.BlockSlotsResponse]  # type: ignore[assignment]
-    """Takes slots out of booking: all or none. What is booked in them stays; blocked ones stay blocked. Errors:
-    SLOT_NOT_FOUND.
+    """Blocks slots, so that they take no new bookings: all or none. Existing bookings stay. A slot that is already
+    blocked gets the new reason. Errors: SLOT_NOT_FOUND.
     """
     ReleaseSlots: _aio.UnaryUnaryMultiCallable[_slot_pb2.ReleaseSlotsRequest, _slot_pb2.ReleaseSlotsResponse]  # type: ignore[assignment]
-    """Opens blocked slots again: all or none; open ones stay open. Errors: SLOT_NOT_FOUND."""
+    """Opens blocked slots again: all or none. A slot that is already open stays open. Errors: SLOT_NOT_FOUND."""
     DeleteSlot: _aio.UnaryUnaryMultiCallable[_slot_pb2.DeleteSlotRequest, _slot_pb2.DeleteSlotResponse]  # type: ignore[assignment]
-    """Removes a slot that holds no live booking. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, ETAG_MISMATCH."""
+    """Deletes a slot. It is refused while booked_count is not 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS,
+    ETAG_MISMATCH.
+    """
 
 class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The bookable intervals of the doctors' days. Intervals are half-open: one may start where another ends."""
+    """Manages slots, the bookable intervals of the doctors' days. Intervals are half-open: one slot may start at the
+    instant at which another ends.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    """
 
     @_abc_1.abstractmethod
     def CreateSlot(
@@ -81,7 +101,7 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.CreateSlotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.CreateSlotResponse, _abc.Awaitable[_slot_pb2.CreateSlotResponse]]:
-        """Opens one slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
+        """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
 
     @_abc_1.abstractmethod
     def BatchCreateSlots(
@@ -89,7 +109,9 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.BatchCreateSlotsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.BatchCreateSlotsResponse, _abc.Awaitable[_slot_pb2.BatchCreateSlotsResponse]]:
-        """Opens many slots, of one doctor or several: all or none. Errors as CreateSlot's."""
+        """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; for SLOT_OVERLAP, `index` in the
+        metadata is the slot's place in the request, from 0.
+        """
 
     @_abc_1.abstractmethod
     def GetSlot(
@@ -97,7 +119,7 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.GetSlotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.GetSlotResponse, _abc.Awaitable[_slot_pb2.GetSlotResponse]]:
-        """Answers one slot. Errors: SLOT_NOT_FOUND."""
+        """Gets a slot. Errors: SLOT_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def ListSlots(
@@ -105,7 +127,7 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.ListSlotsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.ListSlotsResponse, _abc.Awaitable[_slot_pb2.ListSlotsResponse]]:
-        """Lists slots in the order of their start times, then ids. Filters that are set must all hold."""
+        """Lists the slots that match every filter that is set, by start time, then id."""
 
     @_abc_1.abstractmethod
     def BlockSlots(
@@ -113,8 +135,8 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.BlockSlotsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.BlockSlotsResponse, _abc.Awaitable[_slot_pb2.BlockSlotsResponse]]:
-        """Takes slots out of booking: all or none. What is booked in them stays; blocked ones stay blocked. Errors:
-        SLOT_NOT_FOUND.
+        """Blocks slots, so that they take no new bookings: all or none. Existing bookings stay. A slot that is already
+        blocked gets the new reason. Errors: SLOT_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
@@ -123,7 +145,7 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.ReleaseSlotsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.ReleaseSlotsResponse, _abc.Awaitable[_slot_pb2.ReleaseSlotsResponse]]:
-        """Opens blocked slots again: all or none; open ones stay open. Errors: SLOT_NOT_FOUND."""
+        """Opens blocked slots again: all or none. A slot that is already open stays open. Errors: SLOT_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def DeleteSlot(
@@ -131,6 +153,8 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.DeleteSlotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.DeleteSlotResponse, _abc.Awaitable[_slot_pb2.DeleteSlotResponse]]:
-        """Removes a slot that holds no live booking. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, ETAG_MISMATCH."""
+        """Deletes a slot. It is refused while booked_count is not 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS,
+        ETAG_MISMATCH.
+        """
 
 def add_SlotServiceServicer_to_server(servicer: SlotServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
