@@ -37,39 +37,39 @@ class Appointment(_message.Message):
         STATE_UNSPECIFIED: Appointment._State.ValueType  # 0
         """Never answered; refused in requests."""
         STATE_BOOKED: Appointment._State.ValueType  # 1
-        """Booked, the patient is not here yet."""
+        """The appointment is booked; the patient is not checked in yet."""
         STATE_CHECKED_IN: Appointment._State.ValueType  # 2
-        """The patient is in the doctor's line."""
+        """The patient is in the doctor's queue."""
         STATE_IN_CONSULTATION: Appointment._State.ValueType  # 3
         """The patient is with the doctor."""
         STATE_COMPLETED: Appointment._State.ValueType  # 4
-        """The visit is over."""
+        """The consultation has ended. The appointment still holds its place."""
         STATE_CANCELLED: Appointment._State.ValueType  # 5
-        """Given up before it began; its place is free."""
+        """The appointment was cancelled before the consultation. Its place is free."""
         STATE_NO_SHOW: Appointment._State.ValueType  # 6
-        """The patient did not come; its place is free."""
+        """The patient did not come. The place is free."""
         STATE_LEFT: Appointment._State.ValueType  # 7
-        """The patient went away before being seen; its place is free."""
+        """The patient left the queue before the consultation. The place is free."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
-        """Where the visit stands."""
+        """The visit state."""
 
     STATE_UNSPECIFIED: Appointment.State.ValueType  # 0
     """Never answered; refused in requests."""
     STATE_BOOKED: Appointment.State.ValueType  # 1
-    """Booked, the patient is not here yet."""
+    """The appointment is booked; the patient is not checked in yet."""
     STATE_CHECKED_IN: Appointment.State.ValueType  # 2
-    """The patient is in the doctor's line."""
+    """The patient is in the doctor's queue."""
     STATE_IN_CONSULTATION: Appointment.State.ValueType  # 3
     """The patient is with the doctor."""
     STATE_COMPLETED: Appointment.State.ValueType  # 4
-    """The visit is over."""
+    """The consultation has ended. The appointment still holds its place."""
     STATE_CANCELLED: Appointment.State.ValueType  # 5
-    """Given up before it began; its place is free."""
+    """The appointment was cancelled before the consultation. Its place is free."""
     STATE_NO_SHOW: Appointment.State.ValueType  # 6
-    """The patient did not come; its place is free."""
+    """The patient did not come. The place is free."""
     STATE_LEFT: Appointment.State.ValueType  # 7
-    """The patient went away before being seen; its place is free."""
+    """The patient left the queue before the consultation. The place is free."""
 
     ID_FIELD_NUMBER: _builtins.int
     PATIENT_ID_FIELD_NUMBER: _builtins.int
@@ -94,72 +94,74 @@ class Appointment(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Output only, but for UpdateAppointment, where it says which. A UUID, lower case, time-ordered."""
+    """Lower-case UUID, time-ordered. Output only, except in UpdateAppointment, where it is required and names the
+    appointment to change.
+    """
     patient_id: _builtins.str
-    """Output only."""
+    """The patient's id. Output only."""
     doctor_id: _builtins.str
-    """Output only."""
+    """The doctor's id. Output only."""
     clinic_id: _builtins.str
-    """Output only: the doctor's clinic when this was booked."""
+    """The id of the doctor's clinic at the last booking or move. Output only."""
     number: _builtins.int
-    """Output only: the place in the doctor-day, from 1; the lowest that was free. A place that was given up may be
-    another appointment's by now.
+    """The appointment's number on the doctor-day, from 1: the lowest free one when it was booked or moved. If the patient
+    cancels, does not come or leaves, the number is free for another appointment. Output only.
     """
     slot_id: _builtins.str
-    """Output only: the slot; empty for a booking of the day."""
+    """The id of the slot; empty if a doctor-day was booked. Output only."""
     state: Global___Appointment.State.ValueType
-    """Output only: moved by the verbs alone."""
+    """The visit state. Output only: methods such as CancelAppointment change it."""
     reason: _builtins.str
-    """Why the patient comes, up to 2,000 characters."""
+    """Why the patient comes. Up to 2,000 characters, on any number of lines."""
     notes: _builtins.str
-    """The front desk's notes, up to 4,000 characters."""
+    """Notes of the front desk. Up to 4,000 characters, on any number of lines."""
     cancel_reason: _builtins.str
-    """Output only: what CancelAppointment was given."""
+    """The reason given to CancelAppointment. Output only."""
     etag: _builtins.str
-    """Output only. Changes with every change of this resource."""
+    """Changes with every change of the appointment. Output only."""
     @_builtins.property
     def date(self) -> _date_pb2.Date:
-        """Output only: the civil date in the clinic's time zone."""
+        """The civil date in the clinic's time zone. Output only."""
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only: the slot's start; absent for a booking of the day."""
+        """The slot's start; absent if a doctor-day was booked. Output only."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only: the slot's end; absent for a booking of the day."""
+        """The slot's end; absent if a doctor-day was booked. Output only."""
 
     @_builtins.property
     def check_in_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only: when the patient was checked in."""
+        """When the patient was checked in; absent until then. Output only."""
 
     @_builtins.property
     def start_visit_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only: when the consultation began."""
+        """When the consultation started; absent until then. Output only."""
 
     @_builtins.property
     def complete_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only: when the consultation ended."""
+        """When the consultation ended; absent until then. Output only."""
 
     @_builtins.property
     def cancel_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only: when it was cancelled."""
+        """When the appointment was cancelled; absent until then. Output only."""
 
     @_builtins.property
     def no_show_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only: when it was marked as no-show."""
+        """When the appointment was marked as no-show; absent until then. Output only."""
 
     @_builtins.property
     def leave_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only: when the patient left the line before being seen."""
+        """When the patient left before the consultation (LeaveQueue); absent until then. Output only."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only."""
+        """When the appointment was booked. Output only."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only."""
+        """When the appointment was last changed. Output only."""
 
     def __init__(
         self,
@@ -204,10 +206,10 @@ class DoctorDay(_message.Message):
     DOCTOR_ID_FIELD_NUMBER: _builtins.int
     DATE_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
-    """Required."""
+    """Required. The doctor's id."""
     @_builtins.property
     def date(self) -> _date_pb2.Date:
-        """Required."""
+        """Required. The civil date in the clinic's time zone."""
 
     def __init__(
         self,
@@ -225,7 +227,7 @@ Global___DoctorDay: _TypeAlias = DoctorDay  # noqa: Y015
 
 @_typing.final
 class BookAppointmentRequest(_message.Message):
-    """What BookAppointment takes."""
+    """Request of BookAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -237,22 +239,25 @@ class BookAppointmentRequest(_message.Message):
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     patient_id: _builtins.str
-    """Required."""
+    """Required. The patient's id."""
     slot_id: _builtins.str
-    """A place of this slot, and of its doctor-day."""
+    """A place in the slot with this id, which is also a place on the slot's doctor-day."""
     reason: _builtins.str
-    """Why the patient comes, up to 2,000 characters."""
+    """Why the patient comes. Up to 2,000 characters, on any number of lines."""
     notes: _builtins.str
-    """The front desk's notes, up to 4,000 characters."""
+    """Notes of the front desk. Up to 4,000 characters, on any number of lines."""
     validate_only: _builtins.bool
-    """True: say what would happen and change nothing. The answer has the number that is free now, but no id and no revision."""
+    """If true, only check the booking and change nothing. The response has the number that is free now, but no id and no
+    revision.
+    """
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def doctor_day(self) -> Global___DoctorDay:
-        """A place of this doctor's day, without a time."""
+        """A place on this doctor-day, without a time."""
 
     def __init__(
         self,
@@ -277,7 +282,7 @@ Global___BookAppointmentRequest: _TypeAlias = BookAppointmentRequest  # noqa: Y0
 
 @_typing.final
 class BookAppointmentResponse(_message.Message):
-    """What BookAppointment answers."""
+    """Response of BookAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -285,12 +290,14 @@ class BookAppointmentResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def appointment(self) -> Global___Appointment:
-        """The appointment."""
+        """The appointment as booked."""
 
     def __init__(
         self,
@@ -309,13 +316,13 @@ Global___BookAppointmentResponse: _TypeAlias = BookAppointmentResponse  # noqa: 
 
 @_typing.final
 class GetAppointmentRequest(_message.Message):
-    """What GetAppointment takes."""
+    """Request of GetAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     APPOINTMENT_ID_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
-    """Required."""
+    """Required. The appointment's id."""
     def __init__(
         self,
         *,
@@ -331,7 +338,7 @@ Global___GetAppointmentRequest: _TypeAlias = GetAppointmentRequest  # noqa: Y015
 
 @_typing.final
 class GetAppointmentResponse(_message.Message):
-    """What GetAppointment answers."""
+    """Response of GetAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -355,8 +362,8 @@ Global___GetAppointmentResponse: _TypeAlias = GetAppointmentResponse  # noqa: Y0
 
 @_typing.final
 class ListAppointmentsRequest(_message.Message):
-    """What ListAppointments takes. Filters that are set must all hold; at least one of patient_id, doctor_id, clinic_id or
-    both dates at most 31 days apart is required.
+    """Request of ListAppointments. Set patient_id, doctor_id or clinic_id, or both dates with a range of at most 31 days;
+    otherwise the request is refused.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -368,21 +375,21 @@ class ListAppointmentsRequest(_message.Message):
     class _OrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ListAppointmentsRequest._Order.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         ORDER_UNSPECIFIED: ListAppointmentsRequest._Order.ValueType  # 0
-        """ORDER_DATE_ASC."""
+        """The default, ORDER_DATE_ASC."""
         ORDER_DATE_ASC: ListAppointmentsRequest._Order.ValueType  # 1
-        """The earliest first."""
+        """Earliest date first."""
         ORDER_DATE_DESC: ListAppointmentsRequest._Order.ValueType  # 2
-        """The latest first."""
+        """Latest date first."""
 
     class Order(_Order, metaclass=_OrderEnumTypeWrapper):
-        """The order of dates; within a date, start times and ids go the same way."""
+        """The order of dates. Ids within a date go the same way."""
 
     ORDER_UNSPECIFIED: ListAppointmentsRequest.Order.ValueType  # 0
-    """ORDER_DATE_ASC."""
+    """The default, ORDER_DATE_ASC."""
     ORDER_DATE_ASC: ListAppointmentsRequest.Order.ValueType  # 1
-    """The earliest first."""
+    """Earliest date first."""
     ORDER_DATE_DESC: ListAppointmentsRequest.Order.ValueType  # 2
-    """The latest first."""
+    """Latest date first."""
 
     PATIENT_ID_FIELD_NUMBER: _builtins.int
     DOCTOR_ID_FIELD_NUMBER: _builtins.int
@@ -394,28 +401,32 @@ class ListAppointmentsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     patient_id: _builtins.str
-    """Only this patient's."""
+    """Only appointments of this patient; empty means every patient."""
     doctor_id: _builtins.str
-    """Only this doctor's."""
+    """Only appointments with this doctor; empty means every doctor."""
     clinic_id: _builtins.str
-    """Only this clinic's."""
+    """Only appointments at this clinic; empty means every clinic."""
     order: Global___ListAppointmentsRequest.Order.ValueType
-    """Default: the earliest date first."""
+    """The order. Default: earliest date first."""
     page_size: _builtins.int
-    """0 means 50; above 100 means 100; negative is refused."""
+    """The maximum number of appointments to return. 0 means 50; above 100 means 100; a negative number is refused."""
     page_token: _builtins.str
-    """The next_page_token of the page before, with the same filter; anything else is refused."""
+    """The `next_page_token` of the previous page, with the same filter; empty means the first page. Any other token is
+    refused.
+    """
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[Global___Appointment.State.ValueType]:
-        """Only these states; empty means every one, unspecified is refused."""
+        """Only appointments in one of these states, at most 20; empty means every state. STATE_UNSPECIFIED and unknown
+        numbers are refused.
+        """
 
     @_builtins.property
     def from_date(self) -> _date_pb2.Date:
-        """The first date, inclusive."""
+        """The first date, inclusive; absent means no limit."""
 
     @_builtins.property
     def to_date(self) -> _date_pb2.Date:
-        """The last date, inclusive."""
+        """The last date, inclusive; absent means no limit. A date before from_date is refused."""
 
     def __init__(
         self,
@@ -440,17 +451,17 @@ Global___ListAppointmentsRequest: _TypeAlias = ListAppointmentsRequest  # noqa: 
 
 @_typing.final
 class ListAppointmentsResponse(_message.Message):
-    """What ListAppointments answers."""
+    """Response of ListAppointments."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     APPOINTMENTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty on the last page."""
+    """The `page_token` of the next page; empty on the last page."""
     @_builtins.property
     def appointments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Appointment]:
-        """The page."""
+        """The appointments of this page."""
 
     def __init__(
         self,
@@ -468,7 +479,7 @@ Global___ListAppointmentsResponse: _TypeAlias = ListAppointmentsResponse  # noqa
 
 @_typing.final
 class UpdateAppointmentRequest(_message.Message):
-    """What UpdateAppointment takes."""
+    """Request of UpdateAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -477,18 +488,19 @@ class UpdateAppointmentRequest(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     etag: _builtins.str
-    """Optional: act only on what still has this etag, else ETAG_MISMATCH."""
+    """Optional. The appointment is changed only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def appointment(self) -> Global___Appointment:
-        """The new reason and notes, and the id of the appointment to change."""
+        """Required. The new reason and notes, with the id of the appointment to change."""
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """`reason`, `notes` or `*`; absent means those that are set. Every other path is refused."""
+        """The fields to change: `reason`, `notes`, or `*` for both. Absent means those that are set. Other paths are refused."""
 
     def __init__(
         self,
@@ -508,7 +520,7 @@ Global___UpdateAppointmentRequest: _TypeAlias = UpdateAppointmentRequest  # noqa
 
 @_typing.final
 class UpdateAppointmentResponse(_message.Message):
-    """What UpdateAppointment answers."""
+    """Response of UpdateAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -516,9 +528,11 @@ class UpdateAppointmentResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def appointment(self) -> Global___Appointment:
         """The appointment after the change."""
@@ -540,7 +554,7 @@ Global___UpdateAppointmentResponse: _TypeAlias = UpdateAppointmentResponse  # no
 
 @_typing.final
 class RescheduleAppointmentRequest(_message.Message):
-    """What RescheduleAppointment takes."""
+    """Request of RescheduleAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -550,18 +564,19 @@ class RescheduleAppointmentRequest(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
-    """Required."""
+    """Required. The appointment's id."""
     slot_id: _builtins.str
-    """A place of this slot, and of its doctor-day."""
+    """A place in the slot with this id, which is also a place on the slot's doctor-day."""
     etag: _builtins.str
-    """Optional: act only on what still has this etag, else ETAG_MISMATCH."""
+    """Optional. The appointment is moved only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def doctor_day(self) -> Global___DoctorDay:
-        """A place of this doctor's day, without a time."""
+        """A place on this doctor-day, without a time."""
 
     def __init__(
         self,
@@ -584,7 +599,7 @@ Global___RescheduleAppointmentRequest: _TypeAlias = RescheduleAppointmentRequest
 
 @_typing.final
 class RescheduleAppointmentResponse(_message.Message):
-    """What RescheduleAppointment answers."""
+    """Response of RescheduleAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -593,11 +608,13 @@ class RescheduleAppointmentResponse(_message.Message):
     VACATED_REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that it came to."""
+    """The revision that this change gave the new doctor-day."""
     vacated_revision: _builtins.int
-    """The revision of the doctor-day that it left; equal to `revision` where both are one."""
+    """The revision that this change gave the old doctor-day; equal to `revision` if both are the same doctor-day."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def appointment(self) -> Global___Appointment:
         """The appointment in its new place."""
@@ -620,7 +637,7 @@ Global___RescheduleAppointmentResponse: _TypeAlias = RescheduleAppointmentRespon
 
 @_typing.final
 class CancelAppointmentRequest(_message.Message):
-    """What CancelAppointment takes."""
+    """Request of CancelAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -629,14 +646,15 @@ class CancelAppointmentRequest(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
-    """Required."""
+    """Required. The appointment's id."""
     cancel_reason: _builtins.str
-    """Up to 2,000 characters."""
+    """Why the appointment is cancelled. Up to 2,000 characters, on any number of lines."""
     etag: _builtins.str
-    """Optional: act only on what still has this etag, else ETAG_MISMATCH."""
+    """Optional. The appointment is changed only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     def __init__(
         self,
@@ -656,7 +674,7 @@ Global___CancelAppointmentRequest: _TypeAlias = CancelAppointmentRequest  # noqa
 
 @_typing.final
 class CancelAppointmentResponse(_message.Message):
-    """What CancelAppointment answers."""
+    """Response of CancelAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -664,9 +682,11 @@ class CancelAppointmentResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def appointment(self) -> Global___Appointment:
         """The appointment after the change."""
@@ -688,7 +708,7 @@ Global___CancelAppointmentResponse: _TypeAlias = CancelAppointmentResponse  # no
 
 @_typing.final
 class StartAppointmentRequest(_message.Message):
-    """What StartAppointment takes."""
+    """Request of StartAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -696,12 +716,13 @@ class StartAppointmentRequest(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
-    """Required."""
+    """Required. The appointment's id."""
     etag: _builtins.str
-    """Optional: act only on what still has this etag, else ETAG_MISMATCH."""
+    """Optional. The appointment is changed only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     def __init__(
         self,
@@ -720,7 +741,7 @@ Global___StartAppointmentRequest: _TypeAlias = StartAppointmentRequest  # noqa: 
 
 @_typing.final
 class StartAppointmentResponse(_message.Message):
-    """What StartAppointment answers."""
+    """Response of StartAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -728,9 +749,11 @@ class StartAppointmentResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def appointment(self) -> Global___Appointment:
         """The appointment after the change."""
@@ -752,7 +775,7 @@ Global___StartAppointmentResponse: _TypeAlias = StartAppointmentResponse  # noqa
 
 @_typing.final
 class CompleteAppointmentRequest(_message.Message):
-    """What CompleteAppointment takes."""
+    """Request of CompleteAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -760,12 +783,13 @@ class CompleteAppointmentRequest(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
-    """Required."""
+    """Required. The appointment's id."""
     etag: _builtins.str
-    """Optional: act only on what still has this etag, else ETAG_MISMATCH."""
+    """Optional. The appointment is changed only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     def __init__(
         self,
@@ -784,7 +808,7 @@ Global___CompleteAppointmentRequest: _TypeAlias = CompleteAppointmentRequest  # 
 
 @_typing.final
 class CompleteAppointmentResponse(_message.Message):
-    """What CompleteAppointment answers."""
+    """Response of CompleteAppointment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -792,9 +816,11 @@ class CompleteAppointmentResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def appointment(self) -> Global___Appointment:
         """The appointment after the change."""
@@ -816,7 +842,7 @@ Global___CompleteAppointmentResponse: _TypeAlias = CompleteAppointmentResponse  
 
 @_typing.final
 class MarkNoShowRequest(_message.Message):
-    """What MarkNoShow takes."""
+    """Request of MarkNoShow."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -824,12 +850,13 @@ class MarkNoShowRequest(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
-    """Required."""
+    """Required. The appointment's id."""
     etag: _builtins.str
-    """Optional: act only on what still has this etag, else ETAG_MISMATCH."""
+    """Optional. The appointment is changed only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     def __init__(
         self,
@@ -848,7 +875,7 @@ Global___MarkNoShowRequest: _TypeAlias = MarkNoShowRequest  # noqa: Y015
 
 @_typing.final
 class MarkNoShowResponse(_message.Message):
-    """What MarkNoShow answers."""
+    """Response of MarkNoShow."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -856,9 +883,11 @@ class MarkNoShowResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def appointment(self) -> Global___Appointment:
         """The appointment after the change."""

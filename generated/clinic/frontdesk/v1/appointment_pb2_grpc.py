@@ -26,12 +26,16 @@ if _version_not_supported:
 
 
 class AppointmentServiceStub:
-    """Bookings and the life of a visit:
+    """Books appointments and records the course of each visit. A doctor-day is one doctor on one civil date of the clinic's
+    time zone. The visit state changes like this:
 
     BOOKED -> CHECKED_IN -> IN_CONSULTATION -> COMPLETED
-    BOOKED or CHECKED_IN -> CANCELLED;  CHECKED_IN -> LEFT (QueueService.LeaveQueue);  BOOKED -> NO_SHOW
+    BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
 
-    A verb in another state is refused as INVALID_TRANSITION, whose metadata says the state.
+    QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
+    is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel):
@@ -88,16 +92,20 @@ class AppointmentServiceStub:
 
 
 class AppointmentServiceServicer:
-    """Bookings and the life of a visit:
+    """Books appointments and records the course of each visit. A doctor-day is one doctor on one civil date of the clinic's
+    time zone. The visit state changes like this:
 
     BOOKED -> CHECKED_IN -> IN_CONSULTATION -> COMPLETED
-    BOOKED or CHECKED_IN -> CANCELLED;  CHECKED_IN -> LEFT (QueueService.LeaveQueue);  BOOKED -> NO_SHOW
+    BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
 
-    A verb in another state is refused as INVALID_TRANSITION, whose metadata says the state.
+    QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
+    is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def BookAppointment(self, request, context):
-        """Books a place of a slot or of a doctor's day, never over the capacity of either. Errors: PATIENT_NOT_FOUND,
+        """Books a place in a slot or on a doctor-day, never beyond the capacity of either. Errors: PATIENT_NOT_FOUND,
         PATIENT_INACTIVE, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_NOT_FOUND, SLOT_BLOCKED, SLOT_FULL,
         SLOT_IN_PAST, DATE_IN_PAST, DOCTOR_ABSENT, DAY_FULL, DUPLICATE_BOOKING, PATIENT_OVERLAP.
         """
@@ -106,44 +114,46 @@ class AppointmentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetAppointment(self, request, context):
-        """Answers one appointment. Errors: APPOINTMENT_NOT_FOUND.
+        """Gets an appointment. Errors: APPOINTMENT_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAppointments(self, request, context):
-        """Lists appointments by date, start time (day bookings first) and id.
+        """Lists the appointments that match every filter that is set, by date, then id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateAppointment(self, request, context):
-        """Changes reason and notes, in any state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH.
+        """Changes the reason and the notes, in any visit state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RescheduleAppointment(self, request, context):
-        """Moves a BOOKED appointment to another place, of the same doctor or another, in one step: the old place is given up
-        only if the new one is got. Errors: as BookAppointment's, and APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def CancelAppointment(self, request, context):
-        """Gives the place up; a checked-in patient leaves the line. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
+        """Moves a BOOKED appointment to another slot or doctor-day, of the same doctor or another. It gives up the old place
+        only if it gets the new one. Errors: as BookAppointment, and APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
         ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelAppointment(self, request, context):
+        """Cancels a BOOKED or CHECKED_IN appointment. Its place is free again, and a checked-in patient leaves the queue.
+        Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StartAppointment(self, request, context):
-        """Takes a waiting or called patient into consultation. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH.
+        """Starts the consultation of a patient who is waiting or called. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
+        ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,8 +167,9 @@ class AppointmentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def MarkNoShow(self, request, context):
-        """Says that the patient did not come; the place is free again. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
-        ETAG_MISMATCH, and TOO_EARLY before the appointment's date or start time.
+        """Records that the patient of a BOOKED appointment did not come. Its place is free again. Errors:
+        APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH, and TOO_EARLY before the appointment's date or start
+        time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -221,12 +232,16 @@ def add_AppointmentServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AppointmentService:
-    """Bookings and the life of a visit:
+    """Books appointments and records the course of each visit. A doctor-day is one doctor on one civil date of the clinic's
+    time zone. The visit state changes like this:
 
     BOOKED -> CHECKED_IN -> IN_CONSULTATION -> COMPLETED
-    BOOKED or CHECKED_IN -> CANCELLED;  CHECKED_IN -> LEFT (QueueService.LeaveQueue);  BOOKED -> NO_SHOW
+    BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
 
-    A verb in another state is refused as INVALID_TRANSITION, whose metadata says the state.
+    QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
+    is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     @staticmethod

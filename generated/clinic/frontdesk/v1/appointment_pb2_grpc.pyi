@@ -27,12 +27,16 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AppointmentServiceStub:
-    """Bookings and the life of a visit:
+    """Books appointments and records the course of each visit. A doctor-day is one doctor on one civil date of the clinic's
+    time zone. The visit state changes like this:
 
       BOOKED -> CHECKED_IN -> IN_CONSULTATION -> COMPLETED
-      BOOKED or CHECKED_IN -> CANCELLED;  CHECKED_IN -> LEFT (QueueService.LeaveQueue);  BOOKED -> NO_SHOW
+      BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
 
-    A verb in another state is refused as INVALID_TRANSITION, whose metadata says the state.
+    QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
+    is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     @_typing.overload
@@ -40,79 +44,95 @@ class AppointmentServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AppointmentServiceAsyncStub: ...
     BookAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.BookAppointmentRequest, _appointment_pb2.BookAppointmentResponse]
-    """Books a place of a slot or of a doctor's day, never over the capacity of either. Errors: PATIENT_NOT_FOUND,
+    """Books a place in a slot or on a doctor-day, never beyond the capacity of either. Errors: PATIENT_NOT_FOUND,
     PATIENT_INACTIVE, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_NOT_FOUND, SLOT_BLOCKED, SLOT_FULL,
     SLOT_IN_PAST, DATE_IN_PAST, DOCTOR_ABSENT, DAY_FULL, DUPLICATE_BOOKING, PATIENT_OVERLAP.
     """
     GetAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.GetAppointmentRequest, _appointment_pb2.GetAppointmentResponse]
-    """Answers one appointment. Errors: APPOINTMENT_NOT_FOUND."""
+    """Gets an appointment. Errors: APPOINTMENT_NOT_FOUND."""
     ListAppointments: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.ListAppointmentsRequest, _appointment_pb2.ListAppointmentsResponse]
-    """Lists appointments by date, start time (day bookings first) and id."""
+    """Lists the appointments that match every filter that is set, by date, then id."""
     UpdateAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.UpdateAppointmentRequest, _appointment_pb2.UpdateAppointmentResponse]
-    """Changes reason and notes, in any state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
+    """Changes the reason and the notes, in any visit state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
     RescheduleAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.RescheduleAppointmentRequest, _appointment_pb2.RescheduleAppointmentResponse]
-    """Moves a BOOKED appointment to another place, of the same doctor or another, in one step: the old place is given up
-    only if the new one is got. Errors: as BookAppointment's, and APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH.
-    """
-    CancelAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.CancelAppointmentRequest, _appointment_pb2.CancelAppointmentResponse]
-    """Gives the place up; a checked-in patient leaves the line. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
+    """Moves a BOOKED appointment to another slot or doctor-day, of the same doctor or another. It gives up the old place
+    only if it gets the new one. Errors: as BookAppointment, and APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
     ETAG_MISMATCH.
     """
+    CancelAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.CancelAppointmentRequest, _appointment_pb2.CancelAppointmentResponse]
+    """Cancels a BOOKED or CHECKED_IN appointment. Its place is free again, and a checked-in patient leaves the queue.
+    Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH.
+    """
     StartAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.StartAppointmentRequest, _appointment_pb2.StartAppointmentResponse]
-    """Takes a waiting or called patient into consultation. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH."""
+    """Starts the consultation of a patient who is waiting or called. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
+    ETAG_MISMATCH.
+    """
     CompleteAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.CompleteAppointmentRequest, _appointment_pb2.CompleteAppointmentResponse]
     """Ends the consultation. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH."""
     MarkNoShow: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.MarkNoShowRequest, _appointment_pb2.MarkNoShowResponse]
-    """Says that the patient did not come; the place is free again. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
-    ETAG_MISMATCH, and TOO_EARLY before the appointment's date or start time.
+    """Records that the patient of a BOOKED appointment did not come. Its place is free again. Errors:
+    APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH, and TOO_EARLY before the appointment's date or start
+    time.
     """
 
 @_typing.type_check_only
 class AppointmentServiceAsyncStub(AppointmentServiceStub):
-    """Bookings and the life of a visit:
+    """Books appointments and records the course of each visit. A doctor-day is one doctor on one civil date of the clinic's
+    time zone. The visit state changes like this:
 
       BOOKED -> CHECKED_IN -> IN_CONSULTATION -> COMPLETED
-      BOOKED or CHECKED_IN -> CANCELLED;  CHECKED_IN -> LEFT (QueueService.LeaveQueue);  BOOKED -> NO_SHOW
+      BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
 
-    A verb in another state is refused as INVALID_TRANSITION, whose metadata says the state.
+    QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
+    is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     BookAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.BookAppointmentRequest, _appointment_pb2.BookAppointmentResponse]  # type: ignore[assignment]
-    """Books a place of a slot or of a doctor's day, never over the capacity of either. Errors: PATIENT_NOT_FOUND,
+    """Books a place in a slot or on a doctor-day, never beyond the capacity of either. Errors: PATIENT_NOT_FOUND,
     PATIENT_INACTIVE, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_NOT_FOUND, SLOT_BLOCKED, SLOT_FULL,
     SLOT_IN_PAST, DATE_IN_PAST, DOCTOR_ABSENT, DAY_FULL, DUPLICATE_BOOKING, PATIENT_OVERLAP.
     """
     GetAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.GetAppointmentRequest, _appointment_pb2.GetAppointmentResponse]  # type: ignore[assignment]
-    """Answers one appointment. Errors: APPOINTMENT_NOT_FOUND."""
+    """Gets an appointment. Errors: APPOINTMENT_NOT_FOUND."""
     ListAppointments: _aio.UnaryUnaryMultiCallable[_appointment_pb2.ListAppointmentsRequest, _appointment_pb2.ListAppointmentsResponse]  # type: ignore[assignment]
-    """Lists appointments by date, start time (day bookings first) and id."""
+    """Lists the appointments that match every filter that is set, by date, then id."""
     UpdateAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.UpdateAppointmentRequest, _appointment_pb2.UpdateAppointmentResponse]  # type: ignore[assignment]
-    """Changes reason and notes, in any state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
+    """Changes the reason and the notes, in any visit state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
     RescheduleAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.RescheduleAppointmentRequest, _appointment_pb2.RescheduleAppointmentResponse]  # type: ignore[assignment]
-    """Moves a BOOKED appointment to another place, of the same doctor or another, in one step: the old place is given up
-    only if the new one is got. Errors: as BookAppointment's, and APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH.
-    """
-    CancelAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.CancelAppointmentRequest, _appointment_pb2.CancelAppointmentResponse]  # type: ignore[assignment]
-    """Gives the place up; a checked-in patient leaves the line. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
+    """Moves a BOOKED appointment to another slot or doctor-day, of the same doctor or another. It gives up the old place
+    only if it gets the new one. Errors: as BookAppointment, and APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
     ETAG_MISMATCH.
     """
+    CancelAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.CancelAppointmentRequest, _appointment_pb2.CancelAppointmentResponse]  # type: ignore[assignment]
+    """Cancels a BOOKED or CHECKED_IN appointment. Its place is free again, and a checked-in patient leaves the queue.
+    Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH.
+    """
     StartAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.StartAppointmentRequest, _appointment_pb2.StartAppointmentResponse]  # type: ignore[assignment]
-    """Takes a waiting or called patient into consultation. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH."""
+    """Starts the consultation of a patient who is waiting or called. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
+    ETAG_MISMATCH.
+    """
     CompleteAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.CompleteAppointmentRequest, _appointment_pb2.CompleteAppointmentResponse]  # type: ignore[assignment]
     """Ends the consultation. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH."""
     MarkNoShow: _aio.UnaryUnaryMultiCallable[_appointment_pb2.MarkNoShowRequest, _appointment_pb2.MarkNoShowResponse]  # type: ignore[assignment]
-    """Says that the patient did not come; the place is free again. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
-    ETAG_MISMATCH, and TOO_EARLY before the appointment's date or start time.
+    """Records that the patient of a BOOKED appointment did not come. Its place is free again. Errors:
+    APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH, and TOO_EARLY before the appointment's date or start
+    time.
     """
 
 class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Bookings and the life of a visit:
+    """Books appointments and records the course of each visit. A doctor-day is one doctor on one civil date of the clinic's
+    time zone. The visit state changes like this:
 
       BOOKED -> CHECKED_IN -> IN_CONSULTATION -> COMPLETED
-      BOOKED or CHECKED_IN -> CANCELLED;  CHECKED_IN -> LEFT (QueueService.LeaveQueue);  BOOKED -> NO_SHOW
+      BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
 
-    A verb in another state is refused as INVALID_TRANSITION, whose metadata says the state.
+    QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
+    is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     @_abc_1.abstractmethod
@@ -121,7 +141,7 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _appointment_pb2.BookAppointmentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_appointment_pb2.BookAppointmentResponse, _abc.Awaitable[_appointment_pb2.BookAppointmentResponse]]:
-        """Books a place of a slot or of a doctor's day, never over the capacity of either. Errors: PATIENT_NOT_FOUND,
+        """Books a place in a slot or on a doctor-day, never beyond the capacity of either. Errors: PATIENT_NOT_FOUND,
         PATIENT_INACTIVE, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_NOT_FOUND, SLOT_BLOCKED, SLOT_FULL,
         SLOT_IN_PAST, DATE_IN_PAST, DOCTOR_ABSENT, DAY_FULL, DUPLICATE_BOOKING, PATIENT_OVERLAP.
         """
@@ -132,7 +152,7 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _appointment_pb2.GetAppointmentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_appointment_pb2.GetAppointmentResponse, _abc.Awaitable[_appointment_pb2.GetAppointmentResponse]]:
-        """Answers one appointment. Errors: APPOINTMENT_NOT_FOUND."""
+        """Gets an appointment. Errors: APPOINTMENT_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def ListAppointments(
@@ -140,7 +160,7 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _appointment_pb2.ListAppointmentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_appointment_pb2.ListAppointmentsResponse, _abc.Awaitable[_appointment_pb2.ListAppointmentsResponse]]:
-        """Lists appointments by date, start time (day bookings first) and id."""
+        """Lists the appointments that match every filter that is set, by date, then id."""
 
     @_abc_1.abstractmethod
     def UpdateAppointment(
@@ -148,7 +168,7 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _appointment_pb2.UpdateAppointmentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_appointment_pb2.UpdateAppointmentResponse, _abc.Awaitable[_appointment_pb2.UpdateAppointmentResponse]]:
-        """Changes reason and notes, in any state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
+        """Changes the reason and the notes, in any visit state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
 
     @_abc_1.abstractmethod
     def RescheduleAppointment(
@@ -156,8 +176,9 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _appointment_pb2.RescheduleAppointmentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_appointment_pb2.RescheduleAppointmentResponse, _abc.Awaitable[_appointment_pb2.RescheduleAppointmentResponse]]:
-        """Moves a BOOKED appointment to another place, of the same doctor or another, in one step: the old place is given up
-        only if the new one is got. Errors: as BookAppointment's, and APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH.
+        """Moves a BOOKED appointment to another slot or doctor-day, of the same doctor or another. It gives up the old place
+        only if it gets the new one. Errors: as BookAppointment, and APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
+        ETAG_MISMATCH.
         """
 
     @_abc_1.abstractmethod
@@ -166,8 +187,8 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _appointment_pb2.CancelAppointmentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_appointment_pb2.CancelAppointmentResponse, _abc.Awaitable[_appointment_pb2.CancelAppointmentResponse]]:
-        """Gives the place up; a checked-in patient leaves the line. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
-        ETAG_MISMATCH.
+        """Cancels a BOOKED or CHECKED_IN appointment. Its place is free again, and a checked-in patient leaves the queue.
+        Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH.
         """
 
     @_abc_1.abstractmethod
@@ -176,7 +197,9 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _appointment_pb2.StartAppointmentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_appointment_pb2.StartAppointmentResponse, _abc.Awaitable[_appointment_pb2.StartAppointmentResponse]]:
-        """Takes a waiting or called patient into consultation. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH."""
+        """Starts the consultation of a patient who is waiting or called. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
+        ETAG_MISMATCH.
+        """
 
     @_abc_1.abstractmethod
     def CompleteAppointment(
@@ -192,8 +215,9 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _appointment_pb2.MarkNoShowRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_appointment_pb2.MarkNoShowResponse, _abc.Awaitable[_appointment_pb2.MarkNoShowResponse]]:
-        """Says that the patient did not come; the place is free again. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
-        ETAG_MISMATCH, and TOO_EARLY before the appointment's date or start time.
+        """Records that the patient of a BOOKED appointment did not come. Its place is free again. Errors:
+        APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH, and TOO_EARLY before the appointment's date or start
+        time.
         """
 
 def add_AppointmentServiceServicer_to_server(servicer: AppointmentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class QueueEntry(_message.Message):
-    """One patient in the line."""
+    """One patient in the queue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -38,39 +38,43 @@ class QueueEntry(_message.Message):
         STATE_UNSPECIFIED: QueueEntry._State.ValueType  # 0
         """Never answered."""
         STATE_WAITING: QueueEntry._State.ValueType  # 1
-        """In the line."""
+        """The patient is waiting."""
         STATE_CALLED: QueueEntry._State.ValueType  # 2
-        """Called to a room."""
+        """The patient was called to a room."""
         STATE_IN_CONSULTATION: QueueEntry._State.ValueType  # 3
-        """With the doctor."""
+        """The patient is with the doctor."""
         STATE_PARKED: QueueEntry._State.ValueType  # 4
-        """Set aside."""
+        """The patient is set aside."""
         STATE_MISSED: QueueEntry._State.ValueType  # 5
-        """Called and did not come."""
+        """The patient was called and did not come."""
         STATE_DONE: QueueEntry._State.ValueType  # 6
-        """Seen; shows in changes alone."""
+        """The consultation has ended. Such an entry appears only in QueueUpdate.changes."""
         STATE_LEFT: QueueEntry._State.ValueType  # 7
-        """Gone without being seen; shows in changes alone."""
+        """The patient left before the consultation, or the appointment was cancelled. Such an entry appears only in
+        QueueUpdate.changes.
+        """
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
-        """Where the patient stands in the line."""
+        """The state of an entry."""
 
     STATE_UNSPECIFIED: QueueEntry.State.ValueType  # 0
     """Never answered."""
     STATE_WAITING: QueueEntry.State.ValueType  # 1
-    """In the line."""
+    """The patient is waiting."""
     STATE_CALLED: QueueEntry.State.ValueType  # 2
-    """Called to a room."""
+    """The patient was called to a room."""
     STATE_IN_CONSULTATION: QueueEntry.State.ValueType  # 3
-    """With the doctor."""
+    """The patient is with the doctor."""
     STATE_PARKED: QueueEntry.State.ValueType  # 4
-    """Set aside."""
+    """The patient is set aside."""
     STATE_MISSED: QueueEntry.State.ValueType  # 5
-    """Called and did not come."""
+    """The patient was called and did not come."""
     STATE_DONE: QueueEntry.State.ValueType  # 6
-    """Seen; shows in changes alone."""
+    """The consultation has ended. Such an entry appears only in QueueUpdate.changes."""
     STATE_LEFT: QueueEntry.State.ValueType  # 7
-    """Gone without being seen; shows in changes alone."""
+    """The patient left before the consultation, or the appointment was cancelled. Such an entry appears only in
+    QueueUpdate.changes.
+    """
 
     TICKET_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
@@ -84,32 +88,32 @@ class QueueEntry(_message.Message):
     CALL_TIME_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     ticket: _builtins.int
-    """The check-in number of the doctor-day: 1, 2, 3 …, never reused, never skipped."""
+    """The check-in number on the doctor-day: 1, 2, 3 …, never reused, never skipped."""
     position: _builtins.int
-    """The present place in the line, 1 = next; 0 where the patient is not waiting."""
+    """The present place among the waiting patients, 1 = next; 0 if the patient is not waiting."""
     appointment_id: _builtins.str
-    """The appointment."""
+    """The appointment's id."""
     patient_id: _builtins.str
-    """The patient."""
+    """The patient's id."""
     patient_name: _builtins.str
-    """Given and family name."""
+    """The patient's given name and family name."""
     state: Global___QueueEntry.State.ValueType
-    """Where the patient stands."""
+    """The state of this entry."""
     room: _builtins.str
-    """Where the patient was called to; empty where the caller named none."""
+    """The room of the last call; empty if none was given, and after the patient was returned or parked."""
     call_count: _builtins.int
-    """How often the patient was called."""
+    """How many times the patient was called."""
     @_builtins.property
     def check_in_time(self) -> _timestamp_pb2.Timestamp:
         """When the patient was checked in."""
 
     @_builtins.property
     def call_time(self) -> _timestamp_pb2.Timestamp:
-        """When the patient was called last."""
+        """When the patient was last called; absent before the first call."""
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """When the consultation began."""
+        """When the consultation started; absent until then."""
 
     def __init__(
         self,
@@ -136,7 +140,7 @@ Global___QueueEntry: _TypeAlias = QueueEntry  # noqa: Y015
 
 @_typing.final
 class Queue(_message.Message):
-    """The line of one doctor-day at one revision."""
+    """The queue of one doctor-day at one revision."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -147,20 +151,22 @@ class Queue(_message.Message):
     WAITING_COUNT_FIELD_NUMBER: _builtins.int
     EXPECTED_COUNT_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
-    """The doctor."""
+    """The doctor's id."""
     revision: _builtins.int
-    """Grows by one with each change of the doctor-day; 1 where nothing has happened to it."""
+    """A counter that grows by one with each change of the doctor-day; 1 before the first change."""
     waiting_count: _builtins.int
-    """How many wait."""
+    """How many patients are waiting."""
     expected_count: _builtins.int
-    """How many are booked and not here yet."""
+    """How many patients are booked and not checked in yet."""
     @_builtins.property
     def date(self) -> _date_pb2.Date:
         """The civil date in the clinic's time zone."""
 
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueEntry]:
-        """The live entries: waiting in calling order, then called, in consultation, parked and missed, each by ticket."""
+        """The entries of patients who have not finished or left: first those waiting, in calling order; then called, in
+        consultation, parked and missed, each by ticket.
+        """
 
     def __init__(
         self,
@@ -201,34 +207,34 @@ class QueueChange(_message.Message):
         KIND_MOVED_IN: QueueChange._Kind.ValueType  # 3
         """An appointment was moved to this doctor-day, or within it."""
         KIND_MOVED_OUT: QueueChange._Kind.ValueType  # 4
-        """An appointment was moved away from this doctor-day."""
+        """An appointment was moved from this doctor-day to another."""
         KIND_UPDATED: QueueChange._Kind.ValueType  # 5
         """An appointment's reason or notes were changed."""
         KIND_NO_SHOW: QueueChange._Kind.ValueType  # 6
-        """A booked patient did not come."""
+        """An appointment was marked as no-show."""
         KIND_CHECKED_IN: QueueChange._Kind.ValueType  # 7
         """A patient was checked in."""
         KIND_CALLED: QueueChange._Kind.ValueType  # 8
         """A patient was called."""
         KIND_CALLED_AGAIN: QueueChange._Kind.ValueType  # 9
-        """A patient was called once more."""
+        """A patient was called again."""
         KIND_RETURNED: QueueChange._Kind.ValueType  # 10
-        """A patient was put back in the line."""
+        """A patient was returned to the queue to wait."""
         KIND_PARKED: QueueChange._Kind.ValueType  # 11
         """A patient was set aside."""
         KIND_MISSED: QueueChange._Kind.ValueType  # 12
         """A called patient did not come."""
         KIND_LEFT: QueueChange._Kind.ValueType  # 13
-        """A patient went away before being seen."""
+        """A patient left before the consultation."""
         KIND_STARTED: QueueChange._Kind.ValueType  # 14
-        """A consultation began."""
+        """A consultation started."""
         KIND_COMPLETED: QueueChange._Kind.ValueType  # 15
         """A consultation ended."""
         KIND_AVAILABILITY: QueueChange._Kind.ValueType  # 16
-        """The doctor's presence or the day's maximum was set."""
+        """The doctor's presence or the capacity of the date was set."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
-        """What happened."""
+        """The kind of change."""
 
     KIND_UNSPECIFIED: QueueChange.Kind.ValueType  # 0
     """Never answered."""
@@ -239,31 +245,31 @@ class QueueChange(_message.Message):
     KIND_MOVED_IN: QueueChange.Kind.ValueType  # 3
     """An appointment was moved to this doctor-day, or within it."""
     KIND_MOVED_OUT: QueueChange.Kind.ValueType  # 4
-    """An appointment was moved away from this doctor-day."""
+    """An appointment was moved from this doctor-day to another."""
     KIND_UPDATED: QueueChange.Kind.ValueType  # 5
     """An appointment's reason or notes were changed."""
     KIND_NO_SHOW: QueueChange.Kind.ValueType  # 6
-    """A booked patient did not come."""
+    """An appointment was marked as no-show."""
     KIND_CHECKED_IN: QueueChange.Kind.ValueType  # 7
     """A patient was checked in."""
     KIND_CALLED: QueueChange.Kind.ValueType  # 8
     """A patient was called."""
     KIND_CALLED_AGAIN: QueueChange.Kind.ValueType  # 9
-    """A patient was called once more."""
+    """A patient was called again."""
     KIND_RETURNED: QueueChange.Kind.ValueType  # 10
-    """A patient was put back in the line."""
+    """A patient was returned to the queue to wait."""
     KIND_PARKED: QueueChange.Kind.ValueType  # 11
     """A patient was set aside."""
     KIND_MISSED: QueueChange.Kind.ValueType  # 12
     """A called patient did not come."""
     KIND_LEFT: QueueChange.Kind.ValueType  # 13
-    """A patient went away before being seen."""
+    """A patient left before the consultation."""
     KIND_STARTED: QueueChange.Kind.ValueType  # 14
-    """A consultation began."""
+    """A consultation started."""
     KIND_COMPLETED: QueueChange.Kind.ValueType  # 15
     """A consultation ended."""
     KIND_AVAILABILITY: QueueChange.Kind.ValueType  # 16
-    """The doctor's presence or the day's maximum was set."""
+    """The doctor's presence or the capacity of the date was set."""
 
     REVISION_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
@@ -273,16 +279,18 @@ class QueueChange(_message.Message):
     revision: _builtins.int
     """The revision that this change made."""
     kind: Global___QueueChange.Kind.ValueType
-    """What happened."""
+    """The kind of change."""
     appointment_id: _builtins.str
-    """The appointment that it happened to; empty for KIND_AVAILABILITY."""
+    """The id of the changed appointment; empty for KIND_AVAILABILITY."""
     @_builtins.property
     def entry(self) -> Global___QueueEntry:
-        """The entry as this change left it, with its position as of the update's queue; absent where the line is not touched."""
+        """The entry as this change left it, but with its position in the queue of this update; absent if the change did not
+        touch the queue.
+        """
 
     @_builtins.property
     def change_time(self) -> _timestamp_pb2.Timestamp:
-        """When it happened."""
+        """When the change was made."""
 
     def __init__(
         self,
@@ -303,7 +311,7 @@ Global___QueueChange: _TypeAlias = QueueChange  # noqa: Y015
 
 @_typing.final
 class CheckInRequest(_message.Message):
-    """What CheckIn takes."""
+    """Request of CheckIn."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -311,12 +319,13 @@ class CheckInRequest(_message.Message):
     PATIENT_ID_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
-    """Required."""
+    """Required. The appointment's id."""
     patient_id: _builtins.str
-    """Optional guard: refuse where the appointment is another patient's."""
+    """Optional check: the call is refused if the appointment belongs to another patient (PATIENT_MISMATCH)."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     def __init__(
         self,
@@ -335,7 +344,7 @@ Global___CheckInRequest: _TypeAlias = CheckInRequest  # noqa: Y015
 
 @_typing.final
 class CheckInResponse(_message.Message):
-    """What CheckIn answers."""
+    """Response of CheckIn."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -344,12 +353,14 @@ class CheckInResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def entry(self) -> Global___QueueEntry:
-        """The patient's entry in the line."""
+        """The patient's entry in the queue."""
 
     @_builtins.property
     def appointment(self) -> _appointment_pb2.Appointment:
@@ -373,17 +384,17 @@ Global___CheckInResponse: _TypeAlias = CheckInResponse  # noqa: Y015
 
 @_typing.final
 class GetQueueRequest(_message.Message):
-    """What GetQueue takes."""
+    """Request of GetQueue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DOCTOR_ID_FIELD_NUMBER: _builtins.int
     DATE_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
-    """Required."""
+    """Required. The doctor's id."""
     @_builtins.property
     def date(self) -> _date_pb2.Date:
-        """Default: the clinic's today."""
+        """The civil date in the clinic's time zone. Default: the clinic's today."""
 
     def __init__(
         self,
@@ -401,14 +412,14 @@ Global___GetQueueRequest: _TypeAlias = GetQueueRequest  # noqa: Y015
 
 @_typing.final
 class GetQueueResponse(_message.Message):
-    """What GetQueue answers."""
+    """Response of GetQueue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     QUEUE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queue(self) -> Global___Queue:
-        """The line."""
+        """The queue."""
 
     def __init__(
         self,
@@ -425,7 +436,7 @@ Global___GetQueueResponse: _TypeAlias = GetQueueResponse  # noqa: Y015
 
 @_typing.final
 class WatchQueueRequest(_message.Message):
-    """What WatchQueue takes."""
+    """Request of WatchQueue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -434,18 +445,22 @@ class WatchQueueRequest(_message.Message):
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
-    """Required."""
+    """Required. The doctor's id."""
     resume_token: _builtins.str
-    """Of an earlier message of the same doctor-day: go on from there. Too old a token begins afresh; a malformed one, or
-    another doctor-day's, is refused.
+    """The `resume_token` of an earlier message for this doctor-day. The stream then goes on after that message: with one
+    update that lists the changes since, or with a heartbeat if there are none. A token that is too old, or from before
+    a restore of the database, starts afresh with the whole queue. A malformed token, or one of another doctor-day, is
+    refused.
     """
     @_builtins.property
     def date(self) -> _date_pb2.Date:
-        """Default: the clinic's today, or the token's date."""
+        """The civil date in the clinic's time zone. Default: the date of the resume token, or else the clinic's today."""
 
     @_builtins.property
     def heartbeat_interval(self) -> _duration_pb2.Duration:
-        """How long a silence ends in a heartbeat: 5 to 60 s, values outside are clamped; default 15 s."""
+        """After this much silence the server sends a heartbeat. Default 15 s. Less than 5 s counts as 5 s, more than 60 s as
+        60 s.
+        """
 
     def __init__(
         self,
@@ -465,7 +480,7 @@ Global___WatchQueueRequest: _TypeAlias = WatchQueueRequest  # noqa: Y015
 
 @_typing.final
 class QueueUpdate(_message.Message):
-    """The line and what has changed."""
+    """The queue and its changes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -473,11 +488,13 @@ class QueueUpdate(_message.Message):
     CHANGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queue(self) -> Global___Queue:
-        """The whole line at the message's revision."""
+        """The whole queue at the revision of the message."""
 
     @_builtins.property
     def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueChange]:
-        """The changes after previous_revision up to revision, one a revision; none on a fresh start."""
+        """The changes after previous_revision up to revision, one per revision, in that order. Empty on a fresh start
+        (previous_revision 0).
+        """
 
     def __init__(
         self,
@@ -495,7 +512,7 @@ Global___QueueUpdate: _TypeAlias = QueueUpdate  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
-    """Nothing has happened, and the stream lives."""
+    """Shows that nothing has changed and the stream is alive."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -512,7 +529,9 @@ Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
 
 @_typing.final
 class StreamClosing(_message.Message):
-    """The server ends the stream with status OK after this message; the caller opens another."""
+    """The last message of a stream. The server then ends it with status OK, and the caller watches again with the last
+    resume token.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -525,31 +544,31 @@ class StreamClosing(_message.Message):
         REASON_UNSPECIFIED: StreamClosing._Reason.ValueType  # 0
         """Never answered."""
         REASON_MAX_AGE: StreamClosing._Reason.ValueType  # 1
-        """The stream is 20 to 30 minutes old."""
+        """The stream has reached its maximum age, which is random: 20 to 30 minutes."""
         REASON_DRAINING: StreamClosing._Reason.ValueType  # 2
-        """The server is being stopped."""
+        """The server is shutting down."""
         REASON_AUTH_EXPIRING: StreamClosing._Reason.ValueType  # 3
         """The caller's credentials expire."""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
-        """Why."""
+        """Why the server ends a stream."""
 
     REASON_UNSPECIFIED: StreamClosing.Reason.ValueType  # 0
     """Never answered."""
     REASON_MAX_AGE: StreamClosing.Reason.ValueType  # 1
-    """The stream is 20 to 30 minutes old."""
+    """The stream has reached its maximum age, which is random: 20 to 30 minutes."""
     REASON_DRAINING: StreamClosing.Reason.ValueType  # 2
-    """The server is being stopped."""
+    """The server is shutting down."""
     REASON_AUTH_EXPIRING: StreamClosing.Reason.ValueType  # 3
     """The caller's credentials expire."""
 
     REASON_FIELD_NUMBER: _builtins.int
     RECONNECT_DELAY_FIELD_NUMBER: _builtins.int
     reason: Global___StreamClosing.Reason.ValueType
-    """Why."""
+    """Why the server ends the stream."""
     @_builtins.property
     def reconnect_delay(self) -> _duration_pb2.Duration:
-        """How long the caller should wait before opening another stream."""
+        """How long to wait before watching again, so that not all watchers return at once. 0 to 5 s."""
 
     def __init__(
         self,
@@ -579,28 +598,28 @@ class WatchQueueResponse(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     CLOSING_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision that the watcher knows after this message."""
+    """The revision that the watcher has after this message."""
     previous_revision: _builtins.int
-    """For an update, the revision of the stream's last update, or of the resume token: nothing between is missing. 0 on a
-    fresh start. For other messages, equal to revision.
+    """In an update: the revision of the stream's last update, or of the resume token, so a watcher can check that it
+    missed nothing; 0 on a fresh start. In a heartbeat or StreamClosing: equal to revision.
     """
     resume_token: _builtins.str
-    """Resumes the stream after this message; opaque. Empty on closing."""
+    """Opaque. In a new WatchQueueRequest, it makes the stream go on after this message. Empty in a StreamClosing."""
     @_builtins.property
     def server_time(self) -> _timestamp_pb2.Timestamp:
-        """The server's clock."""
+        """The server's time when it made this message."""
 
     @_builtins.property
     def update(self) -> Global___QueueUpdate:
-        """The line has changed, or the stream begins."""
+        """The stream starts afresh, or the doctor-day has changed."""
 
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat:
-        """Nothing has happened."""
+        """Nothing has changed."""
 
     @_builtins.property
     def closing(self) -> Global___StreamClosing:
-        """The stream ends."""
+        """The server ends the stream."""
 
     def __init__(
         self,
@@ -625,7 +644,7 @@ Global___WatchQueueResponse: _TypeAlias = WatchQueueResponse  # noqa: Y015
 
 @_typing.final
 class CallNextRequest(_message.Message):
-    """What CallNext takes."""
+    """Request of CallNext."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -634,16 +653,17 @@ class CallNextRequest(_message.Message):
     ROOM_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
-    """Required."""
+    """Required. The doctor's id."""
     room: _builtins.str
-    """Where the patient is called to; up to 50 characters."""
+    """The room to which the patient is called. Up to 50 characters on one line."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     @_builtins.property
     def date(self) -> _date_pb2.Date:
-        """Default: the clinic's today."""
+        """The civil date in the clinic's time zone. Default: the clinic's today."""
 
     def __init__(
         self,
@@ -663,7 +683,7 @@ Global___CallNextRequest: _TypeAlias = CallNextRequest  # noqa: Y015
 
 @_typing.final
 class CallNextResponse(_message.Message):
-    """What CallNext answers."""
+    """Response of CallNext."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -671,9 +691,11 @@ class CallNextResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def entry(self) -> Global___QueueEntry:
         """The called patient's entry."""
@@ -695,7 +717,7 @@ Global___CallNextResponse: _TypeAlias = CallNextResponse  # noqa: Y015
 
 @_typing.final
 class CallAgainRequest(_message.Message):
-    """What CallAgain takes."""
+    """Request of CallAgain."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -703,12 +725,13 @@ class CallAgainRequest(_message.Message):
     ROOM_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
-    """Required."""
+    """Required. The appointment's id."""
     room: _builtins.str
-    """Where the patient is called to; up to 50 characters. Empty keeps the room."""
+    """The room to which the patient is called. Up to 50 characters on one line. Empty keeps the room of the last call."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     def __init__(
         self,
@@ -727,7 +750,7 @@ Global___CallAgainRequest: _TypeAlias = CallAgainRequest  # noqa: Y015
 
 @_typing.final
 class CallAgainResponse(_message.Message):
-    """What CallAgain answers."""
+    """Response of CallAgain."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -736,9 +759,11 @@ class CallAgainResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def entry(self) -> Global___QueueEntry:
         """The patient's entry after the change."""
@@ -765,17 +790,18 @@ Global___CallAgainResponse: _TypeAlias = CallAgainResponse  # noqa: Y015
 
 @_typing.final
 class ReturnToLineRequest(_message.Message):
-    """What ReturnToLine takes."""
+    """Request of ReturnToLine."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     APPOINTMENT_ID_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
-    """Required."""
+    """Required. The appointment's id."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     def __init__(
         self,
@@ -793,7 +819,7 @@ Global___ReturnToLineRequest: _TypeAlias = ReturnToLineRequest  # noqa: Y015
 
 @_typing.final
 class ReturnToLineResponse(_message.Message):
-    """What ReturnToLine answers."""
+    """Response of ReturnToLine."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -802,9 +828,11 @@ class ReturnToLineResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def entry(self) -> Global___QueueEntry:
         """The patient's entry after the change."""
@@ -831,17 +859,18 @@ Global___ReturnToLineResponse: _TypeAlias = ReturnToLineResponse  # noqa: Y015
 
 @_typing.final
 class ParkPatientRequest(_message.Message):
-    """What ParkPatient takes."""
+    """Request of ParkPatient."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     APPOINTMENT_ID_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
-    """Required."""
+    """Required. The appointment's id."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     def __init__(
         self,
@@ -859,7 +888,7 @@ Global___ParkPatientRequest: _TypeAlias = ParkPatientRequest  # noqa: Y015
 
 @_typing.final
 class ParkPatientResponse(_message.Message):
-    """What ParkPatient answers."""
+    """Response of ParkPatient."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -868,9 +897,11 @@ class ParkPatientResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def entry(self) -> Global___QueueEntry:
         """The patient's entry after the change."""
@@ -897,17 +928,18 @@ Global___ParkPatientResponse: _TypeAlias = ParkPatientResponse  # noqa: Y015
 
 @_typing.final
 class MarkMissedRequest(_message.Message):
-    """What MarkMissed takes."""
+    """Request of MarkMissed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     APPOINTMENT_ID_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
-    """Required."""
+    """Required. The appointment's id."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     def __init__(
         self,
@@ -925,7 +957,7 @@ Global___MarkMissedRequest: _TypeAlias = MarkMissedRequest  # noqa: Y015
 
 @_typing.final
 class MarkMissedResponse(_message.Message):
-    """What MarkMissed answers."""
+    """Response of MarkMissed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -934,9 +966,11 @@ class MarkMissedResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def entry(self) -> Global___QueueEntry:
         """The patient's entry after the change."""
@@ -963,17 +997,18 @@ Global___MarkMissedResponse: _TypeAlias = MarkMissedResponse  # noqa: Y015
 
 @_typing.final
 class LeaveQueueRequest(_message.Message):
-    """What LeaveQueue takes."""
+    """Request of LeaveQueue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     APPOINTMENT_ID_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
-    """Required."""
+    """Required. The appointment's id."""
     idempotency_key: _builtins.str
-    """Optional: names this one intended change, so that a retry with the same key acts once. 1 to 255 printable ASCII characters,
-    kept at least 72 h, scoped to the caller and the method.
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
     """
     def __init__(
         self,
@@ -991,7 +1026,7 @@ Global___LeaveQueueRequest: _TypeAlias = LeaveQueueRequest  # noqa: Y015
 
 @_typing.final
 class LeaveQueueResponse(_message.Message):
-    """What LeaveQueue answers."""
+    """Response of LeaveQueue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1000,9 +1035,11 @@ class LeaveQueueResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The revision of the doctor-day that this change made; a watcher of that queue sees the same number."""
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
     replayed: _builtins.bool
-    """True where an earlier call with the same key did it: ids, state and revision are those of that first success."""
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
     @_builtins.property
     def entry(self) -> Global___QueueEntry:
         """The patient's entry after the change."""

@@ -26,12 +26,18 @@ if _version_not_supported:
 
 
 class QueueServiceStub:
-    """The line of one doctor-day, and everyone who watches it.
+    """Runs the live queue of each doctor-day, from check-in to consultation, and streams it to watchers. A doctor-day is
+    one doctor on one civil date of the clinic's time zone. The state of a queue entry changes like this:
 
-    WAITING -> CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED;  WAITING or CALLED -> PARKED;
-    CALLED, PARKED or MISSED -> WAITING;  WAITING, CALLED, PARKED or MISSED -> LEFT
+    WAITING -> CALLED;  WAITING or CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED
+    WAITING or CALLED -> PARKED;  CALLED, PARKED or MISSED -> WAITING
+    WAITING, CALLED, PARKED or MISSED -> LEFT
 
-    A verb in another state is refused as INVALID_TRANSITION, whose metadata says the state.
+    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
+    change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
+    the patient is checked in, else that of the visit.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel):
@@ -88,76 +94,86 @@ class QueueServiceStub:
 
 
 class QueueServiceServicer:
-    """The line of one doctor-day, and everyone who watches it.
+    """Runs the live queue of each doctor-day, from check-in to consultation, and streams it to watchers. A doctor-day is
+    one doctor on one civil date of the clinic's time zone. The state of a queue entry changes like this:
 
-    WAITING -> CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED;  WAITING or CALLED -> PARKED;
-    CALLED, PARKED or MISSED -> WAITING;  WAITING, CALLED, PARKED or MISSED -> LEFT
+    WAITING -> CALLED;  WAITING or CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED
+    WAITING or CALLED -> PARKED;  CALLED, PARKED or MISSED -> WAITING
+    WAITING, CALLED, PARKED or MISSED -> LEFT
 
-    A verb in another state is refused as INVALID_TRANSITION, whose metadata says the state.
+    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
+    change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
+    the patient is checked in, else that of the visit.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def CheckIn(self, request, context):
-        """Puts a booked patient in the line, on the appointment's own date in the clinic's time zone, and gives the next
-        ticket. Errors: APPOINTMENT_NOT_FOUND, PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN, INVALID_TRANSITION.
+        """Puts a booked patient into the queue and gives the next ticket. Only on the appointment's own date in the clinic's
+        time zone. Errors: APPOINTMENT_NOT_FOUND, PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN,
+        INVALID_TRANSITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetQueue(self, request, context):
-        """Answers the whole line at one revision. Errors: DOCTOR_NOT_FOUND.
+        """Gets the whole queue at one revision. Errors: DOCTOR_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchQueue(self, request, context):
-        """Streams the whole line at once and again after every change, until the caller goes or the server says that it
-        closes. Slow readers get fewer, newer updates. Errors: DOCTOR_NOT_FOUND, WATCHER_TOO_SLOW, TOO_MANY_WATCHERS.
+        """Streams the whole queue at once and again after every change, until the caller cancels or the server sends a
+        StreamClosing. Slow readers get fewer, newer updates. Errors: DOCTOR_NOT_FOUND, TOO_MANY_WATCHERS, and
+        WATCHER_TOO_SLOW if a message stays unread for 30 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CallNext(self, request, context):
-        """Calls the first waiting patient; two callers never get the same one. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY.
+        """Calls the first waiting patient, also while others are called or in consultation. Simultaneous calls call different
+        patients. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CallAgain(self, request, context):
-        """Calls a called patient once more, and counts it. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+        """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReturnToLine(self, request, context):
-        """Puts a called or parked patient back at the place of the ticket, a missed one at the end. Errors:
-        APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+        """Returns a patient to the queue to wait: a called or parked patient to the place of the ticket, a missed patient to
+        the end. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ParkPatient(self, request, context):
-        """Sets a waiting or called patient aside, say for a laboratory. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+        """Sets a waiting or called patient aside, for example for a laboratory test. Errors: APPOINTMENT_NOT_FOUND,
+        INVALID_TRANSITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def MarkMissed(self, request, context):
-        """Says that a called patient did not come to the room. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+        """Records that a called patient did not come to the room. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LeaveQueue(self, request, context):
-        """Says that a patient went away before being seen; the place of the day is free again. Errors: APPOINTMENT_NOT_FOUND,
-        INVALID_TRANSITION.
+        """Records that a waiting, called, parked or missed patient left before the consultation. The place on the doctor-day
+        is free again. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -220,12 +236,18 @@ def add_QueueServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class QueueService:
-    """The line of one doctor-day, and everyone who watches it.
+    """Runs the live queue of each doctor-day, from check-in to consultation, and streams it to watchers. A doctor-day is
+    one doctor on one civil date of the clinic's time zone. The state of a queue entry changes like this:
 
-    WAITING -> CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED;  WAITING or CALLED -> PARKED;
-    CALLED, PARKED or MISSED -> WAITING;  WAITING, CALLED, PARKED or MISSED -> LEFT
+    WAITING -> CALLED;  WAITING or CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED
+    WAITING or CALLED -> PARKED;  CALLED, PARKED or MISSED -> WAITING
+    WAITING, CALLED, PARKED or MISSED -> LEFT
 
-    A verb in another state is refused as INVALID_TRANSITION, whose metadata says the state.
+    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
+    change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
+    the patient is checked in, else that of the visit.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     @staticmethod

@@ -27,12 +27,18 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class QueueServiceStub:
-    """The line of one doctor-day, and everyone who watches it.
+    """Runs the live queue of each doctor-day, from check-in to consultation, and streams it to watchers. A doctor-day is
+    one doctor on one civil date of the clinic's time zone. The state of a queue entry changes like this:
 
-      WAITING -> CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED;  WAITING or CALLED -> PARKED;
-      CALLED, PARKED or MISSED -> WAITING;  WAITING, CALLED, PARKED or MISSED -> LEFT
+      WAITING -> CALLED;  WAITING or CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED
+      WAITING or CALLED -> PARKED;  CALLED, PARKED or MISSED -> WAITING
+      WAITING, CALLED, PARKED or MISSED -> LEFT
 
-    A verb in another state is refused as INVALID_TRANSITION, whose metadata says the state.
+    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
+    change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
+    the patient is checked in, else that of the visit.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     @_typing.overload
@@ -40,77 +46,101 @@ class QueueServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> QueueServiceAsyncStub: ...
     CheckIn: _grpc.UnaryUnaryMultiCallable[_queue_pb2.CheckInRequest, _queue_pb2.CheckInResponse]
-    """Puts a booked patient in the line, on the appointment's own date in the clinic's time zone, and gives the next
-    ticket. Errors: APPOINTMENT_NOT_FOUND, PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN, INVALID_TRANSITION.
+    """Puts a booked patient into the queue and gives the next ticket. Only on the appointment's own date in the clinic's
+    time zone. Errors: APPOINTMENT_NOT_FOUND, PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN,
+    INVALID_TRANSITION.
     """
     GetQueue: _grpc.UnaryUnaryMultiCallable[_queue_pb2.GetQueueRequest, _queue_pb2.GetQueueResponse]
-    """Answers the whole line at one revision. Errors: DOCTOR_NOT_FOUND."""
+    """Gets the whole queue at one revision. Errors: DOCTOR_NOT_FOUND."""
     WatchQueue: _grpc.UnaryStreamMultiCallable[_queue_pb2.WatchQueueRequest, _queue_pb2.WatchQueueResponse]
-    """Streams the whole line at once and again after every change, until the caller goes or the server says that it
-    closes. Slow readers get fewer, newer updates. Errors: DOCTOR_NOT_FOUND, WATCHER_TOO_SLOW, TOO_MANY_WATCHERS.
+    """Streams the whole queue at once and again after every change, until the caller cancels or the server sends a
+    StreamClosing. Slow readers get fewer, newer updates. Errors: DOCTOR_NOT_FOUND, TOO_MANY_WATCHERS, and
+    WATCHER_TOO_SLOW if a message stays unread for 30 s.
     """
     CallNext: _grpc.UnaryUnaryMultiCallable[_queue_pb2.CallNextRequest, _queue_pb2.CallNextResponse]
-    """Calls the first waiting patient; two callers never get the same one. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY."""
+    """Calls the first waiting patient, also while others are called or in consultation. Simultaneous calls call different
+    patients. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY.
+    """
     CallAgain: _grpc.UnaryUnaryMultiCallable[_queue_pb2.CallAgainRequest, _queue_pb2.CallAgainResponse]
-    """Calls a called patient once more, and counts it. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
+    """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
     ReturnToLine: _grpc.UnaryUnaryMultiCallable[_queue_pb2.ReturnToLineRequest, _queue_pb2.ReturnToLineResponse]
-    """Puts a called or parked patient back at the place of the ticket, a missed one at the end. Errors:
-    APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+    """Returns a patient to the queue to wait: a called or parked patient to the place of the ticket, a missed patient to
+    the end. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
     """
     ParkPatient: _grpc.UnaryUnaryMultiCallable[_queue_pb2.ParkPatientRequest, _queue_pb2.ParkPatientResponse]
-    """Sets a waiting or called patient aside, say for a laboratory. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
-    MarkMissed: _grpc.UnaryUnaryMultiCallable[_queue_pb2.MarkMissedRequest, _queue_pb2.MarkMissedResponse]
-    """Says that a called patient did not come to the room. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
-    LeaveQueue: _grpc.UnaryUnaryMultiCallable[_queue_pb2.LeaveQueueRequest, _queue_pb2.LeaveQueueResponse]
-    """Says that a patient went away before being seen; the place of the day is free again. Errors: APPOINTMENT_NOT_FOUND,
+    """Sets a waiting or called patient aside, for example for a laboratory test. Errors: APPOINTMENT_NOT_FOUND,
     INVALID_TRANSITION.
+    """
+    MarkMissed: _grpc.UnaryUnaryMultiCallable[_queue_pb2.MarkMissedRequest, _queue_pb2.MarkMissedResponse]
+    """Records that a called patient did not come to the room. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
+    LeaveQueue: _grpc.UnaryUnaryMultiCallable[_queue_pb2.LeaveQueueRequest, _queue_pb2.LeaveQueueResponse]
+    """Records that a waiting, called, parked or missed patient left before the consultation. The place on the doctor-day
+    is free again. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
     """
 
 @_typing.type_check_only
 class QueueServiceAsyncStub(QueueServiceStub):
-    """The line of one doctor-day, and everyone who watches it.
+    """Runs the live queue of each doctor-day, from check-in to consultation, and streams it to watchers. A doctor-day is
+    one doctor on one civil date of the clinic's time zone. The state of a queue entry changes like this:
 
-      WAITING -> CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED;  WAITING or CALLED -> PARKED;
-      CALLED, PARKED or MISSED -> WAITING;  WAITING, CALLED, PARKED or MISSED -> LEFT
+      WAITING -> CALLED;  WAITING or CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED
+      WAITING or CALLED -> PARKED;  CALLED, PARKED or MISSED -> WAITING
+      WAITING, CALLED, PARKED or MISSED -> LEFT
 
-    A verb in another state is refused as INVALID_TRANSITION, whose metadata says the state.
+    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
+    change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
+    the patient is checked in, else that of the visit.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CheckIn: _aio.UnaryUnaryMultiCallable[_queue_pb2.CheckInRequest, _queue_pb2.CheckInResponse]  # type: ignore[assignment]
-    """Puts a booked patient in the line, on the appointment's own date in the clinic's time zone, and gives the next
-    ticket. Errors: APPOINTMENT_NOT_FOUND, PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN, INVALID_TRANSITION.
+    """Puts a booked patient into the queue and gives the next ticket. Only on the appointment's own date in the clinic's
+    time zone. Errors: APPOINTMENT_NOT_FOUND, PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN,
+    INVALID_TRANSITION.
     """
     GetQueue: _aio.UnaryUnaryMultiCallable[_queue_pb2.GetQueueRequest, _queue_pb2.GetQueueResponse]  # type: ignore[assignment]
-    """Answers the whole line at one revision. Errors: DOCTOR_NOT_FOUND."""
+    """Gets the whole queue at one revision. Errors: DOCTOR_NOT_FOUND."""
     WatchQueue: _aio.UnaryStreamMultiCallable[_queue_pb2.WatchQueueRequest, _queue_pb2.WatchQueueResponse]  # type: ignore[assignment]
-    """Streams the whole line at once and again after every change, until the caller goes or the server says that it
-    closes. Slow readers get fewer, newer updates. Errors: DOCTOR_NOT_FOUND, WATCHER_TOO_SLOW, TOO_MANY_WATCHERS.
+    """Streams the whole queue at once and again after every change, until the caller cancels or the server sends a
+    StreamClosing. Slow readers get fewer, newer updates. Errors: DOCTOR_NOT_FOUND, TOO_MANY_WATCHERS, and
+    WATCHER_TOO_SLOW if a message stays unread for 30 s.
     """
     CallNext: _aio.UnaryUnaryMultiCallable[_queue_pb2.CallNextRequest, _queue_pb2.CallNextResponse]  # type: ignore[assignment]
-    """Calls the first waiting patient; two callers never get the same one. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY."""
+    """Calls the first waiting patient, also while others are called or in consultation. Simultaneous calls call different
+    patients. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY.
+    """
     CallAgain: _aio.UnaryUnaryMultiCallable[_queue_pb2.CallAgainRequest, _queue_pb2.CallAgainResponse]  # type: ignore[assignment]
-    """Calls a called patient once more, and counts it. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
+    """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
     ReturnToLine: _aio.UnaryUnaryMultiCallable[_queue_pb2.ReturnToLineRequest, _queue_pb2.ReturnToLineResponse]  # type: ignore[assignment]
-    """Puts a called or parked patient back at the place of the ticket, a missed one at the end. Errors:
-    APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+    """Returns a patient to the queue to wait: a called or parked patient to the place of the ticket, a missed patient to
+    the end. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
     """
     ParkPatient: _aio.UnaryUnaryMultiCallable[_queue_pb2.ParkPatientRequest, _queue_pb2.ParkPatientResponse]  # type: ignore[assignment]
-    """Sets a waiting or called patient aside, say for a laboratory. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
-    MarkMissed: _aio.UnaryUnaryMultiCallable[_queue_pb2.MarkMissedRequest, _queue_pb2.MarkMissedResponse]  # type: ignore[assignment]
-    """Says that a called patient did not come to the room. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
-    LeaveQueue: _aio.UnaryUnaryMultiCallable[_queue_pb2.LeaveQueueRequest, _queue_pb2.LeaveQueueResponse]  # type: ignore[assignment]
-    """Says that a patient went away before being seen; the place of the day is free again. Errors: APPOINTMENT_NOT_FOUND,
+    """Sets a waiting or called patient aside, for example for a laboratory test. Errors: APPOINTMENT_NOT_FOUND,
     INVALID_TRANSITION.
+    """
+    MarkMissed: _aio.UnaryUnaryMultiCallable[_queue_pb2.MarkMissedRequest, _queue_pb2.MarkMissedResponse]  # type: ignore[assignment]
+    """Records that a called patient did not come to the room. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
+    LeaveQueue: _aio.UnaryUnaryMultiCallable[_queue_pb2.LeaveQueueRequest, _queue_pb2.LeaveQueueResponse]  # type: ignore[assignment]
+    """Records that a waiting, called, parked or missed patient left before the consultation. The place on the doctor-day
+    is free again. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
     """
 
 class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The line of one doctor-day, and everyone who watches it.
+    """Runs the live queue of each doctor-day, from check-in to consultation, and streams it to watchers. A doctor-day is
+    one doctor on one civil date of the clinic's time zone. The state of a queue entry changes like this:
 
-      WAITING -> CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED;  WAITING or CALLED -> PARKED;
-      CALLED, PARKED or MISSED -> WAITING;  WAITING, CALLED, PARKED or MISSED -> LEFT
+      WAITING -> CALLED;  WAITING or CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED
+      WAITING or CALLED -> PARKED;  CALLED, PARKED or MISSED -> WAITING
+      WAITING, CALLED, PARKED or MISSED -> LEFT
 
-    A verb in another state is refused as INVALID_TRANSITION, whose metadata says the state.
+    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
+    change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
+    the patient is checked in, else that of the visit.
+
+    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
     """
 
     @_abc_1.abstractmethod
@@ -119,8 +149,9 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.CheckInRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.CheckInResponse, _abc.Awaitable[_queue_pb2.CheckInResponse]]:
-        """Puts a booked patient in the line, on the appointment's own date in the clinic's time zone, and gives the next
-        ticket. Errors: APPOINTMENT_NOT_FOUND, PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN, INVALID_TRANSITION.
+        """Puts a booked patient into the queue and gives the next ticket. Only on the appointment's own date in the clinic's
+        time zone. Errors: APPOINTMENT_NOT_FOUND, PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN,
+        INVALID_TRANSITION.
         """
 
     @_abc_1.abstractmethod
@@ -129,7 +160,7 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.GetQueueRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.GetQueueResponse, _abc.Awaitable[_queue_pb2.GetQueueResponse]]:
-        """Answers the whole line at one revision. Errors: DOCTOR_NOT_FOUND."""
+        """Gets the whole queue at one revision. Errors: DOCTOR_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def WatchQueue(
@@ -137,8 +168,9 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.WatchQueueRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_queue_pb2.WatchQueueResponse], _abc.AsyncIterator[_queue_pb2.WatchQueueResponse]]:
-        """Streams the whole line at once and again after every change, until the caller goes or the server says that it
-        closes. Slow readers get fewer, newer updates. Errors: DOCTOR_NOT_FOUND, WATCHER_TOO_SLOW, TOO_MANY_WATCHERS.
+        """Streams the whole queue at once and again after every change, until the caller cancels or the server sends a
+        StreamClosing. Slow readers get fewer, newer updates. Errors: DOCTOR_NOT_FOUND, TOO_MANY_WATCHERS, and
+        WATCHER_TOO_SLOW if a message stays unread for 30 s.
         """
 
     @_abc_1.abstractmethod
@@ -147,7 +179,9 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.CallNextRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.CallNextResponse, _abc.Awaitable[_queue_pb2.CallNextResponse]]:
-        """Calls the first waiting patient; two callers never get the same one. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY."""
+        """Calls the first waiting patient, also while others are called or in consultation. Simultaneous calls call different
+        patients. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY.
+        """
 
     @_abc_1.abstractmethod
     def CallAgain(
@@ -155,7 +189,7 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.CallAgainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.CallAgainResponse, _abc.Awaitable[_queue_pb2.CallAgainResponse]]:
-        """Calls a called patient once more, and counts it. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
+        """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
 
     @_abc_1.abstractmethod
     def ReturnToLine(
@@ -163,8 +197,8 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.ReturnToLineRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.ReturnToLineResponse, _abc.Awaitable[_queue_pb2.ReturnToLineResponse]]:
-        """Puts a called or parked patient back at the place of the ticket, a missed one at the end. Errors:
-        APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+        """Returns a patient to the queue to wait: a called or parked patient to the place of the ticket, a missed patient to
+        the end. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
         """
 
     @_abc_1.abstractmethod
@@ -173,7 +207,9 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.ParkPatientRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.ParkPatientResponse, _abc.Awaitable[_queue_pb2.ParkPatientResponse]]:
-        """Sets a waiting or called patient aside, say for a laboratory. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
+        """Sets a waiting or called patient aside, for example for a laboratory test. Errors: APPOINTMENT_NOT_FOUND,
+        INVALID_TRANSITION.
+        """
 
     @_abc_1.abstractmethod
     def MarkMissed(
@@ -181,7 +217,7 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.MarkMissedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.MarkMissedResponse, _abc.Awaitable[_queue_pb2.MarkMissedResponse]]:
-        """Says that a called patient did not come to the room. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
+        """Records that a called patient did not come to the room. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
 
     @_abc_1.abstractmethod
     def LeaveQueue(
@@ -189,8 +225,8 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.LeaveQueueRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.LeaveQueueResponse, _abc.Awaitable[_queue_pb2.LeaveQueueResponse]]:
-        """Says that a patient went away before being seen; the place of the day is free again. Errors: APPOINTMENT_NOT_FOUND,
-        INVALID_TRANSITION.
+        """Records that a waiting, called, parked or missed patient left before the consultation. The place on the doctor-day
+        is free again. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
         """
 
 def add_QueueServiceServicer_to_server(servicer: QueueServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
