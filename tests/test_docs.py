@@ -1,0 +1,227 @@
+"""The documents that people read: their links, commands, settings and examples are those of this release."""
+
+import asyncio
+import importlib
+import pkgutil
+import re
+import sys
+from collections import Counter
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import typer
+from google.protobuf import descriptor_pool, json_format, message_factory
+from google.protobuf.message import Message
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+import clinic.frontdesk.v1
+from clinic.frontdesk.v1 import error_reason_pb2
+from frontdesk.cli import app
+from frontdesk.settings import Settings
+from tests.clinic import Front
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+WIDEST = 160
+"""Characters of a line, rows of tables included."""
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def tokens(page: Path) -> list[Token]:
+    """What a page consists of, its inline parts among the rest."""
+    blocks = MarkdownIt("gfm-like", {"linkify": False}).parse(page.read_text())
+    return [token for block in blocks for token in (block, *(block.children or ()))]
+
+
+def code(page: Path, language: str | None = None) -> list[str]:
+    """The blocks of code in a language; without one, those in every language and everything in backticks."""
+    if language is not None:
+        return [token.content for token in tokens(page) if token.type == "fence" and token.info == language]
+    return [token.content for token in tokens(page) if token.type in ("fence", "code_inline")]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub names the headings."""
+    found: Counter[str] = Counter()
+    names = set()
+    for opened, heading in pairwise(tokens(page)):
+        if opened.type == "heading_open":
+            said = "".join(part.content for part in heading.children or ())
+            slug = re.sub(r"[^\w\- ]", "", said.lower()).replace(" ", "-")
+            names.add(f"{slug}-{found[slug]}" if found[slug] else slug)
+            found[slug] += 1
+    return names
+
+
+@cache
+def paths() -> set[str]:
+    """The files and directories of the repository, those that .gitignore names, and the ends of their paths."""
+    roots = [path for path in ROOT.iterdir() if not path.name.startswith(".") or path.name == ".ci"]
+    known = {str(path.relative_to(ROOT)) for root in roots for path in (root, *root.rglob("*"))}
+    known |= {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    return {"/".join(parts[n:]) for name in known for parts in [name.split("/")] for n in range(len(parts))}
+
+
+@pages
+def test_lines_fit_the_screen(page: Path) -> None:
+    """No line, and no row of a table, is too wide to be read in a terminal or in a review."""
+    wide = {number: len(line) for number, line in enumerate(page.read_text().splitlines(), 1) if len(line) > WIDEST}
+    assert not wide
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link names a file, and every anchor a heading."""
+    for token in tokens(page):
+        if token.type == "link_open":
+            href = str(token.attrs["href"])
+            if re.match(r"[a-z]+:", href):
+                continue
+            path, _, anchor = href.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), href
+            assert not anchor or anchor in anchors(target), href
+
+
+@pages
+def test_paths_exist(page: Path) -> None:
+    """Every path in backticks is the path of a file or directory of the repository, or the end of one."""
+    for said in code(page):
+        looks_so = re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?|[\w-]+/|[\w-]+\.(py|sql|proto|md|ya?ml|json|toml|csv)", said)
+        if looks_so and not re.match(r"\.venv/|(text|application)/", said):
+            assert said.strip("/") in paths(), said
+
+
+@pages
+def test_targets_of_make_exist(page: Path) -> None:
+    """Everything that the page tells to make is a target of the Makefile."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for said in code(page):
+        for name in re.findall(r"(?:^|[;&]\s*|\w=\S+ )make ([a-z-]+)", said, re.M):
+            assert name in targets, name
+
+
+def commands() -> dict[str, set[str]]:
+    """The subcommands of `frontdesk` with their options."""
+    group: Any = typer.main.get_command(app)
+    return {
+        name: {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        for name, command in group.commands.items()
+    }
+
+
+@pages
+def test_commands_exist(page: Path) -> None:
+    """Every subcommand of `frontdesk` that the page names exists, with these options, and so does every module."""
+    known = commands()
+    for said in code(page):
+        for name, rest in re.findall(r"(?:^|/|[;&]\s*|\w=\S+ )frontdesk ([a-z]+)([^|;&\n]*)", said, re.M):
+            assert name in known, name
+            assert set(re.findall(r"--[a-z][a-z-]*", rest)) <= known[name], (name, rest)
+        for module in re.findall(r"python -m ([\w.]+)", said):
+            assert find_spec(module), module
+
+
+def test_readme_names_every_command() -> None:
+    """A reader of the README has heard of every subcommand."""
+    rows = {said.split()[1] for said in code(ROOT / "README.md") if re.match(r"frontdesk [a-z]+", said)}
+    assert rows == set(commands())
+
+
+@pages
+def test_variables_exist(page: Path) -> None:
+    """Every environment variable of ours that the page names is a setting."""
+    known = {f"FRONTDESK_{name.upper()}" for name in Settings.model_fields}
+    for said in code(page):
+        assert set(re.findall(r"\bFRONTDESK_[A-Z_]*[A-Z]", said)) <= known, said
+
+
+def test_every_setting_is_listed() -> None:
+    """docs/settings.md has each setting once, with its default, and with its range or choices if it has any."""
+    rows: dict[str, tuple[str, str]] = {}
+    for line in (ROOT / "docs" / "settings.md").read_text().splitlines():
+        if line.startswith("| `FRONTDESK_"):
+            variable, default, allowed, meaning = (cell.strip() for cell in line.strip("|").split("|"))
+            assert variable not in rows, variable
+            assert meaning, variable
+            rows[variable.strip("`")] = default, allowed
+    assert set(rows) == {f"FRONTDESK_{name.upper()}" for name in Settings.model_fields}
+    for name, field in Settings.model_fields.items():
+        default, allowed = rows[f"FRONTDESK_{name.upper()}"]
+        if field.default_factory is not None:
+            assert default
+        elif field.default is None:
+            assert default == "not set", name
+        else:
+            shown = f"{field.default:.0f}" if isinstance(field.default, float) else str(field.default)
+            assert default == f"`{shown}`", name
+        bounds = {side: getattr(rule, side) for rule in field.metadata for side in ("ge", "le") if hasattr(rule, side)}
+        if bounds:
+            assert allowed == f"{bounds['ge']:,} to {bounds['le']:,}", name
+        if get_origin(field.annotation) is Literal:
+            assert allowed == ", ".join(f"`{choice}`" for choice in get_args(field.annotation)), name
+
+
+def test_readme_names_reasons_that_exist() -> None:
+    """Every reason that the README gives as an example is in the public list."""
+    named = {said for said in code(ROOT / "README.md") if re.fullmatch(r"[A-Z]+(_[A-Z]+)+", said)}
+    named -= {f"FRONTDESK_{name.upper()}" for name in Settings.model_fields}
+    assert named
+    assert named <= {
+        name.removeprefix("ERROR_REASON_") for name in error_reason_pb2.ErrorReason.DESCRIPTOR.values_by_name
+    }
+
+
+def messages(method: str) -> tuple[type[Message], type[Message]]:
+    """The request and the answer of SERVICE/METHOD."""
+    for module in pkgutil.iter_modules(clinic.frontdesk.v1.__path__, "clinic.frontdesk.v1."):
+        importlib.import_module(module.name)
+    service, _, name = method.partition("/")
+    found = descriptor_pool.Default().FindServiceByName(f"clinic.frontdesk.v1.{service}").methods_by_name[name]
+    return message_factory.GetMessageClass(found.input_type), message_factory.GetMessageClass(found.output_type)
+
+
+def test_console_examples_fit_the_contract() -> None:
+    """Each request in the README is one of its method, and so is each answer that is printed whole."""
+    whole = 0
+    calls = [
+        call
+        for block in code(ROOT / "README.md", "console")
+        for call in re.findall(r"^\$ call (\S+) '([^']+)'\n(.*?)(?=^\$|\Z)", block, re.M | re.S)
+    ]
+    assert len(calls) >= 5
+    for method, request, answer in calls:
+        asked, answered = messages(method)
+        json_format.Parse(request, asked())
+        if "…" not in answer:
+            json_format.Parse(answer, answered())
+            whole += 1
+    assert whole >= 2
+
+
+async def test_python_example_runs(front: Front, tmp_path: Path) -> None:
+    """The README's program books and follows the queue; the second time it is told of the booking."""
+    await front.doctor()
+    (program,) = code(ROOT / "README.md", "python")
+    assert program.count("127.0.0.1:50051") == 1
+    path = tmp_path / "example.py"
+    path.write_text(program.replace("127.0.0.1:50051", f"127.0.0.1:{front.port}"))
+    for first in ("number 1", "DUPLICATE_BOOKING"):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-u", path, stdout=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL
+        )
+        try:
+            assert process.stdout is not None
+            async with asyncio.timeout(60):
+                said = [(await process.stdout.readline()).decode().strip() for _ in range(2)]
+        finally:
+            process.kill()
+            await process.wait()
+        assert said[0].startswith(first)
+        assert said[1] == "0 waiting"
