@@ -1,4 +1,5 @@
-# The service on a PostgreSQL of yours: FRONTDESK_DATABASE_URL, and TLS files because it listens beyond loopback.
+# The service, for a PostgreSQL of your own: set FRONTDESK_DATABASE_URL, and the TLS files, because it listens beyond
+# loopback (docs/settings.md).
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /build
 COPY requirements.txt pyproject.toml README.md LICENSE ./
@@ -11,7 +12,7 @@ RUN python -m pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-di
  && /opt/frontdesk/bin/pip install --no-cache-dir --no-deps /build/wheels/*.whl
 
 FROM python:3.12-slim-bookworm
-# The embedded PostgreSQL, for who runs the image without a database, needs an account with a name.
+# Without a database URL the image runs the embedded PostgreSQL, which needs an account with a name.
 RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/frontdesk frontdesk
 COPY --from=build /opt/frontdesk /opt/frontdesk
 ENV PATH=/opt/frontdesk/bin:$PATH PYTHONUNBUFFERED=1 FRONTDESK_DATA_DIR=/var/lib/frontdesk/data

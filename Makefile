@@ -17,47 +17,47 @@ $(VENV)/installed: requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
-install: $(VENV)/installed ## Make the virtual environment with the locked dependencies
+install: $(VENV)/installed ## Create the virtual environment with the locked dependencies
 
-run: install ## Serve on FRONTDESK_LISTEN (127.0.0.1:50051) with a demo clinic, on an embedded PostgreSQL in .data
+run: install ## Serve a demo clinic on FRONTDESK_LISTEN (127.0.0.1:50051), with an embedded PostgreSQL in .data
 	$(BIN)/frontdesk serve --listen $(LISTEN) --data-dir $(DATA) --demo
 
 test: install ## Run the tests against real servers and a real PostgreSQL
 	$(BIN)/python -m pytest
 
-check: install format lint types buf generated $(if $(SKIP_TESTS),,test) ## Everything that CI demands
+check: install format lint types buf generated $(if $(SKIP_TESTS),,test) ## Run everything that CI requires (SKIP_TESTS=1: without the tests)
 
-format: install ## Is every file formatted?
+format: install ## Check the formatting of the code
 	$(BIN)/ruff format --check .
 
-lint: install ## Is the code free of known mistakes?
+lint: install ## Check the code for known mistakes
 	$(BIN)/ruff check .
 
-types: install ## Do the types agree?
+types: install ## Check the types
 	$(BIN)/mypy
 
-buf: install ## Are the protos formatted, clean and compatible with the last release?
+buf: install ## Check that the protos are formatted, clean and compatible with the last release
 	$(BIN)/buf format --diff --exit-code
 	$(BIN)/buf lint
 	@if git rev-parse -q --verify refs/tags/v0.1.0 >/dev/null; then $(BIN)/buf breaking --against '.git#tag=v0.1.0'; fi
 
-generate: install ## Make generated/ from protos/
+generate: install ## Rebuild generated/ from protos/
 	rm -rf generated && mkdir generated
 	$(BIN)/python -m grpc_tools.protoc -I protos --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
 		--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --python_out=generated --mypy_out=quiet:generated \
 		--grpc_python_out=generated --mypy_grpc_out=quiet:generated $(PROTOS:protos/%=%)
 
-generated: generate ## Does generated/ follow from protos/?
+generated: generate ## Check that generated/ matches protos/
 	git diff --exit-code --stat -- generated
 	@test -z "$$(git status --porcelain -- generated)" || { git status --short -- generated; exit 1; }
 
-bench: install ## Measure against the floor; prints a table and writes bench.json
+bench: install ## Measure each call against a bare servicer; writes bench.json
 	$(BIN)/python -m benchmarks.bench
 
-scale: install ## Measure with up to ten million appointments and ten thousand watchers (DIR=… keeps the data); writes scale.json
+scale: install ## Measure with ten million appointments and ten thousand watchers; writes scale.json (DIR=… keeps the data)
 	$(BIN)/python -m benchmarks.scale $(if $(DIR),--data $(DIR))
 
-soak: install ## Play long: the model of the clinic, hostile requests, and histories under faults (SEED=1 MINUTES=10)
+soak: install ## Test for longer: random actions, hostile requests, and faults (SEED=1 MINUTES=10)
 	$(BIN)/python -m pytest tests/test_model.py tests/fuzz --hypothesis-profile=soak
 	@if $(BIN)/python -c 'import atheris' 2>/dev/null; then $(BIN)/python -m tests.fuzz.decode_atheris -max_total_time=120; fi
 	$(BIN)/python -m tests.history --seed $(or $(SEED),1) --minutes $(or $(MINUTES),10)
@@ -65,12 +65,12 @@ soak: install ## Play long: the model of the clinic, hostile requests, and histo
 image: ## Build the container image frontdesk:latest
 	docker build --tag frontdesk:latest .
 
-lock: install ## Renew requirements.txt (the service) and requirements-dev.txt (with its tools) from pyproject.toml
+lock: install ## Update requirements.txt (the service) and requirements-dev.txt (with the tools) from pyproject.toml
 	$(COMPILE) --output-file requirements.txt pyproject.toml
 	$(COMPILE) --extra dev --output-file requirements-dev.txt pyproject.toml
 
 COMPILE = $(BIN)/python -m piptools compile --quiet --generate-hashes --allow-unsafe --strip-extras \
 	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options --no-header
 
-clean: ## Remove what make has made, the data in .data included
+clean: ## Delete everything that make created, with the data in .data
 	rm -rf $(VENV) .data .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import json
 import pkgutil
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import typer
+import yaml
 from google.protobuf import descriptor_pool, json_format, message_factory
 from google.protobuf.message import Message
 from markdown_it import MarkdownIt
@@ -176,6 +178,22 @@ def test_readme_names_reasons_that_exist() -> None:
     assert named <= {
         name.removeprefix("ERROR_REASON_") for name in error_reason_pb2.ErrorReason.DESCRIPTOR.values_by_name
     }
+
+
+def test_alerts_name_what_exists() -> None:
+    """Each panel, setting and other alert that an alert sends its reader to exists."""
+    said = (ROOT / "docs" / "operations" / "alerts.yaml").read_text()
+    rules = [rule for group in yaml.safe_load(said)["groups"] for rule in group["rules"]]
+    advice = "\n".join(rule["annotations"]["action"] for rule in rules)
+    board = json.loads((ROOT / "docs" / "operations" / "dashboard.json").read_text())
+    for form, known in (
+        (r"`([A-Z][a-z ]+)`", {panel["title"] for panel in board["panels"]}),
+        (r"\bFRONTDESK_[A-Z_]+", {f"FRONTDESK_{name.upper()}" for name in Settings.model_fields}),
+        (r"\bFrontdesk\w+", {rule["alert"] for rule in rules}),
+    ):
+        named = set(re.findall(form, advice))
+        assert named, form
+        assert named <= known
 
 
 def messages(method: str) -> tuple[type[Message], type[Message]]:
