@@ -1,29 +1,29 @@
-"""The alarm and the background work."""
+"""The timeout, the background work and the sure end of a task."""
 
 import asyncio
 
 import pytest
 
-from frontdesk.tasks import Alarm, Background, end
+from frontdesk.tasks import Background, Timeout, end
 from tests.waiting import until
 
 
-async def test_the_alarm_rings() -> None:
-    """What takes too long ends by TimeoutError, and the task goes on as if it had never been cancelled."""
-    with pytest.raises(TimeoutError), Alarm(0.01):
+async def test_a_timeout_expires() -> None:
+    """A block that takes too long ends by TimeoutError, and its task goes on as if it had never been cancelled."""
+    with pytest.raises(TimeoutError), Timeout(0.01):
         await asyncio.Event().wait()
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
-    with Alarm(10):
+    with Timeout(10):
         await asyncio.sleep(0)
 
 
-async def test_who_is_cancelled_stays_cancelled() -> None:
-    """A cancellation from outside is none of the alarm's: it passes through, also when the alarm rings with it."""
+async def test_a_cancelled_task_stays_cancelled() -> None:
+    """A cancellation from outside passes through a timeout, also if both happen at once."""
 
     async def work(seconds: float) -> None:
-        with Alarm(seconds):
+        with Timeout(seconds):
             await asyncio.Event().wait()
 
     for seconds in (10.0, 0.0):
@@ -35,7 +35,7 @@ async def test_who_is_cancelled_stays_cancelled() -> None:
 
 
 async def test_background_work_is_done_again_and_ends() -> None:
-    """Work that the database fails is begun again; a task that loses one cancellation is ended all the same."""
+    """Work that the database fails begins again; a task that loses one cancellation ends all the same."""
     background = Background()
     runs = 0
     lost = asyncio.Event()

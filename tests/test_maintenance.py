@@ -9,7 +9,7 @@ from typing import Any
 from clinic.frontdesk.v1 import queue_pb2
 from frontdesk.db.database import Database
 from frontdesk.jobs.maintenance import Removed, clean
-from frontdesk.live.feed import ResumeToken
+from frontdesk.live.tokens import ResumeToken
 from tests.clinic import Front
 
 DAY = 86400.0

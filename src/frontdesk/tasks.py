@@ -1,4 +1,4 @@
-"""What asyncio lacks: work that goes on beside the calls, an end that is sure, and a cheap alarm."""
+"""Missing from asyncio: background work that starts again, a task's sure end, and a cheap timeout."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -17,13 +17,13 @@ _AGAIN_SECONDS = 1.0
 _log = structlog.get_logger("frontdesk.tasks")
 
 
-class Alarm:
-    """Ends what stands in its `with` block by TimeoutError after so many seconds.
+class Timeout:
+    """Ends its `with` block by TimeoutError after so many seconds.
 
     `asyncio.timeout` does the same at four times the cost, which a thousand watchers pay with every change.
     """
 
-    __slots__ = ("_handle", "_rang", "_seconds", "_task")
+    __slots__ = ("_expired", "_handle", "_seconds", "_task")
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -32,32 +32,33 @@ class Alarm:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._rang = 0
-        self._handle = task.get_loop().call_later(self._seconds, self._ring)
+        self._expired = 0
+        """How often it has cancelled the task."""
+        self._handle = task.get_loop().call_later(self._seconds, self._expire)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._handle.cancel()
-        others = self._task.cancelling() - self._rang
-        for _ in range(self._rang):
+        others = self._task.cancelling() - self._expired
+        for _ in range(self._expired):
             self._task.uncancel()
-        # Where somebody else has cancelled the task as well, that is to be obeyed.
-        if self._rang and not others and kind is asyncio.CancelledError:
+        # If somebody else has cancelled the task as well, the task obeys that.
+        if self._expired and not others and kind is asyncio.CancelledError:
             raise TimeoutError from None
 
-    def _ring(self) -> None:
-        self._rang += 1
+    def _expire(self) -> None:
+        self._expired += 1
         self._task.cancel()
-        # Again, if need be, as in `end`.
-        self._handle = self._task.get_loop().call_later(_AGAIN_SECONDS, self._ring)
+        # Again if need be, as in `end`.
+        self._handle = self._task.get_loop().call_later(_AGAIN_SECONDS, self._expire)
 
 
 def end(task: asyncio.Task[Any]) -> None:
     """Cancel a task that works with the database, and again until it has ended.
 
     Once is not enough: before Python 3.12 asyncio.wait_for, in which the pool waits, can lose a cancellation, and a
-    cancel request that reaches PostgreSQL before the statement does is for nothing.
+    cancel request that reaches PostgreSQL before the statement does has no effect.
     """
     if not task.done():
         task.cancel()
@@ -71,7 +72,7 @@ class Background:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do the work, and again from its beginning whenever the database fails it: it comes back."""
+        """Do the work, and begin it again whenever the database fails it, since the database will come back."""
         self._tasks.append(asyncio.create_task(_forever(work), name=work.__name__))
 
     async def close(self) -> None:
@@ -80,7 +81,7 @@ class Background:
         while pending:
             for task in pending:
                 task.cancel()
-            # Again, if need be, as in `end`.
+            # Again if need be, as in `end`.
             _, pending = await asyncio.wait(pending, timeout=_PAUSE_SECONDS)
 
 

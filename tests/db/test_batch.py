@@ -1,4 +1,4 @@
-"""What several ask at once goes together, and none suffers from another."""
+"""Requests of the same moment go together, and none suffers from another."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -65,7 +65,7 @@ class Desk:
 
 @pytest.fixture
 async def desk(conninfo: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Desk]:
-    """Its first round trip is waited for as long as the test wants."""
+    """A desk whose first round trip may take as long as the test wants."""
     monkeypatch.setattr(batch, "PATIENCE", 60)
     async with await psycopg.AsyncConnection.connect(conninfo) as other:
         await other.execute(ANSWER.encode())
@@ -76,10 +76,10 @@ async def desk(conninfo: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
         await db.close()
 
 
-async def test_what_comes_meanwhile_goes_together(desk: Desk) -> None:
-    """One request is answered alone; those that came while it was under way by one transaction, each its own answer.
+async def test_requests_that_wait_go_together(desk: Desk) -> None:
+    """A lone request goes alone; those that come meanwhile go in one transaction, and each gets its own answer.
 
-    And all on the connection that the first one got.
+    All go on the connection that the first one got.
     """
     await desk.hold()
     first = desk.ask(0, lock=1)
@@ -96,7 +96,7 @@ async def test_what_comes_meanwhile_goes_together(desk: Desk) -> None:
 
 
 async def test_one_that_fails_fails_alone(desk: Desk) -> None:
-    """A constraint refuses one of several: the others are made all the same, each once."""
+    """If a constraint refuses one of several requests, the others are made all the same, each once."""
     await desk.hold()
     first = desk.ask(0, lock=1, once=7)
     await desk.waits(1)
@@ -111,12 +111,12 @@ async def test_one_that_fails_fails_alone(desk: Desk) -> None:
 
 
 async def test_one_that_waits_lets_the_others_go(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who asks for what somebody holds waits alone, beside others in one round trip and before them."""
+    """A request for what somebody has locked waits alone; others go beside it and are answered before it."""
     monkeypatch.setattr(batch, "PATIENCE", 0.05)
     await desk.hold()
     stuck = [desk.ask(0, lock=1)]
     await desk.waits(1)
-    # The lane is free again: these come with one that must wait as well, and are taken from it.
+    # Another sender takes these. One of them must wait as well, so each is made again alone.
     stuck.append(desk.ask(1, lock=1))
     others = [desk.ask(n) for n in (2, 3)]
     assert [n for n, _ in await asyncio.gather(*others)] == [2, 3]
@@ -126,7 +126,7 @@ async def test_one_that_waits_lets_the_others_go(desk: Desk, monkeypatch: pytest
 
 
 async def test_one_that_gives_up_leaves_the_others(desk: Desk) -> None:
-    """It costs the others nothing before it is sent or after; the last one's end is the statement's."""
+    """A request that is given up, sent or not, leaves the others alone; the statement is cancelled after the last."""
     await desk.hold()
     first = desk.ask(0, lock=1)
     await desk.waits(1)
@@ -142,7 +142,7 @@ async def test_one_that_gives_up_leaves_the_others(desk: Desk) -> None:
 
 
 async def test_a_lost_connection(desk: Desk) -> None:
-    """Nobody knows what became of the requests that were under way: none is made again."""
+    """Nobody knows whether the requests that were under way have acted, so none is made again."""
     await desk.hold()
     first = desk.ask(0, lock=1)
     await desk.waits(1)
@@ -159,7 +159,7 @@ async def test_a_lost_connection(desk: Desk) -> None:
 
 
 async def test_a_lone_lock_timeout_is_a_conflict(desk: Desk) -> None:
-    """An operator's `lock_timeout` ends the wait of one that is alone: try again."""
+    """If an operator's `lock_timeout` ends the wait of a lone request, its caller may try again."""
     await desk.other.execute("set lock_timeout = 0")
     async with await psycopg.AsyncConnection.connect(desk.other.info.dsn, autocommit=True) as admin:
         await admin.execute("create or replace function answer(p_requests json) returns table (n integer,"

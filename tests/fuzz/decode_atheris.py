@@ -11,7 +11,7 @@ import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 with atheris.instrument_imports(include=["frontdesk"]):
     from frontdesk.errors import InvalidField
-    from frontdesk.live.feed import ResumeToken
+    from frontdesk.live.tokens import ResumeToken
     from frontdesk.rpc import convert, status
     from frontdesk.rpc.requests import request_from
 

@@ -10,11 +10,13 @@ from typing import Any
 
 from frontdesk.db import batch as _batch
 from frontdesk.live import feed as _feed
+from frontdesk.live import subscription as _subscription
 from frontdesk.process import supervisor
 from frontdesk.process.log import configure_log
 from frontdesk.settings import Settings
 
 feed: Any = _feed
+subscription: Any = _subscription
 batch: Any = _batch
 
 
@@ -23,23 +25,23 @@ def _no_poll() -> None:
 
 
 def _changes_skipped() -> None:
-    positions = feed.with_positions
+    positions = subscription.with_positions
 
     def skipping(changes: Sequence[Any], queue: Any) -> list[Any]:
         # Several changes in one update become one fewer.
         told: list[Any] = positions(changes, queue)
         return told[1 if len(told) > 1 else 0 :]
 
-    feed.with_positions = skipping
+    subscription.with_positions = skipping
 
 
 def _old_queue() -> None:
-    read = feed.read_changes
+    read = subscription.read_changes
 
     async def late(*args: Any) -> Any:
         return [change for change in await read(*args) if change.kind != "PARKED"]
 
-    feed.read_changes = late
+    subscription.read_changes = late
 
 
 def _no_closing() -> None:

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, queue_pb2
-from frontdesk.live.feed import Feed
+from frontdesk.live.hints import Hints
 from frontdesk.rpc.services import queue as queues
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today, tomorrow
@@ -153,13 +153,13 @@ async def test_every_replay_equals_the_database(
 ) -> None:
     """Five hundred watchers of two servers, who come and go while hints are lost and cut, all know what happened."""
 
-    async def silent(feed: Feed) -> None:
+    async def silent(hints: Hints) -> None:
         await asyncio.Event().wait()
 
     chance = random.Random(47)
     async with AsyncExitStack() as stack:
         _, front = await stack.enter_async_context(serving(settings, conninfo))
-        monkeypatch.setattr(Feed, "_send_hints", silent)
+        monkeypatch.setattr(Hints, "_send", silent)
         _, other = await stack.enter_async_context(serving(settings, conninfo))
         monkeypatch.undo()
         doctor, patients = await front.doctor(max_patients_per_day=100), await front.people(24)

@@ -36,8 +36,8 @@ class Queue:
     doctor_id: str
     date: date
     revision: int
-    stamp: int
-    """When it was made, in microseconds since 1970; tells a revision from its namesake in a restored database."""
+    change_micros: int
+    """When the revision was made, in microseconds since 1970; tells it from its namesake in a restored database."""
     entries: tuple[QueueEntry, ...]
     expected_count: int
 
@@ -47,7 +47,7 @@ class QueueChange:
     """One revision of a doctor-day."""
 
     revision: int
-    stamp: int
+    change_micros: int
     kind: str
     appointment_id: str
     entry: QueueEntry | None
@@ -111,14 +111,14 @@ async def read_queues(db: Database, days: Sequence[tuple[str, date | None]]) -> 
         _queues, {"doctors": [doctor for doctor, _ in days], "dates": [on for _, on in days]}, lambda *columns: columns
     )
     found = []
-    for (doctor, day, revision, stamp, expected), line in groupby(rows, key=lambda row: row[:5]):
+    for (doctor, day, revision, micros, expected), line in groupby(rows, key=lambda row: row[:5]):
         entries = []
         for place, (ticket, appointment, patient, name, state, *rest) in enumerate((row[5:] for row in line), start=1):
             if ticket is not None:
                 entries.append(
                     QueueEntry(ticket, place if state == "WAITING" else 0, appointment, patient, name, state, *rest)
                 )
-        found.append(Queue(doctor, day, revision, stamp, tuple(entries), expected))
+        found.append(Queue(doctor, day, revision, micros, tuple(entries), expected))
     return found
 
 
@@ -150,11 +150,11 @@ async def read_changes(db: Database, doctor_id: str, on: date, first: int, last:
 
 
 async def read_revisions(db: Database, days: Sequence[tuple[str, date]]) -> dict[tuple[str, date], tuple[int, int]]:
-    """The present revision of each doctor-day, and its stamp."""
+    """The present revision of each doctor-day, and when it was made, in microseconds since 1970."""
     found = await db.rows(
         _revisions,
         ([doctor for doctor, _ in days], [day for _, day in days]),
-        lambda doctor, day, revision, stamp: ((doctor, day), (revision, stamp)),
+        lambda doctor, day, revision, micros: ((doctor, day), (revision, micros)),
     )
     return dict(found)
 
@@ -183,10 +183,10 @@ def entry_of(decision: Decision) -> QueueEntry:
 
 
 def _change(
-    revision: int, stamp: int, kind: str, appointment: str, ticket: int | None, patient: str, name: str, *rest: Any
+    revision: int, micros: int, kind: str, appointment: str, ticket: int | None, patient: str, name: str, *rest: Any
 ) -> QueueChange:
     entry = None if ticket is None else QueueEntry(ticket, 0, appointment, patient, name, *rest)
-    return QueueChange(revision, stamp, kind, appointment, entry)
+    return QueueChange(revision, micros, kind, appointment, entry)
 
 
 class Queues:

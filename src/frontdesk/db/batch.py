@@ -1,4 +1,4 @@
-"""One round trip for what several callers ask at the same time."""
+"""One round trip for the requests that several callers make at the same time."""
 
 import asyncio
 import json
@@ -13,33 +13,33 @@ from frontdesk.tasks import end
 T = TypeVar("T")
 
 MOST = 32
-"""Requests in one round trip; whoever comes later waits for the next one."""
+"""Requests in one round trip; later ones wait for the next."""
 
 PATIENCE = 0.1
-"""Seconds after which another lane is opened though the last round trip has no answer: it waits for somebody's lock."""
+"""Seconds after which another sender starts although the last round trip has no answer: it waits for a lock."""
 
 
 class _Asked:
-    """A request that waits for its answer; once it is sent, in which lane."""
+    """A request that waits for its answer; once it is sent, also its sender."""
 
-    __slots__ = ("answer", "lane", "text")
+    __slots__ = ("answer", "sender", "text")
 
     def __init__(self, text: str, answer: asyncio.Future[Any]) -> None:
         self.text = text
         self.answer = answer
-        self.lane: asyncio.Task[None] | None = None
+        self.sender: asyncio.Task[None] | None = None
 
 
 class Batcher(Generic[T]):
     """Sends requests to a function that takes a JSON array of them and answers with a row for each, in their order.
 
-    A lone request goes at once. What comes while the database works on it goes together after it, in one transaction:
-    its messages, its commit and its flush are paid for once. Where that transaction fails, each request is made again
-    alone, so that none suffers from another's failure.
+    A lone request goes at once. Those that come while the database works on it go together after it, in one
+    transaction: they share the cost of its messages, its commit and its flush. If that transaction fails, each request
+    is made again alone, so that none suffers from another's failure.
 
-    A lane is a task that makes one round trip after the other, on one connection, as long as somebody waits.
+    A sender is a task that makes one round trip after another, on one connection, as long as requests wait.
 
-    A caller that gives up leaves the others undisturbed; the statement is cancelled when the last has given up.
+    A caller that gives up leaves the others undisturbed; the statement is cancelled when all have given up.
     """
 
     def __init__(self, db: Database, query: str, make: Callable[..., T]) -> None:
@@ -47,22 +47,22 @@ class Batcher(Generic[T]):
         self._query = query
         self._make = make
         self._waiting: list[_Asked] = []
-        self._open: asyncio.Task[None] | None = None
-        """The lane that goes on with those who wait. Another one ends with its round trip."""
+        self._next_sender: asyncio.Task[None] | None = None
+        """The sender that will take the waiting requests. Any other one ends with its round trip."""
         # Here and not in each request: that would be a circle for the garbage collector, and every call's answer in it.
         self._under_way: dict[asyncio.Task[None], Sequence[_Asked]] = {}
 
     async def ask(self, request: Mapping[str, Any]) -> T:
         """The answer to one request, made by calling `make` with the columns of its row.
 
-        Raises DatabaseUnavailable, Conflict, and what another error of the database becomes.
+        Raises DatabaseUnavailable, Conflict, and whatever `Database.rows` makes of another error.
         """
         loop = asyncio.get_running_loop()
         asked = _Asked(json.dumps(request), loop.create_future())
         self._waiting.append(asked)
-        if self._open is None and len(self._waiting) == 1:
-            # Not yet: what arrives in the same moment goes along.
-            # And in nobody's context: what is sent is no part of one caller's trace.
+        if self._next_sender is None and len(self._waiting) == 1:
+            # Not at once, so that requests of the same moment go along.
+            # And in no caller's context: the round trip is not part of one caller's trace.
             loop.call_soon(self._begin, context=Context())
         try:
             with self._db.statement(self._query):
@@ -73,50 +73,51 @@ class Batcher(Generic[T]):
         return answer
 
     def _begin(self) -> None:
-        """Open a lane for those who wait, where none is open."""
-        if self._open is None and self._waiting:
-            self._open = self._start(self._next())
-            self._open.add_done_callback(self._close)
+        """Start a sender for the waiting requests, if none will take them."""
+        if self._next_sender is None and self._waiting:
+            self._next_sender = self._start(self._take())
+            self._next_sender.add_done_callback(self._close)
 
-    def _close(self, lane: asyncio.Task[None]) -> None:
-        """Another lane is to go on with those who wait."""
-        if self._open is lane:
-            self._open = None
+    def _close(self, sender: asyncio.Task[None]) -> None:
+        """Leave the waiting requests to another sender."""
+        if self._next_sender is sender:
+            self._next_sender = None
             self._begin()
 
-    def _next(self) -> Sequence[_Asked]:
+    def _take(self) -> Sequence[_Asked]:
         asked, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
         return asked
 
     def _start(self, asked: Sequence[_Asked]) -> asyncio.Task[None]:
-        lane = asyncio.create_task(self._run(asked))
-        self._note(lane, asked)
-        lane.add_done_callback(self._under_way.pop)
-        return lane
+        sender = asyncio.create_task(self._send(asked))
+        self._note(sender, asked)
+        sender.add_done_callback(self._under_way.pop)
+        return sender
 
-    def _note(self, lane: asyncio.Task[None], asked: Sequence[_Asked]) -> None:
-        self._under_way[lane] = asked
+    def _note(self, sender: asyncio.Task[None], asked: Sequence[_Asked]) -> None:
+        self._under_way[sender] = asked
         for one in asked:
-            one.lane = lane
+            one.sender = sender
 
-    async def _run(self, asked: Sequence[_Asked]) -> None:
-        lane = asyncio.current_task()
-        assert lane is not None
-        late = lane.get_loop().call_later(PATIENCE, self._close, lane)
+    async def _send(self, asked: Sequence[_Asked]) -> None:
+        sender = asyncio.current_task()
+        assert sender is not None
+        late = sender.get_loop().call_later(PATIENCE, self._close, sender)
         try:
             async with self._db.connection() as connection:
                 while True:
                     requests = "[" + ",".join(one.text for one in asked) + "]"
                     rows = await self._db.rows(self._query, (requests,), self._make, on=connection)
                     late.cancel()
-                    # Without anyone who wanted an answer the lane is being cancelled, and ends before others are in it.
-                    goes_on = _answer(asked, rows) and self._open is lane
-                    # The next round trip goes out before anyone looks at these answers: the database works meanwhile.
-                    asked = self._next() if goes_on else ()
-                    self._note(lane, asked)
+                    # If nobody wanted an answer the sender is being cancelled; it ends before it takes other requests.
+                    goes_on = _answer(asked, rows) and self._next_sender is sender
+                    # The next round trip goes out before any caller looks at these answers: the database works
+                    # meanwhile.
+                    asked = self._take() if goes_on else ()
+                    self._note(sender, asked)
                     if not asked:
                         return
-                    late = lane.get_loop().call_later(PATIENCE, self._close, lane)
+                    late = sender.get_loop().call_later(PATIENCE, self._close, sender)
         except DatabaseUnavailable:
             for one in asked:
                 if not one.answer.done():
@@ -137,17 +138,17 @@ class Batcher(Generic[T]):
             late.cancel()
 
     def _give_up(self, asked: _Asked) -> None:
-        if asked.lane is None:
+        if asked.sender is None:
             self._waiting.remove(asked)
             return
-        # Of the round trip that the lane makes now: it may be a later one, or none.
-        mates = self._under_way.get(asked.lane, ())
+        # Of the round trip that the sender makes now: it may be a later one, or none.
+        mates = self._under_way.get(asked.sender, ())
         if mates and all(mate.answer.done() for mate in mates):
-            end(asked.lane)
+            end(asked.sender)
 
 
 def _answer(asked: Sequence[_Asked], rows: Sequence[Any]) -> bool:
-    """Give each its row; whether anyone still waited."""
+    """Give each request its row; whether any caller still waited."""
     wanted = False
     for one, row in zip(asked, rows, strict=True):
         if not one.answer.done():

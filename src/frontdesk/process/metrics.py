@@ -111,9 +111,9 @@ class WorkerMetrics:
         """The counters of one method."""
         return MethodMetrics(self, name, streams=streams)
 
-    def change_seen(self, stamp: int) -> None:
+    def change_seen(self, change_micros: int) -> None:
         """Watchers are woken with a change of that time, in microseconds since 1970."""
-        lag = time.time() - stamp / 1_000_000
+        lag = time.time() - change_micros / 1_000_000
         # Less than nothing where the clocks do not agree.
         if self.clock_is_real and lag >= 0:
             self._lag.observe(lag)

@@ -21,7 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 from frontdesk.errors import DeadlineExceeded, Draining, Overloaded, Refused
 from frontdesk.rpc.requests import request_from
 from frontdesk.rpc.status import Trailers, internal, status_of
-from frontdesk.tasks import Alarm
+from frontdesk.tasks import Timeout
 
 DEADLINE_SECONDS = 10.0
 """The limit of a unary call whose caller gives none, or a longer one."""
@@ -135,7 +135,7 @@ class Pipeline:
                 caller = self._caller(context)
                 request = request_from(raw, kind)
                 remaining = context.time_remaining()
-                with Alarm(DEADLINE_SECONDS if remaining is None else min(remaining, DEADLINE_SECONDS)):
+                with Timeout(DEADLINE_SECONDS if remaining is None else min(remaining, DEADLINE_SECONDS)):
                     response = await behaviour(request, Call(context, caller))
                 account.close("OK", started, caller)
                 return response.SerializeToString()

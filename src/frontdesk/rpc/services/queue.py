@@ -11,11 +11,13 @@ from clinic.frontdesk.v1 import queue_pb2 as pb
 from frontdesk.core.appointment import Appointments
 from frontdesk.core.queue import Queue, QueueChange, QueueEntry, Queues, entry_of
 from frontdesk.errors import InvalidField, TooManyWatchers, WatcherTooSlow
-from frontdesk.live.feed import Feed, ResumeToken, Subscription
+from frontdesk.live.feed import Feed
+from frontdesk.live.subscription import Subscription
+from frontdesk.live.tokens import ResumeToken
 from frontdesk.rpc.convert import converter, date_from, enum_numbers, intent_of
 from frontdesk.rpc.pipeline import Call
 from frontdesk.rpc.services.appointment import to_appointment
-from frontdesk.tasks import Alarm
+from frontdesk.tasks import Timeout
 
 MAX_AGE_SECONDS = (20 * 60, 30 * 60)
 """A stream ends at a random age between these, so that streams which began together do not end together."""
@@ -60,7 +62,7 @@ def _to_change(change: QueueChange) -> pb.QueueChange:
         appointment_id=change.appointment_id,
         entry=None if change.entry is None else to_entry(change.entry),
     )
-    message.change_time.FromMicroseconds(change.stamp)
+    message.change_time.FromMicroseconds(change.change_micros)
     return message
 
 
@@ -151,7 +153,7 @@ class QueueServicer:
 
 async def _write(call: Call, message: bytes) -> None:
     try:
-        with Alarm(WRITE_SECONDS):
+        with Timeout(WRITE_SECONDS):
             await call.write(message)
     except TimeoutError:
         raise WatcherTooSlow from None

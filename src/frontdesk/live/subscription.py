@@ -1,0 +1,225 @@
+"""What a stream waits for, and what it is sent: a watcher, a watched doctor-day, and a stream's view of it."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import date
+from types import TracebackType
+
+from frontdesk.core.queue import Queue, QueueChange, read_changes, with_positions
+from frontdesk.db.database import Database
+from frontdesk.live.tokens import ResumeToken
+
+DoctorDayKey = tuple[str, date]
+
+Render = Callable[[Queue, Sequence[QueueChange], int, str], bytes]
+"""Serialise an update: the queue, the changes, the previous revision (0 = fresh start) and the resume token."""
+
+_KEPT_CHANGES = 256
+
+
+class Watcher:
+    """One stream that waits for news. Nothing is queued for it: it only knows that there is something to look at."""
+
+    __slots__ = ("_news", "_waiter")
+
+    def __init__(self) -> None:
+        self._news = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        """There is something to look at."""
+        self._news = True
+        if self._waiter is not None:
+            _finish(self._waiter)
+
+    def seen(self) -> None:
+        """The stream looks at what there is now; only what comes later is news."""
+        self._news = False
+
+    async def news(self, seconds: float) -> bool:
+        """Wait for news, at most so many seconds; whether there is any."""
+        if not self._news:
+            loop = asyncio.get_running_loop()
+            self._waiter = waiter = loop.create_future()
+            timeout = loop.call_later(seconds, _finish, waiter)
+            try:
+                await waiter
+            finally:
+                timeout.cancel()
+                self._waiter = None
+        return self._news
+
+
+class Topic:
+    """One watched doctor-day: its present queue, its latest changes, and its watchers.
+
+    The tailer hands in what it has read (`take`); all the streams of the doctor-day share that.
+    """
+
+    def __init__(
+        self, key: DoctorDayKey, db: Database, render: Render, *, look: Callable[[DoctorDayKey], None]
+    ) -> None:
+        """`look` asks the tailer to read this doctor-day soon."""
+        self.key = key
+        self.queue: Queue | None = None
+        self.watchers: set[Watcher] = set()
+        self.history = 0
+        """Grows when the database is another than the one that was read before."""
+        self._db = db
+        self._render = render
+        self._look = look
+        self._changes: deque[QueueChange] = deque(maxlen=_KEPT_CHANGES)
+        self._messages: dict[int, bytes] = {}
+        """Updates to the present revision by the revision they start from, each serialised once."""
+        self._readers: list[asyncio.Future[None]] = []
+        """Those who wait for a reading that begins after they asked."""
+
+    async def read(self) -> Queue:
+        """The queue by a reading that begins after this moment, so that it has every acknowledged change.
+
+        All who ask meanwhile share it. Raises DatabaseUnavailable, DoctorNotFound.
+        """
+        reading = asyncio.get_running_loop().create_future()
+        self._readers.append(reading)
+        self._look(self.key)
+        await reading
+        assert self.queue is not None
+        return self.queue
+
+    def take_readers(self) -> list[asyncio.Future[None]]:
+        """Those who wait for a reading; who asks from now on waits for the next one."""
+        readers, self._readers = self._readers, []
+        return readers
+
+    def take(self, queue: Queue, changes: Sequence[QueueChange]) -> Sequence[QueueChange]:
+        """The tailer has read this queue, and the changes from the known revision on, that revision included.
+
+        Wakes the watchers. Answers the changes that are new to them.
+        """
+        known, self.queue = self.queue, queue
+        news: Sequence[QueueChange] = ()
+        goes_on = False
+        if known is not None and queue.revision > known.revision:
+            news = changes
+            # No change made revision 1, at which a doctor-day begins, so there is none to compare with.
+            goes_on = known.revision == 1
+            if news and news[0].revision == known.revision:
+                goes_on = news[0].change_micros == known.change_micros
+                news = news[1:]
+        if goes_on:
+            self._changes.extend(news)
+        else:
+            # The first reading, or a database that was restored under us: the changes we kept are of another history.
+            news = ()
+            self.history += 1
+            self._changes.clear()
+        self._messages = {}
+        for watcher in self.watchers:
+            watcher.wake()
+        return news
+
+    async def update(self, queue: Queue, previous: int) -> bytes:
+        """The update to `queue`, the present or a recent one, from the revision `previous`; 0 is a fresh start."""
+        message = self._messages.get(previous) if self.queue is queue else None
+        if message is None:
+            changes: Sequence[QueueChange] = ()
+            asked = previous
+            if previous:
+                changes = [change for change in self._changes if previous < change.revision <= queue.revision]
+                if len(changes) != queue.revision - previous:
+                    changes = await read_changes(self._db, *self.key, previous + 1, queue.revision)
+                if len(changes) != queue.revision - previous:
+                    # Longer ago than what is kept.
+                    previous, changes = 0, ()
+            token = ResumeToken(*self.key, queue.revision, queue.change_micros).encode()
+            message = self._render(queue, with_positions(changes, queue), previous, token)
+            if self.queue is queue:
+                self._messages[asked] = message
+        return message
+
+    async def was(self, token: ResumeToken, queue: Queue) -> bool:
+        """Whether the token's revision is one of the history that led to `queue`."""
+        if token.revision > queue.revision:
+            return False
+        if token.revision == queue.revision:
+            return token.change_micros == queue.change_micros
+        if token.revision == 1:
+            return token.change_micros == 0
+        return any(
+            change.change_micros == token.change_micros
+            for change in await read_changes(self._db, *self.key, token.revision, token.revision)
+        )
+
+
+class Subscription(Watcher):
+    """One stream's view of a doctor-day: what it was sent last, and whether there is news.
+
+    A context manager; at its end the stream no longer watches.
+    """
+
+    __slots__ = ("_ended", "_sent", "_sent_history", "_sent_micros", "_topic")
+
+    def __init__(self, topic: Topic, ended: Callable[[Topic], None]) -> None:
+        """`ended` is called when the stream no longer watches."""
+        super().__init__()
+        self._topic = topic
+        self._ended = ended
+        self._sent = 0
+        self._sent_micros = 0
+        self._sent_history = 0
+
+    def __enter__(self) -> "Subscription":
+        self._topic.watchers.add(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._topic.watchers.discard(self)
+        self._ended(self._topic)
+
+    @property
+    def revision(self) -> int:
+        """The revision that the stream was sent last."""
+        return self._sent
+
+    @property
+    def token(self) -> str:
+        """Resumes after that revision."""
+        return ResumeToken(*self._topic.key, self._sent, self._sent_micros).encode()
+
+    async def begin(self, resume: ResumeToken | None) -> bytes | None:
+        """The first message: the whole queue as of now, or the changes since the token; None if there are none.
+
+        Raises DatabaseUnavailable, DoctorNotFound.
+        """
+        queue = await self._topic.read()
+        if resume is not None and await self._topic.was(resume, queue):
+            self._sent, self._sent_micros = resume.revision, resume.change_micros
+            self._sent_history = self._topic.history
+            return await self.latest()
+        self.seen()
+        return await self._update_from(0, queue)
+
+    async def latest(self) -> bytes | None:
+        """The update from what the stream was sent to the present revision; None if that is the one it was sent."""
+        self.seen()
+        queue = self._topic.queue
+        assert queue is not None
+        if (queue.revision, queue.change_micros) == (self._sent, self._sent_micros):
+            return None
+        return await self._update_from(self._sent, queue)
+
+    async def _update_from(self, previous: int, queue: Queue) -> bytes:
+        history = self._topic.history
+        if previous > queue.revision or self._sent_history != history:
+            previous = 0
+        message = await self._topic.update(queue, previous)
+        self._sent, self._sent_micros, self._sent_history = queue.revision, queue.change_micros, history
+        return message
+
+
+def _finish(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
