@@ -1,7 +1,7 @@
 """Measure the service against the physical floor: `python -m benchmarks.bench [--quick] [--only PARTS] [--json FILE]`.
 
-Everything runs on this machine at once, clients included, so times of day and of neighbours show in the numbers. The
-ratios are made of one run, in which what is compared took turns.
+Service, PostgreSQL and clients share this machine, so other load on it shows in the numbers. Every ratio compares
+figures of one run, in which the compared calls took turns.
 """
 
 import argparse
@@ -18,9 +18,11 @@ from benchmarks.stage import Stage
 
 
 def main() -> int:
-    """Measure; the exit status is 1 when a call failed."""
+    """Measure. The exit status is 1 if a call failed."""
     parser = argparse.ArgumentParser(description="Measure the service against the physical floor.")
-    parser.add_argument("--quick", action="store_true", help="fewer calls, and 100,000 appointments for a million")
+    parser.add_argument(
+        "--quick", action="store_true", help="make fewer calls, and load 100,000 appointments in place of a million"
+    )
     return report.main(parser, _PARTS, "bench.json")
 
 
@@ -66,15 +68,15 @@ def _show_booking(console: Console, found: dict[str, Any]) -> None:
     console.print(shown)
     half = found["half_rate"]
     shown = table(
-        f"At half of the most, {half['calls_per_second']:.0f} a second, each at its time: ms of each round,"
+        f"At half of the highest rate, {half['calls_per_second']:.0f} calls a second at even intervals: ms per round,"
         f" {sum(half['refused'].values())} failed",
-        "call", "p50", "p99", "middle p99",
+        "call", "p50", "p99", "median p99",
     )  # fmt: skip
     for name, rounds in half["p50_and_p99_ms"].items():
         p50, p99 = ([ranks[n] for ranks in rounds] for n in (0, 1))
         shown.add_row(name, *(" ".join(f"{ms:.1f}" for ms in each) for each in (p50, p99)), f"{median(p99):.1f}")
     console.print(shown)
-    shown = table("Ratios of CPU a call, server and PostgreSQL together", "ratio", *map(str, booking.IN_FLIGHT))
+    shown = table("CPU per call (server and PostgreSQL together), as a ratio", "ratio", *map(str, booking.IN_FLIGHT))
     for name, ratios in found["ratios"].items():
         shown.add_row(name, *(f"{ratios[n]:.2f}" for n in booking.IN_FLIGHT))
     console.print(shown)
@@ -94,7 +96,7 @@ def _show_watch(console: Console, found: dict[str, Any]) -> None:
             " ".join(f"{cores:.2f}" for cores in scene["client_cores"]), str(scene["missed"]),
         )  # fmt: skip
     console.print(shown)
-    shown = table("Idle streams", "streams", "doctor-days", "KiB a stream", "server MiB", "server cores", "PG cores")
+    shown = table("Idle streams", "streams", "doctor-days", "KiB per stream", "server MiB", "server cores", "PG cores")
     for one in found["memory"]:
         shown.add_row(
             f"{one['streams']:,}", str(one["doctor_days"]), f"{one['kib_a_stream']:.1f}", f"{one['server_mib']:.0f}",
@@ -106,7 +108,7 @@ def _show_watch(console: Console, found: dict[str, Any]) -> None:
 def _show_lists(console: Console, found: dict[str, Any]) -> None:
     few, many = f"{found['few']:,}", f"{found['many']:,}"
     shown = table(
-        f"Lists, pages of {found['page']}: ms a call with {few} and {many} appointments",
+        f"Lists, pages of {found['page']}: ms per call with {few} and {many} appointments",
         "list", few, many, "ratio", f"SQL {few}", f"SQL {many}", "rows", f"plan at {many}",
     )  # fmt: skip
     shown.columns[-1].justify = "left"

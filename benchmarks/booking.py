@@ -1,4 +1,4 @@
-"""What a booking costs: the floor, pgbench, and every call of the real service, in CPU per call and time."""
+"""Measure bookings: CPU and time per call of the floor, of pgbench, and of each call of the real service."""
 
 import re
 import subprocess
@@ -22,9 +22,11 @@ from clinic.frontdesk.v1 import appointment_pb2, queue_pb2
 
 IN_FLIGHT = (16, 64)
 PACED = 3
-"""Calls of a round at half of the highest rate, for each of a round at full speed: of fewer one stall makes the p99."""
+"""A round at half of the highest rate makes this many times the calls of a round at full speed: with fewer calls, a
+single stall would decide the p99.
+"""
 CONNECTIONS = 8
-"""Of the floor's server and of pgbench, as many as a worker's pool has."""
+"""Connections of the floor's server and of pgbench: as many as a worker's pool has."""
 
 BOOKING, SLOTS, FLOOR = "BookAppointment by doctor-day", "BookAppointment by slot", "the floor"
 RESCHEDULE = "RescheduleAppointment"
@@ -32,30 +34,30 @@ RESCHEDULE = "RescheduleAppointment"
 
 @dataclass
 class Cost:
-    """Of one kind of call, with so many in flight."""
+    """The cost of one kind of call at one number of calls in flight."""
 
     name: str
     in_flight: int
     calls: int
     server_us: float
-    """CPU a call of the server process."""
+    """CPU of the server process, per call."""
     postgres_us: float
-    """CPU a call of PostgreSQL, all its processes."""
+    """CPU of all processes of PostgreSQL, per call."""
     calls_per_second: float
     p50_ms: float
     p99_ms: float
     client_cores: float
-    """How much of a core the load client used: near 1 it is the bottleneck."""
+    """CPU of the load client, in cores. Near 1 the client is the bottleneck."""
     refused: dict[str, int]
 
     @property
     def cpu_us(self) -> float:
-        """CPU a call, server and PostgreSQL together."""
+        """CPU of server and PostgreSQL together, per call."""
         return self.server_us + self.postgres_us
 
 
 def measure(stage: Stage, *, calls: int, rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Run everything of this part; the kinds take turns, so that a noisy moment meets them all."""
+    """Run everything of this part. The kinds of call take turns, so that a noisy moment affects all of them."""
     zone = people.noon_zone()
     day = people.today(zone)
     warmup = max(200, calls // 10)
@@ -86,7 +88,7 @@ def measure(stage: Stage, *, calls: int, rounds: int, progress: Callable[[str], 
         refused = Counter[str]()
         for turn in range(rounds):
             for kind in paced:
-                progress(f"{kind.name} at half of the most, {turn + 1} of {rounds}")
+                progress(f"{kind.name} at half of the highest rate, {turn + 1} of {rounds}")
                 spent = spend(stage, [client], kind, PACED * calls, 0, rate=rate)
                 waits[kind.name].append([1e3 * ms for ms in percentiles(spent.latencies, 50, 99)])
                 refused += spent.refused
@@ -110,7 +112,7 @@ def _prepared(stage: Stage, name: str, zone: str, day: date, total: int, doctors
         people.history(connection, 2 * total, doctors, total, day)
         people.booked(connection, TO_CHECK_IN, total, doctors, day)
         people.booked(connection, TO_MOVE, total, doctors, day + timedelta(days=10))
-        # A line to look at, one place ahead of the other kinds: ids of its own, and never changed.
+        # A queue to read. Its ids are of their own kind, and nothing changes it.
         people.booked(connection, 100, doctors * 10, doctors, day + timedelta(days=40), checked_in=True)
         people.slots(connection, total, doctors, day + timedelta(days=20), zone)
         connection.execute(floor.BARE_FUNCTION)
@@ -178,7 +180,7 @@ def _run(stage: Stage, client: Child, kind: Kind, calls: int, in_flight: int) ->
 
 
 def _middle(runs: Sequence[Cost]) -> Cost:
-    """The run with the median CPU a call; calls and refusals of all."""
+    """The run with the median CPU per call, but with the calls and refusals of all runs."""
     middle = sorted(runs, key=lambda cost: cost.cpu_us)[len(runs) // 2]
     middle.refused = sum((Counter(run.refused) for run in runs), Counter())
     middle.calls = sum(run.calls for run in runs)
@@ -198,7 +200,7 @@ def _ratios(costs: Sequence[Cost]) -> dict[str, dict[int, float]]:
     }
 
 
-# Every call has a number of its own, and by it a doctor and a patient who never meet again.
+# Every call has its own number, which selects a doctor and a patient who never meet again.
 _PICK = """
 \\set n :n + 1
 \\set call :n * :clients + :client_id

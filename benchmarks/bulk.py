@@ -1,4 +1,4 @@
-"""A service that has been in use for long: so many appointments with all that they left behind, loaded in bulk."""
+"""Bulk loading of a service that has long been in use: many appointments, with the rows that come with them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,15 @@ from benchmarks import people
 from benchmarks.people import CLINIC, DOCTOR, PAST, PATIENT, SLOT, TO_MOVE, make_id
 
 FUTURE_DAYS = 20
-"""How many coming days are partly booked."""
+"""The number of coming days that are partly booked."""
 SLOTS_A_DAY = 24
-"""Of a doctor who works with slots, on a coming day; a past day keeps the ten that were booked."""
+"""Slots per coming day of a doctor who works with slots. A past day keeps only the ten that were booked."""
 SLOT_DOCTORS = 4
-"""Every so many-th doctor works with slots."""
+"""One doctor in this many works with slots."""
 _A_DAY = 10
-"""Appointments of a doctor on a past day."""
+"""Appointments per past day of a doctor."""
 _EVENT_DAYS, _KEY_DAYS = 90, 7
-"""As long as events and keys are kept by default."""
+"""Days for which the service keeps events and keys by default."""
 
 
 @dataclass(frozen=True)
@@ -30,44 +30,45 @@ class Past:
 
     @property
     def doctors(self) -> int:
-        """One for 5,000 appointments, at least 100."""
+        """One doctor per 5,000 appointments, at least 100."""
         return max(100, self.rows // 5_000)
 
     @property
     def clinics(self) -> int:
-        """One for ten doctors."""
+        """Ten doctors per clinic."""
         return self.doctors // 10
 
     @property
     def known(self) -> int:
-        """The patients that have appointments, five each."""
+        """The number of patients that have appointments, five each."""
         return self.rows // 5
 
     @property
     def patients(self) -> int:
-        """Every patient; a few thousand at the least, so that enough are free to be booked."""
+        """The number of all patients: at least a few thousand, so that enough of them are free for a booking."""
         return max(self.known, 20_000)
 
     @property
     def booked_a_day(self) -> int:
-        """Appointments of a doctor on each of the coming days."""
+        """Appointments per doctor on each of the coming days."""
         return min(5, self.rows // self.doctors * 2 // 5 // FUTURE_DAYS)
 
     @property
     def days(self) -> int:
-        """How many days it goes back, of ten appointments a doctor."""
+        """The number of past days, with ten appointments per doctor."""
         return (self.rows // self.doctors - self.booked_a_day * FUTURE_DAYS) // _A_DAY
 
     @property
     def past(self) -> int:
-        """How many of the appointments are past."""
+        """The number of past appointments."""
         return self.doctors * self.days * _A_DAY
 
 
 def load(conninfo: str, rows: int, zone: str, day: date) -> None:
-    """Fill a new database with so many appointments up to `day` and on the coming days, none on `day` itself.
+    """Fill a new database with `rows` appointments before and after `day`, but none on `day` itself.
 
-    Seven in ten past visits were completed, two were no-shows, the rest was cancelled or left. Ids ascend with time.
+    Of the past visits, seven in ten were completed and two were no-shows; the others were cancelled or left. Ids ascend
+    with time.
     """
     past = Past(rows)
     values = {
@@ -77,7 +78,7 @@ def load(conninfo: str, rows: int, zone: str, day: date) -> None:
         "first_slot": past.past, "slots": SLOTS_A_DAY, "every": SLOT_DOCTORS, "event_days": _EVENT_DAYS,
         "key_days": _KEY_DAYS,
     }  # fmt: skip
-    # Values as literals: as parameters their types would vary with their size.
+    # Pass values as literals: as parameters, their types would depend on their size.
     with psycopg.connect(conninfo, autocommit=True, cursor_factory=psycopg.ClientCursor) as connection:
         for setting in ("synchronous_commit = off", "maintenance_work_mem = '1GB'", "work_mem = '256MB'", "jit = off"):
             connection.execute(f"set {setting}".encode())
@@ -100,17 +101,17 @@ def load(conninfo: str, rows: int, zone: str, day: date) -> None:
 
 
 def forget(connection: psycopg.Connection) -> None:
-    """Take away the appointments that were made after the loading, with what they left behind."""
-    # Loaded ids begin with a kind, others with a time.
+    """Delete the appointments that were made after loading, and the rows that came with them."""
+    # Ids of loaded rows begin with their kind, all other ids with a time.
     for table, column in (("event", "appointment_id"), ("idempotency", "result_id"), ("appointment", "id")):
         connection.execute(f"delete from {table} where {column} > %s".encode(), (make_id(PAST + 1, 0),))
 
 
 @contextmanager
 def without_indexes(connection: psycopg.Connection, table: str) -> Iterator[None]:
-    """Make a table's indexes and constraints after the rows, which is quicker; all but a primary key on `id`.
+    """Create a table's indexes and constraints after its rows, which is faster. A primary key on `id` stays.
 
-    Ids come in order, so that one is quick to keep.
+    Ids come in order, so keeping that index up to date costs little.
     """
     constraints = connection.execute(
         "select conname, pg_get_constraintdef(oid) from pg_constraint"
@@ -135,7 +136,8 @@ def without_indexes(connection: psycopg.Connection, table: str) -> Iterator[None
         connection.execute(definition.encode())
 
 
-# The i-th appointment: day by day, on a day the first of every doctor, then the second of every doctor.
+# The i-th appointment, day by day: within a day first the first one of every doctor, then the second one of every
+# doctor.
 _PAST = """
 insert into appointment (id, patient_id, doctor_id, clinic_id, date, number, slot_id, start_time, end_time, state,
                          reason, check_in_time, call_time, start_visit_time, complete_time, cancel_time, no_show_time,
@@ -166,7 +168,7 @@ from generate_series(0, %(last)s::bigint) i,
      lateral (select case state when 'LEFT' then 'LEFT' when 'COMPLETED' then 'DONE' end as line) c
 """
 
-# The patients follow on one another, so that none has two appointments at a time.
+# The patients take turns, so that none has two appointments at the same time.
 _BOOKED = """
 insert into appointment (id, patient_id, doctor_id, clinic_id, date, number, slot_id, start_time, end_time, state,
                          cancel_time, create_time, update_time)
@@ -210,7 +212,7 @@ from generate_series(-%(days)s, %(future)s) later, generate_series(0, %(doctors)
 where later <> 0 and (later < 0 or %(ahead)s > 0)
 """
 
-# Five changes of a visit that was completed, two of another, one of what is booked; so the revisions have gaps.
+# Five changes of a completed visit, two of another past one, one of a booked one. So the revisions have gaps.
 _EVENTS = """
 insert into event (doctor_id, date, revision, kind, appointment_id, queue_state, ticket, room, call_count,
                    check_in_time, call_time, start_visit_time, create_time)
@@ -229,7 +231,7 @@ where date >= %(day)s::date - %(event_days)s
 order by date, number
 """
 
-# Of the calls of the last days, as the client makes them.
+# The keys of the last days' calls, in the form in which the client makes them.
 _KEYS = """
 insert into idempotency (caller, method, key, fingerprint, result_id, snapshot, revision, create_time)
 select 'desk', method, gen_random_uuid(), sha256(a.id::text::bytea), a.id,

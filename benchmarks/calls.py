@@ -1,4 +1,4 @@
-"""Unary calls, measured: what they cost in CPU and time, and what PostgreSQL read and wrote for them."""
+"""Measure unary calls: their CPU and time, and the bytes that PostgreSQL reads and writes for them."""
 
 import statistics
 from collections import Counter
@@ -13,7 +13,7 @@ from benchmarks.stage import Child, Meter, Metered, Stage
 
 @dataclass
 class Kind:
-    """One kind of call: where it goes, and its n-th request."""
+    """One kind of call: its server, its method and its n-th request."""
 
     name: str
     server: Metered
@@ -23,33 +23,35 @@ class Kind:
     made: int = 0
 
     def next(self, count: int) -> list[bytes]:
-        """The next requests; none is made twice."""
+        """The next requests. No request is made twice."""
         self.made += count
         return [self.request(n).SerializeToString() for n in range(self.made - count, self.made)]
 
 
 @dataclass
 class Spent:
-    """On so many calls: seconds, of which CPU seconds of each party, and bytes that PostgreSQL read and wrote."""
+    """The cost of a number of calls: elapsed seconds, CPU seconds of each party, and bytes that PostgreSQL read and
+    wrote.
+    """
 
     calls: int = 0
     seconds: float = 0.0
     server: float = 0.0
     postgres: float = 0.0
-    """All its processes."""
+    """CPU of all its processes."""
     background: float = 0.0
-    """Of them those that serve no connection: checkpointer, writers, vacuum."""
+    """CPU of those of its processes that serve no connection: checkpointer, writers, vacuum."""
     clients: float = 0.0
-    """At `seconds` a client the clients are the bottleneck."""
+    """CPU of all clients. If it nears `seconds` per client, the clients are the bottleneck."""
     read: int = 0
-    """From files, so of pages that were not among the shared buffers."""
+    """Bytes read from files: pages that were not in the shared buffers."""
     written: int = 0
-    """To files: the log of changes, and pages that made room for others."""
+    """Bytes written to files: the write-ahead log, and pages evicted from the shared buffers."""
     latencies: list[float] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
 
     def add(self, more: "Spent") -> None:
-        """Count in the calls of another run."""
+        """Add the calls of another run."""
         for name in ("calls", "seconds", "server", "postgres", "background", "clients", "read", "written"):
             setattr(self, name, getattr(self, name) + getattr(more, name))
         self.latencies += more.latencies
@@ -60,9 +62,10 @@ def spend(
     stage: Stage, clients: Sequence[Child], kind: Kind, calls: int, in_flight: int, *, connections: int = 1,
     rate: float = 0.0,
 ) -> Spent:  # fmt: skip
-    """Make the next calls of a kind, dealt to the clients, so many in flight and over so many connections in all.
+    """Make the next calls of a kind, shared out among the clients. `in_flight` and `connections` count over all
+    clients.
 
-    With a `rate`, so many a second instead, each at its time.
+    With a `rate`, the clients send that many calls a second, each at its time, however many are in flight.
     """
     requests = kind.next(calls)
     share = len(clients)
@@ -85,7 +88,7 @@ def spend(
 
 
 def percentiles(values: Sequence[float], *ranks: int) -> list[float]:
-    """The values below which so many percent lie; NaN where there are none."""
+    """The percentiles of these ranks; NaN if there are no values."""
     if len(values) < 2:
         return [values[0] if values else float("nan")] * len(ranks)
     cuts = statistics.quantiles(values, n=100, method="inclusive")

@@ -1,9 +1,9 @@
 """Play a clinic day from a file: `python -m benchmarks.clinic_day FILE.csv [--target HOST:PORT] [--workers N]`.
 
 The file has the columns of the public data set "Medical Appointment No Shows"; `PatientId`, `AppointmentID`,
-`Neighbourhood` and `No-show` are used. Every neighbourhood becomes a clinic, every row an appointment of today. Whoever
-came is checked in, called, seen and done; the others are marked as no-shows. A watcher follows every doctor's queue.
-Every fourth doctor works with slots, as long as today has time left for them.
+`Neighbourhood` and `No-show` are used. Each neighbourhood becomes a clinic, and each row an appointment today. Patients
+who came are checked in, called, and seen until their visits are completed; the others are marked as no-shows. A watcher
+follows each doctor's queue. Every fourth doctor works with slots, as long as today has time left for them.
 """
 
 import argparse
@@ -52,11 +52,11 @@ from clinic.frontdesk.v1 import (
 ZONE = "America/Sao_Paulo"
 PATIENTS_PER_DOCTOR = 10
 SLOTS_PER_DOCTOR = 12
-"""Two more than patients, so that one who has slots elsewhere finds a time."""
+"""Slots per doctor: two more than patients, so that a patient with slots elsewhere finds a free time."""
 SHORTEST_SLOT, LONGEST_SLOT = timedelta(minutes=5), timedelta(minutes=20)
 IN_FLIGHT = 32
 CATCH_UP_SECONDS = 10.0
-"""How long after the last change a watcher may take to show it before it counts as wrong."""
+"""How long after the last change a watcher may take to show it; then it counts as wrong."""
 
 BOOKED, COMPLETED, NO_SHOW = (
     appointment_pb2.Appointment.STATE_BOOKED,
@@ -77,13 +77,13 @@ class Row:
 
 @dataclass
 class Visit:
-    """A row, and what became of it."""
+    """One row, and the state of its appointment."""
 
     row: Row
     turn: int = 0
-    """The turn of the day in which it is booked: later than 0 where the patient sees the same doctor once more."""
+    """When it is booked: 0 for the patient's first visit to a doctor; 1, 2 … for further visits to the same one."""
     slot: int | None = None
-    """Which of the doctor's slots; None for a place of the day."""
+    """The index of the doctor's slot; None for a place on the doctor-day."""
     id: str = ""
     ticket: int = 0
     start: datetime | None = None
@@ -101,13 +101,13 @@ class Desk:
     doctor: str = ""
     slots: list[str] = field(default_factory=list)
     changes: int = 0
-    """Changes that were acknowledged."""
+    """The number of acknowledged changes."""
     watcher: "Watcher | None" = None
 
 
 @dataclass
 class Outcome:
-    """What a played day came to."""
+    """The result of a played day."""
 
     rows: int = 0
     clinics: int = 0
@@ -118,9 +118,9 @@ class Outcome:
     came: int = 0
     no_shows: int = 0
     left_booked: int = 0
-    """No-shows whose slot has not begun: MarkNoShow is refused as TOO_EARLY, and they stay BOOKED."""
+    """No-shows whose slot has not started: MarkNoShow refuses them as TOO_EARLY, and they stay BOOKED."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Bookings that were refused, by reason."""
+    """Refused bookings, by reason."""
     latencies: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     seconds: float = 0.0
     watchers: int = 0
@@ -131,7 +131,7 @@ class Outcome:
 
     @property
     def calls(self) -> int:
-        """All calls but the streams."""
+        """The number of all calls except streams."""
         return sum(map(len, self.latencies.values()))
 
 
@@ -145,10 +145,10 @@ def read(path: Path) -> list[Row]:
 
 
 def assign(rows: Iterable[Row]) -> list[Desk]:
-    """Deal each clinic's rows to as few doctors as hold them, ten each, and a patient's rows to different doctors.
+    """Share out each clinic's rows to as few doctors as possible, ten each, and a patient's rows to different doctors.
 
-    A patient with more rows than the clinic has doctors comes back to one: a second live booking of a doctor-day would
-    be refused, so that row has a later turn, when the earlier visit has ended.
+    A patient with more rows than the clinic has doctors sees one doctor again. Such a row gets a later turn, after the
+    earlier visit has ended, because a second live booking on a doctor-day would be refused.
     """
     clinics: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -159,7 +159,7 @@ def assign(rows: Iterable[Row]) -> list[Desk]:
         theirs = [Desk(clinic, f"{len(desks) + n}", []) for n in range(doctors)]
         for found in patients.values():
             for turn, start in enumerate(range(0, len(found), doctors)):
-                # Always to those with the most room, so that none has more than one patient above another.
+                # Always to the doctors with the fewest rows, so that their counts differ by at most one.
                 roomy = sorted(theirs, key=lambda desk: len(desk.visits))
                 for row, desk in zip(found[start:], roomy, strict=False):
                     desk.visits.append(Visit(row, turn))
@@ -168,7 +168,7 @@ def assign(rows: Iterable[Row]) -> list[Desk]:
 
 
 def assign_slots(desks: Sequence[Desk]) -> None:
-    """Let every fourth doctor work with slots, at times that no patient has elsewhere already."""
+    """Give every fourth doctor slots, at times when the patients have no slot elsewhere."""
     busy: dict[str, set[int]] = defaultdict(set)
     for desk in desks[::4]:
         desk.with_slots = True
@@ -176,8 +176,8 @@ def assign_slots(desks: Sequence[Desk]) -> None:
         comes_back = {visit.row.patient for visit in desk.visits if visit.turn}
         for visit in sorted(desk.visits, key=lambda visit: -len(busy[visit.row.patient])):
             times = busy[visit.row.patient]
-            # Without a time they get a place of the day. So does whoever comes back: a no-show of a slot that is still
-            # to begin stays booked, and would be in the way.
+            # Patients without a free time get a place on the doctor-day. So do those who see the doctor again: a
+            # no-show whose slot has not started stays booked, and would cause a refusal.
             if visit.row.patient in comes_back:
                 continue
             visit.slot = min(free - times, default=None)
@@ -187,11 +187,11 @@ def assign_slots(desks: Sequence[Desk]) -> None:
 
 
 def slot_times(now: datetime, today: date, rows: int) -> list[tuple[datetime, datetime]]:
-    """Start and end of a doctor's slots in what is left of today; none where that is too little."""
-    # The booking must be over before the first begins.
+    """The start and end of each of a doctor's slots, within the rest of today; empty if too little time is left."""
+    # Booking must be finished before the first slot starts.
     begin = now + timedelta(seconds=60 + rows * 0.1)
     midnight = datetime.combine(today + timedelta(days=1), datetime.min.time(), now.tzinfo)
-    # Whole seconds, so that the last does not end a rounding after midnight.
+    # Whole seconds, so that rounding does not move the last end past midnight.
     length = min(LONGEST_SLOT, timedelta(seconds=(midnight - begin) // timedelta(seconds=SLOTS_PER_DOCTOR)))
     if length < SHORTEST_SLOT:
         return []
@@ -200,7 +200,7 @@ def slot_times(now: datetime, today: date, rows: int) -> list[tuple[datetime, da
 
 @dataclass
 class Watcher:
-    """Follows a queue, and holds every update to what the contract promises."""
+    """Follow a queue, and check every update against the contract."""
 
     name: str
     queue: queue_pb2.Queue | None = None
@@ -213,7 +213,7 @@ class Watcher:
     """Set by every message, and when the stream ends."""
 
     async def follow(self, stub: queue_pb2_grpc.QueueServiceStub, doctor: str, day: Date) -> None:
-        """Watch until cancelled, from where the last stream stood when one ends."""
+        """Watch until cancelled. If a stream ends, resume from its last message."""
         token = ""
         while True:
             request = queue_pb2.WatchQueueRequest(doctor_id=doctor, date=day, resume_token=token)
@@ -238,9 +238,9 @@ class Watcher:
         first = message.previous_revision + 1
         expected = range(first, message.revision + 1) if message.previous_revision else range(0)
         if [change.revision for change in changes] != list(expected):
-            self._wrong(f"changes {[change.revision for change in changes]} where {list(expected)} are due")
+            self._wrong(f"changes {[change.revision for change in changes]}, expected {list(expected)}")
         if queue.revision != message.revision:
-            self._wrong(f"a queue of revision {queue.revision} in a message of {message.revision}")
+            self._wrong(f"a queue at revision {queue.revision} in a message at revision {message.revision}")
         for change in changes:
             if change.HasField("entry"):
                 known = self.tickets.setdefault(change.entry.ticket, change.appointment_id)
@@ -268,7 +268,7 @@ class Day:
         self.outcome = Outcome(rows=len(rows), doctors=len(self._desks))
 
     async def play(self) -> Outcome:
-        """The whole day."""
+        """Play the whole day."""
         await self._await_room_before_midnight()
         today = datetime.now(ZoneInfo(ZONE)).date()
         self._day = Date(year=today.year, month=today.month, day=today.day)
@@ -297,7 +297,7 @@ class Day:
         return self.outcome
 
     async def _await_room_before_midnight(self) -> None:
-        """A day that ends while it is played would refuse its check-ins."""
+        """Wait for the next day if today could end during the play: its check-ins would be refused."""
         now = datetime.now(ZoneInfo(ZONE))
         left = (datetime.combine(now.date() + timedelta(days=1), datetime.min.time(), now.tzinfo) - now).total_seconds()
         if left < 30 + len(self._rows) * 0.05:
@@ -316,7 +316,7 @@ class Day:
         await asyncio.gather(*map(one, tasks))
 
     async def _call(self, method: Any, request: Any, key: str = "") -> Any:
-        """One call; with `key` a mutation, which is safe to repeat."""
+        """Make one call. With `key` it is a mutation, which is safe to retry."""
         if key:
             request.idempotency_key = f"{self._run}/{key}"
         name = type(request).__name__.removesuffix("Request")
@@ -334,7 +334,7 @@ class Day:
 
         async def clinic(n: int, name: str) -> None:
             wanted = clinic_pb2.Clinic(name=name, city="Vitória", country="BR", time_zone=ZONE)
-            # A key is ASCII, and the name of a neighbourhood is not.
+            # A key must be ASCII, and the name of a neighbourhood may not be.
             made = await self._call(clinics.CreateClinic, clinic_pb2.CreateClinicRequest(clinic=wanted), f"clinic/{n}")
             self._clinics[name] = made.clinic.id
 
@@ -358,19 +358,19 @@ class Day:
         names = dict.fromkeys(desk.clinic for desk in self._desks)
         people = dict.fromkeys(row.patient for row in self._rows)
         self.outcome.clinics, self.outcome.patients = len(names), len(people)
-        await self._all("open clinics", (clinic(n, name) for n, name in enumerate(names)))
-        await self._all("open doctors' days", (doctor(desk) for desk in self._desks))
+        await self._all("create clinics", (clinic(n, name) for n, name in enumerate(names)))
+        await self._all("create doctors", (doctor(desk) for desk in self._desks))
         await self._all("register patients", (patient(name) for name in people))
         if len(set(self._patients.values())) != len(people):
             self._wrong(f"{len(people)} people became {len(set(self._patients.values()))} patients")
 
     def _phone(self, patient: str) -> str:
-        """A made-up mobile number, another in each run so that a server may be played on twice."""
+        """An invented mobile number. Each run has its own, so that a server can be used for two runs."""
         digits = int.from_bytes(hashlib.blake2b(f"{self._run}/{patient}".encode(), digest_size=8).digest()) % 10**8
         return f"+55279{digits:08}"
 
     async def _open_slots(self, way: grpc.aio.Channel, today: date) -> None:
-        """Give every fourth doctor slots in what is left of today, if that is enough."""
+        """Give every fourth doctor slots in the rest of today, if there is enough time."""
         stub = slot_pb2_grpc.SlotServiceStub(way)
         times = slot_times(datetime.now(ZoneInfo(ZONE)), today, len(self._rows))
         if not times:
@@ -386,7 +386,7 @@ class Day:
             made = await self._call(stub.BatchCreateSlots, request, f"slots/{desk.code}")
             desk.slots = [slot.id for slot in made.slots]
 
-        await self._all("open slots", (open_slots(desk) for desk in self._desks if desk.with_slots))
+        await self._all("create slots", (open_slots(desk) for desk in self._desks if desk.with_slots))
 
     async def _watch(self, channels: Sequence[grpc.aio.Channel]) -> list[asyncio.Task[None]]:
         tasks = []
@@ -403,10 +403,10 @@ class Day:
         return tasks
 
     async def _take_turn(self, turn: int) -> None:
-        """Book, see and mark everyone whose turn it is."""
+        """Book, see and mark all patients of this turn."""
         visits = [(desk, visit) for desk in self._desks for visit in desk.visits if visit.turn == turn]
         desks = {id(desk): desk for desk, _ in visits}.values()
-        again = "" if turn == 0 else f", coming back {turn}"
+        again = "" if turn == 0 else f", return visit {turn}"
         absent = [(desk, visit) for desk, visit in visits if not visit.row.came]
         await self._all(f"book{again}", (self._book(desk, visit) for desk, visit in visits))
         await self._all(f"see the patients{again}", (self._hold(desk, turn) for desk in desks))
@@ -431,7 +431,7 @@ class Day:
             self.outcome.by_slot += 1
 
     async def _hold(self, desk: Desk, turn: int) -> None:
-        """Everyone who came is checked in at once, then called in order, seen and done."""
+        """Check in at once all patients who came, then call them in order, and start and complete their visits."""
         here = {visit.id: visit for visit in desk.visits if visit.turn == turn and visit.row.came and visit.id}
         before = sum(bool(visit.ticket) for visit in desk.visits)
         try:
@@ -442,7 +442,7 @@ class Day:
                 called = (await self._call(self._queues.CallNext, next_one, f"call/{desk.code}/{ticket}")).entry
                 visit = here[called.appointment_id]
                 if called.ticket != ticket or visit.ticket != ticket:
-                    self._wrong(f"doctor {desk.code}: ticket {called.ticket} was called where {ticket} is next")
+                    self._wrong(f"doctor {desk.code}: ticket {called.ticket} was called, but {ticket} is next")
                 start = appointment_pb2.StartAppointmentRequest(appointment_id=visit.id)
                 await self._call(self._appointments.StartAppointment, start, f"start/{visit.row.appointment}")
                 done = appointment_pb2.CompleteAppointmentRequest(appointment_id=visit.id)
@@ -453,7 +453,7 @@ class Day:
                 desk.changes += 3
                 self.outcome.came += 1
         except grpc.aio.AioRpcError as error:
-            self._wrong(f"doctor {desk.code}: the line was refused: {reason_of(error)}")
+            self._wrong(f"doctor {desk.code}: a call of the queue was refused: {reason_of(error)}")
 
     async def _check_in(self, visit: Visit) -> None:
         request = queue_pb2.CheckInRequest(appointment_id=visit.id, patient_id=self._patients[visit.row.patient])
@@ -474,13 +474,13 @@ class Day:
                 self._wrong(f"doctor {desk.code}: a no-show was refused: {reason_of(error)}")
             return
         if visit.start is not None and visit.start > datetime.now(ZoneInfo(ZONE)):
-            self._wrong(f"doctor {desk.code}: a no-show was marked before the slot began")
+            self._wrong(f"doctor {desk.code}: a no-show was marked before the slot started")
         visit.state = made.appointment.state
         desk.changes += 1
         self.outcome.no_shows += 1
 
     async def _check(self, desk: Desk) -> None:
-        """Hold what the server says of this doctor-day, and what the watcher has seen, to what was done."""
+        """Compare the server's answers for this doctor-day, and the watcher's record, with the changes made."""
         assert desk.watcher is not None
         equal = await self._watcher_is_equal(desk, desk.watcher)
         self.outcome.watchers += 1
@@ -501,7 +501,7 @@ class Day:
         return queue
 
     async def _list(self, desk: Desk) -> dict[str, appointment_pb2.Appointment]:
-        """Every appointment of the doctor-day, by small pages."""
+        """All appointments of the doctor-day, read in small pages."""
         request = appointment_pb2.ListAppointmentsRequest(
             doctor_id=desk.doctor, from_date=self._day, to_date=self._day, page_size=4
         )
@@ -519,38 +519,38 @@ class Day:
 
     def _wrong_line(self, desk: Desk, queue: queue_pb2.Queue) -> Iterator[str]:
         if queue.entries or queue.waiting_count:
-            yield f"{len(queue.entries)} are still in line"
+            yield f"{len(queue.entries)} entries are still in the queue"
         expected = sum(visit.state == BOOKED for visit in desk.visits if visit.id)
         if queue.expected_count != expected:
-            yield f"{queue.expected_count} are expected, not {expected}"
+            yield f"expected_count is {queue.expected_count}, not {expected}"
         if queue.revision != 1 + desk.changes:
             yield f"revision {queue.revision} after {desk.changes} changes"
         tickets = {visit.ticket: visit.id for visit in desk.visits if visit.ticket}
         if sorted(tickets) != list(range(1, sum(visit.row.came for visit in desk.visits if visit.id) + 1)):
             yield f"the tickets are {sorted(tickets)}"
         if desk.watcher is not None and desk.watcher.tickets != tickets:
-            yield "the watcher saw other tickets than the patients got"
+            yield "the watcher saw different tickets from those that the patients got"
 
     def _wrong_list(self, desk: Desk, listed: dict[str, appointment_pb2.Appointment]) -> Iterator[str]:
         held = {visit.id: visit for visit in desk.visits if visit.id}
         if listed.keys() != held.keys():
             yield f"{len(listed)} appointments are listed, {len(held)} were booked"
-        # Who comes back gets the number of a no-show, or the one after all the others.
+        # A return visit gets the number of a no-show, or the one after all others.
         numbers = sorted(listed[visit.id].number for visit in held.values() if visit.turn == 0 and visit.id in listed)
         holding = [listed[visit.id].number for visit in held.values() if visit.state != NO_SHOW and visit.id in listed]
         if numbers != list(range(1, len(numbers) + 1)) or len(set(holding)) != len(holding):
-            yield f"the numbers are {numbers}, of those who hold a place {holding}"
+            yield f"the numbers are {numbers}; those of appointments that hold a place are {holding}"
         for visit in held.values():
             found = listed.get(visit.id)
             if found is not None and found.state != visit.state:
-                yield f"an appointment is {found.state} and should be {visit.state}"
+                yield f"an appointment is {found.state}, not {visit.state}"
             if found is not None and found.patient_id != self._patients[visit.row.patient]:
-                yield "an appointment is another patient's"
+                yield "an appointment belongs to another patient"
             if visit.row.came and visit.state != COMPLETED:
-                yield "a patient who came was not seen to the end"
+                yield "the visit of a patient who came was not completed"
 
     async def _watcher_is_equal(self, desk: Desk, watcher: Watcher) -> bool:
-        """Whether the watcher's last queue is what GetQueue says; it may take a moment to hear of the last change."""
+        """Whether the watcher's last queue equals GetQueue's. Wait a moment for the watcher to see the last change."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CATCH_UP_SECONDS):
                 while watcher.revision != 1 + desk.changes:
@@ -558,7 +558,9 @@ class Day:
                     await watcher.news.wait()
         queue = await self._queue(desk)
         if watcher.queue != queue:
-            self._wrong(f"doctor {desk.code}: the watcher's queue is of revision {watcher.revision}, not as GetQueue's")
+            self._wrong(
+                f"doctor {desk.code}: the watcher's queue, at revision {watcher.revision}, differs from GetQueue's"
+            )
             return False
         return True
 
@@ -571,7 +573,7 @@ class Day:
         if outcome.booked + outcome.refused.total() != outcome.rows:
             self._wrong(f"{outcome.rows} rows, but {outcome.booked} booked and {outcome.refused.total()} refused")
         if outcome.came + outcome.no_shows + outcome.left_booked != outcome.booked:
-            self._wrong("not every booking came to an end")
+            self._wrong("some bookings are neither completed, nor marked as no-shows, nor left booked")
         if outcome.refused:
             self._wrong(f"bookings were refused: {dict(outcome.refused)}")
 
@@ -584,13 +586,14 @@ async def play(
 ) -> Outcome:
     """Play the rows as today's on the server at `target`.
 
-    `advance` is told the name of a step and, when it begins, how many parts it has; 0 means that one part is done.
+    `advance` is called with the name of a step and its number of parts when it starts, and with 0 when one part is
+    done.
     """
     return await Day(rows, target, advance).play()
 
 
 def report(console: Console, outcome: Outcome) -> None:
-    """Print what the day came to."""
+    """Print the result of the day."""
     table = Table(title="The day", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -599,19 +602,19 @@ def report(console: Console, outcome: Outcome) -> None:
         ("rows", f"{outcome.rows:,}"),
         ("clinics, doctors, patients", f"{outcome.clinics:,}, {outcome.doctors:,}, {outcome.patients:,}"),
         ("booked", f"{outcome.booked:,}"),
-        ("  of them by slot", f"{outcome.by_slot:,}"),
+        ("  by slot", f"{outcome.by_slot:,}"),
         ("refused", f"{outcome.refused.total():,}"),
         *((f"  {reason}", f"{count:,}") for reason, count in outcome.refused.most_common()),
-        ("came, were seen and done", f"{outcome.came:,}"),
+        ("came, and completed", f"{outcome.came:,}"),
         ("no-shows", f"{absent:,} ({absent / max(1, outcome.booked):.2%})"),
         ("  marked", f"{outcome.no_shows:,}"),
-        ("  left booked, their slot is still to begin", f"{outcome.left_booked:,}"),
+        ("  left booked, because the slot has not started", f"{outcome.left_booked:,}"),
         ("changes of doctor-days", f"{outcome.changes:,}"),
         ("calls", f"{outcome.calls:,}"),
         ("seconds", f"{outcome.seconds:.1f}"),
         ("calls/s", f"{outcome.calls / outcome.seconds:,.0f}"),
         ("watchers whose last queue equals GetQueue's", f"{outcome.watchers_equal:,} / {outcome.watchers:,}"),
-        ("updates that the watchers got", f"{outcome.updates:,}"),
+        ("updates to the watchers", f"{outcome.updates:,}"),
     ):
         table.add_row(name, value)
     console.print(table)
@@ -625,26 +628,26 @@ def report(console: Console, outcome: Outcome) -> None:
     for problem in outcome.problems[:50]:
         console.print(f"[red]wrong: {problem}")
     if outcome.problems:
-        console.print(f"[red]{len(outcome.problems)} things are wrong")
+        console.print(f"[red]{len(outcome.problems)} problems")
     else:
         console.print(
-            "[green]Everything holds: the states, the numbers and tickets of every doctor-day without gaps, every "
-            "watcher's chain of revisions."
+            "[green]All correct: states, numbers and tickets of every doctor-day, without gaps, and the revisions of "
+            "every watcher."
         )
 
 
 def main() -> int:
-    """Play the file; the exit status is 1 if anything is wrong."""
+    """Play the file. The exit status is 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description="Play a clinic day from a file.")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--target", help="HOST:PORT of a running service; without it one is started for the run")
-    parser.add_argument("--workers", type=int, default=1, help="of the service that is started (1)")
+    parser.add_argument("--target", help="HOST:PORT of a running service; without it, one is started for the run")
+    parser.add_argument("--workers", type=int, default=1, help="workers of the service that is started (default 1)")
     arguments = parser.parse_args()
     rows = read(arguments.file)
     console = Console(width=None if sys.stdout.isatty() else 120)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     service = nullcontext(arguments.target) if arguments.target else WholeService(arguments.workers)
-    # It would stop this process for 100 ms, which would count as the service's.
+    # A collection would stop this process for 100 ms, which would count as the service's time.
     gc.disable()
     with service as target, Progress(*columns, console=console) as progress:
         steps: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Many at once: more workers, ten thousand idle watchers, and everyone at one doctor-day."""
+"""Many at once: several workers, ten thousand idle watchers, and a crowd at one doctor-day."""
 
 import statistics
 import time
@@ -23,13 +23,13 @@ from clinic.frontdesk.v1 import appointment_pb2
 
 IN_FLIGHT = 64
 CONNECTIONS = 32
-"""The kernel deals connections to the workers, so a few would go to few of them."""
+"""The kernel spreads connections over the workers, so a few connections would reach only some of them."""
 WORKERS = (1, 2, 4)
 WAITING = 8
-"""In each watched line, so that a message has a usual size."""
+"""Waiting patients in each watched queue, so that a message has a usual size."""
 PLACES = 1_000
 TOO_MANY = 40
-"""Who comes to the hot doctor-day after its last place is gone."""
+"""Callers at the crowded doctor-day after its last place is gone."""
 _WATCHED = 2_000
 _WATCH_CLIENTS = 4
 _CATCH_UP_SECONDS = 60.0
@@ -37,7 +37,7 @@ _BOOK = "/clinic.frontdesk.v1.AppointmentService/BookAppointment"
 
 
 def workers(stage: Stage, *, rows: int, calls: int, rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Book on many doctor-days of a database of that size, with few and with many workers, which take turns."""
+    """Book on many doctor-days among `rows` appointments. Services with few and with many workers take turns."""
     warmup = calls // 4
     conninfo, day = sizes.opened(stage, rows, progress)
     found: dict[int, list[Spent]] = {count: [] for count in WORKERS}
@@ -70,7 +70,7 @@ def workers(stage: Stage, *, rows: int, calls: int, rounds: int, progress: Calla
 
 
 def hot(stage: Stage, *, rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Sell all places of one doctor-day to a crowd that is larger, and as many places of a thousand doctor-days."""
+    """Sell all places of one doctor-day to a larger crowd, and as many places of a thousand doctor-days."""
     zone = people.noon_zone()
     day = people.today(zone) + timedelta(5)
     calls = PLACES + TOO_MANY
@@ -96,7 +96,7 @@ def hot(stage: Stage, *, rounds: int, progress: Callable[[str], None]) -> dict[s
             for kind in (one, many):
                 progress(f"{kind.name}, {turn} of {rounds}")
                 spent = spend(stage, [client], kind, calls, IN_FLIGHT)
-                # The first time plans are made and connections opened.
+                # The first round prepares plans and opens connections.
                 if turn:
                     found[kind.name].append(spent)
     with psycopg.connect(conninfo) as connection:
@@ -124,7 +124,7 @@ def hot(stage: Stage, *, rounds: int, progress: Callable[[str], None]) -> dict[s
 
 @dataclass(frozen=True)
 class Crowd:
-    """So many watchers, so many of them on a connection."""
+    """A number of watchers, and the number of streams on each connection."""
 
     watchers: int
     streams_a_connection: int
@@ -132,15 +132,15 @@ class Crowd:
 
 @dataclass
 class Burst:
-    """So many changes at once, each on a doctor-day of its own, and how its watchers learned of them."""
+    """A number of changes at once, each on its own doctor-day, and their receipt by the watchers."""
 
     changes: int
     booking_seconds: float
-    """Until all were answered."""
+    """Time until all changes were acknowledged."""
     seconds: float
-    """Until every watcher knew, to half a second."""
+    """Time until every watcher had its changes, to half a second."""
     server_seconds: float
-    """CPU of the workers until then."""
+    """CPU of the workers in that time."""
     postgres_seconds: float
     receipts: int
     p50_ms: float
@@ -153,35 +153,35 @@ class Burst:
 
 @dataclass
 class Idle:
-    """What a crowd of watchers costs while nothing changes, and what then came of bursts."""
+    """The cost of a crowd of watchers while nothing changes, and then of bursts of changes."""
 
     watchers: int
     connections: int
     doctor_days: int
     workers: int
     open_seconds: float
-    """Until every watcher had its first message."""
+    """Time until every watcher had its first message."""
     rss_kib: float
-    """A stream and its share of a connection, in the workers together."""
+    """Memory of the workers per stream, with its share of a connection."""
     pss_kib: float
     worker_mib: list[float]
     client_mib: float
     server_cores: float
-    """With the heartbeats, every 15 s as clients ask by default."""
+    """With heartbeats, every 15 s, the default of the service."""
     postgres_cores: float
     client_cores: float
     files: list[int]
-    """Open in each worker."""
+    """Open files of each worker."""
     file_limit: int
     bursts: list[Burst]
     ended: int
-    """Streams that have ended, which none should."""
+    """Streams that ended; 0 unless something is wrong."""
 
 
 def watchers(
     stage: Stage, *, crowds: Sequence[Crowd], seconds: float, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Let each crowd watch two thousand doctor-days through two workers: idle for so long, and then two bursts."""
+    """Let each crowd watch two thousand doctor-days through two workers: idle for `seconds`, then with two bursts."""
     zone = people.noon_zone()
     day = people.today(zone)
     conninfo = stage.database("crowd")
@@ -207,7 +207,7 @@ def _watch(
         port = _port(stack.enter_context(service))
         clients = [stack.enter_context(Child(watch_client)) for _ in range(_WATCH_CLIENTS)]
         desk = stack.enter_context(Child(unary_client))
-        # What the first streams cost is loaded code. The doctor-day is none of the burst's.
+        # The first streams load code, which is not the cost of a stream. Their doctor-day is not part of a burst.
         _ask_all(clients, [("open", port, [(make_id(DOCTOR, 0), day)] * 8, 1)] * _WATCH_CLIENTS)
         time.sleep(2.0)
         before = [memory(pid) for pid in service.workers]
@@ -229,7 +229,7 @@ def _watch(
         limit = Path(f"/proc/{service.workers[0]}/limits").read_text().partition("Max open files")[2].split()[0]
         client_mib = sum(client.resident for client in clients) / 2**20
         made, bursts = 0, []
-        # Doctor 0 has watchers that were there before.
+        # Doctor 0 already has watchers.
         watched_days = min(_WATCHED, count) - 1
         for changes in (watched_days // 20, watched_days - watched_days // 20):
             progress(f"{count:,} watchers, {changes:,} changes at once")
@@ -266,14 +266,14 @@ def _watch(
 
 
 def _ask_all(clients: Sequence[Child], commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Give each client its command at once, and wait for all answers."""
+    """Send each client its command at once, and wait for all answers."""
     for client, command in zip(clients, commands, strict=True):
         client.pipe.send(command)
     return [client.receive() for client in clients]
 
 
 def _reports(clients: Sequence[Child], expected: int) -> list[Watched]:
-    """What the watchers got, once they got everything or nothing more can be hoped for."""
+    """The watchers' reports, once they have everything or time is up."""
     deadline = time.monotonic() + _CATCH_UP_SECONDS
     while True:
         reports: list[Watched] = _ask_all(clients, [("report",)] * len(clients))
@@ -287,7 +287,7 @@ def _port(address: str) -> int:
 
 
 def _summary(runs: Sequence[Spent]) -> dict[str, Any]:
-    """Medians of the runs, and percentiles over all of them."""
+    """Medians of the runs, and percentiles over all calls."""
     latencies = [latency for run in runs for latency in run.latencies]
     p50, p99 = percentiles(latencies, 50, 99)
     refused = sum((run.refused for run in runs), Counter[str]())

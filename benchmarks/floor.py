@@ -1,7 +1,7 @@
-"""The floor: what booking over gRPC on PostgreSQL costs at least, with nothing of the service around it.
+"""The floor: the least that booking over gRPC on PostgreSQL costs, without the rest of the service.
 
-A bare servicer with the generated serialisers, and one prepared call of a bare function that takes the lock, counts,
-and inserts the row. No validation, log, deadline, idempotency, event, revision, or refusal that says why.
+A bare servicer with the generated serialisers makes one prepared call of a bare function that takes the lock, counts,
+and inserts the row. It has no validation, log, deadline, idempotency, event, revision, or reason of a refusal.
 """
 
 import asyncio
@@ -82,7 +82,7 @@ async def _serve(conninfo: str, connections: int, ready: Connection) -> None:
         connection.adapters.register_loader("uuid", TextLoader)
         idle.put_nowait(connection)
     server = grpc.aio.server()
-    # What generated code registers for the one method.
+    # Register the one method as generated code does.
     method = grpc.unary_unary_rpc_method_handler(
         _Bare(idle).book, pb.BookAppointmentRequest.FromString, pb.BookAppointmentResponse.SerializeToString
     )
@@ -98,5 +98,5 @@ async def _serve(conninfo: str, connections: int, ready: Connection) -> None:
 
 
 def serve(conninfo: str, connections: int, ready: Connection) -> None:
-    """The whole life of the bare server's process, until SIGTERM."""
+    """Run the bare server's process until SIGTERM."""
     uvloop.run(_serve(conninfo, connections, ready))

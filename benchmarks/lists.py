@@ -1,4 +1,4 @@
-"""How the time of a list depends on how much there is: the same pages out of few and out of many appointments."""
+"""Measure how the time of a list grows with the data: the same pages from few and from many appointments."""
 
 import statistics
 import time
@@ -26,18 +26,18 @@ from frontdesk.db.schema import VISIT_STATES, appointment
 
 DOCTORS = 300
 DAYS = 1_000
-"""Calendar days that the appointments are spread over, back from today."""
+"""The appointments lie on this many calendar days, back from today."""
 PAGE = 20
 CALLS = 40
 _RARE = 15
-"""Patients in consultation now, however many appointments there are."""
+"""Patients in consultation now, for any number of appointments."""
 _SLOT_DAYS = 10
 _SLOTS_A_DAY = 8
 
 
 @dataclass
 class Shape:
-    """A list: its request, and the statement behind it with its parameters."""
+    """A list: its request, and the statement that it runs with its parameters."""
 
     name: str
     method: str
@@ -45,11 +45,11 @@ class Shape:
     statement: Callable[[], str]
     params: dict[str, Any]
     deep: bool = False
-    """Measure a page from the middle of the list, not the first."""
+    """Measure a page from the middle of the list, not the first one."""
 
 
 def measure(stage: Stage, *, few: int, many: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Time every shape in a database of each size."""
+    """Measure every list in a database of each size."""
     zone = people.noon_zone()
     day = people.today(zone)
     found: dict[int, dict[str, Any]] = {}
@@ -130,7 +130,8 @@ def _load(connection: psycopg.Connection, rows: int, day: date, zone: str) -> No
             " 'IN_CONSULTATION', now() from generate_series(0, %s) i",
             (PATIENT, DOCTOR, CLINIC, CLINICS, day, _RARE - 1),
         )
-    # Slots of the coming days, the first half of each day booked; and past ones, a tenth as many as appointments.
+    # Slots on the coming days, of which the first half of each day is booked; and past slots, a tenth as many as
+    # appointments.
     connection.execute(
         """
         insert into slot (id, doctor_id, clinic_id, date, start_time, end_time)
@@ -228,7 +229,7 @@ def _shapes(day: date) -> Iterator[Shape]:
 
 
 def _time(client: Child, port: int, connection: psycopg.Connection, shape: Shape) -> dict[str, Any]:
-    """Milliseconds a call through the service, median; and what PostgreSQL alone says of it."""
+    """The median milliseconds per call through the service, and PostgreSQL's own time and plan."""
 
     def load(request: Any, calls: int) -> Loaded:
         client.ask(port, shape.method, [request.SerializeToString()] * calls, 1, 1, 0.0)
@@ -241,7 +242,8 @@ def _time(client: Child, port: int, connection: psycopg.Connection, shape: Shape
     if shape.deep:
         request.page_token, last = _middle(connection, request, load)
         params |= {"after_date": date(last.date.year, last.date.month, last.date.day), "after_id": last.id}
-    # A statement's plan is settled after its fifth run on a connection; the pool has two by then.
+    # PostgreSQL settles on a plan after five runs on a connection; after these calls, both connections of the pool have
+    # one.
     load(request, 14)
     done = load(request, CALLS)
     if done.refused:
@@ -262,7 +264,7 @@ def _time(client: Child, port: int, connection: psycopg.Connection, shape: Shape
 
 
 def _middle(connection: psycopg.Connection, request: Any, load: Callable[[Any, int], Loaded]) -> tuple[str, Any]:
-    """The token after which the second half of the list comes, and the row before it; by turning pages."""
+    """The page token after which the second half of the list begins, and the row before it, found by reading pages."""
     of = appointment.c
     count = sa.select(sa.func.count()).select_from(appointment)
     if request.clinic_id:
@@ -282,7 +284,7 @@ def _middle(connection: psycopg.Connection, request: Any, load: Callable[[Any, i
 
 
 def _nodes(plan: dict[str, Any], depth: int = 4) -> str:
-    """The top nodes of a plan, outermost first, each with its index or table and the rows that it met."""
+    """The top nodes of a plan, outermost first, each with its index or table and its number of rows."""
     name = str(plan["Node Type"])
     place = plan.get("Index Name") or plan.get("Relation Name")
     removed = plan.get("Rows Removed by Filter", 0) + plan.get("Rows Removed by Join Filter", 0)

@@ -1,4 +1,4 @@
-"""Load clients, each in a process of its own: unary calls, watchers, and the day's work that the watchers watch."""
+"""Load clients, each in its own process: unary calls, watchers, and a front desk that changes the watched queues."""
 
 import asyncio
 import gc
@@ -20,16 +20,16 @@ from grpc_status.rpc_status import from_call
 from clinic.frontdesk.v1 import appointment_pb2, appointment_pb2_grpc, queue_pb2, queue_pb2_grpc
 
 STREAMS_PER_CHANNEL = 100
-"""What the service allows a connection by default."""
+"""Streams that the service allows on one connection by default."""
 
 
 def channel(port: int) -> grpc.aio.Channel:
-    """A connection of its own."""
+    """A new connection."""
     return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)])
 
 
 def reason_of(error: grpc.RpcError) -> str:
-    """The reason of a refusal, else its status code."""
+    """The reason of a refusal, or its status code if it has no reason."""
     status = from_call(error)
     info = error_details_pb2.ErrorInfo()
     for detail in status.details if status else ():
@@ -40,18 +40,21 @@ def reason_of(error: grpc.RpcError) -> str:
 
 @dataclass
 class Loaded:
-    """What became of a load."""
+    """The result of a load."""
 
     seconds: float
     latencies: list[float]
     refused: dict[str, int] = field(default_factory=dict)
     last: bytes = b""
-    """The answer that came last."""
+    """The last response."""
 
 
 def unary_client(pipe: Connection) -> None:
-    """Serves commands `(port, method, requests, in flight, connections, rate)`: answers when ready, begins at the next
-    message. With a rate, so many a second are sent at their time, whatever is in flight; a latency counts from then.
+    """Serve commands `(port, method, requests, in flight, connections, rate)`: answer when ready, start at the next
+    message.
+
+    With a rate, send that many requests a second, each at its time, however many are in flight. A latency counts from
+    then.
     """
     uvloop.run(_unary_client(pipe))
 
@@ -65,7 +68,8 @@ async def _unary_client(pipe: Connection) -> None:
             ways.append(channel(port))
             await ways[-1].channel_ready()
         calls: list[Any] = [way.unary_unary(method) for way in ways[:connections]]
-        # What stays is looked through neither now nor later: that takes 40 ms, which would count as the service's.
+        # Exclude what exists now from later collections. Each would take 40 ms, which would count as the service's
+        # time.
         gc.collect()
         gc.freeze()
         pipe.send("ready")
@@ -105,19 +109,19 @@ async def _load(calls: Sequence[Any], requests: Sequence[bytes], in_flight: int,
 
 @dataclass
 class Watched:
-    """What watchers saw since they were last told to begin."""
+    """The messages that the watchers got since the last `begin`."""
 
     messages: int
     lags: list[float]
-    """Seconds from a change's time to its receipt, one a change and watcher."""
+    """Seconds from a change to its receipt, one for each change and watcher."""
     ended: int
-    """Streams that have ended, which none should."""
+    """Streams that ended; 0 unless something is wrong."""
 
 
 def watch_client(pipe: Connection) -> None:
-    """Serves the commands `("open", port, doctor-days, streams a connection, heartbeat)`, `("begin",)`, `("report",)`.
+    """Serve the commands `("open", port, doctor-days, streams per connection, heartbeat)`, `("begin",)`, `("report",)`.
 
-    The last two of `open` may be left out.
+    The last two of `open` are optional.
     """
     uvloop.run(_Watchers().run(pipe))
 
@@ -125,7 +129,7 @@ def watch_client(pipe: Connection) -> None:
 class _Watchers:
     def __init__(self) -> None:
         self._received: list[tuple[float, int]] = []
-        # The watchers of a doctor-day get the same bytes; they are parsed once, and after the run.
+        # All watchers of a doctor-day get the same bytes. Parse them once, after the run.
         self._numbers: dict[bytes, int] = {}
         self._ended = 0
         self._began = 0.0
@@ -141,19 +145,21 @@ class _Watchers:
     async def open(
         self, port: int, days: Sequence[tuple[str, date]], streams: int = STREAMS_PER_CHANNEL, heartbeat: int = 60
     ) -> None:
-        """One more watcher for each of these, open on return; so many on a connection, asking for a heartbeat."""
+        """Open one more watcher for each doctor-day, with `streams` per connection and this heartbeat interval in
+        seconds.
+        """
         self._streams, self._heartbeat = streams, Duration(seconds=heartbeat)
         for start in range(0, len(days), 50):
             await asyncio.gather(*(self._start(port, *day) for day in days[start : start + 50]))
 
     async def begin(self) -> None:
-        """Forget what came so far; and keep the collector from stopping for what stays: it would count as lag."""
+        """Forget all messages so far. Exclude what exists now from later collections, which would count as lag."""
         gc.collect()
         gc.freeze()
         self._received, self._numbers, self._began = [], {}, time.time()
 
     async def report(self) -> Watched:
-        """What came since."""
+        """The messages since `begin`."""
         received, numbers = self._received, self._numbers
         stamps: list[list[float]] = []
         for raw in numbers:
@@ -193,7 +199,7 @@ class _Watchers:
 
 @dataclass
 class Worked:
-    """What a front desk did."""
+    """The work of a front desk."""
 
     calls: int
     latencies: list[float]
@@ -201,7 +207,7 @@ class Worked:
 
 
 def desk_client(pipe: Connection) -> None:
-    """Serves the command `(port, doctors, day, patients, changes a second, seconds)`."""
+    """Serve the command `(port, doctors, day, patients, changes per second, seconds)`."""
     uvloop.run(_desk_client(pipe))
 
 
@@ -226,7 +232,9 @@ async def _desk(
     way: grpc.aio.Channel, worked: Worked, doctor: str, day: date, patients: Sequence[str],
     begin: float, pause: float, seconds: float,
 ) -> None:  # fmt: skip
-    """One doctor's desk: a patient is booked, checked in, and the next in line called, seen and done; every `pause`."""
+    """One doctor's desk: book a patient, check in, call the next in the queue, start and complete; one step each
+    `pause`.
+    """
     visits = appointment_pb2_grpc.AppointmentServiceStub(way)
     line = queue_pb2_grpc.QueueServiceStub(way)
     target = appointment_pb2.DoctorDay(doctor_id=doctor, date=Date(year=day.year, month=day.month, day=day.day))

@@ -17,7 +17,7 @@ $$
 
 
 def make_id(kind: int, n: int) -> str:
-    """The id of the n-th (from 0) of a kind; `bench_id` in SQL."""
+    """The id of the n-th row (from 0) of a kind; `bench_id` in SQL."""
     return f"{kind:08x}-0000-7000-8000-{n:012x}"
 
 
@@ -27,18 +27,18 @@ def phone(n: int) -> str:
 
 
 def noon_zone() -> str:
-    """A zone in which it is about noon, so that no run crosses a clinic's midnight."""
+    """A zone in which it is about noon now, so that no run crosses the clinics' midnight."""
     ahead = 12 - datetime.now(UTC).hour
     return f"Etc/GMT{-ahead:+d}" if ahead else "Etc/GMT"
 
 
 def today(zone: str) -> date:
-    """The civil date there."""
+    """The civil date in this zone."""
     return datetime.now(ZoneInfo(zone)).date()
 
 
 def found(connection: psycopg.Connection, zone: str, doctors: int, patients: int, *, clinics: int = CLINICS) -> None:
-    """Make the clinics in `zone`, so many doctors with a daily maximum of 1,000, and so many patients."""
+    """Create the clinics in `zone`, `doctors` doctors with a daily maximum of 1,000, and `patients` patients."""
     connection.execute(MAKE_ID)
     connection.execute(
         "insert into clinic (id, name, time_zone)"
@@ -60,7 +60,9 @@ def found(connection: psycopg.Connection, zone: str, doctors: int, patients: int
 
 
 def history(connection: psycopg.Connection, rows: int, doctors: int, patients: int, before: date) -> None:
-    """So many completed visits, ten a doctor-day, on the days before `before`: indexes of a realistic depth."""
+    """Insert `rows` completed visits, ten per doctor-day, on the days before `before`, so that indexes have a usual
+    depth.
+    """
     connection.execute(
         "insert into appointment (patient_id, doctor_id, clinic_id, date, number, state, ticket, queue_state,"
         " line_order, check_in_time)"
@@ -79,9 +81,10 @@ def history(connection: psycopg.Connection, rows: int, doctors: int, patients: i
 def booked(
     connection: psycopg.Connection, kind: int, rows: int, doctors: int, on: date, *, checked_in: bool = False
 ) -> None:
-    """So many appointments of a kind, dealt to the doctors on one day, and the doctor-days' counters.
+    """Insert `rows` appointments of a kind on one day, shared out among the doctors, and the counters of the
+    doctor-days.
 
-    The patient has the appointment's number.
+    The n-th appointment is the n-th patient's.
     """
     line = "'CHECKED_IN', i / %(doctors)s + 1, 'WAITING', (i / %(doctors)s + 1) << 32, now()"
     connection.execute(
@@ -104,7 +107,7 @@ def booked(
         " group by doctor_id, date",
         (2 if checked_in else 1, on),
     )
-    # The latest change of each, by which a watcher's next one is known to follow.
+    # The latest event of each doctor-day; it proves that a watcher's next change follows.
     connection.execute(
         "insert into event (doctor_id, date, revision, kind, create_time)"
         " select doctor_id, date, revision, 'UPDATED', update_time from doctor_day where date = %s",
@@ -113,7 +116,7 @@ def booked(
 
 
 def slots(connection: psycopg.Connection, rows: int, doctors: int, on: date, zone: str) -> None:
-    """So many slots of one place, twenty minutes each, dealt to the doctors from 08:00 of one day on.
+    """Insert `rows` slots of twenty minutes with one place each, from 08:00 of one day, shared out among the doctors.
 
     A doctor has at most 48 of them.
     """
@@ -132,7 +135,7 @@ def slots(connection: psycopg.Connection, rows: int, doctors: int, on: date, zon
 
 
 def settle(conninfo: str) -> None:
-    """Let statistics, visibility and dirty pages be dealt with now, and not during a measurement."""
+    """Vacuum, analyze and write dirty pages now, so that this does not happen during a measurement."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
         connection.execute("vacuum analyze")
         connection.execute("checkpoint")

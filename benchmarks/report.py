@@ -1,4 +1,4 @@
-"""What the measuring commands share: parts that run one after another on a stage, their tables, and the JSON file."""
+"""Shared by the measuring commands: parts that run one after another on a stage, their tables, and the JSON file."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a command: how it is run, shown, and what in it went wrong, in words; a bad number is not wrong."""
+    """One part of a command: its run, its tables, and its failures as sentences. A poor figure is not a failure."""
 
     run: Callable[[Stage, argparse.Namespace, Progress], dict[str, Any]]
     show: Callable[[Console, dict[str, Any]], None]
@@ -31,13 +31,13 @@ class Part:
 
 
 def main(parser: argparse.ArgumentParser, parts: dict[str, Part], json_file: str) -> int:
-    """Run the parts that are asked for, print their tables, write the JSON; the exit status is 1 when a call failed."""
-    parser.add_argument("--only", default=",".join(parts), help=f"parts to run, of {','.join(parts)}")
-    parser.add_argument("--json", type=Path, default=Path(json_file), help="where the numbers go")
+    """Run the chosen parts, print their tables and write the JSON. The exit status is 1 if a call failed."""
+    parser.add_argument("--only", default=",".join(parts), help=f"the parts to run, of {','.join(parts)}")
+    parser.add_argument("--json", type=Path, default=Path(json_file), help="the file for the numbers")
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
     if unknown := set(wanted) - set(parts):
-        parser.error(f"--only: no such part: {', '.join(sorted(unknown))}")
+        parser.error(f"--only: unknown part: {', '.join(sorted(unknown))}")
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     started = time.perf_counter()
@@ -63,7 +63,7 @@ def main(parser: argparse.ArgumentParser, parts: dict[str, Part], json_file: str
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table whose first column is text and whose others are numbers."""
+    """An empty table. Its first column is text, the others are numbers."""
     made = Table(title=title, title_justify="left")
     for n, column in enumerate(columns):
         made.add_column(column, justify="right" if n else "left")

