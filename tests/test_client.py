@@ -3,13 +3,15 @@
 import asyncio
 import json
 import pickle
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from datetime import date
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import grpc
 import grpc_testing
@@ -19,7 +21,6 @@ from google.protobuf.any_pb2 import Any as Packed
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, patient_pb2, queue_pb2
-from frontdesk import client as client_module
 from frontdesk.client import (
     CHANNEL_OPTIONS,
     SERVICE_CONFIG,
@@ -29,11 +30,14 @@ from frontdesk.client import (
     SyncFrontdeskClient,
     Update,
 )
+from frontdesk.client import watch as watch_state
+from frontdesk.client.stubs import Stubs
 from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, today
 from tests.waiting import until
 
+PROTOS = Path(__file__).parents[1] / "protos" / "clinic" / "frontdesk" / "v1"
 UNKNOWN = "00000000-0000-7000-8000-000000000000"
 SERVICES = [
     module.DESCRIPTOR.services_by_name[name]
@@ -228,17 +232,40 @@ def test_the_service_config_covers_every_service() -> None:
     """The JSON that ships names every service, keeps gRPC's limits and leaves WatchQueue to its resume token."""
     config = json.loads(SERVICE_CONFIG)
     retried, watch = config["methodConfig"]
-    named = {name["service"] for name in retried["name"]}
-    ours = {
-        service.full_name
-        for module in (appointment_pb2, clinic_pb2, doctor_pb2, patient_pb2, queue_pb2)
-        for service in module.DESCRIPTOR.services_by_name.values()
-    }
-    assert named == {*ours, "clinic.frontdesk.v1.SlotService"}
+    assert {name["service"] for name in retried["name"]} == services_of_the_protos()
     assert retried["retryPolicy"]["maxAttempts"] <= 5
     assert set(retried["retryPolicy"]["retryableStatusCodes"]) == {"UNAVAILABLE", "ABORTED", "CANCELLED"}
     assert watch == {"name": [{"service": "clinic.frontdesk.v1.QueueService", "method": "WatchQueue"}]}
     assert dict(CHANNEL_OPTIONS)["grpc.service_config"] == SERVICE_CONFIG
+
+
+class Recorder:
+    """A channel that notes the methods it is asked for."""
+
+    def __init__(self) -> None:
+        self.methods: list[str] = []
+
+    def unary_unary(self, method: str, *args: Any, **kwargs: Any) -> None:
+        self.methods.append(method)
+
+    unary_stream = unary_unary
+
+
+def services_of_the_protos() -> set[str]:
+    """The full names of all services."""
+    found = (re.findall(r"^service (\w+)", path.read_text(), re.MULTILINE) for path in PROTOS.glob("*.proto"))
+    return {f"clinic.frontdesk.v1.{name}" for names in found for name in names}
+
+
+def test_the_clients_offer_every_service() -> None:
+    """Each service of the protos is an attribute of both clients."""
+    recorder = Recorder()
+    desk = SyncFrontdeskClient(cast(grpc.Channel, recorder))
+    for name in vars(Stubs):
+        if not name.startswith("_"):
+            getattr(desk, name)
+    assert {method.split("/")[1] for method in recorder.methods} == services_of_the_protos()
+    assert issubclass(FrontdeskClient, Stubs)
 
 
 @pytest.mark.parametrize("caller", ["", "x" * 65, "recepção", "a\nb"])
@@ -487,7 +514,7 @@ async def test_any_interruption_is_resumed(code: grpc.StatusCode) -> None:
 
 async def test_a_silent_stream_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream without heartbeats is left and another one opened."""
-    monkeypatch.setattr(client_module, "_SILENT_INTERVALS", 0.01)
+    monkeypatch.setattr(watch_state, "SILENT_INTERVALS", 0.01)
     script = Script(silent(update(5, 0)), silent(update(6, 5)))
     lives: list[bool] = []
     assert len(await followed(script, 2, heartbeat=5, on_connection=lives.append)) == 2
@@ -652,7 +679,7 @@ async def test_sync_watch_of_a_real_server(front: Front) -> None:
 
 async def test_sync_silence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A silent stream is left by the synchronous watch too, and its helper threads end with it."""
-    monkeypatch.setattr(client_module, "_SILENT_INTERVALS", 0.01)
+    monkeypatch.setattr(watch_state, "SILENT_INTERVALS", 0.01)
     script = Script(silent(update(5, 0)), silent(update(6, 5)))
 
     def follow(port: int) -> list[int]:

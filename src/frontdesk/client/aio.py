@@ -1,0 +1,161 @@
+"""The client for asyncio."""
+
+import asyncio
+import datetime
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import aclosing, suppress
+from types import TracebackType
+from typing import Any, Self, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from clinic.frontdesk.v1 import queue_pb2
+from frontdesk.client.channel import aio_channel
+from frontdesk.client.defaults import DEFAULT_TIMEOUT, CallDefaults
+from frontdesk.client.errors import FrontdeskError
+from frontdesk.client.stubs import Stubs
+from frontdesk.client.watch import DEFAULT_HEARTBEAT_SECONDS, OnConnection, RevisionGap, Update, Watch
+
+
+class FrontdeskClient(Stubs[grpc.aio.Channel]):
+    """The service, for asyncio. Create it inside the running loop; close it, or use it as a context manager.
+
+    `target` is HOST:PORT or another gRPC target, or a channel of your own, which stays yours to close and to configure
+    (`CHANNEL_OPTIONS`). Without `credentials` the connection is in plain text. `caller` is the name under which this
+    program is logged and its idempotency keys are kept (1 to 64 printable ASCII characters, else ValueError).
+    `timeout` is in seconds, for each unary call that is given none; None leaves it to the server (10 s an attempt).
+
+    Unary calls raise FrontdeskError. The stubs' own WatchQueue is gRPC's; use `watch_queue` instead.
+    """
+
+    def __init__(
+        self,
+        target: str | grpc.aio.Channel,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        caller: str | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+    ) -> None:
+        defaults = CallDefaults(caller, timeout)
+        self._owned: grpc.aio.Channel | None = None
+        self._closed = asyncio.Event()
+        if isinstance(target, str):
+            target = self._owned = aio_channel(target, credentials)
+        super().__init__(cast(grpc.aio.Channel, _Channel(target, defaults)))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the channel, unless it is yours; running calls are cancelled."""
+        self._closed.set()
+        if self._owned is not None:
+            await self._owned.close()
+
+    async def watch_queue(
+        self,
+        doctor_id: str,
+        date: datetime.date | None = None,
+        *,
+        heartbeat: float = DEFAULT_HEARTBEAT_SECONDS,
+        on_connection: OnConnection | None = None,
+    ) -> AsyncGenerator[queue_pb2.Queue, None]:
+        """Yield the queue now and after every change: `watch_updates` without the changes."""
+        watch = self.watch_updates(doctor_id, date, heartbeat=heartbeat, on_connection=on_connection)
+        async with aclosing(watch) as updates:
+            async for update in updates:
+                yield update.queue
+
+    async def watch_updates(
+        self,
+        doctor_id: str,
+        date: datetime.date | None = None,
+        *,
+        heartbeat: float = DEFAULT_HEARTBEAT_SECONDS,
+        resume_token: str = "",
+        on_connection: OnConnection | None = None,
+    ) -> AsyncGenerator[Update, None]:
+        """Yield the queue and its changes, for as long as you ask.
+
+        After any interruption the watch goes on from where it was, and yields nothing if nothing happened. A reader
+        that is slower than the clinic gets fewer updates, with more changes each. `date` is the clinic's; default: the
+        clinic's today, which stays the watched date after midnight. `heartbeat` is the seconds of silence after which
+        the service shows that it is alive (5 to 60, others are clamped); after three of them without a message the
+        stream is opened anew. `resume_token` goes on from an earlier Update.
+
+        Raises FrontdeskError if another stream would end in the same way: NOT_FOUND, INVALID_ARGUMENT, UNIMPLEMENTED,
+        UNAUTHENTICATED, PERMISSION_DENIED. Ends when the client is closed. To leave a loop early use
+        `contextlib.aclosing`, which ends the stream at once.
+        """
+        watch = Watch(doctor_id, date, heartbeat, resume_token, on_connection)
+        while not self._closed.is_set():
+            call = self.queues.WatchQueue(watch.request())
+            error: Exception | None = None
+            try:
+                while True:
+                    try:
+                        async with asyncio.timeout(watch.longest_silence):
+                            message = await call.read()
+                        if not isinstance(message, queue_pb2.WatchQueueResponse):
+                            break
+                        update = watch.take(message)
+                    except (grpc.RpcError, TimeoutError, RevisionGap) as ended:
+                        error = ended
+                        break
+                    if update is not None:
+                        yield update
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                # Closing the channel looks like this too.
+                if self._closed.is_set() and task is not None and not task.cancelling():
+                    return
+                raise
+            finally:
+                call.cancel()
+            if self._closed.is_set():
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(watch.pause(error)):
+                    await self._closed.wait()
+
+
+class _Channel:
+    """A channel whose calls have the defaults."""
+
+    def __init__(self, channel: grpc.aio.Channel, defaults: CallDefaults) -> None:
+        self._channel: Any = channel
+        self._defaults = defaults
+
+    def unary_unary(self, *args: Any, **kwargs: Any) -> Callable[..., "_Call"]:
+        method = self._channel.unary_unary(*args, **kwargs)
+
+        def call(request: Message, **options: Any) -> _Call:
+            return _Call(method(self._defaults.request(request), **self._defaults.options(options, unary=True)))
+
+        return call
+
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        method = self._channel.unary_stream(*args, **kwargs)
+        return lambda request, **options: method(request, **self._defaults.options(options, unary=False))
+
+
+class _Call(Awaitable[Any]):
+    """gRPC's call, with our error."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        try:
+            return (yield from self._call.__await__())
+        except grpc.RpcError as error:
+            raise FrontdeskError.of(error) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)

@@ -1,0 +1,174 @@
+"""The client for synchronous callers."""
+
+import datetime
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from clinic.frontdesk.v1 import queue_pb2
+from frontdesk.client.channel import sync_channel
+from frontdesk.client.defaults import DEFAULT_TIMEOUT, CallDefaults
+from frontdesk.client.errors import FrontdeskError
+from frontdesk.client.stubs import Stubs
+from frontdesk.client.watch import DEFAULT_HEARTBEAT_SECONDS, OnConnection, RevisionGap, Update, Watch
+
+R = TypeVar("R")
+
+
+class SyncFrontdeskClient(Stubs[grpc.Channel]):
+    """The service, for synchronous callers; threads may share it. Like `FrontdeskClient` in everything else.
+
+    A call's `future` raises gRPC's own errors; `FrontdeskError.of` reads them.
+    """
+
+    def __init__(
+        self,
+        target: str | grpc.Channel,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        caller: str | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+    ) -> None:
+        defaults = CallDefaults(caller, timeout)
+        self._owned: grpc.Channel | None = None
+        self._closed = threading.Event()
+        if isinstance(target, str):
+            target = self._owned = sync_channel(target, credentials)
+        super().__init__(cast(grpc.Channel, _Channel(target, defaults)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the channel, unless it is yours; running calls are cancelled."""
+        self._closed.set()
+        if self._owned is not None:
+            self._owned.close()
+
+    def watch_queue(
+        self,
+        doctor_id: str,
+        date: datetime.date | None = None,
+        *,
+        heartbeat: float = DEFAULT_HEARTBEAT_SECONDS,
+        on_connection: OnConnection | None = None,
+    ) -> Generator[queue_pb2.Queue, None, None]:
+        """Yield the queue now and after every change: `watch_updates` without the changes."""
+        watch = self.watch_updates(doctor_id, date, heartbeat=heartbeat, on_connection=on_connection)
+        with closing(watch) as updates:
+            for update in updates:
+                yield update.queue
+
+    def watch_updates(
+        self,
+        doctor_id: str,
+        date: datetime.date | None = None,
+        *,
+        heartbeat: float = DEFAULT_HEARTBEAT_SECONDS,
+        resume_token: str = "",
+        on_connection: OnConnection | None = None,
+    ) -> Generator[Update, None, None]:
+        """Yield the queue and its changes; see `FrontdeskClient.watch_updates`.
+
+        Closing the generator ends the stream. Another thread ends the wait for the next update by closing the client.
+        """
+        watch = Watch(doctor_id, date, heartbeat, resume_token, on_connection)
+        while not self._closed.is_set():
+            call = self.queues.WatchQueue(watch.request())
+            error: Exception | None = None
+            silence = _SilenceTimeout(watch.longest_silence, call.cancel)
+            try:
+                while True:
+                    try:
+                        with silence:
+                            message = next(call, None)
+                        if message is None:
+                            break
+                        update = watch.take(message)
+                    except (grpc.RpcError, RevisionGap) as ended:
+                        error = ended
+                        break
+                    if update is not None:
+                        yield update
+            finally:
+                call.cancel()
+                silence.end()
+            if self._closed.is_set():
+                return
+            self._closed.wait(watch.pause(error))
+
+
+class _SilenceTimeout:
+    """Cancels a stream that is silent while somebody waits for it; synchronous reads have no time limit."""
+
+    def __init__(self, seconds: float, cancel: Callable[[], object]) -> None:
+        self._seconds = seconds
+        self._cancel = cancel
+        self._since: float | None = None
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="frontdesk-watch", daemon=True).start()
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._since = None
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        wait = self._seconds
+        while not self._ended.wait(wait):
+            since = self._since
+            wait = self._seconds if since is None else since + self._seconds - time.monotonic()
+            if wait <= 0:
+                self._cancel()
+                return
+
+
+class _Channel:
+    """A channel whose calls have the defaults."""
+
+    def __init__(self, channel: grpc.Channel, defaults: CallDefaults) -> None:
+        self._channel: Any = channel
+        self._defaults = defaults
+
+    def unary_unary(self, *args: Any, **kwargs: Any) -> "_Method":
+        return _Method(self._channel.unary_unary(*args, **kwargs), self._defaults)
+
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        method = self._channel.unary_stream(*args, **kwargs)
+        return lambda request, **options: method(request, **self._defaults.options(options, unary=False))
+
+
+class _Method:
+    """gRPC's method, with the defaults and our error."""
+
+    def __init__(self, method: Any, defaults: CallDefaults) -> None:
+        self._method = method
+        self._defaults = defaults
+
+    def __call__(self, request: Message, **options: Any) -> Any:
+        return self._raising(self._method, request, options)
+
+    def with_call(self, request: Message, **options: Any) -> Any:
+        return self._raising(self._method.with_call, request, options)
+
+    def future(self, request: Message, **options: Any) -> Any:
+        return self._method.future(self._defaults.request(request), **self._defaults.options(options, unary=True))
+
+    def _raising(self, method: Callable[..., R], request: Message, options: dict[str, Any]) -> R:
+        try:
+            return method(self._defaults.request(request), **self._defaults.options(options, unary=True))
+        except grpc.RpcError as error:
+            raise FrontdeskError.of(error) from error

@@ -1,0 +1,153 @@
+"""The state of a watch: what the watcher knows and when it tries again. Pure: the clients do the talking."""
+
+import datetime
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+from google.type.date_pb2 import Date
+
+from clinic.frontdesk.v1 import queue_pb2
+from frontdesk.client.errors import FrontdeskError
+
+HEARTBEAT_SECONDS = (5.0, 60.0)
+"""The range of heartbeat intervals; a watch that asks for less or more gets the nearest."""
+DEFAULT_HEARTBEAT_SECONDS = 15.0
+STREAM_AGE_SECONDS = (20 * 60.0, 30 * 60.0)
+"""The age at which a server ends a stream."""
+WRITE_SECONDS = 30.0
+"""A server ends a stream whose write was blocked for so long."""
+
+SILENT_INTERVALS = 3.0
+"""A stream without a message for more heartbeat intervals than these is dead."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+"""Seconds between two streams, unless the service says otherwise."""
+LONGEST_PUSHBACK = 60.0
+"""Seconds for which a closing message is obeyed at most."""
+
+_FINAL = {
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One update of a watch: the whole queue, and the changes that led to it."""
+
+    queue: queue_pb2.Queue
+    """The queue at its revision."""
+    changes: tuple[queue_pb2.QueueChange, ...]
+    """Every change after `previous_revision` up to the queue's revision, none missing; none on a fresh start."""
+    previous_revision: int
+    """The revision of the update before this one; 0 on a fresh start."""
+    resume_token: str
+    """Lets another watch of the same queue go on after this update."""
+
+    @property
+    def fresh(self) -> bool:
+        """Whether this is a fresh start, which does not tell what happened before it. True of the first update.
+
+        Later only if the service could not go on: after a restore of its database, or too long an interruption.
+        """
+        return self.previous_revision == 0
+
+
+OnConnection = Callable[[bool], None]
+"""Called with True when a stream has begun, and with False when it has ended and another will be opened."""
+
+
+class RevisionGap(Exception):
+    """The service went on from another revision than the one that the watcher knows."""
+
+
+class Watch:
+    """One watcher of one queue, over as many streams as it takes."""
+
+    def __init__(
+        self,
+        doctor_id: str,
+        date: datetime.date | None,
+        heartbeat: float,
+        resume_token: str,
+        on_connection: OnConnection | None,
+    ) -> None:
+        self._request = queue_pb2.WatchQueueRequest(doctor_id=doctor_id)
+        if date is not None:
+            self._request.date.CopyFrom(Date(year=date.year, month=date.month, day=date.day))
+        heartbeat = min(max(heartbeat, HEARTBEAT_SECONDS[0]), HEARTBEAT_SECONDS[1])
+        self._request.heartbeat_interval.FromMilliseconds(round(heartbeat * 1000))
+        self.longest_silence = SILENT_INTERVALS * heartbeat
+        """Seconds without a message after which a stream is dead."""
+        self._token = resume_token
+        self._revision: int | None = None
+        self._pushback: float | None = None
+        self._longest_pause = 0.0
+        self._opened_at = 0.0
+        self._live = False
+        self._on_connection = on_connection or (lambda live: None)
+
+    def request(self) -> queue_pb2.WatchQueueRequest:
+        """The request that opens the next stream."""
+        self._opened_at = time.monotonic()
+        request = queue_pb2.WatchQueueRequest()
+        request.CopyFrom(self._request)
+        request.resume_token = self._token
+        return request
+
+    def take(self, message: queue_pb2.WatchQueueResponse) -> Update | None:
+        """Learn from a message; the update to yield, if it has one. Raises RevisionGap."""
+        update = None
+        if message.HasField("closing"):
+            self._pushback = min(message.closing.reconnect_delay.ToNanoseconds() / 1e9, LONGEST_PUSHBACK)
+        elif message.HasField("update"):
+            previous = message.previous_revision
+            told = [change.revision for change in message.update.changes]
+            if previous and (
+                self._revision not in (None, previous) or told != [*range(previous + 1, message.revision + 1)]
+            ):
+                raise RevisionGap
+            changes = tuple(message.update.changes)
+            update = Update(message.update.queue, changes, previous, message.resume_token)
+        elif self._revision not in (None, message.revision):
+            raise RevisionGap
+        self._revision = message.revision
+        self._token = message.resume_token or self._token
+        if not self._live:
+            self._live = True
+            self._on_connection(True)
+        return update
+
+    def pause(self, error: Exception | None) -> float:
+        """Seconds to wait after a stream that ended, in `error` or well. Raises FrontdeskError for a final error."""
+        if self._live:
+            self._live = False
+            self._on_connection(False)
+        if isinstance(error, RevisionGap):
+            # Our own server never does this. The missing changes cannot be had, so the watcher gets a fresh start.
+            self._start_afresh()
+        if self._pushback is not None:
+            seconds, self._pushback, self._longest_pause = self._pushback, None, 0.0
+            return seconds
+        pushback = 0.0
+        if isinstance(error, grpc.RpcError):
+            failure = FrontdeskError.of(error)
+            if failure.code in _FINAL:
+                if failure.code is not grpc.StatusCode.INVALID_ARGUMENT or self._revision is None:
+                    raise failure from error
+                # The request was accepted before, so it is the token that is wrong: another release may have made it.
+                self._start_afresh()
+            pushback = failure.retry_after or 0.0
+        if time.monotonic() - self._opened_at > self._longest_pause:
+            # The stream lasted longer than the pause before it, so pauses begin with the shortest again.
+            self._longest_pause = 0.0
+        self._longest_pause = min(max(2 * self._longest_pause, FIRST_PAUSE), LONGEST_PAUSE)
+        return max(random.uniform(self._longest_pause / 2, self._longest_pause), pushback)
+
+    def _start_afresh(self) -> None:
+        self._token, self._revision = "", None
