@@ -16,8 +16,7 @@ import pytest
 from clinic.frontdesk.v1 import appointment_pb2, queue_pb2
 from frontdesk.client import FrontdeskError
 from frontdesk.rpc.services import queue as queues
-from frontdesk.tools import conformance
-from frontdesk.tools.conformance import CHECKS, Result, conform
+from frontdesk.tools.conformance import CHECKS, Result, checks, conform
 from tests.clinic import Front
 
 Message = queue_pb2.WatchQueueResponse
@@ -49,18 +48,18 @@ def verdicts(found: dict[str, Result], verdict: str) -> set[str]:
 async def test_our_server_conforms(front: Front) -> None:
     """Every check passes, and those are skipped that cannot be made or take longer than anybody waits."""
     found = await results(front.port)
-    assert {name: result.said for name, result in found.items() if result.verdict == "FAIL"} == {}
+    assert {name: result.detail for name, result in found.items() if result.verdict == "FAIL"} == {}
     assert verdicts(found, "SKIPPED") == IMPOSSIBLE | SLOW
     assert list(found) == list(CHECKS)
 
 
 async def timed(judge: Callable[[str], Awaitable[Result]], monkeypatch: pytest.MonkeyPatch) -> list[Result]:
     """Judge the checks of what a server times, where it and the suite agree on shorter times than the contract's."""
-    for place in (queues, conformance):
+    for place in (queues, checks):
         monkeypatch.setattr(place, "WRITE_SECONDS", 1.0)
     found = await asyncio.gather(judge("shortest-heartbeat"), judge("blocked-reader"))
     monkeypatch.setattr(queues, "MAX_AGE_SECONDS", (1.0, 2.0))
-    monkeypatch.setattr(conformance, "STREAM_AGE", (1.0, 2.0))
+    monkeypatch.setattr(checks, "STREAM_AGE_SECONDS", (1.0, 2.0))
     return [*found, await judge("stream-age")]
 
 
@@ -71,7 +70,7 @@ async def test_what_is_timed(front: Front, monkeypatch: pytest.MonkeyPatch) -> N
         return (await results(front.port, [name], patience=11))[name]
 
     found = await timed(judge, monkeypatch)
-    assert [(result.verdict, result.said) for result in found] == [("PASS", "")] * 3
+    assert [(result.verdict, result.detail) for result in found] == [("PASS", "")] * 3
 
 
 async def test_nobody_there(unused_tcp_port: int) -> None:
@@ -452,7 +451,7 @@ async def test_the_proxy_alone_spoils_nothing(front: Front) -> None:
     """A proxy without a fault conforms, so what fails below fails for the fault."""
     async with spoiling(front, ({}, {}, faithful, set())) as port:
         found = await results(port)
-    assert {name: result.said for name, result in found.items() if result.verdict == "FAIL"} == {}
+    assert {name: result.detail for name, result in found.items() if result.verdict == "FAIL"} == {}
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
@@ -460,7 +459,7 @@ async def test_a_fault_is_seen(front: Front, fault: Fault) -> None:
     """Each fault fails the checks of what it breaks."""
     async with spoiling(front, fault) as port:
         found = await results(port, sorted(fault[3]), patience=1)
-    assert verdicts(found, "FAIL") == fault[3], {name: result.said for name, result in found.items()}
+    assert verdicts(found, "FAIL") == fault[3], {name: result.detail for name, result in found.items()}
 
 
 async def test_a_fault_of_what_is_timed_is_seen(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
