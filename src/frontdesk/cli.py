@@ -251,7 +251,7 @@ def maintain(database_url: _DatabaseUrl = None) -> None:
 
 @app.command()
 def demo(target: _Target = None) -> None:
-    """Fill a running service with a small clinic and its today; run again it adds nothing."""
+    """Fill a running service with a small clinic and its day; a second run adds nothing."""
     import datetime
 
     from rich.console import Console
@@ -267,7 +267,7 @@ def demo(target: _Target = None) -> None:
     for day in days:
         here, expected = str(len(day.queue.entries)), str(day.queue.expected_count)
         table.add_row(day.doctor.code, day.doctor.id, day.doctor.display_name, here, expected)
-    # Not narrower than this, because the ids are there to be copied.
+    # Not narrower than this, so that the ids can be copied.
     Console(width=max(Console().width, 90)).print(table)
     for day in days:
         if day.slots_on is not None:
@@ -276,11 +276,11 @@ def demo(target: _Target = None) -> None:
 
 @app.command()
 def watch(
-    doctor: Annotated[str, typer.Option(metavar="ID|CODE", help="Whose queue.")],
+    doctor: Annotated[str, typer.Option(metavar="ID|CODE", help="The doctor of the queue.")],
     target: _Target = None,
     date: Annotated[str | None, typer.Option(metavar="YYYY-MM-DD", help="Default: the clinic's today.")] = None,
 ) -> int:
-    """Show a doctor's queue live; where the output is no terminal, a line of text for each update."""
+    """Show a doctor's queue live; a line of text for each update if the output is not a terminal."""
     import asyncio
     import datetime
 
@@ -295,7 +295,7 @@ def watch(
         with _refusals(target):
             asyncio.run(_watch(target, doctor, day))
     except (KeyboardInterrupt, BrokenPipeError):
-        # The one way to end a watch, and `| head`.
+        # Ctrl-C is the usual end of a watch; a closed pipe is that of `| head`.
         _discard_output()
     return 0
 
@@ -317,12 +317,12 @@ async def _watch(target: str, doctor: str, day: "datetime.date | None") -> None:
 def conformance(
     target: Annotated[
         str,
-        typer.Option(metavar="HOST:PORT", help="The service; it keeps the clinic and the people that are made in it."),
+        typer.Option(metavar="HOST:PORT", help="The service; the clinic and the people that this creates stay there."),
     ],
-    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="This check alone; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this check; may be repeated.")] = None,
     patience: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for a message.")] = 5.0,
 ) -> int:
-    """Hold a service against the contract of WatchQueue, through its API alone; status 0 where no check fails."""
+    """Check a service against the contract of WatchQueue, through its API alone; status 0 if no check fails."""
     import asyncio
 
     from frontdesk.tools.conformance import CHECKS
@@ -343,12 +343,12 @@ async def _conform(target: str, only: list[str], patience: float) -> int:
 
     console = Console()
     results = []
-    # Shown on a terminal alone.
+    # rich shows it on a terminal only.
     with console.status("checking") as status:
         async for result in conform(target, credentials=_credentials(), only=only, patience=patience):
             results.append(result)
             status.update(f"{result.check.name}: {result.verdict}")
-    # Not narrower than this, because there are names to be copied.
+    # Not narrower than this, so that the names can be copied.
     Console(width=max(console.width, 120)).print(report(results))
     return 1 if any(result.verdict == "FAIL" for result in results) else 0
 

@@ -1,4 +1,4 @@
-"""The waiting room's board in a terminal, and a line of text for each update where nothing is drawn."""
+"""The waiting room's board in a terminal, or a line of text for each update if the output is not a terminal."""
 
 import datetime
 import time
@@ -27,7 +27,7 @@ _STYLES = {
     _State.STATE_PARKED: "dim",
     _State.STATE_MISSED: "dim red",
 }
-# Who is called has to see it first.
+# Called patients come first: they have to notice it.
 _ORDER = [
     _State.STATE_CALLED,
     _State.STATE_IN_CONSULTATION,
@@ -42,9 +42,9 @@ class UnknownDoctor(Exception):
 
 
 async def follow(client: FrontdeskClient, wanted: str, day: datetime.date | None, console: Console) -> None:
-    """Show the queue of the doctor with this id or code until cancelled, of `day` or the clinic's today.
+    """Show the queue of the doctor with this id or code on `day` or the clinic's today, until cancelled.
 
-    Drawn where the console is a terminal, else a line for each update. Raises UnknownDoctor, FrontdeskError.
+    A board if the console is a terminal, else a line for each update. Raises UnknownDoctor, FrontdeskError.
     """
     doctor = await _find(client, wanted)
     board = Board(doctor.display_name)
@@ -74,17 +74,17 @@ async def _find(client: FrontdeskClient, wanted: str) -> doctor_pb2.Doctor:
 
 
 class Board:
-    """What is on the board; rich draws it anew whenever it is asked to, with the waiting times of that moment."""
+    """The contents of the board; each time rich draws it, with the waiting times of that moment."""
 
     def __init__(self, doctor_name: str) -> None:
         self._doctor_name = doctor_name
         self.queue: queue_pb2.Queue | None = None
-        """The queue that was heard of last."""
+        """The latest queue; None before the first."""
         self.connected = False
-        """Whether what is shown is live."""
+        """Whether the queue is live."""
 
     def connection(self, lives: bool) -> None:
-        """Say whether what is shown is live."""
+        """Note whether the queue is live."""
         self.connected = lives
 
     def __rich__(self) -> RenderableType:
@@ -103,7 +103,7 @@ class Board:
         table.add_column("Room")
         table.add_column("Wait", justify="right")
         for entry in in_order(queue):
-            # As text: a name is no markup.
+            # As text, because a name is not markup.
             table.add_row(
                 str(entry.ticket),
                 Text(entry.patient_name),
@@ -139,7 +139,7 @@ def day(queue: queue_pb2.Queue) -> str:
 
 def in_order(queue: queue_pb2.Queue) -> list[queue_pb2.QueueEntry]:
     """The entries as the board lists them: called, in consultation, waiting in calling order, parked, missed."""
-    # Of a later release's state this knows only that it is not the first to show.
+    # States of a later release are unknown here and come last.
     return sorted(queue.entries, key=lambda one: _ORDER.index(one.state) if one.state in _ORDER else len(_ORDER))
 
 

@@ -1,6 +1,6 @@
 """A small clinic to look at: fills the service through its own API.
 
-Run twice it adds nothing: records are found again, and every step has an idempotency key that holds for its date.
+A second run adds nothing: it finds the records again, and every step has an idempotency key for its date.
 """
 
 import datetime
@@ -48,7 +48,7 @@ _PATIENTS = (
 
 @dataclass(frozen=True, slots=True)
 class _Day:
-    """What happens on a doctor's day that is booked by day: so many of the booked come, so many of them are called."""
+    """The plan of a doctor's day that is booked by day: who books, how many come, and who is called."""
 
     doctor: int
     patients: slice
@@ -70,19 +70,19 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class DoctorToday:
-    """One line of what the demo shows."""
+    """One row of the demo's table."""
 
     doctor: doctor_pb2.Doctor
     queue: queue_pb2.Queue
     slots_on: datetime.date | None
-    """The date of the doctor's slots, where patients are booked by slot."""
+    """The date of the doctor's slots; None if patients are booked by day."""
 
 
 def fill(client: SyncFrontdeskClient, now: datetime.datetime) -> list[DoctorToday]:
-    """Have a clinic, its doctors, their patients and a morning's work on the day of `now`; each doctor's day after it.
+    """Create a clinic, its doctors, their patients and a morning's work on the day of `now`; each doctor's day then.
 
-    What somebody else has changed meanwhile, so that a step is refused, is left as it is. Raises FrontdeskError when
-    the service cannot be reached.
+    If somebody else has changed a record so that a step is refused, it leaves the record as it is. Raises
+    FrontdeskError if the service cannot be reached.
     """
     today = now.astimezone(_ZONE).date()
     clinic_id = _clinic(client)
@@ -111,7 +111,7 @@ def _clinic(client: SyncFrontdeskClient) -> str:
         if not page.next_page_token:
             break
         request.page_token = page.next_page_token
-    # The key is for another run at the same moment.
+    # The key is for a second run at the same moment.
     create = clinic_pb2.CreateClinicRequest(clinic=_CLINIC, idempotency_key="demo/clinic")
     return client.clinics.CreateClinic(create).clinic.id
 
@@ -165,7 +165,7 @@ def _work(
 def _book_slots(
     client: SyncFrontdeskClient, doctor_id: str, patients: Sequence[str], now: datetime.datetime
 ) -> datetime.date:
-    """Book every other slot of the first day that has some, or that has time for them all; the day."""
+    """Book every other slot, of today or else of tomorrow if today has too little time left; the date."""
     day = now.astimezone(_ZONE).date()
     slots = _slots(client, doctor_id, day)
     if not slots:
@@ -195,7 +195,7 @@ def _slots(client: SyncFrontdeskClient, doctor_id: str, day: datetime.date) -> l
 def _free_times(doctor_id: str, day: datetime.date, now: datetime.datetime) -> list[slot_pb2.Slot]:
     times = []
     for minute in range(_FIRST_SLOT, _LAST_SLOT, _SLOT_LENGTH):
-        # A margin, so that none has begun when the request arrives.
+        # With a margin, so that the slot has not begun when the request arrives.
         if _moment(day, minute) > now + datetime.timedelta(minutes=5):
             slot = slot_pb2.Slot(doctor_id=doctor_id)
             slot.start_time.FromDatetime(_moment(day, minute))
