@@ -183,7 +183,7 @@ async def test_what_is_under_way(service: Service, conninfo: str, tmp_path: Path
         async with await psycopg.AsyncConnection.connect(conninfo) as other:
             # The doctor-day is busy, so the calls wait: four of this worker in the database, the others for one of its
             # connections.
-            await other.execute("select lock_doctor_day(%s, clinic_today(%s))", (doctor.id, doctor.id))
+            await other.execute("select lock_all(array[doctor_day_name(%s, clinic_today(%s))])", (doctor.id, doctor.id))
             calls = [asyncio.create_task(outcome(front.doctors.SetDoctorAvailability(request))) for _ in range(10)]
 
             def waits() -> bool:

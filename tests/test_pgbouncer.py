@@ -174,7 +174,7 @@ async def test_a_deadline_ends_the_statement(fronts: list[Front], pooled: tuple[
     (patient,) = await fronts[0].people(1)
     waiting = "select count(*) from pg_stat_activity where datname = %s and wait_event_type = 'Lock'"
     async with await psycopg.AsyncConnection.connect(fronts[0].conninfo) as other:
-        await other.execute("select lock_doctor_day(%s, %s)", (doctor.id, today()))
+        await other.execute("select lock_all(array[doctor_day_name(%s, %s)])", (doctor.id, today()))
         # As many as there are sessions, so that one left behind would be missed.
         target = appointment_pb2.DoctorDay(doctor_id=doctor.id, date=day(today()))
         request = appointment_pb2.BookAppointmentRequest(patient_id=patient.id, doctor_day=target)

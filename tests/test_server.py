@@ -152,7 +152,7 @@ async def test_drain(conninfo: str, settings: Settings) -> None:
         await watch.read()
         async with await psycopg.AsyncConnection.connect(conninfo) as other:
             # The doctor-day is busy, so the booking waits.
-            await other.execute("select lock_doctor_day(%s, clinic_today(%s))", (doctor.id, doctor.id))
+            await other.execute("select lock_all(array[doctor_day_name(%s, clinic_today(%s))])", (doctor.id, doctor.id))
             booking = asyncio.create_task(front.book(patient.id, doctor.id))
             await until(lambda: bool(front.sql("select 1 from pg_locks where locktype = 'advisory' and not granted")))
             stopping = asyncio.create_task(worker.stop())

@@ -8,8 +8,8 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from clinic.frontdesk.v1 import error_reason_pb2
-from frontdesk.db.schema import metadata
+from clinic.frontdesk.v1 import appointment_pb2, error_reason_pb2, queue_pb2
+from frontdesk.db.schema import VISIT_AND_QUEUE, metadata
 from frontdesk.errors import REFUSALS
 from frontdesk.rpc.status import code_of
 
@@ -112,6 +112,18 @@ def test_every_constraint_has_a_name(conninfo: str) -> None:
         if constraint.name
     }
     assert named - {"alembic_version_pkc"} == known
+
+
+def test_transitions_lead_to_the_allowed_states(conninfo: str) -> None:
+    """The one table of transitions and the constraint on the rows name the same states, and its verbs are RPCs."""
+    with psycopg.connect(conninfo) as connection:
+        rows = connection.execute("select verb, state, queue_states, new_state, new_queue_state from transitions()")
+        table = rows.fetchall()
+    assert {"BOOKED/"} | {f"{state}/{queue}" for *_, state, queue in table} == set(VISIT_AND_QUEUE)
+    assert {f"{state}/{queue}" for _, state, queues, *_ in table for queue in queues} <= set(VISIT_AND_QUEUE)
+    services = (appointment_pb2.DESCRIPTOR, queue_pb2.DESCRIPTOR)
+    methods = {m.name for file in services for service in file.services_by_name.values() for m in service.methods}
+    assert {verb for verb, *_ in table} <= methods
 
 
 def test_every_reason_has_a_code() -> None:

@@ -107,7 +107,7 @@ async def test_callers_that_share_a_statement(traced: Front, spans: Spans) -> No
     people = await traced.people(12)
     spans.exporter.clear()
     async with await psycopg.AsyncConnection.connect(traced.conninfo) as other:
-        await other.execute("select lock_doctor_day(%s, clinic_today(%s))", (doctor.id, doctor.id))
+        await other.execute("select lock_all(array[doctor_day_name(%s, clinic_today(%s))])", (doctor.id, doctor.id))
         bookings = [asyncio.create_task(traced.book(person.id, doctor.id)) for person in people]
         await until(lambda: bool(traced.sql("select 1 from pg_locks where locktype = 'advisory' and not granted")))
     await asyncio.gather(*bookings)

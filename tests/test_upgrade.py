@@ -48,7 +48,7 @@ def later(tmp_path: Path) -> Path:
     number = newest() + 1
     step = package / "db" / "migrations" / "versions" / f"{number:04}_next.py"
     step.write_text(STEP.format(next=number, this=newest()))
-    functions = package / "db" / "sql" / "appointments.sql"
+    functions = package / "db" / "sql" / "appointment.sql"
     insert = re.compile(r"(insert into appointment\b[^(]*\()(.*?\bvalues \()", re.DOTALL)
     text, edits = insert.subn(r"\1source, \2'later', ", functions.read_text())
     assert edits >= 1

@@ -4,6 +4,7 @@ The docstring of a refusal with a reason is the status text that callers read. T
 services, so they hold ids, dates and states, never a name or a phone.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 REFUSALS: dict[str, type["Refused"]] = {}
@@ -21,22 +22,19 @@ class Refused(Exception):
         if cls.reason:
             REFUSALS[cls.reason] = cls
 
-    def __init__(self, subject: str | None = None, detail: str | None = None) -> None:
+    def __init__(self, subject: str | None = None, details: Mapping[str, object] | None = None) -> None:
         super().__init__(self.__doc__)
         self.subject = subject
-        self.detail = detail
+        self.details = details or {}
+        """More metadata by name: dates, states, counts."""
 
     @property
     def metadata(self) -> dict[str, str]:
         """Details for programs, by name: ids, dates and states only."""
-        found = {}
+        found = {name: str(value) for name, value in self.details.items() if value is not None}
         if self.subject:
             found[f"{self.resource}_id"] = self.subject
-        if self.detail:
-            found[self.detail_name] = self.detail
         return found
-
-    detail_name: ClassVar[str] = "date"
 
 
 class InvalidField(Refused):
@@ -167,7 +165,6 @@ class InvalidTransition(Precondition):
 
     reason = "INVALID_TRANSITION"
     resource = "appointment"
-    detail_name = "state"
 
 
 class QueueEmpty(Precondition):
@@ -235,7 +232,6 @@ class SlotOverlap(AlreadyExists):
 
     reason = "SLOT_OVERLAP"
     resource = "slot"
-    detail_name = "index"
 
 
 class CodeTaken(AlreadyExists):

@@ -613,7 +613,7 @@ class Run:
         shift = mine.choice(self._now.at_work)
         doctor, date = shift.days[0]
         query = {
-            "lock-held": "select lock_doctor_day(%s, %s::date)",
+            "lock-held": "select lock_all(array[doctor_day_name(%s, %s::date)])",
             "row-held": "update doctor_day set note = note where doctor_id = %s and date = %s::date",
         }[kind]
         with suppress(psycopg.OperationalError):

@@ -59,14 +59,12 @@ def _sql(*statements: str) -> Mutation:
     return lambda admin: _run(admin, *statements)
 
 
-_NO_LOCK = _all(
-    _edited("lock_all", ("perform pg_advisory_xact_lock(v_key)", "null")),
-    _edited("lock_doctor_day", ("    perform pg_advisory_xact_lock", "    -- ")),
-)  # fmt: skip
-_ANY_ISOLATION = "current_setting('transaction_isolation') <> 'read committed'"
-_NO_ASSERTION = _all(
-    _edited("lock_all", (_ANY_ISOLATION, "false")), _edited("lock_doctor_day", (_ANY_ISOLATION, "false"))
+_NO_LOCK = _edited(
+    "lock_all",
+    ("perform pg_advisory_xact_lock(v_key)", "null"),
+    ("perform pg_advisory_xact_lock(hashtextextended(p_names[1], 0))", "null"),
 )
+_NO_ASSERTION = _edited("lock_all", ("current_setting('transaction_isolation') <> 'read committed'", "false"))
 
 CROWD = Plan(
     seconds=6, clients=24, channels=6, doctors=2, capacity=(2, 4), patients=24, faults=(), twins=0.3, haste=0.5,
@@ -87,8 +85,9 @@ class Mutant:
     tries: int = 3
 
 
-_COUNT = "v_change := count_change(v_old.doctor_id, v_old.date, (p_verb = 'CheckIn')::integer, v_now);"
-_SNAPSHOT = "v_answer.appointment := jsonb_populate_record(v_answer.appointment, v_first.snapshot);"
+_LOCKS = "perform lock_all(array(select unnest(lock_names(q)) from unnest(v_requests) q));"
+_LOOK_AGAIN = "select * into v_old from appointment where id = r.appointment;"
+_SNAPSHOT = "d.appointment := jsonb_populate_record(d.appointment, v_first.snapshot);"
 
 MUTANTS = (
     Mutant("none (the control)", replace(BROKEN_NET, seconds=8), tries=1),
@@ -100,38 +99,26 @@ MUTANTS = (
         _all(_NO_LOCK, _sql("drop index appointment_number_key", "drop index appointment_patient_day_key")),
     ),
     Mutant(
+        # Each is sent alone, so that one row is read before the lock.
         "what was read before the lock is believed",
         CROWD,
         _edited(
-            "lock_appointment",
-            ("v_date date;", "v_date date;\n    v_stale appointment;"),
-            (
-                "perform lock_doctor_day(v_doctor, v_date);",
-                "select a into v_stale from appointment a where a.id = p_appointment;\n"
-                "    perform lock_doctor_day(v_doctor, v_date);",
-            ),
-            (
-                "select a into v_answer.appointment from appointment a where a.id = p_appointment;",
-                "v_answer.appointment := v_stale;",
-            ),
+            "decide",
+            ("v_old appointment;", "v_old appointment;\n    v_stale appointment;"),
+            (_LOCKS, f"select * into v_stale from appointment where id = v_requests[1].appointment;\n    {_LOCKS}"),
+            (_LOOK_AGAIN, f"{_LOOK_AGAIN}\n            v_old := v_stale;"),
         ),
+        changed="no-batches",
     ),
     Mutant(
         # Two must meet at one visit between two days: they are given some milliseconds more for it, and each is sent
         # alone, since a batch has its locks before it reads.
         "a move during the wait for the lock goes unnoticed",
         replace(CROWD, doctors=3, moves=0.5, capacity=(4, 6)),
-        _all(
-            _edited(
-                "lock_appointment",
-                ("<> (v_doctor, v_date) then", "<> (v_doctor, v_date) and false then"),
-                ("v_answer.subject := p_appointment;\n    if", "perform pg_sleep(0.01);\n    if"),
-            ),
-            _edited(
-                "reschedule_appointment",
-                ("<> (v_read.doctor_id, v_read.date) then", "<> (v_read.doctor_id, v_read.date) and false then"),
-                ("v_now := moment();", "v_now := moment();\n    perform pg_sleep(0.01);"),
-            ),
+        _edited(
+            "decide",
+            ("<> (r.from_doctor, r.from_date) then", "<> (r.from_doctor, r.from_date) and false then"),
+            (_LOCKS, f"{_LOCKS}\n    perform pg_sleep(0.01);"),
         ),
         changed="no-batches",
     ),
@@ -155,9 +142,9 @@ MUTANTS = (
     Mutant(
         "a key is never remembered",
         BROKEN_NET,
-        _edited("remember_row", ("    insert into idempotency", "    return;\n    insert into idempotency")),
+        _edited("remember", ("    insert into idempotency", "    return;\n    insert into idempotency")),
     ),
-    Mutant("a replay tells what is, not what was", CROWD, _edited("replay", (_SNAPSHOT, ""))),
+    Mutant("a replay tells what is, not what was", CROWD, _edited("recall", (_SNAPSHOT, ""))),
     Mutant(
         "repeatable read, no assertion",
         CROWD,
@@ -183,7 +170,11 @@ MUTANTS = (
     Mutant(
         "a batch takes its locks one by one",
         replace(CROWD, doctors=4, moves=0.3, bursts=0.1, capacity=(4, 6)),
-        _edited("decide", ("if json_array_length(p_requests) > 1 then", "if false then")),
+        _edited(
+            "decide",
+            (_LOCKS, ""),
+            ("        d := null;", "        perform lock_all(lock_names(r));\n        d := null;"),
+        ),
     ),
     Mutant("no closing message", replace(CROWD, seconds=2), changed="no-closing"),
     Mutant(
@@ -191,7 +182,7 @@ MUTANTS = (
         CROWD,
         _all(
             _sql("create sequence tickets"),
-            _edited("change_visit", ("v_new.ticket := v_change.last_ticket;", "v_new.ticket := nextval('tickets');")),
+            _edited("record_change", ("then d.last_ticket else", "then nextval('tickets') else")),
         ),
     ),
     Mutant(
@@ -200,26 +191,34 @@ MUTANTS = (
         _edited(
             "change_visit",
             (
-                _COUNT,
-                "if p_verb = 'Park' then select d.revision, d.last_ticket into v_change from doctor_day d"
-                f" where d.doctor_id = v_old.doctor_id and d.date = v_old.date;\n    else {_COUNT} end if;",
+                "v_change := record_change(",
+                "if r.verb = 'ParkPatient' then\n        select x.revision, p_old.ticket as ticket into v_change"
+                " from doctor_day x where x.doctor_id = p_old.doctor_id and x.date = p_old.date;\n"
+                "    else v_change := record_change(",
             ),
-            ("perform append_event(", "if p_verb <> 'Park' then perform append_event("),
-            ("v_new.queue_state is not null, v_now);", "v_new.queue_state is not null, v_now); end if;"),
+            (
+                "v_new.queue_state is not null then v_new end, v_now);",
+                "v_new.queue_state is not null then v_new end, v_now); end if;",
+            ),
         ),
     ),
     Mutant(
         "a move leaves no event behind",
         CROWD,
-        _edited("reschedule_appointment", ("perform append_event(v_old,", "perform 1; --")),
+        _edited(
+            "record_change",
+            ("    insert into event (", "    if p_kind = 'MOVED_OUT' then return; end if;\n    insert into event ("),
+        ),
     ),
     Mutant(
-        "CallNext takes the last", LONG_LINE, _edited("call_next", ("order by line_order", "order by line_order desc"))
+        "CallNext takes the last",
+        LONG_LINE,
+        _edited("call_next", ("order by a.queued_revision", "order by a.queued_revision desc")),
     ),
     Mutant(
         "the missed return to their old place",
         LONG_LINE,
-        _edited("change_visit", ("case when v_old.queue_state = 'MISSED'", "case when false")),
+        _edited("change_visit", (" or p_old.queue_state = 'MISSED' and v_new.queue_state = 'WAITING'", "")),
     ),
 )
 

@@ -208,7 +208,7 @@ async def test_an_empty_pool(conninfo: str, settings: Settings) -> None:
     async with serving(settings, conninfo, pool_size=1) as (_, front):
         doctor, patient = await front.doctor(), await front.patient()
         async with await psycopg.AsyncConnection.connect(conninfo) as other:
-            await other.execute("select lock_doctor_day(%s, %s)", (doctor.id, tomorrow()))
+            await other.execute("select lock_all(array[doctor_day_name(%s, %s)])", (doctor.id, tomorrow()))
             stuck = asyncio.create_task(outcome(front.book(patient.id, doctor.id, tomorrow())))
             await until(lambda: waiting(front) == 1)
             errors = await asyncio.gather(*(unavailable(front) for _ in range(20)))
@@ -262,7 +262,7 @@ async def test_a_real_deadlock(front: Front) -> None:
         await other.execute("select from doctor_day where doctor_id = %s for update", (doctor.id,))
         booking = asyncio.create_task(front.book(patients[1].id, doctor.id))
         await until(lambda: waiting(front) == 1)
-        await other.execute("select lock_doctor_day(%s, %s)", (doctor.id, today()))
+        await other.execute("select lock_all(array[doctor_day_name(%s, %s)])", (doctor.id, today()))
         await other.commit()
     assert (await booking).revision == 3
     sound(front)

@@ -411,7 +411,7 @@ async def test_calls_in_flight_end_before_a_stop(conninfo: str, settings: Settin
     async with serving(settings, conninfo) as (worker, front):
         doctor, patient = await front.doctor(), await front.patient()
         async with await psycopg.AsyncConnection.connect(conninfo) as other:
-            await other.execute("select lock_doctor_day(%s, %s)", (doctor.id, today()))
+            await other.execute("select lock_all(array[doctor_day_name(%s, %s)])", (doctor.id, today()))
             booking = asyncio.create_task(outcome(front.book(patient.id, doctor.id)))
             locks = "select from pg_locks where locktype = 'advisory' and not granted"
             with psycopg.connect(conninfo, autocommit=True) as look:

@@ -235,7 +235,7 @@ async def held(front: Front) -> AsyncIterator[tuple[Front, str, str]]:
     """A doctor-day that somebody else has locked, and a patient who wants a place of it."""
     doctor, patient = await front.doctor(), await front.patient()
     async with await psycopg.AsyncConnection.connect(front.conninfo) as other:
-        await other.execute("select lock_doctor_day(%s, %s)", (doctor.id, tomorrow()))
+        await other.execute("select lock_all(array[doctor_day_name(%s, %s)])", (doctor.id, tomorrow()))
         yield front, doctor.id, patient.id
         await other.rollback()
 
@@ -380,7 +380,7 @@ async def test_admission(conninfo: str, settings: Settings) -> None:
     async with serving(settings, conninfo, max_in_flight=4) as (_, front):
         doctor, patient = await front.doctor(), await front.patient()
         async with await psycopg.AsyncConnection.connect(conninfo) as other:
-            await other.execute("select lock_doctor_day(%s, %s)", (doctor.id, tomorrow()))
+            await other.execute("select lock_all(array[doctor_day_name(%s, %s)])", (doctor.id, tomorrow()))
             stuck = [asyncio.create_task(outcome(front.book(patient.id, doctor.id, tomorrow()))) for _ in range(4)]
             await until(lambda: waiting(front) == 4)
             error = await refusal(front.clinics.GetClinic(NOBODY))

@@ -1,8 +1,8 @@
 """The clinic's rules, one file a noun. Knows nothing of gRPC."""
 
 from frontdesk.core.appointment import Appointments
-from frontdesk.core.caller import Changed
 from frontdesk.core.clinic import Clinics
+from frontdesk.core.decision import Changed
 from frontdesk.core.doctor import Doctors
 from frontdesk.core.patient import Patients
 from frontdesk.core.queue import Queues
@@ -19,4 +19,4 @@ class Core:
         self.doctors = Doctors(db, changed)
         self.slots = Slots(db)
         self.appointments = Appointments(db, changed)
-        self.queues = Queues(db)
+        self.queues = Queues(db, self.appointments)

@@ -1,7 +1,6 @@
-"""Bookings and the life of a visit. Who gets a place, and which verb goes from which state, is decided in
-`db/sql/appointments.sql`, under the doctor-day's lock; here each decision is one statement."""
+"""Bookings and the life of a visit. Each decision is one statement: `db/sql/` decides under the doctor-day's lock."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import date, datetime
 from functools import cache
@@ -9,17 +8,19 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from frontdesk.core.caller import Changed, Intent
+from frontdesk.core.caller import Caller
+from frontdesk.core.decision import Changed, asked, iso, refusal
 from frontdesk.db import schema
 from frontdesk.db.batch import Batcher
+from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, compiled
 from frontdesk.db.paging import Listing, Page, cut
-from frontdesk.errors import REFUSALS, AppointmentNotFound, InvalidField, Refused
+from frontdesk.errors import AppointmentNotFound, InvalidField, Refused
 
 
 @dataclass(frozen=True, slots=True)
 class Appointment:
-    """A booking and its visit; from `ticket` on, its place in the line."""
+    """A booking and its visit; from `ticket` on, its queue entry."""
 
     id: str
     patient_id: str
@@ -48,23 +49,10 @@ class Appointment:
     version: int
     create_time: datetime
     update_time: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """A change that was made, now or by an earlier call with the same key."""
-
-    replayed: bool
-    revision: int
-    """Of the doctor-day that the appointment is on."""
-    vacated_revision: int | None
-    """Of the doctor-day that it was on before; RescheduleAppointment alone."""
-    vacated_doctor: str | None
-    vacated_date: date | None
-    position: int
-    """1 = next; 0 where the patient is not waiting."""
-    patient_name: str
-    appointment: Appointment
+    position: int = 0
+    """1 = next; 0 if the patient is not waiting. Derived, and known after a change of the queue alone."""
+    patient_name: str = ""
+    """Known after a change of the queue alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,89 +78,111 @@ class AppointmentFilter:
     descending: bool
 
 
-_COLUMNS = tuple(field.name for field in fields(Appointment))
+_DERIVED = {"position", "patient_name"}
+_COLUMNS = tuple(field.name for field in fields(Appointment) if field.name not in _DERIVED)
 _t = schema.appointment.c
 _selected = [_t[name] for name in _COLUMNS]
 _get = compiled(sa.select(*_selected).where(_t.id == sa.bindparam("id")))
-_answer = (
-    "select d.outcome, d.subject, d.detail, coalesce(d.replayed, false), coalesce(d.revision, 0), d.vacated_revision,"
-    " d.vacated_doctor, d.vacated_date, coalesce(d.position, 0), coalesce(d.patient_name, ''), "
+_decided = (
+    "select d.outcome, d.subject, d.details, coalesce(d.replayed, false), coalesce(d.revision, 0),"
+    " coalesce(d.vacated_revision, 0), d.vacated_doctor, d.vacated_date, "
     + ", ".join(f"(d.appointment).{name}" for name in _COLUMNS)
-    + " from "
+    + ", coalesce(d.position, 0), coalesce(d.patient_name, '') from decide(%s) d"
 )
 
 
-def _decision(outcome: str, subject: str | None, detail: str | None, *columns: Any) -> Decision | Refused:
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """An answer of `decide`: the change, and the doctor-day that a reschedule left."""
+
+    change: Change[Appointment]
+    vacated: tuple[str, date] | None
+
+
+def _decision(
+    outcome: str, subject: str | None, details: Mapping[str, Any] | None, replayed: bool, revision: int,
+    vacated_revision: int, vacated_doctor: str | None, vacated_date: date | None, *appointment: Any,
+) -> _Decided | Refused:  # fmt: skip
     if outcome != "OK":
-        return REFUSALS[outcome](subject, detail)
-    made: list[Any] = [*columns[:7], Appointment(*columns[7:])]
-    return Decision(*made)
+        return refusal(outcome, subject, details)
+    vacated = None if vacated_doctor is None or vacated_date is None else (vacated_doctor, vacated_date)
+    return _Decided(Change(Appointment(*appointment), replayed, revision, vacated_revision), vacated)
 
 
 class Appointments:
-    """Book, move, list, call and end visits."""
+    """Book, move, list and end visits."""
 
     def __init__(self, db: Database, changed: Changed) -> None:
         self._db = db
         self._changed = changed
-        self._deciding = Batcher(db, f"{_answer}decide(%s) d", _decision)
+        self._deciding = Batcher(db, _decided, _decision)
 
     async def book(
-        self, intent: Intent, patient_id: str, target: Target, *, reason: str, notes: str, validate_only: bool
-    ) -> Decision:
+        self,
+        caller: Caller,
+        patient_id: str,
+        target: Target,
+        *,
+        reason: str,
+        notes: str,
+        validate_only: bool,
+        key: Key,
+    ) -> Change[Appointment]:
         """Book a place, never over the capacity of the slot or of the doctor-day.
 
         `validate_only` changes nothing and answers what would be booked now. Raises what BookAppointment names.
         """
-        return await self._decide(
-            "Book", "BookAppointment", intent, patient=patient_id, slot=target.slot_id, doctor=target.doctor_id,
-            date=_day(target.on), reason=reason, notes=notes, validate_only=validate_only,
+        return await self.decide(
+            asked(
+                key, patient=patient_id, slot=target.slot_id, doctor=target.doctor_id, date=iso(target.on),
+                reason=reason, notes=notes, validate_only=validate_only,
+            )
         )  # fmt: skip
 
-    async def reschedule(self, intent: Intent, appointment_id: str, target: Target, version: int | None) -> Decision:
+    async def reschedule(
+        self, caller: Caller, appointment_id: str, target: Target, version: int | None, *, key: Key
+    ) -> Change[Appointment]:
         """Move a BOOKED appointment; the old place is given up only if the new one is got.
 
         Raises what RescheduleAppointment names.
         """
-        return await self._decide(
-            "Reschedule", "RescheduleAppointment", intent, appointment=appointment_id, version=version,
-            slot=target.slot_id, doctor=target.doctor_id, date=_day(target.on),
+        return await self.decide(
+            asked(
+                key, appointment=appointment_id, version=version, slot=target.slot_id, doctor=target.doctor_id,
+                date=iso(target.on),
+            )
         )  # fmt: skip
 
     async def update(
-        self, intent: Intent, appointment_id: str, version: int | None, *, reason: str | None, notes: str | None
-    ) -> Decision:
+        self,
+        caller: Caller,
+        appointment_id: str,
+        version: int | None,
+        *,
+        reason: str | None,
+        notes: str | None,
+        key: Key,
+    ) -> Change[Appointment]:
         """Change reason and notes; None keeps one. Raises AppointmentNotFound, EtagMismatch."""
-        return await self._decide(
-            "Update", "UpdateAppointment", intent, appointment=appointment_id, version=version, reason=reason,
-            notes=notes,
-        )  # fmt: skip
+        return await self.decide(asked(key, appointment=appointment_id, version=version, reason=reason, notes=notes))
 
     async def change(
-        self, intent: Intent, method: str, verb: str, appointment_id: str, *,
-        version: int | None = None, text: str = "", patient_id: str | None = None,
-    ) -> Decision:  # fmt: skip
-        """One transition of the visit or of the line: a verb of the table in `change_visit`.
+        self, caller: Caller, appointment_id: str, version: int | None, *, reason: str = "", key: Key
+    ) -> Change[Appointment]:
+        """One transition of the visit: the method of `key`, by the table in `db/sql/state.sql`.
 
-        `method` is the RPC that the idempotency key belongs to. Raises AppointmentNotFound, InvalidTransition,
-        EtagMismatch, and what the verb names.
+        Raises AppointmentNotFound, InvalidTransition, EtagMismatch, TooEarly.
         """
-        return await self._decide(
-            verb, method, intent, appointment=appointment_id, version=version, text=text, patient=patient_id
-        )
+        return await self.decide(asked(key, appointment=appointment_id, version=version, reason=reason))
 
-    async def call_next(self, intent: Intent, doctor_id: str, on: date | None, room: str) -> Decision:
-        """Call the first waiting patient to `room`. Raises DoctorNotFound, QueueEmpty."""
-        return await self._decide("CallNext", "CallNext", intent, doctor=doctor_id, date=_day(on), text=room)
-
-    async def get(self, appointment_id: str) -> Appointment:
+    async def get(self, caller: Caller, appointment_id: str) -> Appointment:
         """Raises AppointmentNotFound."""
         found = await self._db.row(_get, {"id": appointment_id}, Appointment)
         if found is None:
             raise AppointmentNotFound(appointment_id)
         return found
 
-    async def list(self, page: Page, wanted: AppointmentFilter) -> Listing[Appointment]:
+    async def list(self, caller: Caller, page: Page, wanted: AppointmentFilter) -> Listing[Appointment]:
         """Appointments for which every given filter holds, by date, then id. Raises InvalidField."""
         if not (wanted.patient_id or wanted.doctor_id or wanted.clinic_id or (wanted.from_date and wanted.to_date)):
             raise InvalidField(("from_date", "a patient, a doctor, a clinic or both dates are required"))
@@ -193,25 +203,17 @@ class Appointments:
         found: Sequence[Appointment] = await self._db.rows(query, {**values, "size": page.size + 1}, Appointment)
         return cut(page, found, lambda appointment: (appointment.date.isoformat(), appointment.id))
 
-    async def _decide(self, verb: str, method: str, intent: Intent, **request: str | int | bool | None) -> Decision:
-        # Tells the watchers what changed, and raises what is refused. `request` is the rest of SQL's type of that name.
-        decision = await self._deciding.ask(
-            {
-                "verb": verb, "method": method, "caller": intent.caller, "key": intent.key,
-                "fingerprint": "\\x" + intent.fingerprint.hex(), **request,
-            }
-        )  # fmt: skip
-        if isinstance(decision, Refused):
-            raise decision
-        if not decision.replayed and decision.revision:
-            self._changed(decision.appointment.doctor_id, decision.appointment.date)
-            if decision.vacated_doctor is not None and decision.vacated_date is not None:
-                self._changed(decision.vacated_doctor, decision.vacated_date)
-        return decision
-
-
-def _day(on: date | None) -> str | None:
-    return None if on is None else on.isoformat()
+    async def decide(self, request: Mapping[str, Any]) -> Change[Appointment]:
+        """Make a change of an appointment, and tell the watchers of its doctor-days. Raises the refusal."""
+        decided = await self._deciding.ask(request)
+        if isinstance(decided, Refused):
+            raise decided
+        change = decided.change
+        if not change.replayed and change.revision:
+            self._changed(change.result.doctor_id, change.result.date)
+            if decided.vacated is not None:
+                self._changed(*decided.vacated)
+        return change
 
 
 @cache

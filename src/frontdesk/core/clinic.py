@@ -7,9 +7,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from frontdesk.core.caller import Intent, claim
+from frontdesk.core.caller import Caller
 from frontdesk.core.formats import e164, require_country, require_zone
 from frontdesk.db import schema
+from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, Transaction
 from frontdesk.db.paging import Listing, Page
 from frontdesk.db.records import Records
@@ -43,38 +44,26 @@ class Clinics:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    async def create(self, intent: Intent, values: Mapping[str, Any]) -> tuple[Clinic, bool]:
-        """Open a clinic; also says whether this is a replay. Raises InvalidField."""
-        values = _checked(values, values.get("country", ""))
+    async def create(self, caller: Caller, values: Mapping[str, Any], *, key: Key) -> Change[Clinic]:
+        """Open a clinic. Raises InvalidField."""
+        return await records.create(self._db, key, _checked(values, values.get("country", "")))
 
-        async def work(tx: Transaction) -> tuple[Clinic, bool]:
-            claimed = await claim(tx, intent, "CreateClinic")
-            if claimed.replayed:
-                return await records.get(tx, claimed.result_id), True
-            return await records.insert(tx, claimed.result_id, values), False
-
-        return await self._db.transaction(work)
-
-    async def get(self, clinic_id: str) -> Clinic:
+    async def get(self, caller: Caller, clinic_id: str) -> Clinic:
         """Raises ClinicNotFound."""
         return await records.get(self._db, clinic_id)
 
     async def update(
-        self, intent: Intent, clinic_id: str, changes: Mapping[str, Any], version: int | None
-    ) -> tuple[Clinic, bool]:
+        self, caller: Caller, clinic_id: str, changes: Mapping[str, Any], version: int | None, *, key: Key
+    ) -> Change[Clinic]:
         """Change the given columns. Raises ClinicNotFound, EtagMismatch, InvalidField."""
 
-        async def work(tx: Transaction) -> tuple[Clinic, bool]:
-            claimed = await claim(tx, intent, "UpdateClinic")
-            current = await records.get(tx, clinic_id, lock=True)
-            if claimed.replayed:
-                return current, True
-            checked = _checked(changes, changes.get("country", current.country))
-            return await records.update(tx, clinic_id, checked, version), False
+        async def prepare(tx: Transaction, current: Clinic | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
+            assert current is not None
+            return _checked(given, given.get("country", current.country))
 
-        return await self._db.transaction(work)
+        return await records.update(self._db, key, clinic_id, changes, version, prepare)
 
-    async def list(self, page: Page, *, city: str) -> Listing[Clinic]:
+    async def list(self, caller: Caller, page: Page, *, city: str) -> Listing[Clinic]:
         """Clinics, of one city if given, the oldest first."""
         filters: dict[str, tuple[sa.ColumnElement[bool], Any]] = {}
         if city:

@@ -1,19 +1,22 @@
 """The doctors, and whether they are there on a date."""
 
-from collections.abc import Awaitable, Callable, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any
 
 import sqlalchemy as sa
 
-from frontdesk.core import clinic as clinics
-from frontdesk.core.caller import Changed, Intent, claim
+from frontdesk.core import clinic
+from frontdesk.core.caller import Caller
+from frontdesk.core.decision import Changed, asked, iso, refusal
 from frontdesk.db import schema
-from frontdesk.db.database import Database, Taken, Transaction, compiled
+from frontdesk.db.change import Change, Key
+from frontdesk.db.database import Database, Transaction, compiled
 from frontdesk.db.paging import Listing, Page, cut
 from frontdesk.db.records import Records
-from frontdesk.errors import REFUSALS, AlreadyExists, CodeTaken, DoctorNotFound, LicenseTaken
+from frontdesk.errors import CodeTaken, DoctorNotFound, LicenseTaken, Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +47,15 @@ class Availability:
     max_patients: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class AvailabilitySet:
-    availability: Availability
-    affected: list[str]
-    """The live appointments of a day that was marked absent, by number."""
-    revision: int
-    replayed: bool
-
-
-records = Records(schema.doctor, Doctor, DoctorNotFound)
-
-_TAKEN: dict[str, tuple[type[AlreadyExists], str]] = {
-    "doctor_code_key": (CodeTaken, "code"),
-    "doctor_license_number_key": (LicenseTaken, "license_number"),
-}
+records = Records(
+    schema.doctor,
+    Doctor,
+    DoctorNotFound,
+    taken={
+        "doctor_code_key": (CodeTaken, "code"),
+        "doctor_license_number_key": (LicenseTaken, "license_number"),
+    },
+)
 
 _d = schema.doctor_day.c
 
@@ -70,39 +67,24 @@ class Doctors:
         self._db = db
         self._changed = changed
 
-    async def create(self, intent: Intent, values: Mapping[str, Any]) -> tuple[Doctor, bool]:
+    async def create(self, caller: Caller, values: Mapping[str, Any], *, key: Key) -> Change[Doctor]:
         """Take a doctor on. Raises ClinicNotFound, CodeTaken, LicenseTaken."""
+        return await records.create(self._db, key, values, _in_a_clinic)
 
-        async def work(tx: Transaction) -> tuple[Doctor, bool]:
-            claimed = await claim(tx, intent, "CreateDoctor")
-            if claimed.replayed:
-                return await records.get(tx, claimed.result_id), True
-            return await records.insert(tx, claimed.result_id, await _in_a_clinic(tx, values)), False
-
-        return await self._unless_taken(work, values)
-
-    async def get(self, doctor_id: str) -> Doctor:
+    async def get(self, caller: Caller, doctor_id: str) -> Doctor:
         """Raises DoctorNotFound."""
         return await records.get(self._db, doctor_id)
 
     async def update(
-        self, intent: Intent, doctor_id: str, changes: Mapping[str, Any], version: int | None
-    ) -> tuple[Doctor, bool]:
-        """Change the given columns. A lowered daily maximum keeps what is booked and takes no more.
+        self, caller: Caller, doctor_id: str, changes: Mapping[str, Any], version: int | None, *, key: Key
+    ) -> Change[Doctor]:
+        """Change the given columns. A lowered daily maximum keeps the bookings and takes no more.
 
         Raises DoctorNotFound, ClinicNotFound, CodeTaken, LicenseTaken, EtagMismatch.
         """
+        return await records.update(self._db, key, doctor_id, changes, version, _in_a_clinic)
 
-        async def work(tx: Transaction) -> tuple[Doctor, bool]:
-            claimed = await claim(tx, intent, "UpdateDoctor")
-            if claimed.replayed:
-                return await records.get(tx, doctor_id), True
-            placed = await _in_a_clinic(tx, changes) if "clinic_id" in changes else changes
-            return await records.update(tx, doctor_id, placed, version), False
-
-        return await self._unless_taken(work, changes)
-
-    async def list(self, page: Page, *, specialty: str, clinic_id: str, code: str) -> Listing[Doctor]:
+    async def list(self, caller: Caller, page: Page, *, specialty: str, clinic_id: str, code: str) -> Listing[Doctor]:
         """Doctors for whom every given filter holds, the oldest first."""
         t = schema.doctor.c
         filters: dict[str, tuple[sa.ColumnElement[bool], Any]] = {}
@@ -115,25 +97,25 @@ class Doctors:
             filters["code"] = (t.code == sa.bindparam("code"), code)
         return await records.page(self._db, page, filters)
 
-    async def set_availability(self, intent: Intent, said: Availability) -> AvailabilitySet:
-        """Say whether a doctor is there on a date. What is booked stays booked. Raises DoctorNotFound."""
-        answer = await self._db.row(
-            "select outcome, subject, replayed, revision, affected, is_present, note, max_patients"
-            " from set_availability(%s, %s, %s, %s, %s, %s, %s, %s)",
-            (intent.caller, intent.key, intent.fingerprint, said.doctor_id, said.date, said.is_present, said.note,
-             said.max_patients),
-            lambda *columns: columns,
+    async def set_availability(self, caller: Caller, wanted: Availability, *, key: Key) -> Change[Availability]:
+        """Say whether a doctor is there on a date. What is booked stays booked; `affected` names it if he is absent.
+
+        Raises DoctorNotFound.
+        """
+        request = asked(
+            key, doctor=wanted.doctor_id, date=iso(wanted.date), is_present=wanted.is_present, notes=wanted.note,
+            max_patients=wanted.max_patients,
         )  # fmt: skip
-        assert answer is not None
-        outcome, subject, replayed, revision, affected, *_ = answer
-        if outcome != "OK":
-            raise REFUSALS[outcome](subject)
-        if not replayed:
-            self._changed(said.doctor_id, said.date)
-        return AvailabilitySet(said, affected, revision, bool(replayed))
+        change = await self._db.row(_decided, (json.dumps([request]),), _change)
+        assert change is not None
+        if isinstance(change, Refused):
+            raise change
+        if not change.replayed:
+            self._changed(wanted.doctor_id, wanted.date)
+        return change
 
     async def list_availability(
-        self, page: Page, doctor_id: str, from_date: date | None, to_date: date | None
+        self, caller: Caller, page: Page, doctor_id: str, from_date: date | None, to_date: date | None
     ) -> Listing[Availability]:
         """What was said of a doctor's dates, the earliest first. Raises DoctorNotFound."""
         await records.get(self._db, doctor_id)
@@ -144,18 +126,6 @@ class Doctors:
             Availability,
         )
         return cut(page, found, lambda said: (said.date.isoformat(),))
-
-    async def _unless_taken(
-        self, work: Callable[[Transaction], Awaitable[tuple[Doctor, bool]]], values: Mapping[str, Any]
-    ) -> tuple[Doctor, bool]:
-        try:
-            return await self._db.transaction(work)
-        except Taken as taken:
-            if taken.constraint not in _TAKEN:
-                raise
-            refusal, column = _TAKEN[taken.constraint]
-            holder = sa.select(schema.doctor.c.id).where(schema.doctor.c[column] == sa.bindparam("value"))
-            raise refusal(await self._db.row(compiled(holder), {"value": values[column]}, str)) from None
 
 
 _availabilities = compiled(
@@ -172,10 +142,26 @@ _availabilities = compiled(
 )
 
 
-async def _in_a_clinic(tx: Transaction, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with the clinic they name, or with the default clinic."""
+_decided = (
+    "select outcome, subject, details, coalesce(replayed, false), revision, affected,"
+    " (day).doctor_id, (day).date, (day).is_present, (day).note, (day).max_patients from decide(%s)"
+)
+
+
+def _change(
+    outcome: str, subject: str, details: dict[str, Any], replayed: bool, revision: int, affected: list[str], *day: Any
+) -> Change[Availability] | Refused:
+    if outcome != "OK":
+        return refusal(outcome, subject, details)
+    return Change(Availability(*day), replayed, revision, affected=affected)
+
+
+async def _in_a_clinic(tx: Transaction, current: Doctor | None, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values with the clinic that they name; a new doctor without one belongs to the default clinic."""
     if values.get("clinic_id"):
-        clinic = await clinics.records.get(tx, values["clinic_id"])
-        return {**values, "clinic_id": clinic.id}
+        named = await clinic.records.get(tx, values["clinic_id"])
+        return {**values, "clinic_id": named.id}
+    if current is not None and "clinic_id" not in values:
+        return values
     default = await tx.row("select id from clinic where is_default", (), str)
     return {**values, "clinic_id": default}

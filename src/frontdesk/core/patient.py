@@ -10,9 +10,10 @@ import sqlalchemy as sa
 from psycopg.types.json import Jsonb
 from sqlalchemy.dialects.postgresql import JSONB
 
-from frontdesk.core.caller import Intent, claim
+from frontdesk.core.caller import Caller
 from frontdesk.core.formats import e164, folded, require_country
 from frontdesk.db import schema
+from frontdesk.db.change import Change, Key, claim, note
 from frontdesk.db.database import Database, Transaction, compiled
 from frontdesk.db.paging import Listing, Page
 from frontdesk.db.records import Records
@@ -39,6 +40,14 @@ class Patient:
     update_time: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """The answer to a registration."""
+
+    patient: Patient
+    already_registered: bool
+
+
 records = Records(schema.patient, Patient, PatientNotFound)
 
 _t = schema.patient.c
@@ -62,8 +71,10 @@ class Patients:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    async def register(self, intent: Intent, values: Mapping[str, Any], country: str) -> tuple[Patient, bool, bool]:
-        """The patient, whether registered before, and whether this is a replay.
+    async def register(
+        self, caller: Caller, values: Mapping[str, Any], country: str, *, key: Key
+    ) -> Change[Registration]:
+        """Find the patient, or create the record.
 
         The same person is the same phone and the same folded name without a contradicting birth date. `country` reads
         national numbers. Raises InvalidField.
@@ -71,56 +82,57 @@ class Patients:
         values = _checked(values, country)
         values |= _name_keys(values)
 
-        async def work(tx: Transaction) -> tuple[Patient, bool, bool]:
-            claimed = await claim(tx, intent, "RegisterPatient")
+        async def work(tx: Transaction) -> Change[Registration]:
+            claimed = await claim(tx, key)
             if claimed.replayed:
-                before = await tx.row(
-                    "select coalesce((snapshot ->> 'already_registered')::boolean, false) from idempotency"
-                    " where caller = %s and method = 'RegisterPatient' and key = %s",
-                    (intent.caller, intent.key),
-                    bool,
-                )
-                return await records.get(tx, claimed.result_id), bool(before), True
+                before = bool(claimed.notes.get("already_registered"))
+                return Change(Registration(await records.get(tx, claimed.result_id), before), True)
             found = await _find_person(tx, values["phone"], values["name_key"], values.get("birth_date"))
             if found is None:
-                return await records.insert(tx, claimed.result_id, values), False, False
-            await tx.run(
-                "update idempotency set result_id = %s, snapshot = %s"
-                " where caller = %s and method = 'RegisterPatient' and key = %s",
-                (found, Jsonb({"already_registered": True}), intent.caller, intent.key),
-            )
-            return await records.get(tx, found), True, False
+                return Change(Registration(await records.insert(tx, claimed.result_id, values), False), False)
+            await note(tx, key, found, already_registered=True)
+            return Change(Registration(await records.get(tx, found), True), False)
 
         return await self._db.transaction(work)
 
-    async def get(self, patient_id: str) -> Patient:
+    async def get(self, caller: Caller, patient_id: str) -> Patient:
         """Raises PatientNotFound."""
         return await records.get(self._db, patient_id)
 
     async def update(
-        self, intent: Intent, patient_id: str, changes: Mapping[str, Any], version: int | None, country: str
-    ) -> tuple[Patient, bool]:
+        self,
+        caller: Caller,
+        patient_id: str,
+        changes: Mapping[str, Any],
+        version: int | None,
+        country: str,
+        *,
+        key: Key,
+    ) -> Change[Patient]:
         """Change the given columns. Raises PatientNotFound, PatientExists, EtagMismatch, InvalidField."""
-        changes = _checked(changes, country)
 
-        async def work(tx: Transaction) -> tuple[Patient, bool]:
-            claimed = await claim(tx, intent, "UpdatePatient")
-            current = await records.get(tx, patient_id, lock=True)
-            if claimed.replayed:
-                return current, True
-            keys = {}
-            if _PERSON & changes.keys():
-                merged = {name: changes.get(name, getattr(current, name)) for name in _PERSON}
-                keys = _name_keys(merged)
-                other = await _find_person(tx, merged["phone"], keys["name_key"], merged["birth_date"], but=patient_id)
-                if other is not None:
-                    raise PatientExists(other)
-            return await records.update(tx, patient_id, {**changes, **keys}, version), False
+        async def prepare(tx: Transaction, current: Patient | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
+            assert current is not None
+            if not _PERSON & given.keys():
+                return given
+            merged = {name: given.get(name, getattr(current, name)) for name in _PERSON}
+            keys = _name_keys(merged)
+            other = await _find_person(tx, merged["phone"], keys["name_key"], merged["birth_date"], but=patient_id)
+            if other is not None:
+                raise PatientExists(other)
+            return {**given, **keys}
 
-        return await self._db.transaction(work)
+        return await records.update(self._db, key, patient_id, _checked(changes, country), version, prepare)
 
     async def list(
-        self, page: Page, *, phone: str, country: str, name_prefix: str, insurance: Mapping[str, str] | None
+        self,
+        caller: Caller,
+        page: Page,
+        *,
+        phone: str,
+        country: str,
+        name_prefix: str,
+        insurance: Mapping[str, str] | None,
     ) -> Listing[Patient]:
         """Patients for whom every given filter holds, the oldest first. Raises InvalidField."""
         require_country(country, "default_country")

@@ -6,7 +6,10 @@ from datetime import date, datetime
 from itertools import groupby
 from typing import Any
 
-from frontdesk.core.appointment import Decision
+from frontdesk.core.appointment import Appointment, Appointments
+from frontdesk.core.caller import Caller
+from frontdesk.core.decision import asked, iso
+from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database
 from frontdesk.errors import DoctorNotFound
 
@@ -17,7 +20,7 @@ class QueueEntry:
 
     ticket: int
     position: int
-    """1 = next; 0 where the patient is not waiting. Derived from the order of the line, never stored."""
+    """1 = next; 0 where the patient is not waiting. Derived from the order of the queue, never stored."""
     appointment_id: str
     patient_id: str
     patient_name: str
@@ -78,7 +81,7 @@ left join lateral (
       and x.queue_state in ('WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED') offset 0) a on true
 left join lateral (select * from patient x where x.id = a.patient_id offset 0) p on true
 order by k.n, array_position(array['WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED'], a.queue_state),
-         case when a.queue_state = 'WAITING' then a.line_order else a.ticket end
+         case when a.queue_state = 'WAITING' then a.queued_revision else a.ticket end
 """
 
 _changes = """
@@ -170,15 +173,14 @@ def with_positions(changes: Sequence[QueueChange], queue: Queue) -> list[QueueCh
     ]
 
 
-def entry_of(decision: Decision) -> QueueEntry:
-    """The entry that a decision about the line has left."""
-    a = decision.appointment
+def entry_of(a: Appointment) -> QueueEntry:
+    """The queue entry of an appointment that a change of the queue has left."""
     assert a.ticket is not None
     assert a.queue_state is not None
     assert a.check_in_time is not None
     return QueueEntry(
-        a.ticket, decision.position, a.id, a.patient_id, decision.patient_name, a.queue_state, a.room, a.call_count,
-        a.check_in_time, a.call_time, a.start_visit_time,
+        a.ticket, a.position, a.id, a.patient_id, a.patient_name, a.queue_state, a.room, a.call_count, a.check_in_time,
+        a.call_time, a.start_visit_time,
     )  # fmt: skip
 
 
@@ -190,18 +192,35 @@ def _change(
 
 
 class Queues:
-    """Read a line. What changes it is in `Appointments`."""
+    """Read a queue, and change it."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, appointments: Appointments) -> None:
         self._db = db
+        self._appointments = appointments
 
-    async def get(self, doctor_id: str, on: date | None) -> Queue:
-        """The line now; `on` defaults to the clinic's today. Raises DoctorNotFound."""
+    async def get(self, caller: Caller, doctor_id: str, on: date | None) -> Queue:
+        """The queue now; `on` defaults to the clinic's today. Raises DoctorNotFound."""
         return await read_queue(self._db, doctor_id, on)
 
-    async def today(self, doctor_id: str) -> date:
+    async def today(self, caller: Caller, doctor_id: str) -> date:
         """The civil date in the time zone of the doctor's clinic. Raises DoctorNotFound."""
         found: date | None = await self._db.row("select clinic_today(%s)", (doctor_id,), lambda day: day)
         if found is None:
             raise DoctorNotFound(doctor_id)
         return found
+
+    async def call_next(
+        self, caller: Caller, doctor_id: str, on: date | None, room: str, *, key: Key
+    ) -> Change[Appointment]:
+        """Call the first waiting patient to `room`. Raises DoctorNotFound, QueueEmpty."""
+        return await self._appointments.decide(asked(key, doctor=doctor_id, date=iso(on), room=room))
+
+    async def change(
+        self, caller: Caller, appointment_id: str, *, room: str = "", patient_id: str | None = None, key: Key
+    ) -> Change[Appointment]:
+        """One transition of the queue entry: the method of `key`, by the table in `db/sql/state.sql`.
+
+        `patient_id` guards a check-in. Raises AppointmentNotFound, InvalidTransition, AlreadyCheckedIn,
+        PatientMismatch, NotAppointmentDate.
+        """
+        return await self._appointments.decide(asked(key, appointment=appointment_id, room=room, patient=patient_id))

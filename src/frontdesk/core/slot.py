@@ -1,6 +1,7 @@
 """The bookable intervals of the doctors' days."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import date, datetime
 from functools import cache
@@ -8,11 +9,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from frontdesk.core.caller import Intent
+from frontdesk.core.caller import Caller
+from frontdesk.core.decision import asked, iso, refusal
 from frontdesk.db import schema
+from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, compiled
 from frontdesk.db.paging import Listing, Page, cut
-from frontdesk.errors import REFUSALS, InvalidField, SlotNotFound
+from frontdesk.errors import InvalidField, SlotNotFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,30 +56,24 @@ class SlotFilter:
 
 
 _s, _a, _dd = schema.slot.c, schema.appointment.c, schema.doctor_day.c
-_booked = (
-    sa.select(sa.func.count())
-    .where(_a.slot_id == _s.id, sa.text(f"appointment.{schema.HOLDING}"))
-    .scalar_subquery()
-    .correlate(schema.slot)
-)
+_booked = sa.select(sa.func.count()).where(_a.slot_id == _s.id, schema.HOLDING).scalar_subquery().correlate(schema.slot)
 _columns = (
     _s.id, _s.doctor_id, _s.clinic_id, _s.date, _s.start_time, _s.end_time, _s.capacity, _booked, _s.state,
     _s.block_reason, _s.version, _s.create_time, _s.update_time,
 )  # fmt: skip
 _get = compiled(sa.select(*_columns).where(_s.id == sa.bindparam("id")))
 
-_answer = (
-    "select d.outcome, d.subject, d.detail, coalesce(d.replayed, false), "
+_decided = (
+    "select d.outcome, d.subject, d.details, coalesce(d.replayed, false), "
     + ", ".join(
         # Counted now, also for a replay.
-        f"(select count(*) from appointment where appointment.slot_id = s.id and appointment.{schema.HOLDING})"
+        f"(select count(*) from appointment where appointment.slot_id = s.id and {schema.HOLDING})"
         if field.name == "booked_count"
         else f"s.{field.name}"
         for field in fields(Slot)
     )
-    + " from "
+    + " from decide(%s) d left join lateral unnest(d.slots) with ordinality s on true order by s.ordinality"
 )
-_answered_slots = " left join lateral unnest(d.slots) with ordinality s on true order by s.ordinality"
 
 _BAD_TIMES = {
     "OVER_MIDNIGHT": ("end_time", "is not on the clinic's civil day of start_time"),
@@ -90,27 +87,30 @@ class Slots:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    async def create(self, intent: Intent, method: str, wanted: Sequence[NewSlot]) -> tuple[Sequence[Slot], bool]:
-        """Open the slots, all or none, in their order; also says whether this is a replay.
+    async def create(self, caller: Caller, wanted: Sequence[NewSlot], *, path: str, key: Key) -> Change[Sequence[Slot]]:
+        """Open the slots, all or none, in their order. `path` is where a request has them, with {} for the index.
 
         Raises InvalidField, DoctorNotFound, DoctorInactive, SlotInPast, SlotOverlap.
         """
-        return await self._decide(
-            "create_slots(%s, %s, %s, %s, %s::uuid[], %s::timestamptz[], %s::timestamptz[], %s::integer[])",
-            (intent.caller, method, intent.key, intent.fingerprint, [slot.doctor_id for slot in wanted],
-             [slot.start_time for slot in wanted], [slot.end_time for slot in wanted],
-             [slot.capacity for slot in wanted]),
-            path="slot" if method == "CreateSlot" else "slots[{}]",
-        )  # fmt: skip
+        new_slots = [
+            {
+                "doctor": slot.doctor_id,
+                "start_time": iso(slot.start_time),
+                "end_time": iso(slot.end_time),
+                "capacity": slot.capacity,
+            }
+            for slot in wanted
+        ]
+        return await self._decide(asked(key, new_slots=new_slots), path)
 
-    async def get(self, slot_id: str) -> Slot:
+    async def get(self, caller: Caller, slot_id: str) -> Slot:
         """Raises SlotNotFound."""
         found = await self._db.row(_get, {"id": slot_id}, Slot)
         if found is None:
             raise SlotNotFound(slot_id)
         return found
 
-    async def list(self, page: Page, wanted: SlotFilter) -> Listing[Slot]:
+    async def list(self, caller: Caller, page: Page, wanted: SlotFilter) -> Listing[Slot]:
         """Slots for which every given filter holds, by start time, then id."""
         values = {
             "doctor_id": wanted.doctor_id, "clinic_id": wanted.clinic_id, "specialty": wanted.specialty,
@@ -122,41 +122,27 @@ class Slots:
         found = await self._db.rows(query, {**values, "size": page.size + 1}, Slot)
         return cut(page, found, lambda slot: (slot.start_time.isoformat(), slot.id))
 
-    async def block(self, intent: Intent, slot_ids: Sequence[str], why: str) -> tuple[Sequence[Slot], bool]:
-        """Take slots out of booking; what is booked in them stays. Raises SlotNotFound."""
-        return await self._set_state(intent, "BlockSlots", slot_ids, "BLOCKED", why)
+    async def block(self, caller: Caller, slot_ids: Sequence[str], why: str, *, key: Key) -> Change[Sequence[Slot]]:
+        """Take slots out of booking; their bookings stay. Raises SlotNotFound."""
+        return await self._decide(asked(key, slots=[*slot_ids], reason=why))
 
-    async def release(self, intent: Intent, slot_ids: Sequence[str]) -> tuple[Sequence[Slot], bool]:
+    async def release(self, caller: Caller, slot_ids: Sequence[str], *, key: Key) -> Change[Sequence[Slot]]:
         """Open blocked slots again. Raises SlotNotFound."""
-        return await self._set_state(intent, "ReleaseSlots", slot_ids, "OPEN", "")
+        return await self._decide(asked(key, slots=[*slot_ids], reason=""))
 
-    async def delete(self, intent: Intent, slot_id: str, version: int | None) -> bool:
-        """Remove a slot without live bookings; says whether this is a replay.
+    async def delete(self, caller: Caller, slot_id: str, version: int | None, *, key: Key) -> Change[Sequence[Slot]]:
+        """Delete a slot without bookings. Raises SlotNotFound, SlotHasBookings, EtagMismatch."""
+        return await self._decide(asked(key, slots=[slot_id], version=version))
 
-        Raises SlotNotFound, SlotHasBookings, EtagMismatch.
-        """
-        _, replayed = await self._decide(
-            "delete_slot(%s, %s, %s, %s, %s)", (intent.caller, intent.key, intent.fingerprint, slot_id, version)
-        )
-        return replayed
-
-    async def _set_state(
-        self, intent: Intent, method: str, slot_ids: Sequence[str], state: str, why: str
-    ) -> tuple[Sequence[Slot], bool]:
-        return await self._decide(
-            "set_slots_state(%s, %s, %s, %s, %s::uuid[], %s, %s)",
-            (intent.caller, method, intent.key, intent.fingerprint, [*slot_ids], state, why),
-        )
-
-    async def _decide(self, call: str, params: tuple[Any, ...], path: str = "") -> tuple[Sequence[Slot], bool]:
-        rows = await self._db.rows(_answer + f"{call} d" + _answered_slots, params, lambda *columns: columns)
-        outcome, subject, detail, replayed, *_ = rows[0]
+    async def _decide(self, request: Mapping[str, Any], path: str = "") -> Change[Sequence[Slot]]:
+        rows = await self._db.rows(_decided, (json.dumps([request]),), lambda *columns: columns)
+        outcome, subject, details, replayed, *_ = rows[0]
         if outcome in _BAD_TIMES:
             field, wrong = _BAD_TIMES[outcome]
-            raise InvalidField((f"{path.format(detail)}.{field}", wrong))
+            raise InvalidField((f"{path.format(details['index'])}.{field}", wrong))
         if outcome != "OK":
-            raise REFUSALS[outcome](subject, detail if outcome == "SLOT_OVERLAP" else None)
-        return [Slot(*row[4:]) for row in rows if row[4] is not None], bool(replayed)
+            raise refusal(outcome, subject, details)
+        return Change([Slot(*slot) for _, _, _, _, *slot in rows if slot[0] is not None], replayed)
 
 
 @cache
@@ -185,7 +171,7 @@ def _list_statement(given: frozenset[str], available_only: bool) -> str:
         doctor, clinic, day = schema.doctor.c, schema.clinic.c, schema.doctor_day
         taken_that_day = (
             sa.select(sa.func.count())
-            .where(_a.doctor_id == _s.doctor_id, _a.date == _s.date, sa.text(f"appointment.{schema.HOLDING}"))
+            .where(_a.doctor_id == _s.doctor_id, _a.date == _s.date, schema.HOLDING)
             .scalar_subquery()
             .correlate(schema.slot)
         )

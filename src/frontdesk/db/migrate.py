@@ -21,8 +21,14 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 
-SQL_FILES = ("basics.sql", "appointments.sql", "doctors.sql", "slots.sql")
-"""In the order in which they build on one another; the defaults of columns are among the first's."""
+SQL_FILES = (
+    # Before the tables: the defaults of columns and the conditions of indexes call these.
+    "time.sql", "state.sql",
+    # After the tables, in the order in which they build on one another.
+    "request.sql", "clinic.sql", "lock.sql", "key.sql", "change.sql", "place.sql", "appointment.sql", "queue.sql",
+    "doctor.sql", "slot.sql", "decide.sql",
+)  # fmt: skip
+_BEFORE_TABLES = 2
 
 OLDEST_POSTGRESQL = 150000
 
@@ -116,13 +122,14 @@ def _migrate(connection: sa.Connection, default_time_zone: str) -> int:
     renew = found is None or found.functions != fingerprint
     connection.exec_driver_sql(f"set local lock_timeout = {int(_LOCK_TIMEOUT * 1000)}")
     if renew:
-        connection.exec_driver_sql(texts[0].replace("%", "%%"))
+        for text in texts[:_BEFORE_TABLES]:
+            connection.exec_driver_sql(text.replace("%", "%%"))
     config = _config()
     config.attributes["connection"] = connection
     config.attributes["default_time_zone"] = default_time_zone
     command.upgrade(config, "head")
     if renew:
-        for text in texts[1:]:
+        for text in texts[_BEFORE_TABLES:]:
             connection.exec_driver_sql(text.replace("%", "%%"))
     installed = _Installed(number, SERVES_FROM, fingerprint)
     if found != installed:

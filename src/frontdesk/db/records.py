@@ -1,6 +1,6 @@
-"""Records that are kept and edited: the statements that clinics, patients and doctors share."""
+"""Records that are kept and edited: what clinics, patients and doctors share, idempotent create and update included."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -8,9 +8,10 @@ import sqlalchemy as sa
 from psycopg.types.json import Jsonb
 from sqlalchemy.dialects.postgresql import JSONB
 
-from frontdesk.db.database import Database, Transaction, compiled
+from frontdesk.db.change import Change, Key, claim
+from frontdesk.db.database import Database, Taken, Transaction, compiled
 from frontdesk.db.paging import Listing, Page, cut
-from frontdesk.errors import EtagMismatch, NotFound
+from frontdesk.errors import AlreadyExists, EtagMismatch, NotFound
 
 
 class Record(Protocol):
@@ -19,15 +20,29 @@ class Record(Protocol):
     @property
     def id(self) -> str: ...
 
+    @property
+    def version(self) -> int: ...
+
 
 R = TypeVar("R", bound=Record)
+
+Prepare = Callable[[Transaction, R | None, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
+"""Completes what is to be written: from the transaction, the record as it is (None if it is new) and what was given."""
 
 
 class Records(Generic[R]):
     """The rows of one table as instances of one frozen dataclass."""
 
-    def __init__(self, table: sa.Table, shape: type[R], missing: type[NotFound]) -> None:
+    def __init__(
+        self,
+        table: sa.Table,
+        shape: type[R],
+        missing: type[NotFound],
+        taken: Mapping[str, tuple[type[AlreadyExists], str]] | None = None,
+    ) -> None:
+        """`taken` says by the name of a unique constraint how a violation is refused, and which column it is about."""
         self._table = table
+        self._taken = taken or {}
         self._shape = shape
         self._missing = missing
         self._columns = [table.c[field.name] for field in fields(shape)]  # type: ignore[arg-type]
@@ -49,14 +64,52 @@ class Records(Generic[R]):
         assert made is not None
         return made
 
-    async def update(self, tx: Transaction, record_id: str, changes: Mapping[str, Any], version: int | None) -> R:
-        """The record with these columns changed; `version` is the one it must have.
+    async def create(
+        self, db: Database, key: Key, values: Mapping[str, Any], prepare: Prepare[R] | None = None
+    ) -> Change[R]:
+        """Create the record once, however often the key comes.
 
-        Raises the table's NotFound, EtagMismatch.
+        `prepare` completes the values in the transaction. Raises what it raises, IdempotencyKeyReused and the refusals
+        of `taken`.
         """
-        current = await self.get(tx, record_id, lock=True)
-        if version is not None and version != current.version:  # type: ignore[attr-defined]
-            raise EtagMismatch(record_id)
+
+        async def work(tx: Transaction) -> Change[R]:
+            claimed = await claim(tx, key)
+            if claimed.replayed:
+                return Change(await self.get(tx, claimed.result_id), True)
+            complete = values if prepare is None else await prepare(tx, None, values)
+            return Change(await self.insert(tx, claimed.result_id, complete), False)
+
+        return await self._unless_taken(db, values, work)
+
+    async def update(
+        self,
+        db: Database,
+        key: Key,
+        record_id: str,
+        changes: Mapping[str, Any],
+        version: int | None,
+        prepare: Prepare[R] | None = None,
+    ) -> Change[R]:
+        """Change these columns once, however often the key comes; `version` is the one that the record must have.
+
+        `prepare` completes the changes in the transaction, under the record's lock. Raises what it raises,
+        IdempotencyKeyReused, the table's NotFound, EtagMismatch and the refusals of `taken`.
+        """
+
+        async def work(tx: Transaction) -> Change[R]:
+            claimed = await claim(tx, key)
+            current = await self.get(tx, record_id, lock=True)
+            if claimed.replayed:
+                return Change(current, True)
+            if version is not None and version != current.version:
+                raise EtagMismatch(record_id)
+            complete = changes if prepare is None else await prepare(tx, current, changes)
+            return Change(await self._changed(tx, current, complete), False)
+
+        return await self._unless_taken(db, changes, work)
+
+    async def _changed(self, tx: Transaction, current: R, changes: Mapping[str, Any]) -> R:
         if not changes:
             return current
         statement = (
@@ -66,9 +119,21 @@ class Records(Generic[R]):
             .values(version=sa.literal_column("version + 1"), update_time=sa.func.moment())
             .returning(*self._columns)
         )
-        made = await tx.row(compiled(statement), {**self._adapted(changes), "id_": record_id}, self._shape)
+        made = await tx.row(compiled(statement), {**self._adapted(changes), "id_": current.id}, self._shape)
         assert made is not None
         return made
+
+    async def _unless_taken(
+        self, db: Database, values: Mapping[str, Any], work: Callable[[Transaction], Awaitable[Change[R]]]
+    ) -> Change[R]:
+        try:
+            return await db.transaction(work)
+        except Taken as taken:
+            if taken.constraint not in self._taken:
+                raise
+            refusal, column = self._taken[taken.constraint]
+            holder = sa.select(self._table.c.id).where(self._table.c[column] == sa.bindparam("value"))
+            raise refusal(await db.row(compiled(holder), {"value": values[column]}, str)) from None
 
     async def page(
         self, db: Database, page: Page, filters: Mapping[str, tuple[sa.ColumnElement[bool], Any]]

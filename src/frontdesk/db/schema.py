@@ -26,14 +26,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB, ExcludeConstraint
 
-HOLDING = "state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION', 'COMPLETED')"
-"""The visits that hold a place of their doctor-day and slot."""
-
-LIVE = "state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION')"
-"""The visits that are still to end: one a patient and doctor-day, and none at the time of another."""
+HOLDING = text("holds_place(appointment.state)")
+"""The visits that hold a place of their doctor-day and slot (`sql/state.sql`)."""
 
 VISIT_STATES = ("BOOKED", "CHECKED_IN", "IN_CONSULTATION", "COMPLETED", "CANCELLED", "NO_SHOW", "LEFT")
-VISIT_AND_LINE = (
+VISIT_AND_QUEUE = (
     "BOOKED/",
     "CHECKED_IN/WAITING",
     "CHECKED_IN/CALLED",
@@ -46,7 +43,7 @@ VISIT_AND_LINE = (
     "NO_SHOW/",
     "LEFT/LEFT",
 )
-"""Where a visit and its entry in the line may stand together."""
+"""The states that a visit and its queue entry have together: BOOKED, and those that `sql/state.sql` leads to."""
 
 metadata = MetaData(
     naming_convention={
@@ -244,8 +241,8 @@ appointment = Table(
     _instant("leave_time"),
     # From here to call_time: the queue entry, from check-in on.
     Column("ticket", Integer),
-    # Sorts the waiting: ticket << 32, or for one who missed the call (last ticket << 32) + revision.
-    Column("line_order", BigInteger),
+    # The revision that gave the entry its place: of the check-in, or of the return after a missed call.
+    Column("queued_revision", BigInteger),
     Column("queue_state", Text),
     _text("room"),
     Column("call_count", Integer, nullable=False, server_default="0"),
@@ -253,8 +250,8 @@ appointment = Table(
     *_versioned(),
     # Of each state and of both together, in one check: PostgreSQL prepares every check anew for every insert.
     CheckConstraint(
-        f"state || '/' || coalesce(queue_state, '') = any ('{{{','.join(VISIT_AND_LINE)}}}'::text[])",
-        name="visit_and_line",
+        f"state || '/' || coalesce(queue_state, '') = any ('{{{','.join(VISIT_AND_QUEUE)}}}'::text[])",
+        name="visit_and_queue",
     ),
     CheckConstraint("number between 1 and 1000", name="number"),
     CheckConstraint(
@@ -265,7 +262,7 @@ appointment = Table(
         (text("uuidrange(patient_id, patient_id, '[]')"), "&&"),
         (text("tstzrange(start_time, end_time)"), "&&"),
         using="gist",
-        where=text(f"start_time is not null and {LIVE}"),
+        where=text("start_time is not null and is_live(state)"),
         name="appointment_patient_overlap",
     ),
 )
@@ -275,7 +272,7 @@ Index(
     appointment.c.date,
     appointment.c.number,
     unique=True,
-    postgresql_where=text(HOLDING),
+    postgresql_where=text("holds_place(state)"),
 )
 Index(
     "appointment_ticket_key",
@@ -291,9 +288,11 @@ Index(
     appointment.c.doctor_id,
     appointment.c.date,
     unique=True,
-    postgresql_where=text(LIVE),
+    postgresql_where=text("is_live(state)"),
 )
-Index("appointment_slot_idx", appointment.c.slot_id, postgresql_where=text(f"slot_id is not null and {HOLDING}"))
+Index(
+    "appointment_slot_idx", appointment.c.slot_id, postgresql_where=text("slot_id is not null and holds_place(state)")
+)
 # The lists. Those of a clinic and of dates alone are long, so the state leads: a list merges one scan a state.
 Index("appointment_patient_idx", appointment.c.patient_id, appointment.c.date, appointment.c.id)
 Index("appointment_doctor_idx", appointment.c.doctor_id, appointment.c.date, appointment.c.id)

@@ -16,7 +16,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.type import date_pb2
 
-from frontdesk.core.caller import Intent
+from frontdesk.db.change import Key
 from frontdesk.db.paging import Page
 from frontdesk.errors import InvalidField
 from frontdesk.rpc.pipeline import Call
@@ -119,13 +119,13 @@ def version_from(etag: str) -> int | None:
     return int(etag) if etag.isascii() and etag.isdigit() and len(etag) < 10 else -1
 
 
-def intent_of(request: Any, call: Call) -> Intent:
-    """The caller, the key, and the fingerprint of the request without its key. Clears the key in the request."""
-    key = request.idempotency_key
-    if not key:
-        return Intent(call.caller)
+def key_of(request: Any, call: Call) -> Key:
+    """The key, with the fingerprint of the request without it. Clears the key in the request."""
+    name = request.idempotency_key
+    if not name:
+        return Key(call.caller.identity, call.method)
     request.ClearField("idempotency_key")
-    return Intent(call.caller, key, _fingerprint(request))
+    return Key(call.caller.identity, call.method, name, _fingerprint(request))
 
 
 def id_or_none(value: str) -> str | None:

@@ -18,6 +18,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from frontdesk.core.caller import ANONYMOUS, Caller
 from frontdesk.errors import DeadlineExceeded, Draining, Overloaded, Refused
 from frontdesk.rpc.requests import request_from
 from frontdesk.rpc.status import Trailers, internal, status_of
@@ -25,8 +26,6 @@ from frontdesk.tasks import Timeout
 
 DEADLINE_SECONDS = 10.0
 """The limit of a unary call whose caller gives none, or a longer one."""
-
-ANONYMOUS = "anonymous"
 
 _log = structlog.get_logger("frontdesk.call")
 
@@ -61,11 +60,13 @@ class Tracing(Protocol):
 class Call:
     """What a servicer is told of the call beside the request."""
 
-    __slots__ = ("_context", "caller")
+    __slots__ = ("_context", "caller", "method")
 
-    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], caller: str) -> None:
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], caller: Caller, method: str) -> None:
         self._context = context
         self.caller = caller
+        self.method = method
+        """The RPC's name, without its service."""
 
     async def write(self, message: bytes) -> None:
         """Send one serialised message of a stream. Raises CancelledError where the caller has gone."""
@@ -136,7 +137,7 @@ class Pipeline:
                 request = request_from(raw, kind)
                 remaining = context.time_remaining()
                 with Timeout(DEADLINE_SECONDS if remaining is None else min(remaining, DEADLINE_SECONDS)):
-                    response = await behaviour(request, Call(context, caller))
+                    response = await behaviour(request, Call(context, caller, account.name))
                 account.close("OK", started, caller)
                 return response.SerializeToString()
             except (asyncio.CancelledError, GeneratorExit):
@@ -163,7 +164,7 @@ class Pipeline:
                 if self.draining:
                     raise Draining
                 caller = self._caller(context)
-                await behaviour(request_from(raw, kind), Call(context, caller))
+                await behaviour(request_from(raw, kind), Call(context, caller, account.name))
                 account.close("OK", started, caller, end="DRAINING" if self.draining else "COMPLETED")
             except (asyncio.CancelledError, GeneratorExit):
                 account.close("CANCELLED", started, caller)
@@ -177,30 +178,32 @@ class Pipeline:
 
         return stream
 
-    def _caller(self, context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    def _caller(self, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
         """Who calls: the name in the client's certificate, else the name that it gives itself, else nobody.
 
         The second is for the log and the scope of idempotency keys, among services that trust one another.
         """
         if self._mutual_tls:
-            return "cert:" + next(iter(context.peer_identities() or ()), b"").decode(errors="replace")[:200]
+            name = next(iter(context.peer_identities() or ()), b"")
+            return Caller("cert:" + name.decode(errors="replace")[:200])
         for key, value in context.invocation_metadata() or ():
             if key == "frontdesk-caller" and isinstance(value, str):
-                return "name:" + value[:64]
+                return Caller("name:" + value[:64])
         return ANONYMOUS
 
 
 class _Account:
     """What is written down of each call of a method when it has ended: a line of the log, numbers, its span."""
 
-    __slots__ = ("_metrics", "_tracing", "method")
+    __slots__ = ("_metrics", "_tracing", "method", "name")
 
     def __init__(self, method: str, streams: bool, metrics: Metrics | None, tracing: Tracing | None) -> None:
         self.method = f"/{method}"
+        self.name = method.rpartition("/")[2]
         self._metrics = None if metrics is None else metrics.method(method, streams=streams)
         self._tracing = tracing
 
-    def close(self, code: str, started: float, caller: str, *, end: str = "", **more: str) -> None:
+    def close(self, code: str, started: float, caller: Caller, *, end: str = "", **more: str) -> None:
         """`end` is why a stream ended, where that is neither its code nor `reason`, for which it was refused."""
         seconds = time.perf_counter() - started
         if self._metrics is not None:
@@ -208,11 +211,11 @@ class _Account:
             self._metrics.ended(code, seconds, reason, end or reason or code)
         if self._tracing is not None:
             more["trace_id"] = self._tracing.ended(code, more.get("reason", ""))
-        _log.info("call", method=self.method, code=code, ms=round(seconds * 1000, 3), caller=caller, **more)
+        _log.info("call", method=self.method, code=code, ms=round(seconds * 1000, 3), caller=caller.identity, **more)
 
 
 def _refusal(
-    error: BaseException, account: _Account, started: float, caller: str
+    error: BaseException, account: _Account, started: float, caller: Caller
 ) -> tuple[grpc.StatusCode, str, Trailers]:
     """Write down how a call failed, and say what it is answered."""
     # Its frames hold the call's context, which will hold the error.

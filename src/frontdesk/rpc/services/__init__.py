@@ -21,5 +21,5 @@ def servicers(core: Core, feed: Feed, *, max_watchers: int) -> Sequence[Servicer
         DoctorServicer(core.doctors),
         SlotServicer(core.slots),
         AppointmentServicer(core.appointments),
-        QueueServicer(core.queues, core.appointments, feed, max_watchers=max_watchers),
+        QueueServicer(core.queues, feed, max_watchers=max_watchers),
     )

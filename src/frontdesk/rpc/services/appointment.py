@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
 from frontdesk.core.appointment import Appointment, AppointmentFilter, Appointments, Target
+from frontdesk.db.change import Change
 from frontdesk.rpc.convert import (
     DATES_AND_IDS,
     changes_from,
@@ -12,7 +13,7 @@ from frontdesk.rpc.convert import (
     date_from,
     enum_numbers,
     id_or_none,
-    intent_of,
+    key_of,
     page_from,
     page_token,
     required_date,
@@ -38,24 +39,24 @@ class AppointmentServicer:
         self._appointments = appointments
 
     async def BookAppointment(self, request: pb.BookAppointmentRequest, call: Call) -> pb.BookAppointmentResponse:
-        decision = await self._appointments.book(
-            intent_of(request, call),
+        change = await self._appointments.book(
+            call.caller,
             request.patient_id,
             _target(request),
             reason=request.reason,
             notes=request.notes,
             validate_only=request.validate_only,
+            key=key_of(request, call),
         )
-        return pb.BookAppointmentResponse(
-            appointment=to_appointment(decision.appointment), revision=decision.revision, replayed=decision.replayed
-        )
+        return _answer(change, pb.BookAppointmentResponse)
 
     async def GetAppointment(self, request: pb.GetAppointmentRequest, call: Call) -> pb.GetAppointmentResponse:
-        found = await self._appointments.get(request.appointment_id)
+        found = await self._appointments.get(call.caller, request.appointment_id)
         return pb.GetAppointmentResponse(appointment=to_appointment(found))
 
     async def ListAppointments(self, request: pb.ListAppointmentsRequest, call: Call) -> pb.ListAppointmentsResponse:
         found = await self._appointments.list(
+            call.caller,
             page_from(request, *DATES_AND_IDS),
             AppointmentFilter(
                 id_or_none(request.patient_id),
@@ -73,56 +74,53 @@ class AppointmentServicer:
 
     async def UpdateAppointment(self, request: pb.UpdateAppointmentRequest, call: Call) -> pb.UpdateAppointmentResponse:
         changes = changes_from(request.appointment, request.update_mask, _WRITABLE)
-        decision = await self._appointments.update(
-            intent_of(request, call),
+        change = await self._appointments.update(
+            call.caller,
             request.appointment.id,
             version_from(request.etag),
             reason=changes.get("reason"),
             notes=changes.get("notes"),
+            key=key_of(request, call),
         )
-        return pb.UpdateAppointmentResponse(
-            appointment=to_appointment(decision.appointment), revision=decision.revision, replayed=decision.replayed
-        )
+        return _answer(change, pb.UpdateAppointmentResponse)
 
     async def RescheduleAppointment(
         self, request: pb.RescheduleAppointmentRequest, call: Call
     ) -> pb.RescheduleAppointmentResponse:
-        decision = await self._appointments.reschedule(
-            intent_of(request, call), request.appointment_id, _target(request), version_from(request.etag)
+        change = await self._appointments.reschedule(
+            call.caller,
+            request.appointment_id,
+            _target(request),
+            version_from(request.etag),
+            key=key_of(request, call),
         )
-        return pb.RescheduleAppointmentResponse(
-            appointment=to_appointment(decision.appointment),
-            revision=decision.revision,
-            vacated_revision=decision.vacated_revision or 0,
-            replayed=decision.replayed,
-        )
+        return _answer(change, pb.RescheduleAppointmentResponse, vacated_revision=change.vacated_revision)
 
     async def CancelAppointment(self, request: pb.CancelAppointmentRequest, call: Call) -> pb.CancelAppointmentResponse:
-        return await self._change(request, call, "Cancel", pb.CancelAppointmentResponse, text=request.cancel_reason)
+        return await self._change(request, call, pb.CancelAppointmentResponse, reason=request.cancel_reason)
 
     async def StartAppointment(self, request: pb.StartAppointmentRequest, call: Call) -> pb.StartAppointmentResponse:
-        return await self._change(request, call, "Start", pb.StartAppointmentResponse)
+        return await self._change(request, call, pb.StartAppointmentResponse)
 
     async def CompleteAppointment(
         self, request: pb.CompleteAppointmentRequest, call: Call
     ) -> pb.CompleteAppointmentResponse:
-        return await self._change(request, call, "Complete", pb.CompleteAppointmentResponse)
+        return await self._change(request, call, pb.CompleteAppointmentResponse)
 
     async def MarkNoShow(self, request: pb.MarkNoShowRequest, call: Call) -> pb.MarkNoShowResponse:
-        return await self._change(request, call, "NoShow", pb.MarkNoShowResponse)
+        return await self._change(request, call, pb.MarkNoShowResponse)
 
-    async def _change(self, request: Any, call: Call, verb: str, response: Callable[..., R], text: str = "") -> R:
-        decision = await self._appointments.change(
-            intent_of(request, call),
-            type(request).__name__.removesuffix("Request"),
-            verb,
-            request.appointment_id,
-            version=version_from(request.etag),
-            text=text,
+    async def _change(self, request: Any, call: Call, response: Callable[..., R], reason: str = "") -> R:
+        change = await self._appointments.change(
+            call.caller, request.appointment_id, version_from(request.etag), reason=reason, key=key_of(request, call)
         )
-        return response(
-            appointment=to_appointment(decision.appointment), revision=decision.revision, replayed=decision.replayed
-        )
+        return _answer(change, response)
+
+
+def _answer(change: Change[Appointment], response: Callable[..., R], **more: Any) -> R:
+    return response(
+        appointment=to_appointment(change.result), revision=change.revision, replayed=change.replayed, **more
+    )
 
 
 def _target(request: pb.BookAppointmentRequest | pb.RescheduleAppointmentRequest) -> Target:

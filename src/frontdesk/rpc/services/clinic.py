@@ -8,7 +8,7 @@ from frontdesk.rpc.convert import (
     active_from,
     changes_from,
     converter,
-    intent_of,
+    key_of,
     page_from,
     page_token,
     version_from,
@@ -33,21 +33,21 @@ class ClinicServicer:
 
     async def CreateClinic(self, request: pb.CreateClinicRequest, call: Call) -> pb.CreateClinicResponse:
         values = changes_from(request.clinic, EVERY_FIELD, _WRITABLE)
-        clinic, replayed = await self._clinics.create(intent_of(request, call), values)
-        return pb.CreateClinicResponse(clinic=to_clinic(clinic), replayed=replayed)
+        change = await self._clinics.create(call.caller, values, key=key_of(request, call))
+        return pb.CreateClinicResponse(clinic=to_clinic(change.result), replayed=change.replayed)
 
     async def GetClinic(self, request: pb.GetClinicRequest, call: Call) -> pb.GetClinicResponse:
-        return pb.GetClinicResponse(clinic=to_clinic(await self._clinics.get(request.clinic_id)))
+        return pb.GetClinicResponse(clinic=to_clinic(await self._clinics.get(call.caller, request.clinic_id)))
 
     async def UpdateClinic(self, request: pb.UpdateClinicRequest, call: Call) -> pb.UpdateClinicResponse:
         changes = changes_from(request.clinic, request.update_mask, _WRITABLE)
-        clinic, replayed = await self._clinics.update(
-            intent_of(request, call), request.clinic.id, changes, version_from(request.etag)
+        change = await self._clinics.update(
+            call.caller, request.clinic.id, changes, version_from(request.etag), key=key_of(request, call)
         )
-        return pb.UpdateClinicResponse(clinic=to_clinic(clinic), replayed=replayed)
+        return pb.UpdateClinicResponse(clinic=to_clinic(change.result), replayed=change.replayed)
 
     async def ListClinics(self, request: pb.ListClinicsRequest, call: Call) -> pb.ListClinicsResponse:
-        found = await self._clinics.list(page_from(request, *IDS), city=request.city)
+        found = await self._clinics.list(call.caller, page_from(request, *IDS), city=request.city)
         return pb.ListClinicsResponse(
             clinics=map(to_clinic, found.items), next_page_token=page_token(request, found.next)
         )

@@ -10,7 +10,7 @@ from frontdesk.rpc.convert import (
     changes_from,
     converter,
     date_from,
-    intent_of,
+    key_of,
     page_from,
     page_token,
     required_date,
@@ -49,22 +49,26 @@ class DoctorServicer:
 
     async def CreateDoctor(self, request: pb.CreateDoctorRequest, call: Call) -> pb.CreateDoctorResponse:
         values = changes_from(request.doctor, EVERY_FIELD, _WRITABLE)
-        doctor, replayed = await self._doctors.create(intent_of(request, call), values)
-        return pb.CreateDoctorResponse(doctor=to_doctor(doctor), replayed=replayed)
+        change = await self._doctors.create(call.caller, values, key=key_of(request, call))
+        return pb.CreateDoctorResponse(doctor=to_doctor(change.result), replayed=change.replayed)
 
     async def GetDoctor(self, request: pb.GetDoctorRequest, call: Call) -> pb.GetDoctorResponse:
-        return pb.GetDoctorResponse(doctor=to_doctor(await self._doctors.get(request.doctor_id)))
+        return pb.GetDoctorResponse(doctor=to_doctor(await self._doctors.get(call.caller, request.doctor_id)))
 
     async def UpdateDoctor(self, request: pb.UpdateDoctorRequest, call: Call) -> pb.UpdateDoctorResponse:
         changes = changes_from(request.doctor, request.update_mask, _WRITABLE)
-        doctor, replayed = await self._doctors.update(
-            intent_of(request, call), request.doctor.id, changes, version_from(request.etag)
+        change = await self._doctors.update(
+            call.caller, request.doctor.id, changes, version_from(request.etag), key=key_of(request, call)
         )
-        return pb.UpdateDoctorResponse(doctor=to_doctor(doctor), replayed=replayed)
+        return pb.UpdateDoctorResponse(doctor=to_doctor(change.result), replayed=change.replayed)
 
     async def ListDoctors(self, request: pb.ListDoctorsRequest, call: Call) -> pb.ListDoctorsResponse:
         found = await self._doctors.list(
-            page_from(request, *IDS), specialty=request.specialty, clinic_id=request.clinic_id, code=request.code
+            call.caller,
+            page_from(request, *IDS),
+            specialty=request.specialty,
+            clinic_id=request.clinic_id,
+            code=request.code,
         )
         return pb.ListDoctorsResponse(
             doctors=map(to_doctor, found.items), next_page_token=page_token(request, found.next)
@@ -73,25 +77,26 @@ class DoctorServicer:
     async def SetDoctorAvailability(
         self, request: pb.SetDoctorAvailabilityRequest, call: Call
     ) -> pb.SetDoctorAvailabilityResponse:
-        said = Availability(
+        wanted = Availability(
             request.doctor_id.lower(),
             required_date(request, "date"),
             request.is_present,
             request.note,
             request.max_patients if request.HasField("max_patients") else None,
         )
-        answer = await self._doctors.set_availability(intent_of(request, call), said)
+        change = await self._doctors.set_availability(call.caller, wanted, key=key_of(request, call))
         return pb.SetDoctorAvailabilityResponse(
-            availability=_to_availability(answer.availability),
-            affected_appointment_ids=answer.affected,
-            revision=answer.revision,
-            replayed=answer.replayed,
+            availability=_to_availability(change.result),
+            affected_appointment_ids=change.affected,
+            revision=change.revision,
+            replayed=change.replayed,
         )
 
     async def ListDoctorAvailability(
         self, request: pb.ListDoctorAvailabilityRequest, call: Call
     ) -> pb.ListDoctorAvailabilityResponse:
         found = await self._doctors.list_availability(
+            call.caller,
             page_from(request, *DATES),
             request.doctor_id,
             date_from(request, "from_date"),

@@ -11,7 +11,7 @@ from frontdesk.rpc.convert import (
     changes_from,
     converter,
     date_from,
-    intent_of,
+    key_of,
     page_from,
     page_token,
     version_from,
@@ -68,28 +68,32 @@ class PatientServicer:
 
     async def RegisterPatient(self, request: pb.RegisterPatientRequest, call: Call) -> pb.RegisterPatientResponse:
         values = changes_from(request.patient, EVERY_FIELD, _WRITABLE)
-        patient, already, replayed = await self._patients.register(
-            intent_of(request, call), values, request.default_country
+        change = await self._patients.register(call.caller, values, request.default_country, key=key_of(request, call))
+        return pb.RegisterPatientResponse(
+            patient=to_patient(change.result.patient),
+            already_registered=change.result.already_registered,
+            replayed=change.replayed,
         )
-        return pb.RegisterPatientResponse(patient=to_patient(patient), already_registered=already, replayed=replayed)
 
     async def GetPatient(self, request: pb.GetPatientRequest, call: Call) -> pb.GetPatientResponse:
-        return pb.GetPatientResponse(patient=to_patient(await self._patients.get(request.patient_id)))
+        return pb.GetPatientResponse(patient=to_patient(await self._patients.get(call.caller, request.patient_id)))
 
     async def UpdatePatient(self, request: pb.UpdatePatientRequest, call: Call) -> pb.UpdatePatientResponse:
         changes = changes_from(request.patient, request.update_mask, _WRITABLE)
-        patient, replayed = await self._patients.update(
-            intent_of(request, call),
+        change = await self._patients.update(
+            call.caller,
             request.patient.id,
             changes,
             version_from(request.etag),
             request.default_country,
+            key=key_of(request, call),
         )
-        return pb.UpdatePatientResponse(patient=to_patient(patient), replayed=replayed)
+        return pb.UpdatePatientResponse(patient=to_patient(change.result), replayed=change.replayed)
 
     async def ListPatients(self, request: pb.ListPatientsRequest, call: Call) -> pb.ListPatientsResponse:
         insurance = request.insurance
         found = await self._patients.list(
+            call.caller,
             page_from(request, *IDS),
             phone=request.phone,
             country=request.default_country,

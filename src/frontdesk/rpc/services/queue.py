@@ -8,13 +8,12 @@ from typing import Any, TypeVar
 from google.protobuf import duration_pb2
 
 from clinic.frontdesk.v1 import queue_pb2 as pb
-from frontdesk.core.appointment import Appointments
 from frontdesk.core.queue import Queue, QueueChange, QueueEntry, Queues, entry_of
 from frontdesk.errors import InvalidField, TooManyWatchers, WatcherTooSlow
 from frontdesk.live.feed import Feed
 from frontdesk.live.subscription import Subscription
 from frontdesk.live.tokens import ResumeToken
-from frontdesk.rpc.convert import converter, date_from, enum_numbers, intent_of
+from frontdesk.rpc.convert import converter, date_from, enum_numbers, key_of
 from frontdesk.rpc.pipeline import Call
 from frontdesk.rpc.services.appointment import to_appointment
 from frontdesk.tasks import Timeout
@@ -67,62 +66,52 @@ def _to_change(change: QueueChange) -> pb.QueueChange:
 
 
 class QueueServicer:
-    """Translates; `Queues`, `Appointments` and `Feed` decide."""
+    """Translates; `Queues` and `Feed` decide."""
 
     service = pb.DESCRIPTOR.services_by_name["QueueService"]
 
-    def __init__(self, queues: Queues, appointments: Appointments, feed: Feed, *, max_watchers: int) -> None:
+    def __init__(self, queues: Queues, feed: Feed, *, max_watchers: int) -> None:
         self._queues = queues
-        self._appointments = appointments
         self._feed = feed
         self._max_watchers = max_watchers
 
     async def CheckIn(self, request: pb.CheckInRequest, call: Call) -> pb.CheckInResponse:
-        return await self._change(
-            request, call, "CheckIn", pb.CheckInResponse, patient_id=request.patient_id.lower() or None
-        )
+        return await self._change(request, call, pb.CheckInResponse, patient_id=request.patient_id.lower() or None)
 
     async def GetQueue(self, request: pb.GetQueueRequest, call: Call) -> pb.GetQueueResponse:
-        return pb.GetQueueResponse(
-            queue=to_queue(await self._queues.get(request.doctor_id, date_from(request, "date")))
-        )
+        found = await self._queues.get(call.caller, request.doctor_id, date_from(request, "date"))
+        return pb.GetQueueResponse(queue=to_queue(found))
 
     async def CallNext(self, request: pb.CallNextRequest, call: Call) -> pb.CallNextResponse:
-        decision = await self._appointments.call_next(
-            intent_of(request, call), request.doctor_id, date_from(request, "date"), request.room
+        change = await self._queues.call_next(
+            call.caller, request.doctor_id, date_from(request, "date"), request.room, key=key_of(request, call)
         )
         return pb.CallNextResponse(
-            entry=to_entry(entry_of(decision)), revision=decision.revision, replayed=decision.replayed
+            entry=to_entry(entry_of(change.result)), revision=change.revision, replayed=change.replayed
         )
 
     async def CallAgain(self, request: pb.CallAgainRequest, call: Call) -> pb.CallAgainResponse:
-        return await self._change(request, call, "CallAgain", pb.CallAgainResponse, text=request.room)
+        return await self._change(request, call, pb.CallAgainResponse, room=request.room)
 
     async def ReturnToLine(self, request: pb.ReturnToLineRequest, call: Call) -> pb.ReturnToLineResponse:
-        return await self._change(request, call, "Return", pb.ReturnToLineResponse)
+        return await self._change(request, call, pb.ReturnToLineResponse)
 
     async def ParkPatient(self, request: pb.ParkPatientRequest, call: Call) -> pb.ParkPatientResponse:
-        return await self._change(request, call, "Park", pb.ParkPatientResponse)
+        return await self._change(request, call, pb.ParkPatientResponse)
 
     async def MarkMissed(self, request: pb.MarkMissedRequest, call: Call) -> pb.MarkMissedResponse:
-        return await self._change(request, call, "Miss", pb.MarkMissedResponse)
+        return await self._change(request, call, pb.MarkMissedResponse)
 
     async def LeaveQueue(self, request: pb.LeaveQueueRequest, call: Call) -> pb.LeaveQueueResponse:
-        return await self._change(request, call, "Leave", pb.LeaveQueueResponse)
+        return await self._change(request, call, pb.LeaveQueueResponse)
 
-    async def _change(self, request: Any, call: Call, verb: str, response: Callable[..., R], **more: Any) -> R:
-        decision = await self._appointments.change(
-            intent_of(request, call),
-            type(request).__name__.removesuffix("Request"),
-            verb,
-            request.appointment_id,
-            **more,
-        )
+    async def _change(self, request: Any, call: Call, response: Callable[..., R], **more: Any) -> R:
+        change = await self._queues.change(call.caller, request.appointment_id, **more, key=key_of(request, call))
         return response(
-            entry=to_entry(entry_of(decision)),
-            appointment=to_appointment(decision.appointment),
-            revision=decision.revision,
-            replayed=decision.replayed,
+            entry=to_entry(entry_of(change.result)),
+            appointment=to_appointment(change.result),
+            revision=change.revision,
+            replayed=change.replayed,
         )
 
     async def WatchQueue(self, request: pb.WatchQueueRequest, call: Call) -> None:
@@ -135,7 +124,7 @@ class QueueServicer:
                 raise InvalidField(("resume_token", "is of another doctor-day"))
             day = resume.date
         if day is None:
-            day = await self._queues.today(doctor_id)
+            day = await self._queues.today(call.caller, doctor_id)
         heartbeat = _heartbeat_seconds(request)
         ends = time.monotonic() + random.uniform(*MAX_AGE_SECONDS)
         with self._feed.subscribe(doctor_id, day) as watch:

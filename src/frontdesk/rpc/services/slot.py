@@ -8,7 +8,7 @@ from frontdesk.rpc.convert import (
     converter,
     id_or_none,
     instant_from,
-    intent_of,
+    key_of,
     page_from,
     page_token,
     version_from,
@@ -28,19 +28,20 @@ class SlotServicer:
 
     async def CreateSlot(self, request: pb.CreateSlotRequest, call: Call) -> pb.CreateSlotResponse:
         wanted = [_wanted(request.slot, "slot")]
-        (slot, *_), replayed = await self._slots.create(intent_of(request, call), "CreateSlot", wanted)
-        return pb.CreateSlotResponse(slot=to_slot(slot), replayed=replayed)
+        change = await self._slots.create(call.caller, wanted, path="slot", key=key_of(request, call))
+        return pb.CreateSlotResponse(slot=to_slot(change.result[0]), replayed=change.replayed)
 
     async def BatchCreateSlots(self, request: pb.BatchCreateSlotsRequest, call: Call) -> pb.BatchCreateSlotsResponse:
         wanted = [_wanted(slot, f"slots[{index}]") for index, slot in enumerate(request.slots)]
-        slots, replayed = await self._slots.create(intent_of(request, call), "BatchCreateSlots", wanted)
-        return pb.BatchCreateSlotsResponse(slots=map(to_slot, slots), replayed=replayed)
+        change = await self._slots.create(call.caller, wanted, path="slots[{}]", key=key_of(request, call))
+        return pb.BatchCreateSlotsResponse(slots=map(to_slot, change.result), replayed=change.replayed)
 
     async def GetSlot(self, request: pb.GetSlotRequest, call: Call) -> pb.GetSlotResponse:
-        return pb.GetSlotResponse(slot=to_slot(await self._slots.get(request.slot_id)))
+        return pb.GetSlotResponse(slot=to_slot(await self._slots.get(call.caller, request.slot_id)))
 
     async def ListSlots(self, request: pb.ListSlotsRequest, call: Call) -> pb.ListSlotsResponse:
         found = await self._slots.list(
+            call.caller,
             page_from(request, *INSTANTS_AND_IDS),
             SlotFilter(
                 id_or_none(request.doctor_id),
@@ -55,17 +56,19 @@ class SlotServicer:
 
     async def BlockSlots(self, request: pb.BlockSlotsRequest, call: Call) -> pb.BlockSlotsResponse:
         ids = [slot_id.lower() for slot_id in request.slot_ids]
-        slots, replayed = await self._slots.block(intent_of(request, call), ids, request.block_reason)
-        return pb.BlockSlotsResponse(slots=map(to_slot, slots), replayed=replayed)
+        change = await self._slots.block(call.caller, ids, request.block_reason, key=key_of(request, call))
+        return pb.BlockSlotsResponse(slots=map(to_slot, change.result), replayed=change.replayed)
 
     async def ReleaseSlots(self, request: pb.ReleaseSlotsRequest, call: Call) -> pb.ReleaseSlotsResponse:
         ids = [slot_id.lower() for slot_id in request.slot_ids]
-        slots, replayed = await self._slots.release(intent_of(request, call), ids)
-        return pb.ReleaseSlotsResponse(slots=map(to_slot, slots), replayed=replayed)
+        change = await self._slots.release(call.caller, ids, key=key_of(request, call))
+        return pb.ReleaseSlotsResponse(slots=map(to_slot, change.result), replayed=change.replayed)
 
     async def DeleteSlot(self, request: pb.DeleteSlotRequest, call: Call) -> pb.DeleteSlotResponse:
-        replayed = await self._slots.delete(intent_of(request, call), request.slot_id, version_from(request.etag))
-        return pb.DeleteSlotResponse(replayed=replayed)
+        change = await self._slots.delete(
+            call.caller, request.slot_id, version_from(request.etag), key=key_of(request, call)
+        )
+        return pb.DeleteSlotResponse(replayed=change.replayed)
 
 
 def _wanted(slot: pb.Slot, path: str) -> NewSlot:

@@ -35,7 +35,7 @@ def upgrade() -> None:
         sa.Column("no_show_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("leave_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("ticket", sa.Integer(), nullable=True),
-        sa.Column("line_order", sa.BigInteger(), nullable=True),
+        sa.Column("queued_revision", sa.BigInteger(), nullable=True),
         sa.Column("queue_state", sa.Text(), nullable=True),
         sa.Column("room", sa.Text(), server_default="", nullable=False),
         sa.Column("call_count", sa.Integer(), server_default="0", nullable=False),
@@ -46,7 +46,7 @@ def upgrade() -> None:
         postgresql.ExcludeConstraint(
             (sa.text("uuidrange(patient_id, patient_id, '[]')"), "&&"),
             (sa.text("tstzrange(start_time, end_time)"), "&&"),
-            where=sa.text("start_time is not null and state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION')"),
+            where=sa.text("start_time is not null and is_live(state)"),
             using="gist",
             name="appointment_patient_overlap",
         ),
@@ -54,7 +54,7 @@ def upgrade() -> None:
             "state || '/' || coalesce(queue_state, '') = any ('{BOOKED/,CHECKED_IN/WAITING,CHECKED_IN/CALLED,"
             "CHECKED_IN/PARKED,CHECKED_IN/MISSED,IN_CONSULTATION/IN_CONSULTATION,COMPLETED/DONE,CANCELLED/,"
             "CANCELLED/LEFT,NO_SHOW/,LEFT/LEFT}'::text[])",
-            name="appointment_visit_and_line_check",
+            name="appointment_visit_and_queue_check",
         ),
         sa.CheckConstraint(
             "(slot_id is null or start_time is not null) and (start_time is null) = (end_time is null)",
@@ -72,14 +72,14 @@ def upgrade() -> None:
         "appointment",
         ["doctor_id", "date", "number"],
         unique=True,
-        postgresql_where=sa.text("state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION', 'COMPLETED')"),
+        postgresql_where=sa.text("holds_place(state)"),
     )
     op.create_index(
         "appointment_patient_day_key",
         "appointment",
         ["patient_id", "doctor_id", "date"],
         unique=True,
-        postgresql_where=sa.text("state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION')"),
+        postgresql_where=sa.text("is_live(state)"),
     )
     op.create_index("appointment_patient_idx", "appointment", ["patient_id", "date", "id"], unique=False)
     op.create_index(
@@ -87,9 +87,7 @@ def upgrade() -> None:
         "appointment",
         ["slot_id"],
         unique=False,
-        postgresql_where=sa.text(
-            "slot_id is not null and state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION', 'COMPLETED')"
-        ),
+        postgresql_where=sa.text("slot_id is not null and holds_place(state)"),
     )
     op.create_index(
         "appointment_ticket_key",

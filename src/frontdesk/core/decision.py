@@ -1,0 +1,32 @@
+"""The Python side of SQL's `decide`: how a change of doctor-days is asked for, and how a refusal comes back."""
+
+from collections.abc import Callable, Mapping
+from datetime import date
+from typing import Any
+
+from frontdesk.db.change import Key
+from frontdesk.errors import REFUSALS, Refused
+
+Changed = Callable[[str, date], None]
+"""Told after the commit which doctor-day has changed, so that its watchers are woken; losing a call costs only time."""
+
+
+def asked(key: Key, **attributes: Any) -> dict[str, Any]:
+    """One request for `decide`: the key, and attributes of SQL's type `request`. The verb is the key's method."""
+    return {
+        "verb": key.method,
+        "caller": key.caller,
+        "key": key.name,
+        "fingerprint": "\\x" + key.fingerprint.hex(),
+        **attributes,
+    }
+
+
+def refusal(outcome: str, subject: str | None, details: Mapping[str, Any] | None) -> Refused:
+    """The refusal that `decide` answered."""
+    return REFUSALS[outcome](subject, details)
+
+
+def iso(value: Any) -> str | None:
+    """A date or an instant as JSON carries it."""
+    return None if value is None else str(value.isoformat())

@@ -1,0 +1,86 @@
+"""A change that a caller intends: the key under which it acts once, and the answer that says whether it acted now."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from psycopg.types.json import Jsonb
+
+from frontdesk.db.database import Transaction
+from frontdesk.errors import IdempotencyKeyReused
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """The caller's name for one intended change. Without a name every call is another intention."""
+
+    caller: str
+    method: str
+    """The RPC: the same name means something else to another one."""
+    name: str = ""
+    fingerprint: bytes = b""
+    """Of the request without its key; the same key with another fingerprint is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change(Generic[T]):
+    """A change that was made, now or by an earlier call with the same key."""
+
+    result: T
+    replayed: bool
+    revision: int = 0
+    """Of the doctor-day that was changed; 0 if none was."""
+    vacated_revision: int = 0
+    """Of the doctor-day that a reschedule left."""
+    affected: Sequence[str] = ()
+    """The live appointments that the change concerns and leaves as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a key stands for in this transaction."""
+
+    result_id: str
+    """The id that the change's resource gets, or got at the first success."""
+    replayed: bool
+    notes: Mapping[str, Any]
+    """What `note` stored at the first success."""
+
+
+async def claim(tx: Transaction, key: Key) -> Claim:
+    """Take the key for this transaction, or find what it did before.
+
+    A concurrent twin waits here until the first has ended. Raises IdempotencyKeyReused.
+
+    For changes that are ordinary transactions; SQL's `decide` recalls and remembers keys under its locks.
+    """
+    if not key.name:
+        fresh = await tx.row("select new_id()", (), str)
+        assert fresh is not None
+        return Claim(fresh, False, {})
+    taken = await tx.row(
+        "insert into idempotency (caller, method, key, fingerprint, result_id) values (%s, %s, %s, %s, new_id())"
+        " on conflict do nothing returning result_id",
+        (key.caller, key.method, key.name, key.fingerprint),
+        str,
+    )
+    if taken is not None:
+        return Claim(taken, False, {})
+    first = await tx.row(
+        "select fingerprint, result_id, snapshot from idempotency where caller = %s and method = %s and key = %s",
+        (key.caller, key.method, key.name),
+        lambda fingerprint, result_id, snapshot: (bytes(fingerprint), Claim(result_id, True, snapshot or {})),
+    )
+    if first is None or first[0] != key.fingerprint:
+        raise IdempotencyKeyReused
+    return first[1]
+
+
+async def note(tx: Transaction, key: Key, result_id: str, **notes: Any) -> None:
+    """Let the key stand for this resource, and store what a replay answers beside it."""
+    await tx.run(
+        "update idempotency set result_id = %s, snapshot = %s where caller = %s and method = %s and key = %s",
+        (result_id, Jsonb(notes), key.caller, key.method, key.name),
+    )

@@ -1,0 +1,82 @@
+-- Book a place of a slot or of a doctor-day.
+create or replace function book(r request) returns decision language plpgsql as $$
+declare
+    d decision;
+    v_place record;
+    v_now timestamptz := moment();
+begin
+    v_place := find_place(r.patient, r.doctor, r.date, r.slot, null, v_now);
+    if v_place.outcome <> 'OK' then
+        return refused(v_place.outcome, v_place.subject, jsonb_build_object('date', r.date));
+    end if;
+    d.outcome := 'OK';
+
+    if r.validate_only then
+        d.appointment := jsonb_populate_record(null::appointment, jsonb_build_object(
+            'patient_id', r.patient, 'doctor_id', r.doctor, 'clinic_id', v_place.clinic_id, 'date', r.date,
+            'number', v_place.number, 'slot_id', r.slot, 'start_time', v_place.start_time, 'end_time', v_place.end_time,
+            'state', 'BOOKED', 'reason', r.reason, 'notes', r.notes, 'cancel_reason', '', 'room', '', 'call_count', 0));
+        return d;
+    end if;
+
+    insert into appointment as a (patient_id, doctor_id, clinic_id, date, number, slot_id, start_time, end_time, state,
+                                  reason, notes, create_time, update_time)
+    values (r.patient, r.doctor, v_place.clinic_id, r.date, v_place.number, r.slot, v_place.start_time,
+            v_place.end_time, 'BOOKED', r.reason, r.notes, v_now, v_now)
+    returning a into d.appointment;
+    d.revision := (record_change(r.doctor, r.date, 'BOOKED', (d.appointment).id, null, v_now)).revision;
+    return d;
+end
+$$;
+
+-- Move a BOOKED appointment to another slot or doctor-day. The old place is given up in the same transaction that gets
+-- the new one, or not at all.
+create or replace function reschedule(r request, p_old appointment) returns decision language plpgsql as $$
+declare
+    d decision;
+    v_place record;
+    v_now timestamptz := moment();
+begin
+    if p_old.state <> 'BOOKED' then
+        return refused('INVALID_TRANSITION', p_old.id, jsonb_build_object('state', p_old.state));
+    end if;
+    v_place := find_place(p_old.patient_id, r.doctor, r.date, r.slot, p_old.id, v_now);
+    if v_place.outcome <> 'OK' then
+        return refused(v_place.outcome, v_place.subject, jsonb_build_object('date', r.date));
+    end if;
+
+    update appointment as a
+    set doctor_id = r.doctor, clinic_id = v_place.clinic_id, date = r.date, number = v_place.number, slot_id = r.slot,
+        start_time = v_place.start_time, end_time = v_place.end_time, version = a.version + 1, update_time = v_now
+    where a.id = p_old.id
+    returning a into d.appointment;
+
+    if (p_old.doctor_id, p_old.date) <> (r.doctor, r.date) then
+        d.vacated_revision :=
+            (record_change(p_old.doctor_id, p_old.date, 'MOVED_OUT', p_old.id, null, v_now)).revision;
+    end if;
+    d.revision := (record_change(r.doctor, r.date, 'MOVED_IN', p_old.id, null, v_now)).revision;
+    d.vacated_revision := coalesce(d.vacated_revision, d.revision);
+    d.vacated_doctor := p_old.doctor_id;
+    d.vacated_date := p_old.date;
+    d.outcome := 'OK';
+    return d;
+end
+$$;
+
+-- Change reason and notes; null keeps one.
+create or replace function update_appointment(r request, p_old appointment) returns decision language plpgsql as $$
+declare
+    d decision;
+    v_now timestamptz := moment();
+begin
+    update appointment as a
+    set reason = coalesce(r.reason, a.reason), notes = coalesce(r.notes, a.notes), version = a.version + 1,
+        update_time = v_now
+    where a.id = p_old.id
+    returning a into d.appointment;
+    d.revision := (record_change(p_old.doctor_id, p_old.date, 'UPDATED', p_old.id, null, v_now)).revision;
+    d.outcome := 'OK';
+    return d;
+end
+$$;

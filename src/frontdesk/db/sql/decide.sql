@@ -1,0 +1,66 @@
+-- The frame of every decision: lock, recall the key, look again, act, remember, answer.
+--
+-- Several callers may ask at once, each answered as if it had come alone, in the same order: the worker sends together
+-- what arrived while it waited for the last answer, so that one round trip, one commit and one flush serve all of them.
+-- All locks of all requests are taken first, by the one plan that everybody keeps: taken request by request, two batches
+-- could wait for each other.
+--
+-- The functions that decide keep one plan for every call (plan_cache_mode): planning anew each time was the largest cost
+-- of a booking. A kept plan may have been made while the tables were empty, when reading a whole table looks cheap, and
+-- it stays until the next ANALYZE; so they may not (enable_seqscan). Everything that they look for has an index.
+create or replace function decide(p_requests json) returns setof decision language plpgsql
+    set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+declare
+    v_requests request[];
+    r request;
+    v_old appointment;
+    d decision;
+begin
+    v_requests := array(select locate(q) from json_populate_recordset(null::request, p_requests) q);
+    if cardinality(v_requests) > 1 then
+        -- Nobody waits long because another one's doctor-day is held: the worker asks again for each alone.
+        perform set_config('lock_timeout', '100ms', true);
+    end if;
+    perform lock_all(array(select unnest(lock_names(q)) from unnest(v_requests) q));
+
+    foreach r in array v_requests loop
+        d := null;
+        if r.key <> '' then
+            d := recall(r);
+        end if;
+        if d.outcome is null and r.appointment is not null then
+            -- Its own statement, so it sees what was committed while we waited for the lock.
+            select * into v_old from appointment where id = r.appointment;
+            if not found then
+                d := refused('APPOINTMENT_NOT_FOUND', r.appointment);
+            elsif (v_old.doctor_id, v_old.date) <> (r.from_doctor, r.from_date) then
+                raise exception 'the appointment was moved meanwhile' using errcode = 'serialization_failure';
+            elsif r.version <> v_old.version then
+                d := refused('ETAG_MISMATCH', v_old.id);
+            end if;
+        end if;
+        if d.outcome is null then
+            d := case r.verb
+                when 'BookAppointment' then book(r)
+                when 'RescheduleAppointment' then reschedule(r, v_old)
+                when 'UpdateAppointment' then update_appointment(r, v_old)
+                when 'CallNext' then call_next(r)
+                when 'SetDoctorAvailability' then set_availability(r)
+                when 'CreateSlot' then create_slots(r)
+                when 'BatchCreateSlots' then create_slots(r)
+                when 'BlockSlots' then set_slots_state(r)
+                when 'ReleaseSlots' then set_slots_state(r)
+                when 'DeleteSlot' then delete_slot(r)
+                else change_visit(r, v_old)
+            end;
+            if r.key <> '' and d.outcome = 'OK' and r.validate_only is not true then
+                perform remember(r, d);
+            end if;
+        end if;
+        if (d.appointment).queue_state is not null then
+            d := with_place_in_queue(d);
+        end if;
+        return next d;
+    end loop;
+end
+$$;

@@ -1,0 +1,67 @@
+-- The locks of a decision: doctor-days, and patients whose visits must not overlap.
+
+-- The day as a number: a date as text depends on the session's DateStyle, and all sessions must lock the same name.
+create or replace function doctor_day_name(p_doctor uuid, p_date date) returns text language sql immutable
+    return 'doctor-day/' || p_doctor || '/' || (p_date - date '2000-01-01');
+
+-- Lock to the end of the transaction: everything at once, each once, ascending by the hashed key, so that two
+-- transactions never wait for each other. Advisory and of the transaction, so that PgBouncer may share connections by
+-- transaction.
+--
+-- Call it in a statement of its own and read the rows in later ones: under READ COMMITTED each statement takes a fresh
+-- snapshot, so a read after the lock sees what was committed while we waited for it. Under any stricter isolation it
+-- would not, and places would be sold twice; hence the assertion.
+create or replace function lock_all(p_names text[]) returns void language plpgsql as $$
+declare
+    v_key bigint;
+begin
+    if current_setting('transaction_isolation') <> 'read committed' then
+        raise exception 'frontdesk decides under READ COMMITTED only' using errcode = 'invalid_transaction_state';
+    end if;
+    if cardinality(p_names) = 1 then
+        -- Most requests: nothing to sort.
+        perform pg_advisory_xact_lock(hashtextextended(p_names[1], 0));
+        return;
+    end if;
+    for v_key in select distinct hashtextextended(name, 0) from unnest(p_names) name order by 1 loop
+        perform pg_advisory_xact_lock(v_key);
+    end loop;
+end
+$$;
+
+-- Find the doctor-days of a request: the one that it asks for, and the one that its appointment is on now.
+--
+-- A slot's doctor and date never change. The appointment may be moved before we hold its lock; `decide` checks that
+-- afterwards.
+create or replace function locate(r request) returns request language plpgsql as $$
+begin
+    if r.slot is not null then
+        select doctor_id, date into r.doctor, r.date from slot where id = r.slot;
+    elsif r.doctor is not null and r.date is null then
+        r.date := clinic_today(r.doctor);
+    end if;
+    if r.appointment is not null then
+        select doctor_id, date, patient_id into r.from_doctor, r.from_date, r.from_patient
+        from appointment where id = r.appointment;
+    end if;
+    return r;
+end
+$$;
+
+-- The names that a located request locks.
+create or replace function lock_names(r request) returns text[] language plpgsql as $$
+declare
+    v_names text[] := array[doctor_day_name(r.doctor, r.date), doctor_day_name(r.from_doctor, r.from_date)];
+begin
+    if r.verb = 'RescheduleAppointment' or r.verb = 'BookAppointment' and r.slot is not null then
+        v_names := v_names || ('patient/' || coalesce(r.from_patient, r.patient));
+    elsif r.slots is not null then
+        v_names := v_names || array(select doctor_day_name(doctor_id, date) from slot where id = any (r.slots));
+    elsif r.new_slots is not null then
+        v_names := v_names || array(
+            select doctor_day_name(d.id, (w.start_time at time zone c.time_zone)::date)
+            from unnest(r.new_slots) w join doctor d on d.id = w.doctor join clinic c on c.id = d.clinic_id);
+    end if;
+    return array_remove(v_names, null);
+end
+$$;

@@ -1,0 +1,107 @@
+-- Make one transition of a visit and of its queue entry, by the table of `transitions`. `reason` is that of a
+-- cancellation, `room` that of a call, and `patient` the guard of a check-in.
+create or replace function change_visit(r request, p_old appointment) returns decision language plpgsql as $$
+declare
+    d decision;
+    t record;
+    v_new appointment := p_old;
+    v_now timestamptz := moment();
+    v_change record;
+begin
+    if r.patient <> p_old.patient_id then return refused('PATIENT_MISMATCH', p_old.id); end if;
+    if r.verb = 'CheckIn' and p_old.state in ('CHECKED_IN', 'IN_CONSULTATION') then
+        return refused('ALREADY_CHECKED_IN', p_old.id);
+    end if;
+
+    select * into t from transitions() x
+    where x.verb = r.verb and x.state = p_old.state and coalesce(p_old.queue_state, '') = any (x.queue_states);
+    if not found then
+        return refused('INVALID_TRANSITION', p_old.id, jsonb_build_object(
+            'state', case when p_old.state = 'CHECKED_IN' then p_old.queue_state else p_old.state end));
+    end if;
+    if r.verb in ('CheckIn', 'MarkNoShow') then
+        declare
+            v_today date;
+        begin
+            select (v_now at time zone c.time_zone)::date into v_today from clinic c where c.id = p_old.clinic_id;
+            if r.verb = 'CheckIn' and v_today <> p_old.date then
+                return refused('NOT_APPOINTMENT_DATE', p_old.id, jsonb_build_object('date', p_old.date));
+            elsif r.verb = 'MarkNoShow' and (v_today < p_old.date or v_now < p_old.start_time) then
+                return refused('TOO_EARLY', p_old.id, jsonb_build_object('date', p_old.date));
+            end if;
+        end;
+    end if;
+
+    v_new.state := t.new_state;
+    v_new.queue_state := nullif(t.new_queue_state, '');
+    case t.sets
+        when 'check_in_time' then v_new.check_in_time := v_now;
+        when 'call_time' then
+            v_new.call_time := v_now;
+            v_new.call_count := p_old.call_count + 1;
+            v_new.room := coalesce(nullif(r.room, ''), p_old.room);
+        when 'start_visit_time' then v_new.start_visit_time := v_now;
+        when 'complete_time' then v_new.complete_time := v_now;
+        when 'cancel_time' then
+            v_new.cancel_time := v_now;
+            v_new.cancel_reason := r.reason;
+        when 'no_show_time' then v_new.no_show_time := v_now;
+        when 'leave_time' then v_new.leave_time := v_now;
+        else null;
+    end case;
+    if t.leaves_room then v_new.room := ''; end if;
+
+    v_change := record_change(
+        p_old.doctor_id, p_old.date, t.kind, p_old.id, case when v_new.queue_state is not null then v_new end, v_now);
+    v_new.ticket := v_change.ticket;
+    if r.verb = 'CheckIn' or p_old.queue_state = 'MISSED' and v_new.queue_state = 'WAITING' then
+        -- Behind everyone who has a ticket now, and before everyone who will.
+        v_new.queued_revision := v_change.revision;
+    end if;
+
+    update appointment a
+    set state = v_new.state, queue_state = v_new.queue_state, ticket = v_new.ticket,
+        queued_revision = v_new.queued_revision, room = v_new.room, call_count = v_new.call_count,
+        call_time = v_new.call_time, check_in_time = v_new.check_in_time, start_visit_time = v_new.start_visit_time,
+        complete_time = v_new.complete_time, cancel_time = v_new.cancel_time, cancel_reason = v_new.cancel_reason,
+        no_show_time = v_new.no_show_time, leave_time = v_new.leave_time,
+        version = a.version + 1, update_time = v_now
+    where a.id = p_old.id
+    returning a into d.appointment;
+    d.revision := v_change.revision;
+    d.outcome := 'OK';
+    return d;
+end
+$$;
+
+-- Call the first waiting patient. Under the lock of the doctor-day, so two callers get two patients.
+create or replace function call_next(r request) returns decision language plpgsql as $$
+declare
+    v_first appointment;
+begin
+    select * into v_first from appointment a
+    where a.doctor_id = r.doctor and a.date = r.date and a.ticket is not null and a.queue_state = 'WAITING'
+    order by a.queued_revision limit 1;
+    if not found then
+        perform from doctor where id = r.doctor;
+        return refused(case when found then 'QUEUE_EMPTY' else 'DOCTOR_NOT_FOUND' end, r.doctor,
+                       jsonb_build_object('date', r.date));
+    end if;
+    return change_visit(r, v_first);
+end
+$$;
+
+-- The entry's present position and the patient's name, for the answer.
+create or replace function with_place_in_queue(d decision) returns decision language plpgsql as $$
+begin
+    if (d.appointment).queue_state = 'WAITING' then
+        select count(*) into d."position" from appointment a
+        where a.doctor_id = (d.appointment).doctor_id and a.date = (d.appointment).date
+          and a.ticket is not null and a.queue_state = 'WAITING'
+          and a.queued_revision <= (d.appointment).queued_revision;
+    end if;
+    select concat_ws(' ', p.given_name, nullif(p.family_name, '')) into d.patient_name
+    from patient p where p.id = (d.appointment).patient_id;
+    return d;
+end
+$$;

@@ -1,0 +1,55 @@
+-- What `decide` takes and answers. Both types are the service's own: they are created here once, and an upgrade adds
+-- attributes at their end.
+
+-- A slot to open.
+do $do$
+begin
+    if to_regtype('new_slot') is null then
+        create type new_slot as (doctor uuid, start_time timestamptz, end_time timestamptz, capacity integer);
+    end if;
+end
+$do$;
+
+-- One change that a caller asks for. `verb` is the name of the RPC, which the idempotency key belongs to as well. An
+-- attribute that the verb has no use for is null. `locate` fills in the last three.
+do $do$
+begin
+    if to_regtype('request') is null then
+        create type request as (
+            verb text, caller text, key text, fingerprint bytea, validate_only boolean,
+            appointment uuid, version integer, patient uuid, slot uuid, doctor uuid, date date,
+            reason text, notes text, room text,
+            is_present boolean, max_patients integer, slots uuid[], new_slots new_slot[],
+            from_doctor uuid, from_date date, from_patient uuid
+        );
+    end if;
+end
+$do$;
+
+-- The answer. `outcome` is OK or the reason of a refusal, `subject` the id that the refusal is about, `details` more of
+-- its metadata. The rest is the change: the appointment, day or slots after it; the revision of its doctor-day, and of
+-- the one that a reschedule left; the place in the queue; and the appointments that it concerns.
+do $do$
+begin
+    if to_regtype('decision') is null then
+        create type decision as (
+            outcome text, subject uuid, details jsonb, replayed boolean,
+            revision bigint, vacated_revision bigint, vacated_doctor uuid, vacated_date date,
+            "position" integer, patient_name text,
+            appointment appointment, day doctor_day, slots slot[], affected uuid[]
+        );
+    end if;
+end
+$do$;
+
+create or replace function refused(p_reason text, p_subject uuid, p_details jsonb default null)
+returns decision language plpgsql as $$
+declare
+    d decision;
+begin
+    d.outcome := p_reason;
+    d.subject := p_subject;
+    d.details := p_details;
+    return d;
+end
+$$;
