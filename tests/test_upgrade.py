@@ -170,37 +170,6 @@ def test_a_schema_that_takes_leave_of_this_release(conninfo: str, later: Path) -
         check_schema(conninfo)
 
 
-def test_from_the_first_release(postgres: str) -> None:
-    """The first release's schema has no number; it is migrated like any other, with what is in it."""
-    from alembic import command as alembic
-    from psycopg.conninfo import make_conninfo
-
-    from frontdesk.db.migrate import _config, _engine, _functions
-
-    with psycopg.connect(postgres, autocommit=True) as admin:
-        admin.execute("create database frontdesk_first")
-    try:
-        conninfo = make_conninfo(postgres, dbname="frontdesk_first")
-        with _engine(conninfo).begin() as connection:
-            texts, _ = _functions()
-            connection.exec_driver_sql(texts[0].replace("%", "%%"))
-            config = _config()
-            config.attributes.update(connection=connection, default_time_zone="Asia/Tokyo")
-            alembic.upgrade(config, "0001")
-            connection.exec_driver_sql("insert into installation (functions) values ('of the first release')")
-        with pytest.raises(SchemaError, match=f"has schema 1, this release needs {newest()}: run `frontdesk migrate"):
-            check_schema(conninfo)
-        assert migrate(conninfo) == newest()
-        check_schema(conninfo)
-        with psycopg.connect(conninfo) as connection:
-            assert connection.execute("select name, time_zone from clinic").fetchall() == [
-                ("Default clinic", "Asia/Tokyo")
-            ]
-    finally:
-        with psycopg.connect(postgres, autocommit=True) as admin:
-            admin.execute("drop database frontdesk_first with (force)")
-
-
 STALE: Mapping[str, str] = {
     "another type": "alter table clinic alter column name type varchar(300)",
     "and back": "alter table clinic alter column name type text",

@@ -32,7 +32,7 @@ _BEFORE_TABLES = 2
 
 OLDEST_POSTGRESQL = 150000
 
-SERVES_FROM = 2
+SERVES_FROM = 1
 """The number of the oldest release that still runs on the schema of this one. Raise it with a step that takes away, or
 means otherwise, what that release still uses."""
 
@@ -162,12 +162,8 @@ def check_schema(conninfo: str) -> None:
 
 
 def _installed(connection: sa.Connection) -> _Installed | None:
-    inspector = sa.inspect(connection)
-    if not inspector.has_table("installation"):
+    if not sa.inspect(connection).has_table("installation"):
         return None
-    if "schema" not in {column["name"] for column in inspector.get_columns("installation")}:
-        # The first release wrote no number.
-        return _Installed(1, 1, str(connection.exec_driver_sql("select functions from installation").scalar_one()))
     row = connection.exec_driver_sql("select schema, serves_from, functions from installation").one()
     return _Installed(*row)
 

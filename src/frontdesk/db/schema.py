@@ -83,8 +83,8 @@ installation = Table(
     metadata,
     Column("one_row", Boolean, primary_key=True, server_default=text("true")),
     Column("functions", Text, nullable=False),
-    Column("schema", Integer, nullable=False, server_default="1"),
-    Column("serves_from", Integer, nullable=False, server_default="1"),
+    Column("schema", Integer, nullable=False),
+    Column("serves_from", Integer, nullable=False),
     CheckConstraint("one_row", name="one_row"),
 )
 

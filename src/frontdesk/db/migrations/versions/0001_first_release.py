@@ -171,6 +171,8 @@ def upgrade() -> None:
         "installation",
         sa.Column("one_row", sa.Boolean(), server_default=sa.text("true"), nullable=False),
         sa.Column("functions", sa.Text(), nullable=False),
+        sa.Column("schema", sa.Integer(), nullable=False),
+        sa.Column("serves_from", sa.Integer(), nullable=False),
         sa.CheckConstraint("one_row", name="installation_one_row_check"),
         sa.PrimaryKeyConstraint("one_row", name="installation_pkey"),
     )
