@@ -1,4 +1,4 @@
-"""What tests say to a clinic: stubs of every service and the steps that many tests begin with."""
+"""The calls that tests make to a clinic: stubs of every service, and the steps with which many tests begin."""
 
 import asyncio
 import itertools
@@ -34,27 +34,27 @@ ZONE = "America/Sao_Paulo"
 
 
 def day(value: date) -> Date:
-    """The wire's form of a date."""
+    """The date as a message."""
     return Date(year=value.year, month=value.month, day=value.day)
 
 
 def today(zone: str = ZONE) -> date:
-    """Today there."""
+    """Today in this zone."""
     return datetime.now(ZoneInfo(zone)).date()
 
 
 def tomorrow(zone: str = ZONE) -> date:
-    """Tomorrow there."""
+    """Tomorrow in this zone."""
     return today(zone) + timedelta(days=1)
 
 
 def soon(hours: float = 1) -> datetime:
-    """An instant tomorrow that leaves room for slots before the clinic's midnight: 08:00 there, and `hours` more."""
+    """An instant tomorrow in this zone: 08:00 and `hours` more, early enough for slots before the clinic's midnight."""
     return datetime.combine(tomorrow(), time(8), ZoneInfo(ZONE)) + timedelta(hours=hours)
 
 
 def details(error: grpc.RpcError) -> dict[str, Any]:
-    """The details of a refusal by the names of their types."""
+    """The details of a refusal, by the name of their type."""
     status = from_call(error)
     found: dict[str, Any] = {}
     for packed in status.details if status else ():
@@ -78,7 +78,7 @@ def reason_of(error: grpc.RpcError) -> str:
 
 
 async def outcome(call: Awaitable[Any]) -> str:
-    """OK, or why not."""
+    """OK, or the reason of the refusal."""
     try:
         await call
     except grpc.RpcError as error:
@@ -87,7 +87,7 @@ async def outcome(call: Awaitable[Any]) -> str:
 
 
 async def refusal(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
-    """The error that this call must get."""
+    """The error of a call that must be refused."""
     try:
         answer = await call
     except grpc.aio.AioRpcError as error:
@@ -112,18 +112,18 @@ class Front:
         self.queues = queue_pb2_grpc.QueueServiceStub(self.channel)
 
     def sql(self, query: str, *params: Any) -> list[tuple[Any, ...]]:
-        """Ask the test's database."""
+        """The rows of a query on the test's database."""
         with psycopg.connect(self.conninfo, autocommit=True) as connection:
             cursor = connection.execute(query, params or None)
             return cursor.fetchall() if cursor.description else []
 
     async def clinic(self, zone: str = ZONE, **fields: Any) -> clinic_pb2.Clinic:
-        """A clinic in this zone."""
+        """A new clinic in this zone."""
         wanted = clinic_pb2.Clinic(name="Clinic", time_zone=zone, **fields)
         return (await self.clinics.CreateClinic(clinic_pb2.CreateClinicRequest(clinic=wanted))).clinic
 
     async def doctor(self, zone: str = ZONE, **fields: Any) -> doctor_pb2.Doctor:
-        """A doctor of a clinic of their own in this zone, unless one is given."""
+        """A new doctor, of a new clinic in this zone unless one is given."""
         fields.setdefault("code", f"D-{next(_numbers)}")
         fields.setdefault("display_name", "Doctor")
         if "clinic_id" not in fields:
@@ -132,38 +132,38 @@ class Front:
         return (await self.doctors.CreateDoctor(doctor_pb2.CreateDoctorRequest(doctor=wanted))).doctor
 
     async def patient(self, **fields: Any) -> patient_pb2.Patient:
-        """A patient whom nobody knows yet."""
+        """A new patient."""
         fields.setdefault("given_name", f"Patient {next(_numbers)}")
         fields.setdefault("phone", "+5511987654321")
         wanted = patient_pb2.Patient(**fields)
         return (await self.patients.RegisterPatient(patient_pb2.RegisterPatientRequest(patient=wanted))).patient
 
     async def people(self, count: int) -> Sequence[patient_pb2.Patient]:
-        """So many patients."""
+        """`count` new patients."""
         return await asyncio.gather(*(self.patient() for _ in range(count)))
 
     async def book(
         self, patient_id: str, doctor_id: str, on: date | None = None, **fields: Any
     ) -> appointment_pb2.BookAppointmentResponse:
-        """Book this doctor's day; today unless another is given."""
+        """Book this doctor's day, by default today's."""
         target = appointment_pb2.DoctorDay(doctor_id=doctor_id, date=day(on or today()))
         return await self.appointments.BookAppointment(
             appointment_pb2.BookAppointmentRequest(patient_id=patient_id, doctor_day=target, **fields)
         )
 
     async def book_slot(self, patient_id: str, slot_id: str, **fields: Any) -> appointment_pb2.BookAppointmentResponse:
-        """Book a place of this slot."""
+        """Book a place in this slot."""
         return await self.appointments.BookAppointment(
             appointment_pb2.BookAppointmentRequest(patient_id=patient_id, slot_id=slot_id, **fields)
         )
 
     async def appointment(self, appointment_id: str) -> appointment_pb2.Appointment:
-        """The appointment now."""
+        """The appointment as it is now."""
         request = appointment_pb2.GetAppointmentRequest(appointment_id=appointment_id)
         return (await self.appointments.GetAppointment(request)).appointment
 
     async def cancel(self, appointment_id: str, why: str = "") -> appointment_pb2.CancelAppointmentResponse:
-        """Give the place up."""
+        """Cancel the appointment."""
         return await self.appointments.CancelAppointment(
             appointment_pb2.CancelAppointmentRequest(appointment_id=appointment_id, cancel_reason=why)
         )
@@ -173,7 +173,7 @@ class Front:
         return await self.queues.CallNext(queue_pb2.CallNextRequest(doctor_id=doctor_id, room=room))
 
     async def check_in(self, appointment_id: str, **fields: Any) -> queue_pb2.CheckInResponse:
-        """Put the patient in the line."""
+        """Check the patient in."""
         return await self.queues.CheckIn(queue_pb2.CheckInRequest(appointment_id=appointment_id, **fields))
 
     async def arrive(self, doctor_id: str, **fields: Any) -> queue_pb2.CheckInResponse:
@@ -183,12 +183,12 @@ class Front:
         return await self.check_in(booked.appointment.id)
 
     async def queue(self, doctor_id: str, on: date | None = None) -> queue_pb2.Queue:
-        """The line now."""
+        """The queue as it is now."""
         request = queue_pb2.GetQueueRequest(doctor_id=doctor_id, date=day(on) if on else None)
         return (await self.queues.GetQueue(request)).queue
 
     async def slot(self, doctor_id: str, start: datetime, minutes: int = 30, capacity: int = 1) -> slot_pb2.Slot:
-        """A slot of this doctor."""
+        """A new slot of this doctor."""
         wanted = slot_pb2.Slot(doctor_id=doctor_id, capacity=capacity)
         wanted.start_time.FromDatetime(start)
         wanted.end_time.FromDatetime(start + timedelta(minutes=minutes))

@@ -1,7 +1,7 @@
-"""A real PostgreSQL for the whole run, a database of its own for every test, a real server on a free port.
+"""One real PostgreSQL for the whole run, a new database for each test, and a real server on a free port.
 
-`FRONTDESK_TEST_DATABASE_URL` names another PostgreSQL than the embedded one: 15 or newer, a role that may create
-databases.
+`FRONTDESK_TEST_DATABASE_URL` names a PostgreSQL to use in place of the embedded one: 15 or newer, with a role that may
+create databases.
 """
 
 import itertools
@@ -25,10 +25,10 @@ from tests.clinic import Front
 
 _numbers = itertools.count(1)
 
-# A line a call is for operators; a failing test is read better without them.
+# Operators want one log line per call; the output of a failing test is easier to read without them.
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
-# `make test` draws some examples of what people may do, `make soak` many (--hypothesis-profile=soak).
+# `make test` tries some examples of each property, `make soak` many (--hypothesis-profile=soak).
 hypothesis.settings.register_profile("test", max_examples=40, stateful_step_count=40, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("soak", max_examples=1000, stateful_step_count=100, deadline=None)
 hypothesis.settings.load_profile("test")
@@ -53,7 +53,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def template(postgres: str) -> str:
-    """The name of a migrated database, cloned for each test in some 20 ms."""
+    """The name of a migrated database. Each test clones it, in about 20 ms."""
     with psycopg.connect(postgres, autocommit=True) as admin:
         admin.execute(f"drop database if exists {TEMPLATE}")
         admin.execute(f"create database {TEMPLATE}")
@@ -63,7 +63,7 @@ def template(postgres: str) -> str:
 
 @pytest.fixture
 def conninfo(postgres: str, template: str) -> Iterator[str]:
-    """A fresh database of this test's own."""
+    """A new database for this test."""
     name = f"frontdesk_test_{os.getpid()}_{next(_numbers)}"
     with psycopg.connect(postgres, autocommit=True) as admin:
         admin.execute(f"create database {name} template {template}")
@@ -75,13 +75,13 @@ def conninfo(postgres: str, template: str) -> Iterator[str]:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """What a server of the tests is set to."""
+    """The settings of the tests' servers."""
     return Settings(listen="127.0.0.1:0", data_dir=tmp_path, drain_seconds=5, log_level="warning")
 
 
 @pytest.fixture
 async def front(conninfo: str, settings: Settings) -> AsyncIterator[Front]:
-    """A client of a real server on a fresh database."""
+    """A client of a real server on a new database."""
     worker = Worker(settings, conninfo)
     port = await worker.start("127.0.0.1:0")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

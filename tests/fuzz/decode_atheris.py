@@ -1,8 +1,8 @@
-"""Requests into what decodes and checks them, led by the code that they reach: `python -m tests.fuzz.decode_atheris`.
+"""Fuzz the decoding and checking of requests, guided by coverage: `python -m tests.fuzz.decode_atheris`.
 
-By hand, because atheris is no dependency of the project: `pip install atheris`; `-max_total_time=60` ends it. There is
-neither server nor database, so it sees only what comes before them: whatever a request is, decoding it, the rules of
-the contract and the reading of its tokens, dates and instants refuse it as a field or let it through.
+Run it by hand, because atheris is not a dependency of the project: `pip install atheris`; `-max_total_time=60` ends it.
+It needs neither server nor database, so it covers only the code before them: decoding, the rules of the contract, and
+the reading of tokens, dates and instants must accept any request, or refuse it as INVALID_FIELD.
 """
 
 import sys
@@ -40,7 +40,7 @@ _KNOWN = Known(
 
 
 def _read(message: Message) -> None:
-    """As the servicers read it."""
+    """Read tokens, dates and instants as the servicers do."""
     for field, value in message.ListFields():
         if field.name == "page_token":
             for kinds in (convert.IDS, convert.DATES, convert.DATES_AND_IDS, convert.INSTANTS_AND_IDS):
@@ -61,7 +61,7 @@ def _read(message: Message) -> None:
 @hypothesis.settings(database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 @given(st.data())
 def one(data: st.DataObject) -> None:
-    """One request of one method."""
+    """Send one request of one method."""
     name = data.draw(st.sampled_from(sorted(METHODS)), "method")
     raw = data.draw(requests(name, _KNOWN), "request")
     try:
@@ -74,6 +74,6 @@ def one(data: st.DataObject) -> None:
 
 
 if __name__ == "__main__":
-    # Hypothesis makes little of few bytes.
+    # Hypothesis builds little from few bytes.
     atheris.Setup([sys.argv[0], "-max_len=8192", "-len_control=0", *sys.argv[1:]], one.hypothesis.fuzz_one_input)  # type: ignore[attr-defined]
     atheris.Fuzz()

@@ -1,6 +1,7 @@
-"""Requests as nobody should send them: for every method messages built from its descriptor, then their bytes spoiled.
+"""Requests that nobody should send: for every method, messages built from its descriptor, with damaged bytes.
 
-Every text of a hostile request holds the canary, so that one search shows whether a refusal or the log repeats any.
+Every text in a hostile request contains the canary, so that one search shows whether a refusal or the log repeats any
+of them.
 """
 
 import base64
@@ -57,14 +58,14 @@ PLAUSIBLE: Mapping[str, Sequence[str]] = {
 
 @dataclass(frozen=True)
 class Known:
-    """What a running service has, for requests to name."""
+    """The resources of a running service, for requests to name."""
 
     worlds: Sequence[World]
     today: tuple[int, int, int]
     noon: int
-    """Tomorrow's noon, in seconds of the epoch."""
+    """Noon tomorrow, in seconds since 1970."""
     tokens: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Genuine tokens of pages and streams, by the method."""
+    """Genuine tokens of pages and streams, by method."""
 
     @property
     def ids(self) -> list[str]:
@@ -104,7 +105,7 @@ _JSON = st.recursive(
 
 @st.composite
 def _page_or_resume(draw: DrawFn, method: str, known: Known) -> str:
-    """A genuine token, or one with a part that is another."""
+    """A genuine token, or one with one part replaced."""
     every = [token for found in known.tokens.values() for token in found]
     token = draw(st.sampled_from(list(known.tokens.get(method, ())) or every) | st.sampled_from(every))
     if draw(st.booleans()):
@@ -126,7 +127,7 @@ def _string(method: str, name: str, known: Known) -> SearchStrategy[str]:
 
 
 def _parts(method: str, kind: Descriptor, known: Known) -> SearchStrategy[dict[str, int]] | None:
-    """The numbers of a date, an instant or a length of time."""
+    """The fields of a date, an instant or a duration, as numbers."""
     if kind.full_name == "google.type.Date":
         year, month, day = known.today
         near = st.sampled_from([(year, month, day), *((year, month, n) for n in range(1, 29))])
@@ -139,7 +140,7 @@ def _parts(method: str, kind: Descriptor, known: Known) -> SearchStrategy[dict[s
 
 
 def _fits(value: int, kind: int) -> int:
-    """As the wire would cut it."""
+    """The value, cut to the width of its type."""
     if kind in (_T.TYPE_INT64, _T.TYPE_SINT64):
         return (value + 2**63) % 2**64 - 2**63
     return (value + 2**31) % 2**32 - 2**31
@@ -147,7 +148,7 @@ def _fits(value: int, kind: int) -> int:
 
 @st.composite
 def _filled(draw: DrawFn, method: str, kind: Descriptor, known: Known, base: Message | None, depth: int) -> Message:
-    """A message of this kind: the base with some fields changed, or one of nothing but changes."""
+    """A message of this kind: the base with some fields changed, or without a base only the changes."""
     made: Any = message_factory.GetMessageClass(kind)()
     if base is not None:
         made.CopyFrom(base)
@@ -185,7 +186,7 @@ def _value(method: str, one: FieldDescriptor, known: Known, holder: Any, depth: 
     return _numbers.map(lambda value: _fits(value, one.type))
 
 
-# The bytes.
+# Bytes
 
 
 def _varint(value: int) -> bytes:
@@ -199,7 +200,7 @@ def _varint(value: int) -> bytes:
 
 @st.composite
 def _field(draw: DrawFn, numbers: Sequence[int]) -> bytes:
-    """One field of any number and any wire type."""
+    """One field with any number and any wire type."""
     number = draw(st.sampled_from(numbers) | st.sampled_from((0, 1000, 19_000, 2**29 - 1, 2**29)))
     wire = draw(st.integers(0, 7))
     tag = _varint(number << 3 | wire)
@@ -232,7 +233,7 @@ def _cut(draw: DrawFn, whole: bytes) -> tuple[int, int]:
 
 @st.composite
 def _spoiled(draw: DrawFn, whole: bytes, numbers: Sequence[int]) -> bytes:
-    """The bytes of a request with something else done to them."""
+    """The bytes of a request, damaged in one way."""
     start, end = _cut(draw, whole)
     match draw(st.integers(0, 6)):
         case 0:
@@ -242,7 +243,7 @@ def _spoiled(draw: DrawFn, whole: bytes, numbers: Sequence[int]) -> bytes:
         case 2:
             return whole + whole[start:end]
         case 3:
-            # Everything twice, the second half first: each field out of its order, the last one wins.
+            # All bytes twice, the second half first: fields come out of order, and the last one wins.
             return whole[start:] + whole + whole[:start]
         case 4:
             return whole[:start] + draw(st.binary(max_size=8)) + whole[end:]
@@ -253,7 +254,7 @@ def _spoiled(draw: DrawFn, whole: bytes, numbers: Sequence[int]) -> bytes:
 
 @st.composite
 def requests(draw: DrawFn, method: str, known: Known) -> bytes:
-    """A request of this method: the valid one or none as its base, changed in its fields, and in its bytes or not."""
+    """A request of this method: a valid one or an empty one, with changed fields, and sometimes with damaged bytes."""
     kind = METHODS[method].input_type
     base = VALID[method](draw(st.sampled_from(known.worlds))) if draw(st.integers(0, 3)) else None
     whole = draw(_filled(method, kind, known, base, 0)).SerializeToString()
@@ -279,4 +280,4 @@ METADATA: SearchStrategy[tuple[tuple[str, str | bytes], ...]] = st.one_of(
     ).map(lambda text: (("traceparent", text), ("tracestate", f"{text}={text}"))),
     st.binary(max_size=40).map(lambda raw: (("x-noise-bin", raw), ("frontdesk-caller-bin", raw))),
 )
-"""What a call says beside its request."""
+"""The metadata of a call."""

@@ -1,4 +1,4 @@
-"""Requests of every method that break every rule of the wire and of the contract, sent to a running service.
+"""Requests of every method that break the rules of the wire and of the contract, sent to a running service.
 
 `make soak` sends many more than `make test`.
 """
@@ -38,18 +38,18 @@ ANSWERS = {
     "FAILED_PRECONDITION": None,
     "ABORTED": {"ETAG_MISMATCH"},
 }
-"""What a service that is well may refuse, and for which reasons where not for any."""
+"""The statuses with which a healthy service may refuse, and for some of them the only reasons allowed."""
 
 DECIDED = (OK, "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION", "ABORTED")
-"""What is answered to a request that got past the door."""
+"""The statuses of requests that were valid enough to be decided."""
 
 EXAMPLES = 30
-"""As many requests for each example that the profile of Hypothesis allows a test."""
+"""Requests per example that Hypothesis's profile allows for a test."""
 
 
 @dataclass
 class Service:
-    """A running service, what is in it, and what it has logged."""
+    """A running service, its resources, and its log."""
 
     channel: grpc.Channel
     conninfo: str
@@ -57,12 +57,12 @@ class Service:
     logged: list[Any] = field(default_factory=list)
 
     def sql(self, query: str) -> list[tuple[Any, ...]]:
-        """Ask its database."""
+        """The rows of a query on its database."""
         with psycopg.connect(self.conninfo, autocommit=True) as connection:
             return connection.execute(query).fetchall()
 
     def ask(self, method: str, raw: bytes, metadata: Any = ()) -> tuple[str, Any]:
-        """The status and the answer or the error; of a stream, the first message."""
+        """The status, with the answer or the error; for a stream, the first message."""
         answer = message_factory.GetMessageClass(METHODS[method].output_type).FromString
         try:
             if method not in STREAMS:
@@ -79,7 +79,7 @@ class Service:
 
 @pytest.fixture
 def service(conninfo: str, settings: Settings) -> Iterator[Service]:
-    """A real server in a thread of its own, because Hypothesis is synchronous, and its log from `info` on."""
+    """A real server in its own thread, because Hypothesis is synchronous, with its log from `info` on."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -118,7 +118,7 @@ def service(conninfo: str, settings: Settings) -> Iterator[Service]:
 
 
 def faults(status: str, error: Any) -> list[str]:
-    """What is wrong with a refusal."""
+    """The faults of a refusal."""
     if status not in ANSWERS:
         return [f"{status}: {error.details()}"]
     found = from_call(error)
@@ -137,7 +137,7 @@ def faults(status: str, error: Any) -> list[str]:
 
 
 def everything_can_be_read(service: Service) -> None:
-    """Whatever was stored is listed, page by page, and every queue is shown."""
+    """Everything that was stored can be read: each list, page by page, and each queue."""
     asked: list[tuple[str, Any]] = [
         ("ListClinics", clinic_pb2.ListClinicsRequest()),
         *(
@@ -164,7 +164,7 @@ def everything_can_be_read(service: Service) -> None:
 
 
 RULES = {
-    "a number twice or over the most": (
+    "a repeated number, or one below 1": (
         "select 1 from appointment where state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION', 'COMPLETED')"
         " group by doctor_id, date having count(*) <> count(distinct number) or min(number) < 1"
     ),
@@ -173,7 +173,7 @@ RULES = {
         " where a.state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION', 'COMPLETED')"
         " group by s.id, s.capacity having count(*) > s.capacity"
     ),
-    "a patient twice on a day": (
+    "a patient twice on a doctor-day": (
         "select 1 from appointment where state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION')"
         " group by patient_id, doctor_id, date having count(*) > 1"
     ),
@@ -184,16 +184,16 @@ RULES = {
         " or coalesce(max(e.revision), 1) <> dd.revision or coalesce(max(e.ticket), 0) <> dd.last_ticket"
         " or count(distinct e.ticket) <> dd.last_ticket"
     ),
-    "a visit whose doctor-day is unknown": (
+    "a visit without a doctor-day": (
         "select 1 from appointment a where not exists"
         " (select from doctor_day d where d.doctor_id = a.doctor_id and d.date = a.date)"
     ),
 }
-"""Statements that find something in a database which is not as it must be."""
+"""Queries for rows that break a rule."""
 
 
 def test_hostile_requests(service: Service) -> None:
-    """No request is a fault of the server, no refusal or log repeats what was sent, and the database stays sound."""
+    """No request causes a fault of the server, no refusal or log repeats its texts, and the database stays sound."""
     answers: Counter[tuple[str, str]] = Counter()
 
     @hypothesis.settings(
@@ -216,7 +216,7 @@ def test_hostile_requests(service: Service) -> None:
 
     send()
     for method in METHODS:
-        # Some reach what decides: a fuzz whose every request is refused at the door tries nothing else.
+        # Some requests must get as far as a decision. A fuzz whose requests are all invalid tests little.
         assert sum(answers[method, code] for code in DECIDED) > 0, method
     everything_can_be_read(service)
     health = health_pb2_grpc.HealthStub(service.channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
