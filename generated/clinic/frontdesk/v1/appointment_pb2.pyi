@@ -94,74 +94,74 @@ class Appointment(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Lower-case UUID, time-ordered. Output only, except in UpdateAppointment, where it is required and names the
-    appointment to change.
+    """Output only, except in UpdateAppointment, where it is required and names the appointment to change. A lower-case
+    UUID, time-ordered.
     """
     patient_id: _builtins.str
-    """The patient's id. Output only."""
+    """Output only. The patient's id."""
     doctor_id: _builtins.str
-    """The doctor's id. Output only."""
+    """Output only. The doctor's id."""
     clinic_id: _builtins.str
-    """The id of the doctor's clinic at the last booking or move. Output only."""
+    """Output only. The id of the doctor's clinic at the last booking or move."""
     number: _builtins.int
-    """The appointment's number on the doctor-day, from 1: the lowest free one when it was booked or moved. If the patient
-    cancels, does not come or leaves, the number is free for another appointment. Output only.
+    """Output only. The appointment's number on the doctor-day, from 1: the lowest free one when it was booked or moved.
+    If the patient cancels, does not come or leaves, the number is free for another appointment.
     """
     slot_id: _builtins.str
-    """The id of the slot; empty if a doctor-day was booked. Output only."""
+    """Output only. The id of the slot; empty if a doctor-day was booked."""
     state: Global___Appointment.State.ValueType
-    """The visit state. Output only: methods such as CancelAppointment change it."""
+    """Output only. The visit state; methods such as CancelAppointment change it."""
     reason: _builtins.str
     """Why the patient comes. Up to 2,000 characters, on any number of lines."""
     notes: _builtins.str
     """Notes of the front desk. Up to 4,000 characters, on any number of lines."""
     cancel_reason: _builtins.str
-    """The reason given to CancelAppointment. Output only."""
+    """Output only. The reason given to CancelAppointment."""
     etag: _builtins.str
-    """Changes with every change of the appointment. Output only."""
+    """Output only. Changes with every change of the appointment."""
     @_builtins.property
     def date(self) -> _date_pb2.Date:
-        """The civil date in the clinic's time zone. Output only."""
+        """Output only. The civil date in the clinic's time zone."""
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """The slot's start; absent if a doctor-day was booked. Output only."""
+        """Output only. The slot's start; absent if a doctor-day was booked."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """The slot's end; absent if a doctor-day was booked. Output only."""
+        """Output only. The slot's end; absent if a doctor-day was booked."""
 
     @_builtins.property
     def check_in_time(self) -> _timestamp_pb2.Timestamp:
-        """When the patient was checked in; absent until then. Output only."""
+        """Output only. When the patient was checked in; absent until then."""
 
     @_builtins.property
     def start_visit_time(self) -> _timestamp_pb2.Timestamp:
-        """When the consultation started; absent until then. Output only."""
+        """Output only. When the consultation started; absent until then."""
 
     @_builtins.property
     def complete_time(self) -> _timestamp_pb2.Timestamp:
-        """When the consultation ended; absent until then. Output only."""
+        """Output only. When the consultation ended; absent until then."""
 
     @_builtins.property
     def cancel_time(self) -> _timestamp_pb2.Timestamp:
-        """When the appointment was cancelled; absent until then. Output only."""
+        """Output only. When the appointment was cancelled; absent until then."""
 
     @_builtins.property
     def no_show_time(self) -> _timestamp_pb2.Timestamp:
-        """When the appointment was marked as no-show; absent until then. Output only."""
+        """Output only. When the appointment was marked as no-show; absent until then."""
 
     @_builtins.property
     def leave_time(self) -> _timestamp_pb2.Timestamp:
-        """When the patient left before the consultation (LeaveQueue); absent until then. Output only."""
+        """Output only. When the patient left before the consultation (LeaveQueue); absent until then."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When the appointment was booked. Output only."""
+        """Output only. When the appointment was booked."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When the appointment was last changed. Output only."""
+        """Output only. When the appointment was last changed."""
 
     def __init__(
         self,

@@ -41,8 +41,8 @@ class Clinic(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Lower-case UUID, time-ordered. Output only, except in UpdateClinic, where it is required and names the clinic to
-    change.
+    """Output only, except in UpdateClinic, where it is required and names the clinic to change. A lower-case UUID,
+    time-ordered.
     """
     name: _builtins.str
     """Required. 1 to 200 characters on one line, not only white space."""
@@ -69,14 +69,14 @@ class Clinic(_message.Message):
     active: _builtins.bool
     """Absent on create means true. An inactive clinic takes no new bookings (CLINIC_INACTIVE)."""
     etag: _builtins.str
-    """Changes with every change of the clinic. Output only."""
+    """Output only. Changes with every change of the clinic."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When the clinic was created. Output only."""
+        """Output only. When the clinic was created."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When the clinic was last changed. Output only."""
+        """Output only. When the clinic was last changed."""
 
     def __init__(
         self,

@@ -41,8 +41,8 @@ class Doctor(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Lower-case UUID, time-ordered. Output only, except in UpdateDoctor, where it is required and names the doctor to
-    change.
+    """Output only, except in UpdateDoctor, where it is required and names the doctor to change. A lower-case UUID,
+    time-ordered.
     """
     code: _builtins.str
     """Required. The clinic's short name for this doctor, unique among all doctors (CODE_TAKEN). 1 to 50 characters on one
@@ -69,14 +69,14 @@ class Doctor(_message.Message):
     active: _builtins.bool
     """Absent on create means true. An inactive doctor takes no new bookings (DOCTOR_INACTIVE)."""
     etag: _builtins.str
-    """Changes with every change of the doctor. Output only."""
+    """Output only. Changes with every change of the doctor."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When the doctor was created. Output only."""
+        """Output only. When the doctor was created."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When the doctor was last changed. Output only."""
+        """Output only. When the doctor was last changed."""
 
     def __init__(
         self,

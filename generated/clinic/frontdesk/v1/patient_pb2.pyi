@@ -132,8 +132,8 @@ class Patient(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Lower-case UUID, time-ordered. Output only, except in UpdatePatient, where it is required and names the patient to
-    change.
+    """Output only, except in UpdatePatient, where it is required and names the patient to change. A lower-case UUID,
+    time-ordered.
     """
     given_name: _builtins.str
     """Required. 1 to 200 characters on one line, not only white space."""
@@ -153,7 +153,7 @@ class Patient(_message.Message):
     active: _builtins.bool
     """Absent on registration means true. An inactive patient cannot be booked (PATIENT_INACTIVE)."""
     etag: _builtins.str
-    """Changes with every change of the patient. Output only."""
+    """Output only. Changes with every change of the patient."""
     @_builtins.property
     def birth_date(self) -> _date_pb2.Date:
         """A full date; absent means unknown. A date later than today is refused, where today is the latest date in any time
@@ -174,11 +174,11 @@ class Patient(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When the patient was registered. Output only."""
+        """Output only. When the patient was registered."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When the patient was last changed. Output only."""
+        """Output only. When the patient was last changed."""
 
     def __init__(
         self,

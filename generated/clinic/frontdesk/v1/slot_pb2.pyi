@@ -67,27 +67,27 @@ class Slot(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Lower-case UUID, time-ordered. Output only."""
+    """Output only. A lower-case UUID, time-ordered."""
     doctor_id: _builtins.str
     """Required. The doctor's id."""
     clinic_id: _builtins.str
-    """The id of the doctor's clinic when the slot was created. Output only."""
+    """Output only. The id of the doctor's clinic when the slot was created."""
     capacity: _builtins.int
     """How many patients the slot takes: 1 to 1,000; 0 means the default, 1."""
     booked_count: _builtins.int
-    """How many appointments hold a place in the slot: those that are booked, checked in, in consultation or completed.
-    Output only.
+    """Output only. How many appointments hold a place in the slot: those that are booked, checked in, in consultation or
+    completed.
     """
     available_count: _builtins.int
-    """How many places are free in the slot: capacity less booked_count, at least 0. The doctor-day may have fewer. Output
-    only.
+    """Output only. How many places are free in the slot: capacity less booked_count, at least 0. The doctor-day may have
+    fewer.
     """
     state: Global___Slot.State.ValueType
-    """Whether the slot takes bookings. Output only."""
+    """Output only. Whether the slot takes bookings."""
     block_reason: _builtins.str
-    """Why the slot is blocked; empty if it is open. Output only."""
+    """Output only. Why the slot is blocked; empty if it is open."""
     etag: _builtins.str
-    """Changes with every change of the slot. Output only."""
+    """Output only. Changes with every change of the slot."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """Required. In the future and before the year 10000; cut to microseconds."""
@@ -100,15 +100,15 @@ class Slot(_message.Message):
 
     @_builtins.property
     def date(self) -> _date_pb2.Date:
-        """The civil date in the clinic's time zone. Output only."""
+        """Output only. The civil date in the clinic's time zone."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When the slot was created. Output only."""
+        """Output only. When the slot was created."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When the slot was last changed. Output only."""
+        """Output only. When the slot was last changed."""
 
     def __init__(
         self,
