@@ -48,6 +48,7 @@ from clinic.frontdesk.v1 import (
     slot_pb2,
     slot_pb2_grpc,
 )
+from frontdesk.client.channel import aio_channel
 
 ZONE = "America/Sao_Paulo"
 PATIENTS_PER_DOCTOR = 10
@@ -272,9 +273,9 @@ class Day:
         await self._await_room_before_midnight()
         today = datetime.now(ZoneInfo(ZONE)).date()
         self._day = Date(year=today.year, month=today.month, day=today.day)
-        options = [("grpc.use_local_subchannel_pool", 1)]
+        options = (("grpc.use_local_subchannel_pool", 1),)
         connections = 1 + math.ceil(len(self._desks) / STREAMS_PER_CHANNEL)
-        channels = [grpc.aio.insecure_channel(self._target, options=options) for _ in range(connections)]
+        channels = [aio_channel(self._target, options=options) for _ in range(connections)]
         try:
             way = channels[0]
             self._queues = queue_pb2_grpc.QueueServiceStub(way)

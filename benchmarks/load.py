@@ -18,6 +18,7 @@ from google.type.date_pb2 import Date
 from grpc_status.rpc_status import from_call
 
 from clinic.frontdesk.v1 import appointment_pb2, appointment_pb2_grpc, queue_pb2, queue_pb2_grpc
+from frontdesk.client.channel import aio_channel
 
 STREAMS_PER_CHANNEL = 100
 """Streams that the service allows on one connection by default."""
@@ -25,7 +26,7 @@ STREAMS_PER_CHANNEL = 100
 
 def channel(port: int) -> grpc.aio.Channel:
     """A new connection."""
-    return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)])
+    return aio_channel(f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)])
 
 
 def reason_of(error: grpc.RpcError) -> str:

@@ -359,9 +359,10 @@ def health(target: _Target = None) -> int:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+    from frontdesk.client.channel import sync_channel
+
     target = _target(target)
-    credentials = _credentials()
-    with grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target) as channel:
+    with sync_channel(target, _credentials(), options=()) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
         except grpc.RpcError:

@@ -1,7 +1,11 @@
-"""Channels to the service: their options, retries included."""
+"""Channels to the service: their options, retries included, and the way past a proxy."""
 
+import re
+import socket
 from collections.abc import Sequence
 from importlib.resources import files
+from ipaddress import IPv4Address, IPv6Address
+from urllib.parse import unquote
 
 import grpc
 
@@ -32,11 +36,17 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
 
 Options = Sequence[tuple[str, str | int]]
 
+_LOCAL_NAMES = {"localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback"}
+
 
 def aio_channel(
     target: str, credentials: grpc.ChannelCredentials | None = None, options: Options = CHANNEL_OPTIONS
 ) -> grpc.aio.Channel:
-    """A channel for asyncio; in plain text without `credentials`."""
+    """A channel for asyncio; in plain text without `credentials`.
+
+    A proxy that the environment names (`http_proxy` …) is not used for loopback.
+    """
+    options = _past_proxies(target, options)
     if credentials is None:
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, credentials, options=options)
@@ -45,7 +55,46 @@ def aio_channel(
 def sync_channel(
     target: str, credentials: grpc.ChannelCredentials | None = None, options: Options = CHANNEL_OPTIONS
 ) -> grpc.Channel:
-    """A channel for synchronous callers; in plain text without `credentials`."""
+    """A channel for synchronous callers; otherwise like `aio_channel`."""
+    options = _past_proxies(target, options)
     if credentials is None:
         return grpc.insecure_channel(target, options=options)
     return grpc.secure_channel(target, credentials, options=options)
+
+
+def _past_proxies(target: str, options: Options) -> Options:
+    # gRPC obeys http_proxy for every host that no_proxy does not name, and a proxy has another loopback than we have.
+    return [*options, ("grpc.enable_http_proxy", 0)] if is_loopback(target) else options
+
+
+def is_loopback(target: str) -> bool:
+    """Whether all addresses of a gRPC target are this machine's own, as far as the text shows: no name is looked up."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    scheme = re.match("(dns|ipv4|ipv6):(?://[^/]*/)?", target)
+    if scheme is None:
+        return _is_own(target)
+    addresses = unquote(target[scheme.end() :])
+    return all(map(_is_own, addresses.split(",")))
+
+
+def _is_own(address: str) -> bool:
+    """Whether HOST, HOST:PORT or [HOST]:PORT is on this machine. The wildcard is: connections to it go to loopback."""
+    bracketed = re.fullmatch(r"\[(.*)\](?::\w*)?", address)
+    host = bracketed[1] if bracketed else address
+    if not bracketed and host.count(":") == 1:
+        host = host.partition(":")[0]
+    name = host.lower().removesuffix(".")
+    if name in _LOCAL_NAMES or name.endswith(".localhost"):
+        return True
+    ip: IPv4Address | IPv6Address
+    try:
+        if ":" in host:
+            ip = IPv6Address(host)
+            ip = ip.ipv4_mapped or ip
+        else:
+            # Not IPv4Address, which refuses forms like 127.1 that resolvers take.
+            ip = IPv4Address(socket.inet_aton(host))
+    except (OSError, ValueError):
+        return False
+    return ip.is_loopback or ip.is_unspecified
