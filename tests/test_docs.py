@@ -24,6 +24,8 @@ from markdown_it.token import Token
 import clinic.frontdesk.v1
 from clinic.frontdesk.v1 import error_reason_pb2
 from frontdesk.cli import app
+from frontdesk.errors import REFUSALS
+from frontdesk.rpc.status import code_of
 from frontdesk.settings import Settings
 from tests.clinic import Front
 
@@ -206,8 +208,9 @@ def messages(method: str) -> tuple[type[Message], type[Message]]:
 
 
 def test_console_examples_fit_the_contract() -> None:
-    """Each request in the README is one of its method, and so is each answer that is printed whole."""
-    whole = 0
+    """Each request in the README is valid, as is each answer that is printed whole; each refusal has today's text."""
+    texts = {refusal.__doc__: code_of(refusal).name.lower() for refusal in REFUSALS.values()}
+    whole = refused = 0
     calls = [
         call
         for block in code(ROOT / "README.md", "console")
@@ -217,10 +220,14 @@ def test_console_examples_fit_the_contract() -> None:
     for method, request, answer in calls:
         asked, answered = messages(method)
         json_format.Parse(request, asked())
-        if "…" not in answer:
+        if said := re.search(r'"code": "(.*)",\s+"message": "(.*)"', answer):
+            assert texts[said[2]] == said[1]
+            refused += 1
+        elif "…" not in answer:
             json_format.Parse(answer, answered())
             whole += 1
     assert whole >= 2
+    assert refused
 
 
 async def test_python_example_runs(front: Front, tmp_path: Path) -> None:
