@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import uvloop
 
-from frontdesk.core import Core
 from frontdesk.db.database import Database
 from frontdesk.errors import Refused
 from frontdesk.jobs.maintenance import clean, retention
@@ -73,8 +72,7 @@ class Worker:
             metrics=metrics,
             tracing=tracing,
         )
-        core = Core(self._db, self._feed.changed)
-        for servicer in servicers(core, self._feed, max_watchers=settings.max_watchers):
+        for servicer in servicers(self._db, self._feed, max_watchers=settings.max_watchers):
             self._pipeline.add(servicer)
         self._server = Server(settings, self._pipeline, self._feed, reuse_port=reuse_port)
         self._background = Background()

@@ -2,7 +2,13 @@
 
 from collections.abc import Sequence
 
-from frontdesk.core import Core
+from frontdesk.core.appointment import Appointments
+from frontdesk.core.clinic import Clinics
+from frontdesk.core.doctor import Doctors
+from frontdesk.core.patient import Patients
+from frontdesk.core.queue import Queues
+from frontdesk.core.slot import Slots
+from frontdesk.db.database import Database
 from frontdesk.live.feed import Feed
 from frontdesk.rpc.pipeline import Servicer
 from frontdesk.rpc.services.appointment import AppointmentServicer
@@ -13,13 +19,14 @@ from frontdesk.rpc.services.queue import QueueServicer
 from frontdesk.rpc.services.slot import SlotServicer
 
 
-def servicers(core: Core, feed: Feed, *, max_watchers: int) -> Sequence[Servicer]:
-    """All services of the server. Health and reflection follow from this list."""
+def servicers(db: Database, feed: Feed, *, max_watchers: int) -> Sequence[Servicer]:
+    """All services of the server, each with its part of the core. Health and reflection follow from this list."""
+    appointments = Appointments(db, feed.changed)
     return (
-        ClinicServicer(core.clinics),
-        PatientServicer(core.patients),
-        DoctorServicer(core.doctors),
-        SlotServicer(core.slots),
-        AppointmentServicer(core.appointments),
-        QueueServicer(core.queues, feed, max_watchers=max_watchers),
+        ClinicServicer(Clinics(db)),
+        PatientServicer(Patients(db)),
+        DoctorServicer(Doctors(db, feed.changed)),
+        SlotServicer(Slots(db)),
+        AppointmentServicer(appointments),
+        QueueServicer(Queues(db, appointments), feed, max_watchers=max_watchers),
     )
