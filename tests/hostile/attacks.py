@@ -1,7 +1,7 @@
-"""What hostile clients do to the service, each at its own rate; `beside` measures what others notice of it.
+"""Attacks on the service, each at its own rate. `tests.hostile.beside` measures their effect on other clients.
 
-Run as `python -m tests.hostile.attacks NAME`, with what the attacker knows as JSON on the first line of standard
-input: it says "ready", waits for a second line, attacks, and prints what came of it as JSON.
+Run as `python -m tests.hostile.attacks NAME`, with the attacker's knowledge as JSON on the first line of standard
+input. The attacker prints "ready", waits for a second line, attacks, and prints its results as JSON.
 """
 
 import asyncio
@@ -36,16 +36,18 @@ from tests.hostile.methods import path_of, slot_at
 from tests.hostile.wire import OWN_CONNECTION, RawConnection, frame, framed
 
 NICE = 10
-"""Attackers share the machine with the service, so they get what it leaves."""
+"""The niceness of attackers. They share the machine with the service, so they get only the CPU that the service
+leaves.
+"""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What an attacker knows."""
+    """The attacker's knowledge of the service."""
 
     port: int
     doctor_id: str
-    """A doctor whom the attacker books with."""
+    """A doctor for the attacker's bookings."""
     patient_ids: list[str]
     clinic_id: str
     watched: list[str]
@@ -54,27 +56,27 @@ class Target:
 
 
 Act = Callable[[], Awaitable[str]]
-"""One hostile request; what came of it."""
+"""Makes one hostile request and returns its outcome."""
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A way to be hostile."""
+    """One kind of attack."""
 
     what: str
     rate: float
-    """Requests a second."""
+    """Requests per second."""
     most: int
-    """Requests that are under way at once."""
+    """The maximum number of requests in flight."""
     prepare: Callable[[Target], Any]
-    """An asynchronous context manager around the attack, that gives the act."""
+    """An asynchronous context manager around the attack; it yields the act."""
 
 
 ATTACKS: dict[str, Attack] = {}
 
 
 def attack(what: str, *, rate: float, most: int = 50) -> Callable[[Callable[[Target], AsyncIterator[Act]]], None]:
-    """Enter an attack into the table, under the name of its function."""
+    """Add an attack to the table, under the name of its function."""
 
     def enter(prepare: Callable[[Target], AsyncIterator[Act]]) -> None:
         name = prepare.__name__.replace("_", "-")
@@ -85,7 +87,7 @@ def attack(what: str, *, rate: float, most: int = 50) -> Callable[[Callable[[Tar
 
 @asynccontextmanager
 async def desks(target: Target, count: int = 4) -> AsyncIterator[Callable[[], Front]]:
-    """Ordinary clients of as many connections, in turn."""
+    """Ordinary clients, each with its own connection, in turn."""
     async with AsyncExitStack() as stack:
         made = []
         for _ in range(count):
@@ -106,7 +108,7 @@ async def said(call: Awaitable[Any]) -> str:
 
 
 class Wires:
-    """Raw connections; a new one when the server has enough of the old one, or it has carried so many streams."""
+    """Raw connections. A new one opens when the server has closed the old one, or after `streams` streams."""
 
     def __init__(self, target: Target, stack: AsyncExitStack, *, streams: int = 1000, **options: Any) -> None:
         self._target = target
@@ -118,7 +120,7 @@ class Wires:
         self._lock = asyncio.Lock()
 
     async def get(self) -> RawConnection:
-        """A connection that takes one more stream."""
+        """A connection that can take one more stream."""
         async with self._lock:
             wire = self._wire
             if wire is None or wire.closed or wire.gone is not None or self._used >= self._streams:
@@ -134,12 +136,12 @@ class Wires:
 
 @cache
 def bad_slots() -> bytes:
-    """As many slots as a request may have, each of which breaks every rule."""
+    """A request with the maximum number of slots, each of which breaks every rule."""
     bad = slot_pb2.Slot(id="x", doctor_id="x", block_reason="\x01", capacity=-1)
     return slot_pb2.BatchCreateSlotsRequest(slots=[bad] * 500).SerializeToString()
 
 
-@attack("nothing but burns CPU: what sharing the machine costs", rate=100)
+@attack("burns CPU only: the cost of sharing the machine", rate=100)
 async def control(target: Target) -> AsyncIterator[Act]:
     async def act() -> str:
         ends = time.thread_time() + 0.006
@@ -191,7 +193,7 @@ async def ping_flood(target: Target) -> AsyncIterator[Act]:
         yield act
 
 
-@attack("changes of settings", rate=1000)
+@attack("changes of HTTP/2 settings", rate=1000)
 async def settings_flood(target: Target) -> AsyncIterator[Act]:
     async with AsyncExitStack() as stack:
         wires = Wires(target, stack, streams=10**9)
@@ -203,7 +205,7 @@ async def settings_flood(target: Target) -> AsyncIterator[Act]:
         yield act
 
 
-@attack("frames that ask for nothing, by the hundred", rate=200)
+@attack("frames that ask for nothing, hundreds at a time", rate=200)
 async def idle_frames(target: Target) -> AsyncIterator[Act]:
     kinds = itertools.cycle(
         (frame(8, 0, b"\0\0\0\1"), frame(2, 9, b"\0\0\0\0\1"), frame(3, 1, b"\0\0\0\x08"), frame(85, 0, b"x" * 50))
@@ -219,7 +221,7 @@ async def idle_frames(target: Target) -> AsyncIterator[Act]:
         yield act
 
 
-@attack("15 KiB of metadata, and 17 KiB in turn", rate=200)
+@attack("15 KiB and 17 KiB of metadata, in turn", rate=200)
 async def giant_metadata(target: Target) -> AsyncIterator[Act]:
     sizes = itertools.cycle((15, 17))
     request = clinic_pb2.GetClinicRequest(clinic_id=target.clinic_id)
@@ -270,7 +272,7 @@ async def gzip_bombs(target: Target) -> AsyncIterator[Act]:
         yield act
 
 
-@attack("bytes that are no protobuf", rate=500)
+@attack("bytes that are not protobuf", rate=500)
 async def malformed(target: Target) -> AsyncIterator[Act]:
     async with desks(target) as desk:
 
@@ -314,7 +316,7 @@ async def many_connections(target: Target) -> AsyncIterator[Act]:
         yield act
 
 
-@attack("connections that begin no HTTP/2", rate=200)
+@attack("connections that do not speak HTTP/2", rate=200)
 async def no_http2(target: Target) -> AsyncIterator[Act]:
     async def act() -> str:
         _, writer = await asyncio.open_connection("127.0.0.1", target.port)
@@ -327,7 +329,7 @@ async def no_http2(target: Target) -> AsyncIterator[Act]:
     yield act
 
 
-@attack("watchers of the others' doctors who never read", rate=100)
+@attack("watchers of the load's doctors who never read", rate=100)
 async def slow_readers(target: Target) -> AsyncIterator[Act]:
     requests = [framed(queue_pb2.WatchQueueRequest(doctor_id=doctor)) for doctor in target.watched]
     async with AsyncExitStack() as stack:
@@ -341,7 +343,7 @@ async def slow_readers(target: Target) -> AsyncIterator[Act]:
         yield act
 
 
-@attack("streams of watchers that are opened and left", rate=300)
+@attack("watch streams that are opened and abandoned", rate=300)
 async def watch_flood(target: Target) -> AsyncIterator[Act]:
     async with desks(target) as desk:
 
@@ -356,7 +358,7 @@ async def watch_flood(target: Target) -> AsyncIterator[Act]:
         yield act
 
 
-@attack("trials and bookings of one doctor-day", rate=300)
+@attack("dry runs and bookings on one doctor-day", rate=300)
 async def one_doctor_day(target: Target) -> AsyncIterator[Act]:
     place = appointment_pb2.DoctorDay(doctor_id=target.doctor_id, date=day(today()))
     turn = itertools.count()
@@ -397,7 +399,7 @@ async def expensive_lists(target: Target) -> AsyncIterator[Act]:
         yield act
 
 
-@attack("one key, with one request and with others", rate=300)
+@attack("one key, with one request and with different ones", rate=300)
 async def key_reuse(target: Target) -> AsyncIterator[Act]:
     turn = itertools.count()
     async with desks(target) as desk:
@@ -433,7 +435,7 @@ async def reflection(target: Target) -> AsyncIterator[Act]:
 
 
 async def run(name: str, target: Target) -> dict[str, Any]:
-    """Attack; how many requests were made, what came of them, and the seconds of CPU that it took."""
+    """Attack. Return the number of requests, their outcomes, and the seconds of CPU."""
     chosen = ATTACKS[name]
     outcomes: Counter[str] = Counter()
     running: set[asyncio.Task[None]] = set()
@@ -471,14 +473,14 @@ def _cpu() -> float:
 
 
 def main() -> None:
-    """The life of an attacker."""
+    """Run one attacker."""
     os.nice(NICE)
     target = Target(**json.loads(sys.stdin.readline()))
     print(json.dumps(asyncio.run(run(sys.argv[1], target))), flush=True)
 
 
 def knowing(target: Target) -> str:
-    """The first line of an attacker's input."""
+    """The first line of an attacker's standard input."""
     return json.dumps(asdict(target)) + "\n"
 
 

@@ -1,10 +1,10 @@
-"""`python -m tests.hostile.beside [--seconds N]`: what others notice of a hostile client.
+"""`python -m tests.hostile.beside [--seconds N]`: measure the effect of a hostile client on other clients.
 
-A legitimate load of a fixed rate runs against a real service of two workers, now alone and now beside one attack after
-another. A call's time counts from the moment at which it was due. The attackers, the service and the load share one
-machine: each attack's own CPU is shown, and what sharing alone costs is the row of `control`; on a machine that does
-other work only the last column but one means something, the workers' CPU that a hostile request took. Ends with status
-1 where a legitimate call failed, or a p99 is more than twice that of the quiet before and after.
+A legitimate load at a fixed rate runs against a real service with two workers: alone, and then beside one attack after
+another. The time of a call counts from the moment at which it was due. Attackers, service and load share one machine,
+so the table shows the CPU of each attack, and the row `control` shows the cost of sharing alone. On a machine that also
+does other work, only the column `ms each` is reliable: the workers' CPU per hostile request. The exit status is 1 if a
+legitimate call failed, or if a p99 is more than twice that of the quiet phases before and after.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from tests.hostile.attacks import ATTACKS, NICE, Target, knowing
 from tests.hostile.wire import OWN_CONNECTION
 
 RATE = 80.0
-"""Legitimate calls a second."""
+"""Legitimate calls per second."""
 WATCHERS = 24
 DOCTORS = 4
 SETTLE_SECONDS = 0.5
@@ -45,11 +45,11 @@ MOST_RATIO = 2.0
 
 @dataclass
 class Phase:
-    """What the legitimate load saw for a while, and what the workers had to do meanwhile."""
+    """One phase of the legitimate load: the times and failures of its calls, and the CPU of the workers."""
 
     seconds: float = 0
     cpu: float = 0
-    """Seconds of CPU of the workers."""
+    """CPU of the workers, in seconds."""
     ms: list[float] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
 
@@ -63,7 +63,7 @@ class Phase:
 
 
 class Load:
-    """Patients who are booked, come, are called and go, and people who look at the queues and lists."""
+    """Patients who book, check in, are called and leave, and callers who read queues and lists."""
 
     def __init__(self, served: Served, desks: Sequence[Front], patients: Sequence[str]) -> None:
         self._served = served
@@ -74,7 +74,7 @@ class Load:
         self.updates = 0
 
     async def phase(self, doctors: Sequence[str], seconds: float) -> Phase:
-        """Load these doctors for so long."""
+        """Run the load with these doctors for `seconds`."""
         phase = Phase()
         self._booked.clear()
         began, used = time.monotonic(), self._cpu()
@@ -92,7 +92,7 @@ class Load:
         return phase
 
     def _cpu(self) -> float:
-        """Seconds of CPU that the workers have taken."""
+        """Seconds of CPU that the workers have used so far."""
         ticks = 0
         for pid in self._served.workers():
             stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -146,7 +146,7 @@ class Measure:
         self.failures: Counter[str] = Counter()
 
     async def run(self) -> None:
-        """Everything, with the table on standard output."""
+        """Run everything, and print the table."""
         async with AsyncExitStack() as stack:
             desks = [Front(await stack.enter_async_context(self._channel()), "", self._served.port) for _ in range(4)]
             patients = [patient.id for patient in await desks[0].people(400)]
@@ -160,7 +160,7 @@ class Measure:
                 f"{RATE:.0f} legitimate calls/s and {WATCHERS} watchers; attackers at nice {NICE}; {os.cpu_count()}"
                 f" cores; {self._quiet:.1f} s quiet, {self._beside:.1f} s beside each attack; times in ms\n\n"
                 f"{'attack':16} {'requests':>8} {'its CPU':>8} {'workers':>8} | {'quiet p50':>9} {'p99':>7} | "
-                f"{'beside p50':>10} {'p99':>7} | {'ratio':>6} | {'ms each':>8}  what came of it"
+                f"{'beside p50':>10} {'p99':>7} | {'ratio':>6} | {'ms each':>8}  outcomes"
             )
             quiets = [await load.phase(next(shifts), self._quiet)]
             for name in self._names:
@@ -185,7 +185,7 @@ class Measure:
         return grpc.aio.insecure_channel(f"127.0.0.1:{self._served.port}", options=[OWN_CONNECTION])
 
     async def _shift(self, front: Front, clinic: str) -> list[str]:
-        """Doctors whom nobody has booked yet, so that every phase does the same work."""
+        """Doctors without bookings, so that every phase does the same work."""
         return [(await front.doctor(clinic_id=clinic, max_patients_per_day=1000)).id for _ in range(DOCTORS)]
 
     async def _attacked(
@@ -229,9 +229,9 @@ class Measure:
 
 
 def main() -> int:
-    """Measure; 1 where somebody suffered."""
+    """Measure. The exit status is 1 if a legitimate client suffered."""
     parser = argparse.ArgumentParser(prog="python -m tests.hostile.beside", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=220.0, help="of the whole run, about")
+    parser.add_argument("--seconds", type=float, default=220.0, help="approximate length of the whole run")
     parser.add_argument("--attacks", default=",".join(ATTACKS), help="separated by commas")
     given = parser.parse_args()
     names = given.attacks.split(",")
@@ -247,7 +247,7 @@ def main() -> int:
     print(f"legitimate calls that failed: {dict(measure.failures) or 'none'}; faults of the server: {faults or 'none'}")
     print(f"p99 over {MOST_RATIO:.0f} times the quiet: {', '.join(measure.over) or 'none'}")
     if measure.doubts:
-        print("But so is that of the control, which asks for nothing: this machine is too busy to tell.")
+        print("The control, which sends no requests, exceeds it too: this machine is too busy for a verdict.")
     return int(bool(measure.failures or faults or measure.over))
 
 

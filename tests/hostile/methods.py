@@ -1,4 +1,4 @@
-"""Every method of the service, from its descriptors; a valid request for each; and ways to spoil one."""
+"""All methods of the service, from its descriptors; a valid request for each; and ways to make requests invalid."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ METHODS: dict[str, MethodDescriptor] = {
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }
-"""By name, which is unique over all services."""
+"""By name; names are unique over all services."""
 
 STREAMS = {name for name, method in METHODS.items() if method.server_streaming}
 UNARY = sorted(METHODS.keys() - STREAMS)
@@ -66,7 +66,7 @@ def request_class(name: str) -> Any:
 
 
 def raw(front: Front, name: str) -> Callable[..., Any]:
-    """The method as a function of bytes, answering a message; of a stream, its first message."""
+    """The method as a function of bytes that returns a message; for a stream, its first message."""
     response = message_factory.GetMessageClass(METHODS[name].output_type)
     if name not in STREAMS:
         return front.channel.unary_unary(path_of(name), response_deserializer=response.FromString)
@@ -84,17 +84,17 @@ def raw(front: Front, name: str) -> Callable[..., Any]:
 
 
 async def call(front: Front, name: str, request: Message, **options: Any) -> Any:
-    """Call a method by its name; of a stream, the first message."""
+    """Call a method by its name, and return its answer; for a stream, its first message."""
     options.setdefault("timeout", 20)
     return await raw(front, name)(request.SerializeToString(), **options)
 
 
-# Fields.
+# Fields
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands in a request: the fields on the way to it, outermost first."""
+    """A place in a request: the fields that lead to a value, outermost first."""
 
     steps: tuple[FieldDescriptor, ...]
 
@@ -104,11 +104,11 @@ class Place:
 
     @property
     def path(self) -> str:
-        """As a violation names it, without indices."""
+        """The path in the form in which a violation names it, without indices."""
         return ".".join(step.name for step in self.steps)
 
     def put(self, request: Message, value: Any) -> Message:
-        """A copy of the request with this value there; in a list, one more element with it."""
+        """A copy of the request with this value in the place; a list gets it as one more element."""
         changed = type(request)()
         changed.CopyFrom(request)
         holder: Any = changed
@@ -128,7 +128,7 @@ class Place:
 
 
 def places(name: str, wanted: Callable[[FieldDescriptor], bool]) -> list[Place]:
-    """Every place in the method's request, however deep, whose field is wanted."""
+    """Every place in the method's request, at any depth, whose field is wanted."""
 
     def walk(descriptor: Any, above: tuple[FieldDescriptor, ...]) -> Iterator[Place]:
         for field in descriptor.fields:
@@ -152,18 +152,18 @@ def is_enum(field: FieldDescriptor) -> bool:
 
 
 def is_id(field: FieldDescriptor) -> bool:
-    """Whether the field names a resource."""
+    """Whether the field is the id of a resource."""
     return is_text(field) and (field.name in ("id", "slot_ids") or field.name.endswith("_id"))
 
 
 def is_a(full_name: str) -> Callable[[FieldDescriptor], bool]:
-    """Whether a field is of that message."""
+    """A test whether a field is of the message `full_name`."""
     return lambda field: field.message_type is not None and field.message_type.full_name == full_name
 
 
 @cache
 def _comments() -> Mapping[str, str]:
-    """What the contract says above each field, by the field's full name."""
+    """The contract's comment above each field, by the field's full name."""
     root = Path(__file__).parents[2] / "protos"
     with tempfile.NamedTemporaryFile() as out:
         sources = sorted(str(path) for path in (root / "clinic").rglob("*.proto"))
@@ -182,16 +182,16 @@ def _comments() -> Mapping[str, str]:
 
 
 def is_output_only(field: FieldDescriptor) -> bool:
-    """Whether the contract says that a request's value is ignored."""
+    """Whether the contract's comment begins with "Output only": then the value in a request is ignored."""
     return _comments()[field.full_name].strip().startswith("Output only")
 
 
-# Valid requests.
+# Valid requests
 
 
 @dataclass(frozen=True)
 class World:
-    """One of each resource, for requests to name."""
+    """One resource of each kind, for requests to name."""
 
     clinic_id: str
     doctor_id: str
@@ -201,7 +201,7 @@ class World:
 
 
 async def world(front: Front) -> World:
-    """A clinic with a doctor, a slot, a patient and a booking."""
+    """A new clinic with a doctor, a slot, a patient and a booking."""
     clinic = await front.clinic()
     doctor = await front.doctor(clinic_id=clinic.id, specialty="Cardiology")
     patient = await front.patient()
@@ -211,7 +211,7 @@ async def world(front: Front) -> World:
 
 
 def noon(days: int) -> datetime:
-    """Noon in UTC, so many days ahead."""
+    """Noon in UTC, `days` days from today."""
     return datetime.now(UTC).replace(hour=12, minute=0, second=0, microsecond=0) + timedelta(days=days)
 
 
@@ -307,17 +307,17 @@ VALID: dict[str, Callable[[World], Message]] = {
     "MarkMissed": _of_appointment("MarkMissed"),
     "LeaveQueue": _of_appointment("LeaveQueue"),
 }
-"""A request of every method that breaks no rule of any field."""
+"""For every method a request that breaks no rule."""
 
 
-# Refusals.
+# Refusals
 
 
 MOST_BYTES_OF_DETAILS = 8 * 1024
 
 
 def manners(error: grpc.aio.AioRpcError, *canaries: str) -> list[str]:
-    """What is wrong with the shape of a refusal; nothing, if it is a good one."""
+    """The faults in the form of a refusal; empty if it is correct."""
     wrong = []
     found = details(error)
     info = found.get("ErrorInfo", error_details_pb2.ErrorInfo())
@@ -347,7 +347,7 @@ def named(error: grpc.aio.AioRpcError) -> Sequence[str]:
 async def refused_field(
     front: Front, name: str, request: Message, path: str, *canaries: str, shown: object = ""
 ) -> list[str]:
-    """What is wrong with how the method answers a request whose field at `path` cannot be used."""
+    """The faults in the method's answer to a request whose field at `path` is not valid."""
     where = f"{name}.{path} {shown!r:.30}"
     try:
         await call(front, name, request)

@@ -1,4 +1,4 @@
-"""The table of cases in this package's docstring is true."""
+"""The table of cases in this package's docstring is correct."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import tests.hostile
 
 
 def test_every_case_has_its_tests() -> None:
-    """Each of the fifty cases names tests, and each test that is named exists."""
+    """Each of the fifty cases names tests, and each named test exists."""
     folder = Path(__file__).parent
     existing = {
         name

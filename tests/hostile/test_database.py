@@ -1,4 +1,4 @@
-"""Cases 41 to 46: what the service says and does while its database cannot, and that nothing inner gets out."""
+"""Cases 41 to 46: the service while its database is unavailable; and no internal text in any answer."""
 
 import asyncio
 import logging
@@ -33,13 +33,13 @@ CANARY = "Zzyzx-canary"
 
 @pytest.fixture
 def admin(postgres: str) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
-    """An administrator who is already inside, through another database."""
+    """An administrator's connection, opened in advance, on another database."""
     with psycopg.connect(postgres, autocommit=True) as connection:
         yield connection
 
 
 def cut(admin: psycopg.Connection[tuple[object, ...]], front: Front, but: int = 0) -> None:
-    """End every connection to the test's database but one."""
+    """End every connection to the test's database, except that of process `but`."""
     admin.execute(
         "select pg_terminate_backend(pid) from pg_stat_activity where datname = %s and pid <> %s",
         (database_of(front), but),
@@ -47,7 +47,7 @@ def cut(admin: psycopg.Connection[tuple[object, ...]], front: Front, but: int = 
 
 
 async def back(front: Front) -> float:
-    """Seconds until bookings work again."""
+    """Measure the seconds until bookings succeed again."""
     began = time.monotonic()
 
     async def works() -> bool:
@@ -67,7 +67,7 @@ async def unavailable(front: Front) -> grpc.aio.AioRpcError:
 
 
 async def test_cut_connections(front: Front, admin: psycopg.Connection[tuple[object, ...]]) -> None:
-    """Connections that are cut again and again cost UNAVAILABLE at worst: what was acknowledged is there, once."""
+    """While connections are cut repeatedly, calls are at worst UNAVAILABLE; acknowledged changes are there, once."""
     doctor = await front.doctor(max_patients_per_day=1000)
     patients = await front.people(100)
     outcomes: Counter[str] = Counter()
@@ -93,7 +93,7 @@ async def test_cut_connections(front: Front, admin: psycopg.Connection[tuple[obj
 
 
 async def test_a_database_that_is_away(front: Front, admin: psycopg.Connection[tuple[object, ...]]) -> None:
-    """While the database is away every method is UNAVAILABLE and health says so; back, the service is within 5 s."""
+    """Without the database, every method is UNAVAILABLE and health is NOT_SERVING. Service returns within 5 s of it."""
     here = await world(front)
     health = health_pb2_grpc.HealthStub(front.channel)
 
@@ -117,7 +117,7 @@ async def test_a_database_that_is_away(front: Front, admin: psycopg.Connection[t
 
 
 async def test_a_real_restart(settings: Settings) -> None:
-    """While PostgreSQL stops and starts again, under bookings, nothing that was acknowledged is lost or made twice."""
+    """While PostgreSQL restarts under bookings, no acknowledged booking is lost, and none is made twice."""
     with directories() as make, Cluster(make("own")) as postgres:
         await asyncio.to_thread(postgres.start)
         await asyncio.to_thread(migrate, postgres.conninfo)
@@ -159,7 +159,7 @@ async def test_a_real_restart(settings: Settings) -> None:
 
 
 async def test_a_read_only_primary(front: Front, admin: psycopg.Connection[tuple[object, ...]]) -> None:
-    """A primary that takes no writes is UNAVAILABLE for changes and answers reads; writable again, it is used again."""
+    """If the primary is read-only, changes are UNAVAILABLE and reads work. Once writable, it is used again."""
     here = await world(front)
     admin.execute(f"alter database {database_of(front)} set default_transaction_read_only = on")
     cut(admin, front)
@@ -186,7 +186,7 @@ async def until_reads(front: Front) -> None:
 
 
 async def test_too_many_connections(front: Front, postgres: str, admin: psycopg.Connection[tuple[object, ...]]) -> None:
-    """Where others have taken every connection of the server the service is UNAVAILABLE, and is back when they go."""
+    """If others hold all connections of the server, the service is UNAVAILABLE, and recovers when they close."""
     admin.execute(f"alter database {database_of(front)} allow_connections false")
     cut(admin, front)
     others: list[psycopg.Connection[tuple[object, ...]]] = []
@@ -204,7 +204,7 @@ async def test_too_many_connections(front: Front, postgres: str, admin: psycopg.
 
 
 async def test_an_empty_pool(conninfo: str, settings: Settings) -> None:
-    """A call that gets no connection is told so before its deadline, and one is free when the first has ended."""
+    """A call that gets no connection is refused before its deadline; one is free when the first call has ended."""
     async with serving(settings, conninfo, pool_size=1) as (_, front):
         doctor, patient = await front.doctor(), await front.patient()
         async with await psycopg.AsyncConnection.connect(conninfo) as other:
@@ -219,7 +219,7 @@ async def test_an_empty_pool(conninfo: str, settings: Settings) -> None:
 
 
 def failing(front: Front, times: int, code: str, message: str = "as a test wants it") -> None:
-    """Make the next so many bookings fail in the database with this error."""
+    """Make the next `times` bookings fail in the database with this error."""
     front.sql("create sequence failures")
     front.sql(
         "create function fail() returns trigger language plpgsql as $$ begin"
@@ -232,7 +232,7 @@ def failing(front: Front, times: int, code: str, message: str = "as a test wants
 @pytest.mark.parametrize("code", ["40001", "40P01"])
 @pytest.mark.parametrize("times", [1, 3])
 async def test_conflicts_are_retried(front: Front, code: str, times: int) -> None:
-    """A booking that the database gives up on for another's sake is tried again, and made once."""
+    """If the database aborts a booking because of a conflict, it is retried, and made once."""
     doctor, patient = await front.doctor(), await front.patient()
     failing(front, times, code)
     answer = await front.book(patient.id, doctor.id)
@@ -242,7 +242,7 @@ async def test_conflicts_are_retried(front: Front, code: str, times: int) -> Non
 
 @pytest.mark.parametrize("code", ["40001", "40P01"])
 async def test_conflicts_without_end(front: Front, code: str) -> None:
-    """A conflict that does not end is ABORTED, with the advice to retry, and nothing has happened."""
+    """A conflict that persists is ABORTED, with advice to retry, and nothing has changed."""
     doctor, patient = await front.doctor(), await front.patient()
     failing(front, 1000, code)
     error = await refusal(front.book(patient.id, doctor.id))
@@ -253,11 +253,11 @@ async def test_conflicts_without_end(front: Front, code: str) -> None:
 
 
 async def test_a_real_deadlock(front: Front) -> None:
-    """A booking that meets an administrator's statement in a deadlock steps back, and is made when that has ended."""
+    """A booking in a deadlock with an administrator's statement gives way, and is made after that statement."""
     doctor, patients = await front.doctor(), await front.people(2)
     await front.book(patients[0].id, doctor.id)
     async with await psycopg.AsyncConnection.connect(front.conninfo) as other:
-        # The booking is the one that notices, and gives way.
+        # The booking is the one that detects the deadlock and gives way.
         await other.execute("set deadlock_timeout = '30s'")
         await other.execute("select from doctor_day where doctor_id = %s for update", (doctor.id,))
         booking = asyncio.create_task(front.book(patients[1].id, doctor.id))
@@ -269,7 +269,7 @@ async def test_a_real_deadlock(front: Front) -> None:
 
 
 def without_a_check(front: Front, number: int) -> None:
-    """A bug: the function that looks for a place finds this one, always."""
+    """A bug: the function that looks for a place always finds this one."""
     ((source,),) = front.sql("select pg_get_functiondef('find_place'::regproc)")
     body = (
         f"begin outcome := 'OK'; number := {number}; select d.clinic_id into clinic_id from doctor d"
@@ -280,7 +280,7 @@ def without_a_check(front: Front, number: int) -> None:
 
 
 async def test_backstops(front: Front) -> None:
-    """Were the check of places wrong, the database would refuse the second booking of a place, and the log say so."""
+    """If the check of places were wrong, the database would refuse to sell a place twice, and the log would say so."""
     doctor, patients = await front.doctor(), await front.people(3)
     slots = [await front.slot((await front.doctor()).id, noon(2)) for _ in range(2)]
     without_a_check(front, 1)
@@ -313,7 +313,7 @@ async def test_backstops(front: Front) -> None:
 async def test_no_canary_gets_out(
     front: Front, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A patient's name, in the data or in the text of an exception, is in no status and no log."""
+    """A patient's name in the data, or in the text of an exception, is in no status and no log."""
     caplog.set_level(logging.DEBUG)
     doctor = await front.doctor()
     person = patient_pb2.Patient(given_name=CANARY, phone="+5511987654329", email=f"{CANARY}@example.org",
@@ -328,7 +328,7 @@ async def test_no_canary_gets_out(
     )
     for table in ("patient", "clinic", "doctor", "slot", "event"):
         front.sql(f"create trigger spill before insert or update on {table} for each row execute function spill()")
-    # A backend's own text, from a check that quotes the row.
+    # PostgreSQL's own text, from a check constraint that quotes the row.
     front.sql("alter table appointment add constraint no_notes check (notes = '') not valid")
     here = appointment_pb2.Appointment(id=booked.appointment.id, notes=CANARY)
     errors += [
@@ -348,7 +348,7 @@ async def test_no_canary_gets_out(
     for error in errors:
         assert (error.code(), reason_of(error)) == (grpc.StatusCode.INTERNAL, "INTERNAL")
         assert not manners(error, CANARY, "987654329")
-    # What is refused by a rule, or cut off, writes no more.
+    # A change that was refused or cut off writes nothing more.
     assert await outcome(front.book(patient.id, doctor.id, reason=CANARY)) == "DUPLICATE_BOOKING"
     watch: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor.id))
     await watch.read()
@@ -368,7 +368,7 @@ async def test_no_canary_gets_out(
 
 
 async def test_no_canary_is_measured(conninfo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A patient's name is in no metric and no line of a real service's log, nor is what callers call themselves."""
+    """A patient's name is in no metric and no log line of a real service; a caller's own name is in no metric."""
     monkeypatch.setenv("FRONTDESK_METRICS_LISTEN", "127.0.0.1:0")
     service = Service(tmp_path / "log", conninfo, workers=2)
     try:
@@ -397,7 +397,7 @@ async def test_no_canary_is_measured(conninfo: str, tmp_path: Path, monkeypatch:
 
 
 def patient_with(old: patient_pb2.Patient, new: patient_pb2.Patient) -> patient_pb2.Patient:
-    """The changes, to be made to this patient."""
+    """The changes to make to this patient."""
     changed = patient_pb2.Patient()
     changed.CopyFrom(new)
     changed.id = old.id
@@ -405,7 +405,7 @@ def patient_with(old: patient_pb2.Patient, new: patient_pb2.Patient) -> patient_
 
 
 async def test_a_restart_loses_nothing(front: Front, admin: psycopg.Connection[tuple[object, ...]]) -> None:
-    """A watcher whose server lost the database and found it again sees every change, or is told to come back."""
+    """If a watcher's server loses the database and finds it, the watcher sees every change, or is told to reconnect."""
     doctor = await front.doctor()
     watch: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor.id, date=day(today())))
     first = await watch.read()

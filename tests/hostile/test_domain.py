@@ -1,4 +1,4 @@
-"""Cases 27 to 40: many at once, and clocks that do not agree."""
+"""Cases 27 to 40: simultaneous calls, and clocks that disagree."""
 
 import asyncio
 import random
@@ -24,7 +24,7 @@ Clock = Callable[[str], AbstractAsyncContextManager[Front]]
 
 @pytest.fixture
 def at(conninfo: str, settings: Settings) -> Clock:
-    """A front desk whose clock stands at this instant; the database is the test's, whatever the hour."""
+    """A front desk whose clock stands still at this instant, on the test's database."""
 
     @asynccontextmanager
     async def open_at(instant: str) -> AsyncIterator[Front]:
@@ -46,12 +46,12 @@ def to_day(
 
 
 def cancelling(appointment_id: str) -> appointment_pb2.CancelAppointmentRequest:
-    """Give the place up."""
+    """Cancel the appointment."""
     return appointment_pb2.CancelAppointmentRequest(appointment_id=appointment_id)
 
 
 def sound(front: Front) -> None:
-    """What holds of every clinic's database, whoever did what: no day oversold, no number, ticket or revision twice."""
+    """Rules of every clinic's database: no day is oversold; no number, ticket or revision occurs twice."""
     assert not front.sql(
         "select a.doctor_id, a.date from appointment a join doctor d on d.id = a.doctor_id"
         " where a.state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION', 'COMPLETED')"
@@ -67,7 +67,7 @@ def sound(front: Front) -> None:
 
 
 async def test_the_last_places(front: Front) -> None:
-    """When thirty ask at once for ten places, ten get one each and twenty are told that the day is full."""
+    """When thirty patients ask at once for ten places, ten get one and twenty are told that the day is full."""
     doctor, patients = await front.doctor(), await front.people(30)
     answers = await asyncio.gather(*(front.book(p.id, doctor.id) for p in patients), return_exceptions=True)
     got = [a for a in answers if not isinstance(a, BaseException)]
@@ -81,7 +81,7 @@ async def test_the_last_places(front: Front) -> None:
 
 
 async def test_the_last_places_of_slots(front: Front) -> None:
-    """Two slots for three share a day for four: thirty who ask at once get four places, and no slot more than three."""
+    """Two slots for three share a day for four: of thirty who ask at once, four get a place, at most three per slot."""
     doctor, patients = await front.doctor(max_patients_per_day=4), await front.people(30)
     slots = [await front.slot(doctor.id, noon(2) + timedelta(hours=n), capacity=3) for n in range(2)]
     outcomes = await asyncio.gather(
@@ -104,7 +104,7 @@ async def test_the_last_places_of_slots(front: Front) -> None:
 
 
 async def test_a_freed_number(front: Front) -> None:
-    """The number of a cancelled booking is the next one's, however many cancel."""
+    """After cancellations, the next booking gets the lowest free number."""
     doctor, patients = await front.doctor(), await front.people(12)
     booked = [await front.book(p.id, doctor.id) for p in patients[:10]]
     assert await outcome(front.book(patients[10].id, doctor.id)) == "DAY_FULL"
@@ -116,7 +116,7 @@ async def test_a_freed_number(front: Front) -> None:
 
 
 async def test_two_cancel(front: Front) -> None:
-    """Of many who cancel one booking at once one does it; the place is freed once."""
+    """Of many simultaneous cancellations of one booking, one succeeds; the place is freed once."""
     doctor, patients = await front.doctor(max_patients_per_day=1), await front.people(3)
     booked = await front.book(patients[0].id, doctor.id)
     outcomes = await asyncio.gather(
@@ -129,7 +129,7 @@ async def test_two_cancel(front: Front) -> None:
 
 
 async def test_opposing_reschedules(front: Front) -> None:
-    """Two hundred moves to and fro between three doctors' days end without a deadlock that a client could see."""
+    """Two hundred moves to and fro between three doctors' days cause no deadlock that a client sees."""
     doctors = [await front.doctor(max_patients_per_day=40) for _ in range(3)]
     patients = await front.people(30)
     booked = await asyncio.gather(*(front.book(p.id, doctors[n % 3].id, tomorrow()) for n, p in enumerate(patients)))
@@ -146,7 +146,7 @@ async def test_opposing_reschedules(front: Front) -> None:
 
 
 async def test_a_failed_reschedule(front: Front) -> None:
-    """Who cannot get the new place keeps the old one, and neither day has changed."""
+    """A patient who cannot get the new place keeps the old one, and neither day has changed."""
     full, other = await front.doctor(max_patients_per_day=1), await front.doctor()
     first, second = await front.people(2)
     await front.book(first.id, full.id, tomorrow())
@@ -167,7 +167,7 @@ async def test_a_failed_reschedule(front: Front) -> None:
 
 
 async def test_one_patient_in_two_places(front: Front) -> None:
-    """A patient has one live booking a doctor-day and no two at one time; one may begin when another ends."""
+    """A patient has one live booking per doctor-day and no two at the same time; one may start when another ends."""
     doctor, other, patient = await front.doctor(), await front.doctor(), await front.patient()
     here = await front.slot(doctor.id, noon(2))
     overlapping = await front.slot(other.id, noon(2) + timedelta(minutes=29))
@@ -190,12 +190,12 @@ async def test_one_patient_in_two_places(front: Front) -> None:
 
 
 def here_date(slot: slot_pb2.Slot) -> date:
-    """The civil date of a slot."""
+    """The civil date of an instant in a zone, as a message."""
     return date(slot.date.year, slot.date.month, slot.date.day)
 
 
 async def test_one_patient_in_two_places_at_once(front: Front) -> None:
-    """Ten doctors who book one patient for the same time at once: one gets the patient."""
+    """When ten doctors book one patient for the same time at once, one succeeds."""
     patient = await front.patient()
     slots = [await front.slot((await front.doctor()).id, noon(2) + timedelta(minutes=n)) for n in range(10)]
     outcomes = await asyncio.gather(
@@ -212,7 +212,7 @@ async def test_one_patient_in_two_places_at_once(front: Front) -> None:
 
 
 async def test_two_call_the_next(front: Front) -> None:
-    """Rooms that call at once get different patients, in the order of the tickets, and the last gets nobody."""
+    """Simultaneous CallNext calls get different patients, in ticket order; the one too many gets QUEUE_EMPTY."""
     doctor = await front.doctor(max_patients_per_day=100)
     for _ in range(9):
         await front.arrive(doctor.id)
@@ -228,7 +228,7 @@ async def test_two_call_the_next(front: Front) -> None:
 
 
 async def test_two_hundred_check_in(front: Front) -> None:
-    """Two hundred check-ins at once get the tickets 1 to 200, and the line is in their order."""
+    """Two hundred simultaneous check-ins get the tickets 1 to 200, and the queue is in their order."""
     doctor, patients = await front.doctor(max_patients_per_day=200), await front.people(200)
     booked = await asyncio.gather(*(front.book(p.id, doctor.id) for p in patients))
     answers = await asyncio.gather(*(front.check_in(b.appointment.id) for b in booked))
@@ -242,7 +242,7 @@ async def test_two_hundred_check_in(front: Front) -> None:
 
 
 async def test_everyone_does_everything_at_once(front: Front) -> None:
-    """After a storm of verbs in any order no rule is broken, and nothing was answered as a fault of the server."""
+    """After a storm of verbs in random order no rule is broken, and no answer was a fault of the server."""
     chance = random.Random(27)
     doctor = await front.doctor(max_patients_per_day=15)
     patients = await front.people(25)
@@ -287,7 +287,7 @@ async def test_everyone_does_everything_at_once(front: Front) -> None:
 
 @pytest.mark.parametrize("zone", ["Pacific/Kiritimati", "Pacific/Pago_Pago", "Asia/Kathmandu"])
 async def test_today_is_the_clinics(front: Front, zone: str) -> None:
-    """Check-in goes by the civil date of the clinic: a day early, a day late and today elsewhere are refused."""
+    """Check-in follows the civil date of the clinic: a day early, a day late, or today in another zone is refused."""
     doctor, patients = await front.doctor(zone), await front.people(3)
     for patient, days, expected in zip(
         patients, (0, 1, 2), ("OK", "NOT_APPOINTMENT_DATE", "NOT_APPOINTMENT_DATE"), strict=True
@@ -301,7 +301,7 @@ async def test_today_is_the_clinics(front: Front, zone: str) -> None:
 
 
 async def test_today_elsewhere(at: Clock) -> None:
-    """At one instant it is three different dates: each clinic takes only its own."""
+    """At one instant there are three different dates: each clinic accepts check-ins only for its own."""
     zones = {
         "Pacific/Kiritimati": date(2026, 11, 21),
         "UTC": date(2026, 11, 20),
@@ -324,7 +324,7 @@ async def test_today_elsewhere(at: Clock) -> None:
 
 
 async def test_a_day_late(at: Clock) -> None:
-    """Yesterday's booking cannot be checked in, and can be marked as missed."""
+    """Yesterday's booking cannot be checked in, but can be marked as no-show."""
     async with at("2026-11-20 23:00-03") as front:
         doctor, patient = await front.doctor("America/Sao_Paulo"), await front.patient()
         booked = await front.book(patient.id, doctor.id, date(2026, 11, 20))
@@ -335,7 +335,7 @@ async def test_a_day_late(at: Clock) -> None:
 
 
 async def test_an_evening_clinic(at: Clock) -> None:
-    """At nine in the evening in São Paulo it is tomorrow in UTC, and still today at the clinic."""
+    """At nine in the evening in São Paulo it is tomorrow in UTC, but still today at the clinic."""
     async with at("2026-11-20 21:30-03") as front:
         doctor, patient = await front.doctor("America/Sao_Paulo"), await front.patient()
         slot = await front.slot(doctor.id, datetime(2026, 11, 21, 1, 0, tzinfo=UTC))
@@ -351,7 +351,7 @@ async def test_an_evening_clinic(at: Clock) -> None:
 
 
 async def test_the_hour_that_comes_twice(at: Clock) -> None:
-    """When the clocks fall back, 01:30 comes twice: two slots that do not overlap, on one day of 25 hours."""
+    """When clocks go back, 01:30 comes twice: as two slots that do not overlap, on one day of 25 hours."""
     async with at("2026-10-01 00:00+00") as front:
         doctor = await front.doctor("America/New_York")
         midnight = datetime(2026, 11, 1, 4, 0, tzinfo=UTC)
@@ -369,11 +369,11 @@ async def test_the_hour_that_comes_twice(at: Clock) -> None:
 
 
 async def test_the_hour_that_does_not_come(at: Clock) -> None:
-    """When the clocks spring forward, the day has 23 hours: midnight comes an hour earlier, and slots end there."""
+    """When clocks go forward, the day has 23 hours: midnight comes an hour earlier, and slots end there."""
     async with at("2026-03-01 00:00+00") as front:
         doctor = await front.doctor("America/New_York")
         midnight = datetime(2026, 3, 8, 5, 0, tzinfo=UTC)
-        # 01:30 to 03:30 on the wall is one hour.
+        # On the clock, 01:30 to 03:30 is one hour.
         across = await front.slot(doctor.id, midnight + timedelta(minutes=90), minutes=60)
         assert here_date(across) == date(2026, 3, 8)
         end = midnight + timedelta(hours=23)
@@ -384,7 +384,7 @@ async def test_the_hour_that_does_not_come(at: Clock) -> None:
 
 
 async def test_a_slot_that_has_begun(at: Clock) -> None:
-    """A slot can be booked until it begins, and a patient is not missed before it does."""
+    """A slot can be booked until it starts, and its patient cannot be marked as no-show before it starts."""
     async with at("2026-11-20 12:00+00") as front:
         doctor, patients = await front.doctor("UTC"), await front.people(2)
         slot = await front.slot(doctor.id, datetime(2026, 11, 20, 13, 0, tzinfo=UTC), capacity=2)
@@ -399,7 +399,7 @@ async def test_a_slot_that_has_begun(at: Clock) -> None:
 
 
 async def test_an_absent_doctor(front: Front) -> None:
-    """On leave nobody new is booked; what was booked is listed and stays; back again, bookings go on."""
+    """During leave nobody is booked, and existing bookings are listed and stay. Afterwards bookings work again."""
     doctor, patients = await front.doctor(), await front.people(3)
     booked = [await front.book(p.id, doctor.id, tomorrow()) for p in patients[:2]]
     said = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(tomorrow()))
@@ -417,7 +417,7 @@ async def test_an_absent_doctor(front: Front) -> None:
 
 @pytest.mark.parametrize("how", ["doctor", "day"])
 async def test_a_lowered_maximum(front: Front, how: str) -> None:
-    """A lowered maximum keeps what is booked, and takes nobody until enough have gone."""
+    """A lowered maximum keeps existing bookings, and refuses new ones until enough have been cancelled."""
     doctor, patients = await front.doctor(max_patients_per_day=3), await front.people(5)
     booked = [await front.book(p.id, doctor.id, tomorrow()) for p in patients[:3]]
     if how == "doctor":

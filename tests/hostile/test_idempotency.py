@@ -1,4 +1,4 @@
-"""Cases 21 to 26: a change that is asked for twice happens once, whatever the change."""
+"""Cases 21 to 26: a change that is requested twice happens once, whatever the change."""
 
 import asyncio
 from collections import Counter
@@ -29,18 +29,18 @@ async def _nothing() -> None:
 
 @dataclass
 class Scenario:
-    """A change that can be made now, another that the same method could be asked for, and what happens later."""
+    """A change that can be made now, another request to the same method, and a later step."""
 
     request: Message
     other: Message
     later: Step = _nothing
-    """Moves the state on, so that the change could not be made again as it was."""
+    """Changes the state, so that the first change could not be made again."""
     same: Callable[[Any], Any] = field(default=lambda answer: answer)
-    """What of the answer stays the same after `later`."""
+    """The part of the answer that stays the same after `later`."""
 
 
 async def _appointment(front: Front, *steps: str, **fields: Any) -> tuple[str, str]:
-    """A booking of today, after these steps, and its doctor."""
+    """A booking for today after these steps, and its doctor."""
     doctor = await front.doctor()
     patient = await front.patient()
     booked = await front.book(patient.id, doctor.id, today(), **fields)
@@ -53,7 +53,7 @@ async def _appointment(front: Front, *steps: str, **fields: Any) -> tuple[str, s
 
 
 def _visit(name: str, *before: str, later: str) -> Callable[[Front], Awaitable[Scenario]]:
-    """A verb on an appointment that has gone through the steps before."""
+    """A verb on an appointment that has gone through the steps in `before`."""
 
     async def make(front: Front) -> Scenario:
         appointment, _ = await _appointment(front, *before)
@@ -69,14 +69,14 @@ def _visit(name: str, *before: str, later: str) -> Callable[[Front], Awaitable[S
 
 
 def _without_position(answer: Any) -> Any:
-    # The place in the line is the present one.
+    # A replay answers the present position.
     if hasattr(answer, "entry"):
         answer.entry.ClearField("position")
     return answer
 
 
 def _only(*names: str) -> Callable[[Any], Any]:
-    """Only these fields of the answer's resource: a record is answered as it is now."""
+    """Only these fields of the answered resource, because a replay answers records as they are now."""
 
     def pick(answer: Any) -> Any:
         resource = getattr(answer, answer.DESCRIPTOR.fields[0].name)
@@ -330,12 +330,12 @@ def keyed(request: Message, key: str = KEY) -> Message:
 
 
 async def keep(made: Awaitable[Any], answers: list[Any]) -> None:
-    """Put the answer there."""
+    """Add the answer to `answers`."""
     answers.append(await made)
 
 
 def bare(answer: Any) -> Any:
-    """The answer but for whether it is a replay."""
+    """The answer without `replayed`."""
     copy = type(answer)()
     copy.CopyFrom(answer)
     copy.ClearField("replayed")
@@ -346,20 +346,20 @@ TABLES = ("clinic", "patient", "doctor", "slot", "appointment", "event", "idempo
 
 
 def rows(front: Front) -> Counter[str]:
-    """How many rows each table has."""
+    """The number of rows in each table."""
     counts = ", ".join(f"(select count(*) from {table})" for table in TABLES)
     (found,) = front.sql(f"select {counts}, (select coalesce(sum(revision), 0)::bigint from doctor_day)")
     return Counter(dict(zip((*TABLES, "revisions"), found, strict=True)))
 
 
 def test_every_mutation_has_a_scenario() -> None:
-    """The table of scenarios knows every method that takes a key, and no other."""
+    """The table of scenarios contains every method that takes a key, and no others."""
     assert SCENARIOS.keys() == set(MUTATIONS)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 async def test_replays(front: Front, name: str) -> None:
-    """The same key answers the first success again, also after things have moved on; another request is refused."""
+    """The same key answers the first success again, even after further changes; a different request is refused."""
     scenario = await SCENARIOS[name](front)
     first = await call(front, name, keyed(scenario.request))
     assert not first.replayed
@@ -382,9 +382,9 @@ async def test_replays(front: Front, name: str) -> None:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 async def test_twins(front: Front, name: str) -> None:
-    """Of fifty who ask for the same change at once one makes it, and all get the same answer.
+    """Of fifty callers who make the same change at once, one makes it, and all get the same answer.
 
-    The key is theirs and their method's: another caller's or method's is another intention.
+    A key belongs to its caller and method: for another caller or method, it names another change.
     """
     unrelated = "CreateClinic" if name != "CreateClinic" else "CreateSlot"
     await call(front, unrelated, keyed((await SCENARIOS[unrelated](front)).request))
@@ -407,7 +407,7 @@ async def test_twins(front: Front, name: str) -> None:
 
 
 async def test_refusals_are_not_stored(front: Front) -> None:
-    """Who was refused a full day may ask again with the same key, and gets the place that has become free."""
+    """A caller who was refused with DAY_FULL may retry with the same key, and gets a place that has become free."""
     doctor = await front.doctor(max_patients_per_day=1)
     first, second = await front.people(2)
     booked = await front.book(first.id, doctor.id)
@@ -421,7 +421,7 @@ async def test_refusals_are_not_stored(front: Front) -> None:
 
 
 async def test_a_trial_takes_no_key(front: Front) -> None:
-    """What validate_only says leaves the key to the booking itself."""
+    """A call with validate_only does not use up the key of the booking."""
     doctor, patient = await front.doctor(), await front.patient()
     trial = await front.book(patient.id, doctor.id, validate_only=True, idempotency_key=KEY)
     assert (trial.revision, trial.appointment.id, trial.appointment.number) == (0, "", 1)
@@ -430,7 +430,7 @@ async def test_a_trial_takes_no_key(front: Front) -> None:
 
 
 async def test_twins_whose_day_is_full(front: Front) -> None:
-    """Fifty twins for a day without a place are refused alike, and none of them leaves a trace."""
+    """Fifty twins that find a full day are all refused, and none leaves a row."""
     doctor = await front.doctor(max_patients_per_day=1)
     first, second = await front.people(2)
     await front.book(first.id, doctor.id)
@@ -443,7 +443,7 @@ async def test_twins_whose_day_is_full(front: Front) -> None:
 
 
 async def test_killed_between_commit_and_answer(conninfo: str, settings: Settings) -> None:
-    """A booking whose server died before it could answer is found by the retry with its key, on the next server."""
+    """If the server dies before it answers a booking, a retry with this key on the next server finds the booking."""
     async with serving(settings, conninfo) as (worker, front):
         doctor, patient = await front.doctor(), await front.patient()
         async with Line(front.port) as line, line.channel() as channel:

@@ -1,4 +1,4 @@
-"""Cases 9 to 20: values that no request may carry, put into every field of every method."""
+"""Cases 9 to 20: values that no request may carry, in every field of every method."""
 
 import asyncio
 import base64
@@ -61,7 +61,7 @@ CANARY = "Zzyzx-canary"
 
 
 async def none_wrong(checks: Iterable[Awaitable[list[str]]]) -> None:
-    """Await all, some at a time, and show everything that is wrong."""
+    """Run all checks, some at a time, and show everything that is wrong."""
     turn = asyncio.Semaphore(50)
 
     async def taken(check: Awaitable[list[str]]) -> list[str]:
@@ -74,12 +74,12 @@ async def none_wrong(checks: Iterable[Awaitable[list[str]]]) -> None:
 
 
 def test_every_method_has_a_valid_request() -> None:
-    """The table of valid requests knows every method of the contract and no other."""
+    """The table of valid requests contains every method of the contract, and no others."""
     assert VALID.keys() == METHODS.keys()
 
 
 async def test_valid_requests_break_no_rule(front: Front) -> None:
-    """What the tables of these tests call valid is not refused for its fields."""
+    """No value that the tables of these tests call valid is refused because of its fields."""
     here = await world(front)
     for name in METHODS:
         assert await outcome(call(front, name, VALID[name](here))) != "INVALID_FIELD", name
@@ -96,7 +96,7 @@ async def test_nul_in_every_string(front: Front) -> None:
 
 
 async def test_text_that_is_too_long(front: Front) -> None:
-    """No string of any request may be of any length."""
+    """Every string of every request has a maximum length."""
     here = await world(front)
     await none_wrong(
         refused_field(front, name, place.put(VALID[name](here), f"{CANARY}{'x' * 4100}"), place.path, CANARY)
@@ -111,7 +111,7 @@ def _limit(place: Place) -> int:
 
 
 async def test_one_character_too_many(front: Front) -> None:
-    """Each limit of length is exact: one character more is refused."""
+    """Every maximum length is exact: one character more is refused."""
     here = await world(front)
     limited = [(name, place) for name in METHODS for place in places(name, is_text) if _limit(place)]
     assert limited
@@ -128,7 +128,7 @@ def _is_line(place: Place) -> bool:
 
 
 def test_names_are_lines() -> None:
-    """Every field that is called a name, a code or a phone is one line of text."""
+    """Every field with the name of a name, a code or a phone is text on one line."""
     for name in METHODS:
         for place in places(name, is_text):
             if place.field.name.endswith(("name", "code", "phone", "city", "specialty", "room", "allergies")):
@@ -140,7 +140,7 @@ CONTROLS = ("\x01", "\x08", "\x1b", "\x7f", "\x85", "\x9f")
 
 
 async def test_control_and_bidirectional_characters(front: Front) -> None:
-    """A name holds no control character and no mark that turns the text around it; notes hold no control character."""
+    """No control character and no mark that changes the direction of text in a name; no control character in notes."""
     here = await world(front)
     await none_wrong(
         refused_field(front, name, place.put(VALID[name](here), f"{CANARY}{mark}a"), place.path, CANARY, shown=mark)
@@ -163,7 +163,7 @@ MALFORMED_IDS = (
 
 
 async def test_malformed_ids(front: Front) -> None:
-    """An id that is no UUID in the form that the server writes is refused as a field, not as unknown."""
+    """An id that is not a UUID in the server's format is INVALID_FIELD, not NOT_FOUND."""
     here = await world(front)
     await none_wrong(
         refused_field(front, name, place.put(VALID[name](here), value), place.path, shown=value)
@@ -174,7 +174,7 @@ async def test_malformed_ids(front: Front) -> None:
 
 
 async def test_enums(front: Front) -> None:
-    """A number that the contract does not know is no state, gender or order; unspecified is no filter."""
+    """An unknown number is refused as a state, gender or order; in a filter, UNSPECIFIED is refused too."""
     here = await world(front)
     unknown = [(name, place, number) for name in METHODS for place in places(name, is_enum) for number in (99, -1)]
     unspecified = [
@@ -188,7 +188,7 @@ async def test_enums(front: Front) -> None:
 
 
 async def test_negative_page_sizes(front: Front) -> None:
-    """A page has no negative size."""
+    """A negative page size is refused."""
     here = await world(front)
     await none_wrong(
         refused_field(front, name, place.put(VALID[name](here), size), "page_size", shown=size)
@@ -203,7 +203,7 @@ def _encoded(value: Any) -> str:
 
 
 async def _tokens(front: Front) -> dict[str, tuple[Message, str]]:
-    """A request of every List method that has a second page, and the genuine token of it."""
+    """For every List method, a request with a second page, and the genuine token of that page."""
     here = await world(front)
     for n in range(2):
         await front.doctor(clinic_id=here.clinic_id, specialty="Cardiology")
@@ -248,7 +248,7 @@ async def test_forged_page_tokens(front: Front) -> None:
 
 
 async def test_page_tokens_in_another_spelling(front: Front) -> None:
-    """A token whose parts only Python would read is refused or understood, and no fault of the server."""
+    """A token in a form that only Python reads is refused or understood, without a fault of the server."""
     for name, (request, token) in (await _tokens(front)).items():
         mark, *after = json.loads(base64.urlsafe_b64decode(token))
         for n in range(len(after)):
@@ -263,7 +263,7 @@ async def test_page_tokens_in_another_spelling(front: Front) -> None:
 
 
 async def test_page_tokens_of_another_filter(front: Front) -> None:
-    """A token is bound to its method and to its filter: it opens no other list."""
+    """A token is bound to its method and filter: in any other list it is refused."""
     tokens = await _tokens(front)
     here = await world(front)
     others: dict[str, Message] = {
@@ -289,7 +289,7 @@ async def test_page_tokens_of_another_filter(front: Front) -> None:
 
 @pytest.mark.parametrize("kind", ["unknown", "output-only", "not a path"])
 async def test_masks(front: Front, kind: str) -> None:
-    """An update names only what a caller may write."""
+    """An update mask may name only fields that a caller may write."""
     here = await world(front)
 
     def checks() -> Iterable[Awaitable[list[str]]]:
@@ -325,7 +325,7 @@ IMPOSSIBLE_DATES = (
 
 
 async def test_impossible_dates(front: Front) -> None:
-    """30 February is no day, in any request; nor is a year or a month alone."""
+    """30 February is not a valid date in any request; nor is a year or a month alone."""
     here = await world(front)
     dated = [(name, place) for name in METHODS for place in places(name, is_a(DATE)) if _taken(place)]
     assert dated
@@ -345,7 +345,7 @@ IMPOSSIBLE_TIMESTAMPS = (
 
 
 async def test_impossible_timestamps(front: Front) -> None:
-    """The year 0 and the year 10000 are refused, and so are nanoseconds that are none."""
+    """The years 0 and 10000 are refused, and so are impossible nanoseconds."""
     here = await world(front)
     timed = [(name, place) for name in METHODS for place in places(name, is_a(TIMESTAMP)) if _taken(place)]
     assert timed
@@ -365,7 +365,7 @@ INSURED = (
 
 
 async def test_insured_numbers(front: Front) -> None:
-    """An insured number of Peru or Chile is five ASCII digits, and nothing beside them."""
+    """An insured number in Peru or Chile is exactly five ASCII digits."""
     here = await world(front)
 
     async def check(name: str, place: Place, country: str, number: str) -> list[str]:
@@ -390,7 +390,7 @@ async def test_insured_numbers(front: Front) -> None:
 
 
 async def test_countries(front: Front) -> None:
-    """A country is an ISO 3166-1 code in upper case that exists."""
+    """A country is an existing ISO 3166-1 code in upper case."""
     here = await world(front)
     found = [
         (name, place)
@@ -419,7 +419,7 @@ NO_PHONES = (
 
 
 async def test_phones(front: Front) -> None:
-    """What is no number of any country, or a national number without its country, is no phone."""
+    """A phone that is not a number in any country, or is national without its country, is refused."""
     here = await world(front)
     await front.clinics.UpdateClinic(
         clinic_pb2.UpdateClinicRequest(
@@ -443,7 +443,7 @@ async def test_phones(front: Front) -> None:
 
 
 async def test_phone_of_another_country(front: Front) -> None:
-    """A number that Brazil has and Peru has not is refused where Peru reads it."""
+    """A number that exists in Brazil but not in Peru is refused if it is read as Peruvian."""
     for country, code in (("BR", "OK"), ("PE", "INVALID_FIELD")):
         request = patient_pb2.RegisterPatientRequest(
             patient=patient_pb2.Patient(given_name="Rosa", phone="(11) 98765-4321"), default_country=country
@@ -456,7 +456,7 @@ NO_ZONES = ("Mars/Olympus", "america/sao_paulo", "UTC+3", "../../etc/passwd", "/
 
 
 async def test_zones(front: Front) -> None:
-    """A time zone is a name of the IANA database."""
+    """A time zone is a name in the IANA database."""
     here = await world(front)
     found = [(name, p) for name in METHODS for p in places(name, lambda field: field.name == "time_zone")]
     assert len(found) == 2
@@ -504,7 +504,7 @@ async def test_slots_end_on_their_day(front: Front) -> None:
 
 @pytest.mark.parametrize("zone", ["Pacific/Kiritimati", "UTC", "Pacific/Pago_Pago"])
 async def test_the_last_hours_of_the_year_9999(front: Front, zone: str) -> None:
-    """The end of the last year that a timestamp can name is a slot or is refused, and is no fault of the server."""
+    """A slot at the end of the last year of a timestamp is created or refused, without a fault of the server."""
     doctor = await front.doctor(zone)
     last = datetime(9999, 12, 31, 22, 0, tzinfo=UTC)
     assert await outcome(front.slot(doctor.id, last)) in ("OK", "INVALID_FIELD")
@@ -512,7 +512,7 @@ async def test_the_last_hours_of_the_year_9999(front: Front, zone: str) -> None:
 
 
 async def test_dates_at_the_ends_of_the_calendar(front: Front) -> None:
-    """The first and the last day that a date can name are days like others."""
+    """The first and the last possible date are treated like all others."""
     here = await world(front)
     for name in METHODS:
         for place in places(name, is_a(DATE)):
@@ -522,12 +522,12 @@ async def test_dates_at_the_ends_of_the_calendar(front: Front) -> None:
 
 
 async def test_at_most_twenty_violations(front: Front) -> None:
-    """However much is wrong with a request, a refusal lists twenty violations and stays below 8 KB."""
+    """However many rules a request breaks, the refusal lists at most twenty violations and stays below 8 KB."""
     bad = [slot_pb2.Slot(id=CANARY, doctor_id=CANARY, block_reason="\x01" * 2001) for _ in range(400)]
     error = await refusal(front.slots.BatchCreateSlots(slot_pb2.BatchCreateSlotsRequest(slots=bad)))
     assert len(details(error)["BadRequest"].field_violations) == 20
     assert not manners(error, CANARY)
-    # Whichever comes first: those after the twentieth are not looked for, the first is found wherever it stands.
+    # The first violation is found wherever it is; violations after the twentieth are not looked for.
     late = [slot_at("0192f5d1-7a5c-7b6e-8f00-0123456789ab", noon(2))] * 460 + bad[:40]
     error = await refusal(front.slots.BatchCreateSlots(slot_pb2.BatchCreateSlotsRequest(slots=late)))
     found = details(error)["BadRequest"].field_violations
@@ -545,7 +545,7 @@ def _lists() -> list[tuple[str, Place]]:
 
 
 def _only(name: str, place: Place, count: int) -> Any:
-    """A request of nothing but so many elements of that list."""
+    """A request with `count` elements in this list, and nothing else."""
     request = message_factory.GetMessageClass(METHODS[name].input_type)()
     holder: Any = request
     for step in place.steps[:-1]:
@@ -559,7 +559,7 @@ def _only(name: str, place: Place, count: int) -> Any:
 
 
 async def test_lists_of_a_megabyte(front: Front) -> None:
-    """A list that is too long is refused for its length alone: no rule looks at its elements, one by one."""
+    """A list that is too long is refused because of its length alone, before any rule checks its elements."""
     for name, place in _lists():
         error = await refusal(call(front, name, _only(name, place, 300_000)))
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, (name, error.details())
@@ -568,7 +568,7 @@ async def test_lists_of_a_megabyte(front: Front) -> None:
 
 
 async def test_one_element_too_many(front: Front) -> None:
-    """Each limit of a list is exact, also where a list comes in pieces, or numbers in any form that protobuf allows."""
+    """Each maximum of a list is exact, even if the list comes in pieces, or its numbers in any form of protobuf."""
     for name, place in _lists():
         rules = place.field.GetOptions().Extensions[validate_pb2.field].repeated
         most = rules.max_items if rules.HasField("max_items") else MOST_ELEMENTS
@@ -593,7 +593,7 @@ async def test_one_element_too_many(front: Front) -> None:
 
 
 async def test_fields_without_end(front: Front) -> None:
-    """A megabyte of fields of which each is allowed, or unknown, is refused for their number where they take time."""
+    """A request with lists and a megabyte of allowed or unknown fields is refused because of their number."""
     unknown, group = bytes([0xF8, 0x07, 0]), bytes([0xFB, 0x07, 0xFC, 0x07])
     for name in {name for name, _ in _lists()}:
         for piece in (unknown, group, bytes([0x0A, 0])):
@@ -604,14 +604,14 @@ async def test_fields_without_end(front: Front) -> None:
 
 
 async def test_nothing_at_all(front: Front) -> None:
-    """An empty request is answered or refused by a rule of the contract, whatever the method."""
+    """An empty request to any method is answered, or refused by a rule of the contract."""
     for name in METHODS:
         answer = await outcome(call(front, name, type(VALID[name](await world(front)))()))
         assert answer in ("OK", "INVALID_FIELD"), name
 
 
 def test_every_reason_has_a_code() -> None:
-    """Every reason of the public list is a refusal of the clinic with a place in the one table; INTERNAL is neither."""
+    """Every public reason except INTERNAL is a refusal of the core and has a status in the one table."""
     assert errors.REFUSALS.keys() == REASONS - {"INTERNAL"}
     for refused in errors.REFUSALS.values():
         assert code_of(refused) in CODES.values()
@@ -619,7 +619,7 @@ def test_every_reason_has_a_code() -> None:
 
 
 def _ours(garbage: object) -> bool:
-    """Whether it is of the service's types, or runs in its code."""
+    """Whether the object has a type of the service, or runs its code."""
     codes = [getattr(garbage, name) for name in ("cr_code", "gi_code", "f_code", "__code__") if hasattr(garbage, name)]
     return any("src/frontdesk/" in code.co_filename for code in codes) or type(garbage).__module__.startswith(
         "frontdesk."
@@ -627,7 +627,7 @@ def _ours(garbage: object) -> bool:
 
 
 async def test_calls_leave_no_circles(front: Front) -> None:
-    """Whatever a call was answered, nothing of it is left to the garbage collector, which stops everyone."""
+    """No call, whatever its answer, leaves objects for the garbage collector, which would stop all calls."""
     here, nowhere = await world(front), World(*["0190a0b0-1111-7222-8333-444455556666"] * 5)
     answers = Counter[str]()
     gc.collect()

@@ -1,4 +1,4 @@
-"""Cases 47 to 50: many watchers, and everything that can happen to them."""
+"""Cases 47 to 50: many watchers, and their misfortunes."""
 
 import asyncio
 import base64
@@ -30,7 +30,7 @@ Change = tuple[int, int, str]
 
 
 def watching(doctor_id: str, token: str = "", **fields: Any) -> queue_pb2.WatchQueueRequest:
-    """Watch this doctor's day of today, from the token on."""
+    """A request to watch this doctor's queue of today, after the token."""
     return queue_pb2.WatchQueueRequest(doctor_id=doctor_id, date=day(today()), resume_token=token, **fields)
 
 
@@ -41,7 +41,7 @@ def watch(front: Front, request: queue_pb2.WatchQueueRequest) -> Any:
 
 @dataclass
 class Replay:
-    """What a watcher has been told, and what it makes of it."""
+    """The messages of a watcher, and the history that it built from them."""
 
     revision: int = 0
     token: str = ""
@@ -51,7 +51,7 @@ class Replay:
     updates: int = 0
 
     def take(self, message: queue_pb2.WatchQueueResponse) -> None:
-        """One message; it must go on from the last."""
+        """Take one message, which must continue from the last one."""
         if message.HasField("closing"):
             self.closing = message.closing
             return
@@ -74,7 +74,7 @@ class Replay:
 
 
 def history(front: Front, doctor_id: str) -> list[Change]:
-    """What the database says has happened today."""
+    """Today's changes, from the database."""
     kinds = queue_pb2.QueueChange.Kind
     return [
         (revision, kinds.Value(f"KIND_{kind}"), appointment)
@@ -86,7 +86,7 @@ def history(front: Front, doctor_id: str) -> list[Change]:
 
 
 async def follow(front: Front, doctor_id: str, replay: Replay, last: Callable[[], int]) -> None:
-    """Watch until the last revision has come."""
+    """Watch until the last revision has arrived."""
     stream = watch(front, watching(doctor_id, replay.token))
     try:
         while not last() or replay.revision < last():
@@ -100,7 +100,7 @@ async def follow(front: Front, doctor_id: str, replay: Replay, last: Callable[[]
 async def restless(
     front: Front, doctor_id: str, replay: Replay, last: Callable[[], int], chance: random.Random
 ) -> None:
-    """As `follow`, by someone who goes away now and then and comes back with the token."""
+    """Like `follow`, but the watcher leaves now and then and resumes with its token."""
     while not last() or replay.revision < last():
         try:
             async with asyncio.timeout(chance.uniform(0.1, 2)):
@@ -114,13 +114,13 @@ async def restless(
 
 @asynccontextmanager
 async def clients(front: Front, count: int) -> AsyncIterator[Sequence[Front]]:
-    """Clients with connections of their own."""
+    """Clients, each with its own connection."""
     async with AsyncExitStack() as stack:
         yield [await stack.enter_async_context(another_client(front)) for _ in range(count)]
 
 
 async def a_busy_day(front: Front, doctor_id: str, patients: Sequence[Any]) -> int:
-    """Bookings, check-ins and calls; the revision after the last."""
+    """Make bookings, check-ins and calls; return the revision after the last one."""
 
     async def visit(patient_id: str, n: int) -> None:
         booked = (await front.book(patient_id, doctor_id)).appointment.id
@@ -141,7 +141,7 @@ async def a_busy_day(front: Front, doctor_id: str, patients: Sequence[Any]) -> i
 
 
 def cut_listeners(front: Front) -> None:
-    """End the connections over which the servers hear of each other."""
+    """End the connections over which the servers receive hints."""
     front.sql(
         "select pg_terminate_backend(pid) from pg_stat_activity"
         " where datname = current_database() and application_name = 'frontdesk listen'"
@@ -151,7 +151,7 @@ def cut_listeners(front: Front) -> None:
 async def test_every_replay_equals_the_database(
     conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five hundred watchers of two servers, who come and go while hints are lost and cut, all know what happened."""
+    """Five hundred watchers of two servers learn of every change, though they come and go and hints are lost."""
 
     async def silent(hints: Hints) -> None:
         await asyncio.Event().wait()
@@ -183,7 +183,7 @@ async def test_every_replay_equals_the_database(
             for n in range(0, 24, 8):
                 await a_busy_day(front if n % 16 else other, doctor.id, patients[n : n + 8])
                 cut_listeners(front)
-            # Announced first, so that nobody waits for a message after the last.
+            # Announce the last revision first, so that no watcher waits for a message after it.
             ends.append((await front.queue(doctor.id)).revision + 1)
             said = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(today()), is_present=True)
             assert (await front.doctors.SetDoctorAvailability(said)).revision == last()
@@ -196,7 +196,7 @@ async def test_every_replay_equals_the_database(
 
 @pytest.mark.parametrize("worker", ["own", "other"])
 async def test_two_servers_tell_the_same(conninfo: str, settings: Settings, worker: str) -> None:
-    """Watchers over two servers see the same revisions in the same order, within a second of the answer."""
+    """Watchers of two servers see the same revisions in the same order, within a second of the answer."""
     async with serving(settings, conninfo) as (_, front), serving(settings, conninfo) as (_, other):
         doctor, patients = await front.doctor(max_patients_per_day=100), await front.people(12)
         seen: list[Replay] = [Replay(), Replay()]
@@ -214,7 +214,7 @@ async def test_two_servers_tell_the_same(conninfo: str, settings: Settings, work
 
 
 async def test_a_reader_that_does_not_read(front: Front) -> None:
-    """A watcher that stops to read is owed the newest state, not all the states between; others notice nothing."""
+    """A watcher that stops reading gets the newest state later, not all states between; others notice nothing."""
     doctor = await front.doctor(max_patients_per_day=200)
     name = "N" * 190
     for start in range(0, 120, 40):
@@ -234,14 +234,14 @@ async def test_a_reader_that_does_not_read(front: Front) -> None:
             while slow.revision < 481:
                 slow.take(await stream.read())
         stream.cancel()
-        # 240 changes of some 25 KB each: what gRPC had taken already, then the newest.
+        # 240 changes of about 25 KB each: it got those that gRPC had already taken, and then the newest.
         assert slow.updates < 60
         assert slow.changes == history(front, doctor.id)[-240:]
         assert slow.queue == fast.queue
 
 
 async def a_long_line(front: Front, patients: int) -> str:
-    """A doctor whose queue of today takes some 400 bytes a patient."""
+    """A doctor whose queue today takes about 400 bytes per patient."""
     doctor = await front.doctor(max_patients_per_day=200)
     for start in range(0, patients, 20):
         await asyncio.gather(*(front.arrive(doctor.id, given_name=f"{'N' * 190} {start + n}") for n in range(20)))
@@ -249,7 +249,7 @@ async def a_long_line(front: Front, patients: int) -> str:
 
 
 async def test_a_watcher_too_slow(conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A watcher who leaves a message unread too long is ended, and its place is another's before it reads again."""
+    """A watcher who leaves a message unread too long loses its stream, and its place is free before it reads again."""
     monkeypatch.setattr(queues, "WRITE_SECONDS", 0.5)
     async with (
         serving(settings, conninfo, max_watchers=1) as (_, front),
@@ -271,7 +271,7 @@ async def test_a_watcher_too_slow(conninfo: str, settings: Settings, monkeypatch
 
 
 async def test_a_stream_that_has_come_of_age(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream ends at a random age, with its closing message and OK; its token goes on where it ended."""
+    """A stream ends at a random age, with its closing message and OK; its token continues where it ended."""
     monkeypatch.setattr(queues, "MAX_AGE_SECONDS", (0.3, 1.5))
     doctor = await front.doctor()
     replays = [Replay() for _ in range(20)]
@@ -292,7 +292,7 @@ async def test_a_stream_that_has_come_of_age(front: Front, monkeypatch: pytest.M
         arrived = await front.arrive(doctor.id)
     assert {r.closing.reason for r in replays if r.closing} == {queue_pb2.StreamClosing.REASON_MAX_AGE}
     assert all(r.closing for r in replays)
-    # Streams which began together do not end together.
+    # Streams that started together end at different times.
     assert len({round(age, 1) for age in ages}) > 3
     monkeypatch.undo()
     for replay in replays:
@@ -311,7 +311,7 @@ def served(conninfo: str, tmp_path: Path) -> Iterator[Served]:
 
 
 def memory(served: Served) -> int:
-    """The bytes that the workers have for themselves."""
+    """The private memory of the workers, in bytes."""
     fields = [
         line.split()
         for pid in served.workers()
@@ -322,7 +322,7 @@ def memory(served: Served) -> int:
 
 
 async def test_readers_that_never_read_take_a_bounded_memory(served: Served, conninfo: str) -> None:
-    """What a server keeps for a stream that is not read does not grow with the changes that it misses."""
+    """The server's memory for a stream that is not read does not grow with the changes that the stream misses."""
     streams, changes = 360, 200
     async with grpc.aio.insecure_channel(f"127.0.0.1:{served.port}") as channel, AsyncExitStack() as stack:
         front = Front(channel, conninfo, served.port)
@@ -349,7 +349,7 @@ async def test_readers_that_never_read_take_a_bounded_memory(served: Served, con
 
 
 async def test_idle_streams_take_little_memory(served: Served, conninfo: str) -> None:
-    """A watcher of a quiet queue costs the server less than 64 KiB."""
+    """A watcher of a quiet queue takes less than 64 KiB of the server's memory."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{served.port}") as channel:
         front = Front(channel, conninfo, served.port)
         doctor = await front.doctor()
@@ -364,7 +364,7 @@ async def test_idle_streams_take_little_memory(served: Served, conninfo: str) ->
 
 
 async def test_sigterm_tells_everyone(served: Served, conninfo: str) -> None:
-    """`frontdesk serve` told to stop sends each of 500 watchers its closing message and OK, and ends with 0."""
+    """When `frontdesk serve` is stopped, each of 500 watchers gets its closing message and OK; the exit status is 0."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{served.port}") as channel:
         front = Front(channel, conninfo, served.port)
         doctor = await front.doctor()
@@ -385,7 +385,7 @@ async def test_sigterm_tells_everyone(served: Served, conninfo: str) -> None:
 
 
 async def test_a_stop_tells_everyone(conninfo: str, settings: Settings) -> None:
-    """A server that stops sends each of 500 watchers its closing message and OK, within the grace."""
+    """When a server stops, each of 500 watchers gets its closing message and OK in time."""
     async with serving(settings, conninfo) as (worker, front):
         doctor = await front.doctor()
         async with clients(front, 6) as desks:
@@ -406,7 +406,7 @@ async def test_a_stop_tells_everyone(conninfo: str, settings: Settings) -> None:
 
 
 async def test_calls_in_flight_end_before_a_stop(conninfo: str, settings: Settings) -> None:
-    """What was asked before the server stops is answered; what is asked afterwards goes elsewhere."""
+    """Calls that arrive before the server stops are answered; later calls go to another server."""
     nobody = clinic_pb2.GetClinicRequest(clinic_id="0192f5d1-7a5c-7b6e-8f00-0123456789ab")
     async with serving(settings, conninfo) as (worker, front):
         doctor, patient = await front.doctor(), await front.patient()
@@ -419,7 +419,8 @@ async def test_calls_in_flight_end_before_a_stop(conninfo: str, settings: Settin
             stopping = asyncio.create_task(worker.stop())
             codes: set[grpc.StatusCode] = set()
             while grpc.StatusCode.UNAVAILABLE not in codes:
-                # One that is on its way at this moment may be cut off or left unanswered: gRPC does that, not we.
+                # A call that is on its way at this moment may be cut off or left unanswered. That is gRPC's doing, not
+                # ours.
                 error = await refusal(front.clinics.GetClinic(nobody, timeout=1))
                 codes.add(error.code())
             await other.rollback()
@@ -428,7 +429,7 @@ async def test_calls_in_flight_end_before_a_stop(conninfo: str, settings: Settin
 
 
 async def test_everyone_comes_back_at_once(conninfo: str, settings: Settings) -> None:
-    """Two thousand watchers who open their streams at one moment are all served, and see the next change."""
+    """Two thousand watchers who open their streams at the same moment are all served, and see the next change."""
     async with serving(settings, conninfo) as (_, front):
         doctor = await front.doctor()
         arrived = await front.arrive(doctor.id)
@@ -446,7 +447,7 @@ async def test_everyone_comes_back_at_once(conninfo: str, settings: Settings) ->
 
 
 async def test_a_watcher_of_nobody_disturbs_nobody(front: Front) -> None:
-    """Who watches a doctor that does not exist is told so; who watches another at that moment is served."""
+    """A watcher of an unknown doctor is refused, while a watcher of another doctor is served."""
     doctor = await front.doctor()
     nobody = watching("0192f5d1-7a5c-7b6e-8f00-0123456789ab")
 
@@ -461,7 +462,7 @@ async def test_a_watcher_of_nobody_disturbs_nobody(front: Front) -> None:
         assert outcomes == ["OK", "DOCTOR_NOT_FOUND"] * 10
 
 
-# Resume tokens.
+# Resume tokens
 
 
 async def first_of(front: Front, request: queue_pb2.WatchQueueRequest) -> Any:
@@ -473,7 +474,7 @@ async def first_of(front: Front, request: queue_pb2.WatchQueueRequest) -> Any:
 
 
 async def test_resume_where_nothing_has_happened(front: Front) -> None:
-    """A token of the present revision is answered with a heartbeat, and the stream goes on from there."""
+    """A token at the present revision is answered with a heartbeat, and the stream continues from there."""
     doctor = await front.doctor()
     for _ in range(2):
         first = await first_of(front, watching(doctor.id))
@@ -490,7 +491,7 @@ async def test_resume_where_nothing_has_happened(front: Front) -> None:
 
 
 async def test_resume_after_changes(front: Front) -> None:
-    """A token of an earlier revision is answered with one update that lists what has happened since."""
+    """A token at an earlier revision is answered with one update that lists the changes since."""
     doctor = await front.doctor()
     await front.arrive(doctor.id)
     first = await first_of(front, watching(doctor.id))
@@ -500,25 +501,25 @@ async def test_resume_after_changes(front: Front) -> None:
     assert [c.kind for c in again.update.changes] == [queue_pb2.QueueChange.KIND_BOOKED,
                                                       queue_pb2.QueueChange.KIND_CHECKED_IN]  # fmt: skip
     assert again.update.changes[1].entry == again.update.queue.entries[1]
-    # The token names the day as well.
+    # The token contains the date too.
     bare = queue_pb2.WatchQueueRequest(doctor_id=doctor.id, resume_token=first.resume_token)
     assert (await first_of(front, bare)).update == again.update
 
 
 def decoded(token: str) -> list[Any]:
-    """What a token of this server holds."""
+    """The parts of a token."""
     found: list[Any] = json.loads(base64.urlsafe_b64decode(token))
     return found
 
 
 def encoded(parts: Any) -> str:
-    """A token of these parts."""
+    """A token with these parts."""
     return base64.urlsafe_b64encode(json.dumps(parts, separators=(",", ":")).encode()).decode()
 
 
 @pytest.mark.parametrize("kind", ["future", "restored", "pruned", "long ago", "negative", "huge"])
 async def test_resume_from_another_history(front: Front, kind: str) -> None:
-    """A token from the future, from before a restore, or too old begins afresh and is never an error."""
+    """A token that is too old, from the future, or from before a restore leads to a fresh start, never to an error."""
     doctor = await front.doctor()
     await front.arrive(doctor.id)
     first = await first_of(front, watching(doctor.id))
@@ -576,7 +577,7 @@ async def test_malformed_tokens(front: Front) -> None:
 
 
 async def test_tokens_that_are_no_tokens(front: Front) -> None:
-    """Noise, a token cut short and a token with something after it are refused."""
+    """Noise, a token that was cut short, and a token with extra text are refused."""
     doctor = await front.doctor()
     token = (await first_of(front, watching(doctor.id))).resume_token
     for bad in (
@@ -604,7 +605,7 @@ async def test_tokens_of_another_doctor_day(front: Front) -> None:
 
 
 async def test_odd_heartbeats(front: Front) -> None:
-    """A heartbeat interval outside 5 to 60 s is read as the nearest within, however odd."""
+    """A heartbeat interval outside 5 to 60 s counts as the nearest limit, however odd it is."""
     for seconds in (0, -1, 4, 10**9, 315_576_000_000, -(2**63), 2**63 - 1):
         doctor = await front.doctor()
         request = watching(doctor.id)
@@ -621,7 +622,7 @@ async def test_odd_heartbeats(front: Front) -> None:
 
 
 async def test_every_answer_names_its_revision(front: Front) -> None:
-    """Whatever changes a doctor-day answers the revision that its watcher is told, of its kind and appointment."""
+    """Every change of a doctor-day answers the revision that its watchers see, with its kind and its appointment."""
     doctor = await front.doctor(max_patients_per_day=50)
     streams = {on: watch(front, queue_pb2.WatchQueueRequest(doctor_id=doctor.id, date=day(on)))
                for on in (today(), tomorrow())}  # fmt: skip
@@ -679,7 +680,7 @@ async def test_every_answer_names_its_revision(front: Front) -> None:
 
 
 async def test_a_burst_longer_than_what_is_kept(front: Front) -> None:
-    """A watcher who comes back after more changes than the server keeps in memory still gets every one of them."""
+    """A watcher who returns after more changes than the server keeps in memory still gets every one of them."""
     doctor = await front.doctor()
     await front.arrive(doctor.id)
     first = await first_of(front, watching(doctor.id))

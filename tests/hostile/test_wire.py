@@ -1,4 +1,4 @@
-"""Cases 1 to 8: what a server meets on the wire before any value is looked at."""
+"""Cases 1 to 8: hostile traffic, before any value of a request is read."""
 
 import asyncio
 import gzip
@@ -57,7 +57,7 @@ GARBAGE = {
 
 
 async def test_garbage(front: Front) -> None:
-    """What is no protobuf of its type is refused as such by every method, with the shape of any other refusal."""
+    """Bytes that are not a valid protobuf of the request's type are refused by every method, in the usual form."""
     for name in METHODS:
         for kind, noise in GARBAGE.items():
             error = await refusal(raw(front, name)(noise, timeout=SOON))
@@ -66,7 +66,7 @@ async def test_garbage(front: Front) -> None:
 
 
 async def test_truncated_requests(front: Front) -> None:
-    """A request that lost its end on the way is refused by every method, unless it is a shorter valid one."""
+    """A truncated request is refused by every method, unless it is a shorter valid one."""
     here = await world(front)
     for name in METHODS:
         whole = VALID[name](here).SerializeToString()
@@ -78,7 +78,7 @@ async def test_truncated_requests(front: Front) -> None:
 
 
 async def test_text_that_is_not_utf8(front: Front) -> None:
-    """Bytes that are no UTF-8 are refused in any string of any request."""
+    """Bytes that are not UTF-8 are refused in every string of every request."""
     here = await world(front)
     for name in METHODS:
         for place in places(name, is_text):
@@ -90,7 +90,7 @@ async def test_text_that_is_not_utf8(front: Front) -> None:
 
 
 async def test_messages_over_the_limit(front: Front) -> None:
-    """A message over 1 MiB, one that claims 4 GiB and one that unpacks to 50 MB are RESOURCE_EXHAUSTED."""
+    """A message over 1 MiB, one that claims 4 GiB, and one that unpacks to 50 MB are RESOURCE_EXHAUSTED."""
     async with RawConnection(front.port) as wire:
         for data, more in (
             (framed(b"\0" * (1024 * 1024 + 1)), ()),
@@ -100,14 +100,14 @@ async def test_messages_over_the_limit(front: Front) -> None:
             stream = await wire.open(GET_CLINIC, *more)
             await wire.send(stream, data)
             assert await wire.status(stream) == EXHAUSTED
-        # The connection is as good as before.
+        # The connection still works.
         stream = await wire.open(GET_CLINIC)
         await wire.send(stream, framed(NOBODY), end=True)
         assert await wire.status(stream) == NOT_FOUND
 
 
 async def test_a_message_at_the_limit(front: Front) -> None:
-    """One megabyte less the overhead is read, and refused for what is in it."""
+    """A message of one megabyte, less the overhead, is read, and refused because of its content."""
     request = clinic_pb2.GetClinicRequest(clinic_id="x" * (1024 * 1024 - 16))
     error = await refusal(front.clinics.GetClinic(request))
     assert (reason_of(error), list(named(error))) == ("INVALID_FIELD", ["clinic_id"])
@@ -115,7 +115,7 @@ async def test_a_message_at_the_limit(front: Front) -> None:
 
 
 async def test_compression_that_is_none(front: Front) -> None:
-    """A message that says it is packed and is not, or is packed in an unknown way, ends its own call only."""
+    """A message that falsely claims to be compressed, or is compressed in an unknown way, ends only its own call."""
     async with RawConnection(front.port) as wire:
         for more in ((("grpc-encoding", "gzip"),), (("grpc-encoding", "br"),), ()):
             stream = await wire.open(GET_CLINIC, *more)
@@ -139,9 +139,9 @@ async def test_metadata_over_the_limit(front: Front) -> None:
 
 
 async def test_metadata_that_unpacks(front: Front) -> None:
-    """Metadata of 30 KB that stands for 20 MB by reference is RESOURCE_EXHAUSTED; metadata without end takes no memory.
+    """30 KB of metadata that stand for 20 MB by reference are RESOURCE_EXHAUSTED; endless metadata takes no memory.
 
-    gRPC ends a connection that sends empty pieces of it, and reads others without keeping them.
+    gRPC ends a connection that sends empty pieces of metadata, and reads other pieces without keeping them.
     """
     async with RawConnection(front.port) as wire:
         stream = await wire.open(GET_CLINIC, *[("x", "a" * 4000)] * 5000)
@@ -161,13 +161,13 @@ async def test_metadata_that_unpacks(front: Front) -> None:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds, server and client."""
+    """Bytes of memory of this process, server and client together."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("kind", ["headers only", "half-closed", "a part of the prefix", "a part of the message"])
 async def test_calls_without_a_message(conninfo: str, settings: Settings, kind: str) -> None:
-    """Calls that never send their message take nobody's place, however many they are, and end with their deadline."""
+    """Calls that never send their message, however many, block no other calls, and end at their deadline."""
     async with serving(settings, conninfo, max_in_flight=3) as (_, front), asyncio.TaskGroup() as group:
         wires = [RawConnection(front.port) for _ in range(3)]
         for wire in wires:
@@ -197,7 +197,7 @@ async def test_calls_without_a_message(conninfo: str, settings: Settings, kind: 
 async def test_age_ends_calls_without_a_message(
     conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Calls without a message and without a deadline end with their connection, which ends when it has come of age."""
+    """Calls without a message and without a deadline end with their connection, at its maximum age."""
     lasting = {"grpc.max_connection_age_ms": 300, "grpc.max_connection_age_grace_ms": 300}
     options = server.options
 
@@ -218,7 +218,7 @@ async def test_age_ends_calls_without_a_message(
 
 
 async def test_deadlines_that_are_none(front: Front) -> None:
-    """A deadline of no time is over; one that is no number ends its call; one of 11,000 years is no deadline."""
+    """A deadline of zero has passed; an invalid one ends its call; one of 11,000 years does not limit the call."""
     async with RawConnection(front.port) as wire:
         for text, expected in (("0n", {DEADLINE}), ("99999999H", {NOT_FOUND}), ("1H", {NOT_FOUND})):
             stream = await wire.open(GET_CLINIC, ("grpc-timeout", text))
@@ -232,7 +232,7 @@ async def test_deadlines_that_are_none(front: Front) -> None:
 
 @pytest.fixture
 async def held(front: Front) -> AsyncIterator[tuple[Front, str, str]]:
-    """A doctor-day that somebody else has locked, and a patient who wants a place of it."""
+    """A doctor-day that another session has locked, and a patient who wants a place on it."""
     doctor, patient = await front.doctor(), await front.patient()
     async with await psycopg.AsyncConnection.connect(front.conninfo) as other:
         await other.execute("select lock_all(array[doctor_day_name(%s, %s)])", (doctor.id, tomorrow()))
@@ -241,7 +241,7 @@ async def held(front: Front) -> AsyncIterator[tuple[Front, str, str]]:
 
 
 def waiting(front: Front) -> int:
-    """How many bookings run in the database."""
+    """The number of bookings that run in the database."""
     (found,) = front.sql(
         "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'frontdesk'"
         " and state = 'active' and query like '%%decide(%%'"
@@ -250,7 +250,7 @@ def waiting(front: Front) -> int:
 
 
 async def until_none_waits(front: Front) -> None:
-    """Until the statements were cancelled, that is, before PostgreSQL's own limit would end them."""
+    """Wait until the statements are cancelled, before PostgreSQL's own limit would end them."""
     await until(lambda: waiting(front) == 0, STATEMENT_TIMEOUT - 2)
 
 
@@ -258,7 +258,7 @@ async def until_none_waits(front: Front) -> None:
 async def test_the_servers_own_limit(
     held: tuple[Front, str, str], monkeypatch: pytest.MonkeyPatch, timeout: float | None
 ) -> None:
-    """Without a deadline, or with an absurd one, the server's own ends the call and its statement; the pool is well."""
+    """Without a deadline, or with an absurd one, the server's limit ends call and statement; the pool stays healthy."""
     front, doctor, patient = held
     monkeypatch.setattr(pipeline, "DEADLINE_SECONDS", 0.4)
     target = appointment_pb2.DoctorDay(doctor_id=doctor, date=day(tomorrow()))
@@ -278,7 +278,7 @@ async def test_the_servers_own_limit(
 async def test_the_limit_holds_for_those_who_wait_for_a_connection(
     held: tuple[Front, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call that gets its connection just when its time is over is answered on time, and its statement ends too."""
+    """If a call gets its connection only as its time runs out, it is answered on time, and its statement ends too."""
     front, doctor, patient = held
     monkeypatch.setattr(pipeline, "DEADLINE_SECONDS", 0.4)
     for _ in range(4):
@@ -289,7 +289,7 @@ async def test_the_limit_holds_for_those_who_wait_for_a_connection(
 
 
 async def test_the_callers_deadline(held: tuple[Front, str, str]) -> None:
-    """A caller's deadline reaches the statement: it ends in the database too, and nothing was booked."""
+    """A caller's deadline reaches the statement: it ends in the database too, and nothing is booked."""
     front, doctor, patient = held
     booking = asyncio.create_task(refusal(front.book(patient, doctor, tomorrow(), idempotency_key="k")))
     await until(lambda: waiting(front) == 1)
@@ -314,7 +314,7 @@ async def test_unknown_methods(front: Front) -> None:
 
 
 async def test_streams_called_as_unary_calls(front: Front) -> None:
-    """WatchQueue called as if it were unary, and GetQueue as if it streamed, hurt nobody."""
+    """Calling WatchQueue as a unary method, or GetQueue as a stream, harms nobody."""
     here = await world(front)
     watch: Any = front.channel.unary_unary(path_of("WatchQueue"))
     with pytest.raises(grpc.aio.AioRpcError):
@@ -328,11 +328,11 @@ async def test_streams_called_as_unary_calls(front: Front) -> None:
 
 
 async def test_ping_flood(front: Front) -> None:
-    """Who floods the server with pings is told to go away, and the others are served."""
+    """A client that floods the server with pings gets GOAWAY, and the others are served."""
     async with RawConnection(front.port) as wire:
         for n in range(1, 100):
             await wire.ping()
-            # One at a time, or what is still unread at the server turns its farewell into a reset.
+            # One at a time: otherwise bytes that the server has not read turn its GOAWAY into a reset.
             await until(lambda n=n: wire.pongs == n or wire.gone is not None)  # type: ignore[misc]
             if wire.gone is not None:
                 break
@@ -342,7 +342,7 @@ async def test_ping_flood(front: Front) -> None:
 
 
 async def test_rapid_resets(front: Front) -> None:
-    """1,500 calls, each reset at once, leave a server that serves the others meanwhile and afterwards."""
+    """After 1,500 calls that are reset at once, and meanwhile, the server serves other clients."""
     here = await world(front)
     request = framed(VALID["GetDoctor"](here))
     async with RawConnection(front.port) as wire:
@@ -360,7 +360,7 @@ async def test_rapid_resets(front: Front) -> None:
 
 
 async def test_garbage_instead_of_http2(front: Front) -> None:
-    """Bytes that are no HTTP/2 end their own connection."""
+    """Bytes that are not HTTP/2 end their own connection."""
     for noise in (b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"\0" * 100,
                   b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 100):  # fmt: skip
         reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
@@ -376,7 +376,7 @@ async def test_garbage_instead_of_http2(front: Front) -> None:
 
 
 async def test_admission(conninfo: str, settings: Settings) -> None:
-    """When as many calls are worked on as may be, one more is told to come back; health and watchers are not."""
+    """At the limit of calls in progress, the next call is OVERLOADED; health and watchers are not affected."""
     async with serving(settings, conninfo, max_in_flight=4) as (_, front):
         doctor, patient = await front.doctor(), await front.patient()
         async with await psycopg.AsyncConnection.connect(conninfo) as other:
@@ -402,7 +402,7 @@ async def test_admission(conninfo: str, settings: Settings) -> None:
 
 
 async def test_too_many_watchers(conninfo: str, settings: Settings) -> None:
-    """Watchers have a limit of their own, and a place that one leaves is another's."""
+    """Watchers have their own limit, and when one leaves, another gets its place."""
     async with serving(settings, conninfo, max_watchers=3) as (_, front):
         doctor = await front.doctor()
         request = queue_pb2.WatchQueueRequest(doctor_id=doctor.id)

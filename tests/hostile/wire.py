@@ -1,4 +1,4 @@
-"""HTTP/2 by hand, for what no gRPC client would send; servers with other settings; and a line that can be cut."""
+"""Hand-made HTTP/2 for traffic that no gRPC client sends; servers with other settings; and a link that can be cut."""
 
 import asyncio
 import struct
@@ -27,7 +27,7 @@ OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
 
 @asynccontextmanager
 async def serving(settings: Settings, conninfo: str, **changed: object) -> AsyncIterator[tuple[Worker, Front]]:
-    """One more worker, with some settings changed, and a client of it."""
+    """One more worker with some settings changed, and a client of it."""
     worker = Worker(settings.model_copy(update=changed), conninfo)
     port = await worker.start("127.0.0.1:0")
     try:
@@ -39,7 +39,7 @@ async def serving(settings: Settings, conninfo: str, **changed: object) -> Async
 
 @asynccontextmanager
 async def another_client(front: Front, *options: tuple[str, int]) -> AsyncIterator[Front]:
-    """A client with a connection of its own."""
+    """A client with its own connection."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}", options=[OWN_CONNECTION, *options]) as channel:
         yield Front(channel, front.conninfo, front.port)
 
@@ -50,7 +50,7 @@ def database_of(front: Front) -> str:
 
 
 def framed(message: bytes | Message, *, compressed: bool = False, length: int | None = None) -> bytes:
-    """A gRPC message with its prefix, which may lie about the length."""
+    """A gRPC message with its prefix, which may state a false length."""
     data = message if isinstance(message, bytes) else message.SerializeToString()
     return struct.pack(">BI", compressed, len(data) if length is None else length) + data
 
@@ -61,9 +61,9 @@ def frame(kind: int, stream: int, payload: bytes = b"") -> bytes:
 
 
 class RawConnection:
-    """A client's HTTP/2 connection on which anything may be sent.
+    """A client's HTTP/2 connection that can send anything.
 
-    One that does not read takes what the windows of HTTP/2 let through, 64 KiB, and never gives room for more.
+    One that does not read takes the 64 KiB that the windows of HTTP/2 allow, and never opens them further.
     """
 
     def __init__(self, port: int, *, reads: bool = True) -> None:
@@ -83,7 +83,7 @@ class RawConnection:
         self.settled = False
         self.pongs = 0
         self.acknowledged = 0
-        """Changes of settings that the server has taken."""
+        """The number of changed settings that the server has acknowledged."""
         self._headers: dict[int, dict[str, str]] = {}
 
     async def __aenter__(self) -> "RawConnection":
@@ -102,7 +102,7 @@ class RawConnection:
         await asyncio.gather(self._task, self._writer.wait_closed(), return_exceptions=True)
 
     async def flush(self) -> None:
-        """Send what is to be sent."""
+        """Send the waiting bytes."""
         try:
             self._writer.write(self._http.data_to_send())
             await self._writer.drain()
@@ -123,7 +123,7 @@ class RawConnection:
         while len(self._rest) >= 9 and len(self._rest) >= (end := 9 + int.from_bytes(self._rest[:3])):
             frame, self._rest = self._rest[:end], self._rest[end:]
             if frame[3] == _GOAWAY:
-                # h2 takes it for the end, but streams that have begun may go on.
+                # h2 takes GOAWAY for the end, but streams that have started may continue.
                 self.gone = int.from_bytes(frame[13:17])
                 continue
             for event in self._http.receive_data(frame):
@@ -153,7 +153,7 @@ class RawConnection:
                 pass
 
     async def open(self, path: str, *more: tuple[str, str]) -> int:
-        """Send the headers of a call; its stream."""
+        """Send the headers of a call; return its stream."""
         stream = self._http.get_next_available_stream_id()
         headers = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "localhost"),
                    ("te", "trailers"), ("content-type", "application/grpc"), *more]  # fmt: skip
@@ -162,7 +162,7 @@ class RawConnection:
         return stream
 
     async def send(self, stream: int, data: bytes, *, end: bool = False) -> None:
-        """Send a part of a message, as the flow control lets it."""
+        """Send a part of a message, within the limits of flow control."""
         while data:
             room = min(self._http.local_flow_control_window(stream), self._http.max_outbound_frame_size)
             if self.closed or stream in self.reset or stream in self.ended:
@@ -183,12 +183,12 @@ class RawConnection:
         await self.flush()
 
     async def ping(self) -> None:
-        """Ask whether the server lives."""
+        """Send a ping."""
         self._http.ping(b"12345678")
         await self.flush()
 
     async def read(self) -> None:
-        """Read from now on, and what has come already."""
+        """Read from now on, including the bytes that have already arrived."""
         self._reads = True
         for length, stream in self._unread:
             self._http.acknowledge_received_data(length, stream)
@@ -196,7 +196,7 @@ class RawConnection:
         await self.flush()
 
     async def write(self, data: bytes) -> None:
-        """Send what may be no HTTP/2."""
+        """Send bytes, which may not be valid HTTP/2."""
         try:
             self._writer.write(data)
             await self._writer.drain()
@@ -209,7 +209,7 @@ class RawConnection:
         await self.flush()
 
     async def status(self, stream: int, seconds: float = SOON) -> str | None:
-        """The grpc-status of a stream that ends; None where it was reset or the connection closed."""
+        """The grpc-status of a stream when it ends; None if it was reset or the connection was closed."""
         await until(lambda: stream in self.ended or stream in self.reset or self.closed, seconds)
         return self.ended.get(stream, {}).get("grpc-status")
 
@@ -219,7 +219,7 @@ def _text(value: bytes | str) -> str:
 
 
 class Line:
-    """A line to a server whose answers can be held back, and that can be cut."""
+    """A link to a server, whose answers can be held back, and which can be cut."""
 
     def __init__(self, port: int) -> None:
         self._to = port
@@ -240,7 +240,7 @@ class Line:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def channel(self) -> grpc.aio.Channel:
-        """A client at the far end."""
+        """A client that connects through the link."""
         return grpc.aio.insecure_channel(f"127.0.0.1:{self.port}", options=[OWN_CONNECTION])
 
     def cut(self) -> None:
