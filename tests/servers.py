@@ -22,7 +22,8 @@ from typing import Self
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from frontdesk.process.postgres import NAME, EmbeddedPostgres, _installation, _spawn
+from frontdesk.process.postgres import NAME
+from frontdesk.process.postgres_programs import account_for, installation, start_program
 from tests.waiting import wait_for
 
 HERE = "/proc/self/cwd"
@@ -50,7 +51,7 @@ def answers(conninfo: str) -> bool:
 def directories() -> Iterator[Callable[[str], Path]]:
     """Makes directories that belong to the account as which PostgreSQL and PgBouncer run: neither runs as root."""
     top = Path(tempfile.mkdtemp(prefix="frontdesk-"))
-    account = EmbeddedPostgres(top)._account()
+    account = account_for(top / "postgres")
 
     def own(directory: Path) -> Path:
         if account is not None:
@@ -77,7 +78,7 @@ class _Program:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._account = EmbeddedPostgres(directory.parent)._account()
+        self._account = account_for(directory.parent / "postgres")
         self._keeper: subprocess.Popen[str] | None = None
         self.pid = 0
 
@@ -97,7 +98,7 @@ class _Program:
         )
 
     def _run(self, program: str, *arguments: str) -> None:
-        with self._start(_installation() / "bin" / program, *arguments) as keeper:
+        with self._start(installation() / "bin" / program, *arguments) as keeper:
             assert keeper.stdout is not None
             keeper.stdout.read()
             status = keeper.wait(60)
@@ -128,9 +129,9 @@ class _Program:
 
 
 def _keep(directory: Path, end: signal.Signals, command: list[str | Path]) -> int:
-    account = EmbeddedPostgres(directory.parent)._account()
+    account = account_for(directory.parent / "postgres")
     log = os.open(directory.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    process = _spawn(command, directory, account, _installation(), end, log)
+    process = start_program(command, directory, account, installation(), end, log)
     print(process.pid, flush=True)
 
     def end_with_input() -> None:
@@ -167,7 +168,7 @@ class Cluster(_Program):
         settings = {"listen_addresses": "127.0.0.1", "port": str(self.port), "unix_socket_directories": "", **options}
         # Processes are killed here, never the machine, which keeps what they have written.
         settings.setdefault("fsync", "off")
-        command: list[str | Path] = [_installation() / "bin" / "postgres", "-D", HERE]
+        command: list[str | Path] = [installation() / "bin" / "postgres", "-D", HERE]
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]
         self._serve(self.conninfo, *command)

@@ -12,7 +12,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from clinic.frontdesk.v1 import queue_pb2
-from frontdesk.process.postgres import _installation
+from frontdesk.process.postgres_programs import installation
 from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
 from tests.clinic import Front, outcome
@@ -22,7 +22,7 @@ from tests.hostile.test_watch import first_of, watching
 def run(tmp_path: Path, program: str, *arguments: str) -> None:
     """One of PostgreSQL's own programs."""
     done = subprocess.run(
-        [_installation() / "bin" / program, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [installation() / "bin" / program, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
 

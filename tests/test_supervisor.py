@@ -19,7 +19,8 @@ import psycopg
 import pytest
 import structlog
 
-from frontdesk.process.supervisor import _claim, supervise
+from frontdesk.process.ports import ClaimError, claim
+from frontdesk.process.supervisor import supervise
 from frontdesk.settings import Settings, SettingsError
 from tests.waiting import wait_for
 
@@ -280,10 +281,10 @@ def test_a_port_that_was_just_served_is_taken_again(service: Callable[..., Servi
 
 
 def test_a_claimed_port_is_open_to_so_reuseport_only() -> None:
-    claims = _claim("127.0.0.1", 0)
+    claims = claim("127.0.0.1", 0)
     port = claims[0].getsockname()[1]
-    with pytest.raises(OSError, match="in use"):
-        _claim("127.0.0.1", port)
+    with pytest.raises(ClaimError, match="in use"):
+        claim("127.0.0.1", port)
     with socket.socket() as one, socket.socket() as two:
         for server in (one, two):
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -292,8 +293,8 @@ def test_a_claimed_port_is_open_to_so_reuseport_only() -> None:
         # The claim does not listen, so no connection is lost in it.
         for _ in range(20):
             socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    for claim in claims:
-        claim.close()
+    for one in claims:
+        one.close()
 
 
 def test_a_served_directory_is_refused(service: Callable[..., Service]) -> None:

@@ -1,6 +1,7 @@
 """Upgrades without downtime: a database is migrated under the servers of a release, which go on beside the next."""
 
 import asyncio
+import os
 import re
 import shutil
 import subprocess
@@ -58,7 +59,9 @@ def later(tmp_path: Path) -> Path:
 
 def command(source: Path | None, conninfo: str, *arguments: str) -> "subprocess.Popen[str]":
     """`frontdesk` of this release, or of the one at `source`."""
-    environment = {"FRONTDESK_DATABASE_URL": conninfo} | ({} if source is None else {"PYTHONPATH": str(source)})
+    environment = {**os.environ, "FRONTDESK_DATABASE_URL": conninfo}
+    if source is not None:
+        environment["PYTHONPATH"] = str(source)
     return subprocess.Popen(
         [sys.executable, "-m", "frontdesk.cli", *arguments],
         env=environment,
@@ -106,7 +109,8 @@ async def test_two_releases_side_by_side(conninfo: str, later: Path, tmp_path: P
             # The old release leaves the newer schema alone, and starts on it: a worker that dies may come back.
             assert await asyncio.to_thread(done, command(None, conninfo, "migrate")) == (
                 0,
-                f"the schema is that of a later release, {newest() + 1}, and stays as it is: this one has {newest()}\n",
+                f"the schema, {newest() + 1}, is that of a later release than this one, {newest()}, and stays as it is"
+                "\n",
                 "",
             )
             assert migrate(conninfo) == newest() + 1

@@ -1,9 +1,9 @@
 """The `frontdesk` command. Every expected failure is one line on stderr.
 
-Exit status: 0 done, 1 it cannot be done, 2 it was asked for in a wrong way, 130 interrupted.
+Exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted.
 
-What a command needs is imported in it: this module is also imported by every worker process, and by the supervisor,
-which must not have gRPC.
+Each command imports what it needs: every worker process imports this module too, and so does the supervisor, which must
+not have gRPC.
 """
 
 import os
@@ -36,16 +36,16 @@ app = typer.Typer(
 
 
 class Failure(Exception):
-    """It cannot be done; the message is the one line that says why."""
+    """The command failed; the message is one line that says why."""
 
 
-# As text: `Settings` alone knows what is allowed, and says it in one line.
-_Listen = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where to serve; port 0 takes a free one.")]
-_DataDir = Annotated[str | None, typer.Option(metavar="DIR", help="Where the embedded PostgreSQL lives.")]
+# As text: `Settings` checks the values and reports an error in one line.
+_Listen = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Address to serve on; port 0 takes a free one.")]
+_DataDir = Annotated[str | None, typer.Option(metavar="DIR", help="Directory of the embedded PostgreSQL.")]
 _DatabaseUrl = Annotated[
     str | None, typer.Option(metavar="URL", help="A PostgreSQL to use instead of the embedded one.")
 ]
-_Workers = Annotated[str | None, typer.Option(metavar="N", help="Processes that serve the one port.")]
+_Workers = Annotated[str | None, typer.Option(metavar="N", help="Processes that share the port.")]
 _Target = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="The service; default: FRONTDESK_LISTEN or 127.0.0.1:50051.")
 ]
@@ -57,8 +57,8 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Do what the arguments say; the exit status."""
-    # Typer answers the status of an Exit, and what the command returned.
+    """Run the command of these arguments; the exit status."""
+    # Typer returns the status of an Exit, or the command's own return value.
     try:
         return app(arguments, prog_name="frontdesk", standalone_mode=False) or 0
     except KeyboardInterrupt:
@@ -93,13 +93,13 @@ def _say(*lines: str) -> None:
         for text in lines:
             print(text, flush=True)
     except BrokenPipeError:
-        # `frontdesk serve | head` goes on serving.
+        # `frontdesk serve | head` keeps on serving.
         _discard_output()
 
 
 @app.callback(invoke_without_command=True)
 def _frontdesk(
-    context: typer.Context, version_: Annotated[bool, typer.Option("--version", help="Say the version.")] = False
+    context: typer.Context, version_: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
     if version_:
         _say(f"frontdesk {version('frontdesk')}")
@@ -115,9 +115,9 @@ def serve(
     data_dir: _DataDir = None,
     database_url: _DatabaseUrl = None,
     workers: _Workers = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Fill in a small clinic, once it serves.")] = False,
+    demo: Annotated[bool, typer.Option("--demo", help="Create a small clinic once it serves.")] = False,
 ) -> int:
-    """Serve until SIGTERM or Ctrl-C, which let running calls end."""
+    """Serve until SIGTERM or Ctrl-C; running calls may finish."""
     settings = _settings(listen=listen, data_dir=data_dir, database_url=database_url, workers=workers)
     if demo and settings.tls_cert is not None and settings.client_ca is None:
         raise typer.BadParameter("needs FRONTDESK_CLIENT_CA, since this service has TLS.", param_hint="'--demo'")
@@ -126,22 +126,22 @@ def serve(
     from frontdesk.process.supervisor import supervise
 
     configure_log(settings.log_level)
-    after = _AfterServing(settings, demo=demo)
+    first_steps = _FirstSteps(settings, demo=demo)
     try:
         return supervise(
             settings,
             worker=_worker,
             migrate=lambda conninfo: _migrate(conninfo, settings),
             check_schema=lambda conninfo: _check_database(conninfo, settings),
-            announce=after.announce,
+            announce=first_steps.announce,
         )
     finally:
-        after.end()
+        first_steps.end()
 
 
 def _worker(**task: Any) -> None:
     if "metrics" in task:
-        # The one way to tell prometheus_client.
+        # prometheus_client reads it from there alone.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(task["metrics"].directory)
 
     from frontdesk.process.worker import run_worker
@@ -149,8 +149,8 @@ def _worker(**task: Any) -> None:
     run_worker(**task)
 
 
-class _AfterServing:
-    """Tells the operator what to type next. In a thread, because the supervisor has no time for the demo."""
+class _FirstSteps:
+    """Prints the address once the service serves, creates the demo clinic if asked to, and prints commands to try."""
 
     def __init__(self, settings: "Settings", *, demo: bool) -> None:
         self._settings = settings
@@ -159,21 +159,23 @@ class _AfterServing:
         self._ended = False
         self._lock = threading.Lock()
 
-    def announce(self, said: str) -> None:
-        _say(said)
-        address = said.rpartition(" ")[2]
+    def announce(self, line: str) -> None:
+        """Print the line, which ends with the address, and the rest; does not wait for the demo."""
+        _say(line)
+        address = line.rpartition(" ")[2]
         if self._demo:
+            # In a thread, because the supervisor must go on.
             threading.Thread(target=self._fill, args=(address,), name="demo", daemon=True).start()
         else:
             self._suggest(address)
 
     def _fill(self, address: str) -> None:
-        # Another process: the supervisor has no gRPC.
+        # In another process, because the supervisor must not have gRPC.
         with self._lock:
             if self._ended:
                 return
             self._filling = subprocess.Popen([*_module(), "demo", "--target", address], stdin=subprocess.DEVNULL)
-        # What went wrong it has said itself; the service is there all the same.
+        # It has reported its own failure; the service runs all the same.
         self._filling.wait()
         if not self._ended:
             self._suggest(address)
@@ -191,6 +193,7 @@ class _AfterServing:
         )
 
     def end(self) -> None:
+        """End a demo that still runs."""
         with self._lock:
             self._ended = True
         if self._filling is not None:
@@ -200,27 +203,27 @@ class _AfterServing:
 
 @app.command()
 def migrate(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> None:
-    """Bring the database's schema up to date; `serve` does it by itself for the embedded PostgreSQL."""
+    """Bring the database's schema up to date. `serve` does this itself for the embedded PostgreSQL."""
     from frontdesk.process.log import configure_log
 
     settings = _settings(data_dir=data_dir, database_url=database_url)
     configure_log(settings.log_level)
     if settings.database_url is not None:
-        there = _migrate(settings.direct_database_url or settings.database_url, settings)
+        line = _migrate(settings.direct_database_url or settings.database_url, settings)
     else:
         from frontdesk.process.postgres import EmbeddedError, EmbeddedPostgres
 
         try:
             with EmbeddedPostgres(settings.data_dir) as postgres:
-                there = _migrate(postgres.conninfo, settings)
+                line = _migrate(postgres.conninfo, settings)
         except EmbeddedError as error:
             raise Failure(str(error)) from None
-    _say(there)
+    _say(line)
 
 
 @app.command()
 def maintain(database_url: _DatabaseUrl = None) -> None:
-    """Throw away idempotency keys and events that are too old. A running service does it by itself every hour."""
+    """Delete old idempotency keys and events. A running service does this itself every hour."""
     import asyncio
 
     from frontdesk.db.database import Database
@@ -230,7 +233,7 @@ def maintain(database_url: _DatabaseUrl = None) -> None:
     settings = _settings(database_url=database_url)
     if settings.database_url is None:
         raise typer.BadParameter(
-            "is needed: the service does it for its embedded PostgreSQL.", param_hint="'--database-url'"
+            "is needed: a running service cleans its embedded PostgreSQL itself.", param_hint="'--database-url'"
         )
     _check_database(settings.database_url, settings)
 
@@ -355,7 +358,7 @@ async def _conform(target: str, only: list[str], patience: float) -> int:
 
 @app.command()
 def health(target: _Target = None) -> int:
-    """Ask the service's gRPC health: status 0 where it serves, 1 where it does not. For a container's health check."""
+    """Ask the service's gRPC health: exit status 0 if it serves, else 1. For a container's health check."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -373,7 +376,7 @@ def health(target: _Target = None) -> int:
 
 
 def _credentials() -> "grpc.ChannelCredentials | None":
-    """What a service with TLS is met with; None for plain text."""
+    """Credentials for a service with TLS; None for plain text."""
     settings = _settings()
     if settings.client_ca is None:
         return None
@@ -408,12 +411,12 @@ def _target(given: str | None) -> str:
 
     settings = _settings()
     if settings.port == 0:
-        raise SettingsError("--target is needed: FRONTDESK_LISTEN says any port")
+        raise SettingsError("--target is needed: FRONTDESK_LISTEN has port 0, which is any free port")
     return settings.listen
 
 
 def _migrate(conninfo: str, settings: "Settings") -> str:
-    """Migrate; how the schema stands to this release."""
+    """Migrate; one line that compares the schema with this release."""
     from frontdesk.db.migrate import SchemaError, migrate, newest
 
     try:
@@ -421,7 +424,7 @@ def _migrate(conninfo: str, settings: "Settings") -> str:
     except SchemaError as error:
         raise Failure(str(error)) from None
     if number > newest():
-        return f"the schema is that of a later release, {number}, and stays as it is: this one has {newest()}"
+        return f"the schema, {number}, is that of a later release than this one, {newest()}, and stays as it is"
     return "the schema is up to date"
 
 
@@ -437,7 +440,7 @@ def _check_database(conninfo: str, settings: "Settings") -> None:
 
         from frontdesk.db.database import lacking_safeguards
 
-        # Once for the service, not for each worker and connection.
+        # Here, once for the service, and not for each worker and connection.
         for name, value in lacking_safeguards(conninfo).items():
             structlog.get_logger("frontdesk.database").warning("safeguard_is_off", setting=name, recommended=value)
 
@@ -447,7 +450,7 @@ def _module() -> list[str]:
 
 
 def _this_command() -> str:
-    """How this command was called, so that it can be called so again."""
+    """The command line that calls this command again in the same way."""
     called = sys.argv[0]
     if not os.access(called, os.X_OK):
         return shlex.join(_module())
@@ -455,7 +458,7 @@ def _this_command() -> str:
 
 
 def _command(name: str) -> str:
-    """The shortest way to call a program that is installed beside this one, or its mere name."""
+    """The shortest command line for a program that is installed beside this one, or else its bare name."""
     beside = Path(sys.argv[0]).absolute().parent / name
     on_path = shutil.which(name)
     if not beside.exists() or (on_path is not None and Path(on_path).exists() and beside.samefile(on_path)):
@@ -467,7 +470,7 @@ def _command(name: str) -> str:
 
 
 def _discard_output() -> None:
-    """Let nothing fail that is written from now on: the reader may have gone."""
+    """Discard all further output, so that writing it cannot fail after the reader has gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""What an operator may set, from the environment (``FRONTDESK_*``) or the command line.
+"""The operator's settings, from the environment (``FRONTDESK_*``) or the command line.
 
 This module and `frontdesk.cli` are the only readers of the environment and of argv.
 """
@@ -26,57 +26,58 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FRONTDESK_", frozen=True, extra="forbid", env_ignore_empty=True)
 
     listen: str = "127.0.0.1:50051"
-    """HOST:PORT to serve on; port 0 takes any free one. Without TLS client certificates only loopback is accepted."""
+    """HOST:PORT to serve on; port 0 takes a free one. Without TLS client certificates only loopback is accepted."""
     data_dir: Path = Field(default_factory=lambda: platformdirs.user_data_path("frontdesk"))
-    """Where the embedded PostgreSQL lives; unused when `database_url` is set."""
+    """Directory of the embedded PostgreSQL; unused when `database_url` is set."""
     database_url: str | None = None
     """A PostgreSQL 15 or newer to use instead of the embedded one, as a libpq URL or key=value string."""
     pooler: Literal["none", "transaction"] = "none"
-    """What stands between `database_url` and PostgreSQL: `transaction` for PgBouncer in its transaction mode."""
+    """The pooler between `database_url` and PostgreSQL: `transaction` for PgBouncer in its transaction mode."""
     direct_database_url: str | None = None
-    """The same database without the pooler, for what needs a session of its own: hints between replicas, migrations.
-    Without it watchers hear of another replica's change by the poll, up to 0.2 s later."""
+    """The same database without the pooler, for hints and migrations, which need their own session. Without it
+    watchers learn of another replica's change from the poll, up to 0.2 s later."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
-    """Processes that serve the one port."""
+    """Processes that share the port."""
     default_time_zone: str = "UTC"
     """IANA zone of the clinic that the first migration creates."""
     pool_size: Annotated[int, Field(ge=1, le=200)] = 8
     """Database connections of one worker."""
     max_in_flight: Annotated[int, Field(ge=1, le=100_000)] = 1_000
-    """Unary calls that one worker works on at once; one more is UNAVAILABLE with a pushback."""
+    """Unary calls that one worker handles at once; one more is UNAVAILABLE with a pushback."""
     max_watchers: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
-    """Streams of one worker; one more is RESOURCE_EXHAUSTED. Counted apart from unary calls."""
+    """Streams of one worker; one more is RESOURCE_EXHAUSTED. Unary calls do not count."""
     max_streams_per_connection: Annotated[int, Field(ge=1, le=1_000_000)] = 100
     """HTTP/2 streams that one connection may have open."""
     drain_seconds: Annotated[float, Field(ge=0, le=600)] = 10.0
-    """How long SIGTERM waits for running calls and streams before it ends them."""
+    """Seconds that SIGTERM waits for running calls and streams before it ends them."""
     reflection: Literal["auto", "on", "off"] = "auto"
     """Server reflection; auto means on loopback only."""
     keep_keys_hours: Annotated[float, Field(ge=72, le=24 * 366)] = 24 * 7
-    """How long an idempotency key is known."""
+    """Hours for which an idempotency key is kept."""
     keep_events_days: Annotated[float, Field(ge=1, le=36_600)] = 90.0
-    """How long the changes of a doctor-day are kept for watchers that resume, after its date."""
+    """Days after its date for which the changes of a doctor-day are kept, for watchers that resume."""
     tls_cert: Path | None = None
     """PEM file of the server's certificate chain; needs `tls_key`."""
     tls_key: Path | None = None
     """PEM file of the server's private key."""
     tls_client_ca: Path | None = None
-    """PEM file of the authority that signs client certificates; set, every client must present one (mTLS)."""
+    """PEM file of the authority that signs client certificates; if set, every client must present one (mTLS)."""
     client_ca: Path | None = None
-    """PEM file of the authority by which `watch`, `demo` and `health` know a service with TLS; set, they speak TLS."""
+    """PEM file of the authority that signed the service's certificate; if set, `watch`, `demo` and `health` use TLS."""
     client_cert: Path | None = None
-    """PEM file of the certificate that they present to a service that asks for one; needs `client_key`."""
+    """PEM file of the certificate that they present to the service; needs `client_key`."""
     client_key: Path | None = None
     """PEM file of that certificate's private key."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The lowest level that is logged."""
     metrics_listen: str | None = None
-    """HOST:PORT of the page of metrics, on loopback only; port 0 takes any free one. Without it nothing is measured."""
+    """HOST:PORT of the page of metrics, on loopback only; port 0 takes a free one. Without it nothing is measured."""
     traces: Literal["on", "off"] = "off"
     """OpenTelemetry traces, sent by OTLP over HTTP as the standard OTEL_* variables say; needs the extra `otel`."""
 
     @classmethod
     def load(cls, **given: Any) -> "Settings":
-        """Read the environment, let `given` values that are not None win, and say in one line what is wrong.
+        """Read the environment; `given` values that are not None win. An error is one line that names the setting.
 
         Raises SettingsError.
         """
@@ -92,7 +93,7 @@ class Settings(BaseSettings):
 
     @field_validator("listen", "metrics_listen")
     @classmethod
-    def _listen_is_host_and_port(cls, value: str | None) -> str | None:
+    def _check_listen(cls, value: str | None) -> str | None:
         if value is None:
             return None
         host, colon, port = value.rpartition(":")
@@ -102,25 +103,25 @@ class Settings(BaseSettings):
 
     @field_validator("database_url", "direct_database_url")
     @classmethod
-    def _url_can_be_read(cls, value: str | None) -> str | None:
+    def _check_url(cls, value: str | None) -> str | None:
         if value is not None:
             try:
                 conninfo_to_dict(value)
             except ProgrammingError:
                 # libpq's own message may quote the password.
-                raise ValueError("is no PostgreSQL URL or key=value string") from None
+                raise ValueError("is not a PostgreSQL URL or key=value string") from None
         return value
 
     @field_validator("metrics_listen")
     @classmethod
-    def _only_loopback(cls, value: str | None) -> str | None:
+    def _check_metrics_listen(cls, value: str | None) -> str | None:
         if value is not None and not _is_loopback(_host(value)):
             raise ValueError(f"{value}: the page of metrics has no credentials, so only loopback is served")
         return value
 
     @field_validator("traces")
     @classmethod
-    def _sdk_is_there(cls, value: str) -> str:
+    def _check_traces(cls, value: str) -> str:
         if value == "on" and not all(
             map(_is_installed, ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"))
         ):
@@ -129,14 +130,14 @@ class Settings(BaseSettings):
 
     @field_validator("default_time_zone")
     @classmethod
-    def _zone_exists(cls, value: str) -> str:
+    def _check_time_zone(cls, value: str) -> str:
         if value not in available_timezones():
             raise ValueError(f"{value!r} is not an IANA time zone")
         return value
 
     @field_validator("tls_cert", "tls_key", "tls_client_ca", "client_ca", "client_cert", "client_key")
     @classmethod
-    def _file_is_readable(cls, value: Path | None) -> Path | None:
+    def _check_file(cls, value: Path | None) -> Path | None:
         if value is not None:
             try:
                 value.read_bytes()
@@ -145,7 +146,7 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _together(self) -> "Settings":
+    def _check_combinations(self) -> "Settings":
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("FRONTDESK_TLS_CERT and FRONTDESK_TLS_KEY go together")
         if (self.client_cert is None) != (self.client_key is None):
@@ -165,7 +166,7 @@ class Settings(BaseSettings):
 
     @property
     def host(self) -> str:
-        """The host of `listen`, without the brackets of IPv6."""
+        """The host of `listen`, without the brackets of an IPv6 address."""
         return _host(self.listen)
 
     @property
@@ -180,7 +181,7 @@ class Settings(BaseSettings):
 
     @property
     def serves_reflection(self) -> bool:
-        """Whether clients may ask the server for its descriptors."""
+        """Whether the server answers reflection."""
         return self.loopback if self.reflection == "auto" else self.reflection == "on"
 
 

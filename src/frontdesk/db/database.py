@@ -1,7 +1,7 @@
-"""The pool of connections, and how the core talks through it: decisions, reads and transactions.
+"""The pool of connections, and how the core uses it: decisions, reads and transactions.
 
-Errors of the driver never leave this module: what the database refuses becomes one of `frontdesk.errors`, anything
-unforeseen stays an exception, which `frontdesk.rpc.pipeline` answers as INTERNAL.
+The driver's errors never leave this module: a refusal of the database becomes one of `frontdesk.errors`; any unforeseen
+error stays an exception, which `frontdesk.rpc.pipeline` answers as INTERNAL.
 """
 
 import asyncio
@@ -26,16 +26,16 @@ from frontdesk.errors import Conflict, DatabaseUnavailable
 T = TypeVar("T")
 
 STATEMENT_TIMEOUT = 10.0
-"""Seconds after which PostgreSQL ends a statement by itself, should the cancel request of a deadline not reach it."""
+"""Seconds after which PostgreSQL ends a statement by itself, if the cancel request of a deadline does not arrive."""
 
 _ATTEMPTS = 5
 _POOL_WAIT = 3.0
 _CONNECT_SECONDS = 5
-"""For each of the hosts of the connection string, unless that has its own connect_timeout: a server that has vanished
-without a word must not keep a service from the one that took over."""
-_LINE: dict[str, Any] = {
+"""Timeout for each host of the connection string, unless it has its own connect_timeout. Short, so that a server that
+does not answer at all does not keep the service from the one that took over."""
+_CONNECTION: dict[str, Any] = {
     "autocommit": True,
-    # A network that drops packets in silence is found out within half a minute.
+    # A network that drops packets silently is noticed within half a minute.
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
@@ -48,28 +48,28 @@ _NOT_NOW = (
     PoolTimeout,
 )
 _TRY_AGAIN = (errors.SerializationFailure, errors.DeadlockDetected)
-# A step of a migration was committed meanwhile: what was prepared would answer otherwise now, or what the function had
-# begun to fill in has another shape than it must return. The statement has done nothing.
+# A step of a migration was committed meanwhile: the answer of a prepared statement would change its type, or the row
+# that a function had begun to fill has another shape than it must return. The statement has done nothing.
 _STALE = (errors.FeatureNotSupported, errors.InvalidSqlStatementName, errors.DatatypeMismatch)
 
 _UNTRACED = nullcontext()
 
 _SAFEGUARDS = {
-    # Should the cancel request of a deadline get lost.
+    # In case the cancel request of a deadline is lost.
     "statement_timeout": f"{STATEMENT_TIMEOUT:.0f}s",
-    # A statement that waits for a lock ends soon after its worker was killed, and lets the next one through.
+    # A statement that waits for a lock ends soon after its worker was killed, so the next one can proceed.
     "client_connection_check_interval": "2s",
 }
 _ECONOMIES = {
-    # Each of our statements has one shape of plan, whatever its values; planning the lists anew cost more than reading.
+    # Each of our statements needs one plan, whatever its values; planning a list again cost more than reading it.
     "plan_cache_mode": "force_generic_plan",
-    # No statement here runs for so long that compiling it would pay.
+    # No statement here runs long enough for compiling it to pay off.
     "jit": "off",
 }
 
 
 class Taken(Exception):
-    """A unique constraint, whose name this is, does not allow the row."""
+    """The unique constraint of this name does not allow the row."""
 
     def __init__(self, constraint: str) -> None:
         super().__init__(constraint)
@@ -83,7 +83,7 @@ _dialect = postgresql.dialect(paramstyle="pyformat")  # type: ignore[no-untyped-
 def compiled(statement: sa.sql.ClauseElement) -> str:
     """The text of a Core statement for `Database.rows`, with its bind parameters by name.
 
-    Compile once and keep it: that costs more than the query.
+    Compile once and keep the text: compiling costs more than the query.
     """
     text = statement.compile(dialect=_dialect)
     assert all(value is None for value in text.params.values()), "write constants as literals: only the text is kept"
@@ -97,7 +97,7 @@ class Transaction:
         self._connection = connection
 
     async def row(self, query: str, params: Params, make: Callable[..., T]) -> T | None:
-        """The first row of the query, made by calling `make` with its columns; None where there is none."""
+        """The first row of the query, made by calling `make` with its columns; None if there is no row."""
         cursor = self._connection.cursor(row_factory=_rows_by(make))
         await cursor.execute(query.encode(), params)
         return await cursor.fetchone()
@@ -109,7 +109,7 @@ class Transaction:
         return await cursor.fetchall()
 
     async def run(self, query: str, params: Params) -> int:
-        """Run a statement without an answer; how many rows it changed."""
+        """Run a statement that returns no rows; the number of rows that it changed."""
         return (await self._connection.execute(query.encode(), params)).rowcount
 
 
@@ -118,7 +118,7 @@ def _rows_by(make: Callable[..., T]) -> Callable[[Any], RowMaker[T]]:
 
 
 class Tracing(Protocol):
-    """Makes a span for each statement."""
+    """Creates a span for each statement."""
 
     def transaction(self, connection: AsyncConnection[Any]) -> Transaction: ...
 
@@ -137,44 +137,44 @@ class Database:
         direct: str | None = None,
         tracing: Tracing | None = None,
     ) -> None:
-        """`pooled`: between us and PostgreSQL a pooler gives each transaction another session. `direct` is a way around
-        it, for `listening`; without a pooler `conninfo` is one.
+        """`pooled`: a pooler between us and PostgreSQL gives each transaction another session. `direct` is a connection
+        string that bypasses it, for `listening`; without a pooler `conninfo` itself does.
         """
         self._transaction = Transaction if tracing is None else tracing.transaction
         self.statement = _untraced if tracing is None else tracing.statement
-        """A context manager around the wait for a statement that is made for several callers; takes its query."""
+        """A context manager around the wait for a statement that serves several callers; takes its query."""
         self._direct = direct or (None if pooled else conninfo)
-        self._look_over: asyncio.Task[None] | None = None
+        self._check: asyncio.Task[None] | None = None
         self._pool = AsyncConnectionPool(
             conninfo,
             min_size=min(2, pool_size),
             max_size=pool_size,
             open=False,
             timeout=_POOL_WAIT,
-            # The pool's pauses between attempts double until this time is over, and begin anew with the next call: kept
-            # short, the service is back within two seconds of the database.
+            # The pool's pauses between attempts double until this time is over, and start again with the next call.
+            # Kept short, so that the service is back within two seconds of the database.
             reconnect_timeout=2.0,
             kwargs={
                 "prepare_threshold": None if pooled else 0,
                 "application_name": "frontdesk",
-                **_LINE,
+                **_CONNECTION,
                 **_patience(conninfo),
             },
             configure=_configure_pooled if pooled else _configure,
         )
 
     async def open(self) -> None:
-        """Begin to connect; does not wait for the database to be there."""
+        """Begin to connect; does not wait until the database is available."""
         await self._pool.open()
 
     async def close(self) -> None:
-        """Give every connection back."""
-        if self._look_over is not None:
-            self._look_over.cancel()
+        """Close every connection."""
+        if self._check is not None:
+            self._check.cancel()
         await self._pool.close()
 
     async def row(self, query: str, params: Params, make: Callable[..., T]) -> T | None:
-        """One statement, answered by its first row or None.
+        """Run one statement; its first row or None.
 
         Raises DatabaseUnavailable, Conflict.
         """
@@ -183,7 +183,7 @@ class Database:
     async def rows(
         self, query: str, params: Params, make: Callable[..., T], *, on: AsyncConnection[Any] | None = None
     ) -> list[T]:
-        """One statement, answered by its rows; on a connection from `connection`, or on any.
+        """Run one statement; its rows. It runs on a connection from `connection`, or on any.
 
         Raises DatabaseUnavailable, Conflict.
         """
@@ -193,7 +193,7 @@ class Database:
     async def connection(self) -> AsyncIterator[AsyncConnection[Any]]:
         """A connection for statements that follow one another closely.
 
-        It spares the pool's work for each, and what PostgreSQL's process behind it has at hand stays of use.
+        It saves the pool's work for each statement, and PostgreSQL's process keeps its caches warm.
 
         Raises DatabaseUnavailable.
         """
@@ -204,16 +204,16 @@ class Database:
             raise self._unavailable(error) from None
 
     async def run(self, query: str, params: Params) -> int:
-        """One statement without an answer; how many rows it changed.
+        """Run one statement that returns no rows; the number of rows that it changed.
 
         Raises DatabaseUnavailable, Conflict.
         """
         return await self._try(lambda tx: tx.run(query, params))
 
     async def transaction(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
-        """Do `work` in one transaction, and again from its beginning where the database asks for that.
+        """Do `work` in one transaction, and repeat it from its beginning if the database asks for that.
 
-        Raises DatabaseUnavailable, Conflict, and what `work` raises, which undoes it.
+        Raises DatabaseUnavailable, Conflict, and any error of `work`, which rolls it back.
         """
 
         async def together(tx: Transaction) -> T:
@@ -233,17 +233,17 @@ class Database:
                         await connection.execute(b"deallocate all")
                         return await work(self._transaction(connection))
                     except errors.ReadOnlySqlTransaction:
-                        # A connection stays as it was opened: writable ones have to be opened anew.
+                        # An open connection stays read-only: a writable one must be opened.
                         await connection.close()
                         raise
                     except psycopg.InternalError as error:
                         if error.sqlstate is not None:
                             raise
-                        # Not PostgreSQL's: the driver got half an answer, or two, as the connection was cut.
+                        # Not an error of PostgreSQL: the connection was cut, and the driver got half an answer, or two.
                         await connection.close()
                         raise psycopg.OperationalError from error
             except errors.QueryCanceled:
-                # PostgreSQL's own limit; the deadline of the call is over as well.
+                # PostgreSQL's own limit; the deadline of the call has passed as well.
                 raise TimeoutError from None
             except errors.LockNotAvailable:
                 raise Conflict from None
@@ -257,26 +257,26 @@ class Database:
 
     def _unavailable(self, error: Exception) -> DatabaseUnavailable:
         _log.warning("database_unavailable", error=type(error).__name__)
-        # Where one connection was cut the others may be: find out now, not one failing call at a time.
-        if self._look_over is None or self._look_over.done():
-            self._look_over = asyncio.create_task(self._pool.check())
+        # If one connection was cut, others may be too: check all now, rather than fail one call at a time.
+        if self._check is None or self._check.done():
+            self._check = asyncio.create_task(self._pool.check())
         return DatabaseUnavailable()
 
     def pool_stats(self) -> dict[str, int]:
-        """What the pool says of itself, by the names of psycopg_pool."""
+        """The pool's statistics, under the names of psycopg_pool."""
         return self._pool.get_stats()
 
     @property
     def listens(self) -> bool:
-        """Whether `listening` is to be had: not through a pooler that shares sessions."""
+        """Whether `listening` is possible: not through a pooler that shares sessions."""
         return self._direct is not None
 
     @asynccontextmanager
     async def listening(self, channel: str) -> AsyncIterator[AsyncIterator[str]]:
-        """A connection of its own that listens on `channel`; iterate over the payloads. Raises psycopg errors."""
+        """Listen on `channel` with a connection of its own; iterate over the payloads. Raises psycopg errors."""
         assert self._direct is not None
         connection = await AsyncConnection.connect(
-            self._direct, application_name="frontdesk listen", **_LINE, **_patience(self._direct)
+            self._direct, application_name="frontdesk listen", **_CONNECTION, **_patience(self._direct)
         )
         try:
             await connection.execute(f"listen {channel}".encode())
@@ -295,10 +295,10 @@ def _untraced(query: str) -> AbstractContextManager[None]:
 
 
 def lacking_safeguards(conninfo: str) -> dict[str, str]:
-    """What a session behind a pooler ought to have by default and has not, with the value to give it.
+    """The safeguards that a session behind a pooler does not have by default, each with the value to set.
 
-    There a session is set up for whoever comes next, so what `_configure` sets has to be the role's own. Nothing
-    depends on it but how long a lost statement goes on. Raises psycopg errors.
+    There a session serves any client, so `_configure` cannot set them and the role must. They only limit how long a
+    lost statement goes on. Raises psycopg errors.
     """
     with psycopg.connect(conninfo, autocommit=True, prepare_threshold=None, **_patience(conninfo)) as connection:
         off = connection.execute(
@@ -318,9 +318,9 @@ async def _configure(connection: AsyncConnection[Any]) -> None:
 
 
 async def _configure_pooled(connection: AsyncConnection[Any]) -> None:
-    # Ids are text on both sides of this service; a UUID object between them would serve nobody.
+    # Ids are text on both sides of this service, so a UUID object between them would be of no use.
     connection.adapters.register_loader("uuid", TextLoader)
-    # Whatever the database's defaults: what is read here is read in these forms. PostgreSQL reports these two to its
-    # client, so a pooler knows them, and gives them to each session that it lends.
+    # The forms in which we read, whatever the database's defaults. PostgreSQL reports these two to its client, so a
+    # pooler knows them and sets them in each session that it lends.
     await connection.execute(b"set timezone = 'UTC'")
     await connection.execute(b"set datestyle = 'ISO'")

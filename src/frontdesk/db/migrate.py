@@ -1,10 +1,11 @@
-"""Bring a database to the schema of this release, and tell whether this release may serve it.
+"""Bring a database to the schema of this release, and check whether this release may serve it.
 
-Tables come by Alembic steps (`migrations/`). The functions of `sql/` are made again after them, whenever their text has
-changed: they hold no data, and one readable text a noun is worth more than a history of patches.
+Alembic steps (`migrations/`) create the tables. The functions of `sql/` are created again after them, whenever their
+text has changed: they hold no data, and one readable text a noun is worth more than a history of patches.
 
 The schema's number is that of its last step. A release that changes `sql/` alone has a step of its own too, an empty
-one, so that of two releases the later is known. How a schema changes under servers that run: ARCHITECTURE.md, Upgrades.
+one, so that the later of two releases is known. ARCHITECTURE.md, Upgrades, says how a schema changes under running
+servers.
 """
 
 import hashlib
@@ -33,24 +34,24 @@ _BEFORE_TABLES = 2
 OLDEST_POSTGRESQL = 150000
 
 SERVES_FROM = 1
-"""The number of the oldest release that still runs on the schema of this one. Raise it with a step that takes away, or
-means otherwise, what that release still uses."""
+"""The number of the oldest release that still runs on the schema of this one. Raise it with a step that removes, or
+gives another meaning to, something which that release still uses."""
 
 _LOCK_TIMEOUT = 0.4
-"""Seconds that a step waits for a table. Whoever comes later waits behind it, so it gives way and tries again. Shorter
-than PostgreSQL's deadlock_timeout, so that where both wait for one another it is never a call that is ended."""
+"""Seconds that a step waits for a table. Later statements wait behind it, so it gives way and tries again. Shorter than
+PostgreSQL's deadlock_timeout, so that in a deadlock with a call it is never the call that is ended."""
 _PATIENCE = 60.0
-"""Seconds after which a step that never got its table gives up."""
+"""Seconds after which a step that did not get its table gives up."""
 
 _log = structlog.get_logger("frontdesk.migrate")
 
 
 class SchemaError(Exception):
-    """The database cannot be used as it is; the message is one line that names the way out."""
+    """The database cannot be used as it is; the message is one line that says what to do."""
 
 
 class _Installed(NamedTuple):
-    """What a database says of its schema."""
+    """The schema of a database, as it is recorded there."""
 
     number: int
     serves_from: int
@@ -58,7 +59,7 @@ class _Installed(NamedTuple):
 
 
 def _engine(conninfo: str) -> sa.Engine:
-    # Nothing is prepared: a pooler that shares connections by transaction would lose it.
+    # Nothing is prepared: a pooler that shares sessions by transaction would lose it.
     return sa.create_engine(
         "postgresql+psycopg://",
         creator=lambda: psycopg.connect(conninfo, prepare_threshold=None, connect_timeout=10),
@@ -85,11 +86,11 @@ def newest() -> int:
 
 
 def migrate(conninfo: str, *, default_time_zone: str = "UTC") -> int:
-    """Make or bring up to date the schema in the database of `conninfo`, in one transaction; its number.
+    """Create or update the schema in the database of `conninfo`, in one transaction; its number.
 
-    The first migration also makes the default clinic, in `default_time_zone`. Safe to run at any time: several at once
-    wait for one another, calls that are served go on, and the schema of a later release is left as it is. Raises
-    SchemaError, also where other transactions have not let go of a table within a minute.
+    The first migration also creates the default clinic, in `default_time_zone`. Safe to run at any time: several at
+    once wait for one another, running calls go on, and the schema of a later release is left as it is. Raises
+    SchemaError, also if other transactions hold a table for a minute.
     """
     give_up = time.monotonic() + _PATIENCE
     while True:
@@ -102,11 +103,11 @@ def migrate(conninfo: str, *, default_time_zone: str = "UTC") -> int:
                 raise SchemaError(f"the database refuses: {_first_line(error)}") from None
             if time.monotonic() > give_up:
                 raise SchemaError(
-                    f"for {_PATIENCE:.0f} s other transactions have held what is to be changed: see pg_stat_activity, "
-                    "end them, and run it again"
+                    f"other transactions have held a table that must change for {_PATIENCE:.0f} s: see "
+                    "pg_stat_activity, end them, and run it again"
                 ) from None
             _log.warning("schema_is_held", error=type(cause).__name__)
-            # Long beside the time for which it held everybody up.
+            # Long in comparison with the time for which it held up the others.
             time.sleep(random.uniform(1, 3) * _LOCK_TIMEOUT)
 
 
@@ -144,7 +145,7 @@ def _migrate(connection: sa.Connection, default_time_zone: str) -> int:
 
 
 def check_schema(conninfo: str) -> None:
-    """Raise SchemaError where this release may not serve the schema that is there; runs no DDL."""
+    """Raise SchemaError if this release may not serve the database's schema; runs no DDL."""
     number = newest()
     try:
         with _engine(conninfo).connect() as connection:

@@ -1,4 +1,4 @@
-"""What a service that runs for years throws away, so that its tables do not grow without end."""
+"""Delete old idempotency keys and events, so that the tables do not grow without end."""
 
 import asyncio
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from frontdesk.db.database import Database
 from frontdesk.settings import Settings
 
 BATCH = 2_000
-"""Rows of one transaction: short enough that nobody waits for it."""
+"""Rows of one transaction: few enough that no call waits for it."""
 
-# Rows that another is at work on are left for the next time. The block range index finds the old ones, since rows are
-# stored in the order of their times.
+# Rows that another transaction has locked are left for the next time. The block range index finds the old ones, because
+# rows are stored in the order of their times.
 _keys = """
 delete from idempotency where ctid = any (array(
     select ctid from idempotency
@@ -25,7 +25,7 @@ delete from event where ctid = any (array(
 
 
 def retention(settings: Settings) -> dict[str, float]:
-    """How long things are kept, as `clean` takes it."""
+    """The arguments of `clean` that the settings ask for."""
     return {
         "keep_keys_seconds": settings.keep_keys_hours * 3600,
         "keep_events_seconds": settings.keep_events_days * 86400,
@@ -34,29 +34,29 @@ def retention(settings: Settings) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """How many rows went."""
+    """How many rows were deleted."""
 
     keys: int
     events: int
 
 
 async def clean(db: Database, *, keep_keys_seconds: float, keep_events_seconds: float) -> Removed:
-    """Remove idempotency keys and events that are older, in small transactions, beside any traffic.
+    """Delete idempotency keys and events that are older, in small transactions, beside any traffic.
 
-    A key that is gone makes its retry another intention. Events go only with dates as old as they: a watch that resumes
-    there begins afresh, and the queue itself stays. Raises DatabaseUnavailable.
+    A retry whose key was deleted acts again. An event is deleted only if its doctor-day is as old: a watch that resumes
+    there starts fresh, and the queue itself stays. Raises DatabaseUnavailable.
     """
-    keys = await _until_none(db, _keys, (keep_keys_seconds, BATCH))
-    events = await _until_none(db, _events, (keep_events_seconds, keep_events_seconds, BATCH))
+    keys = await _delete_in_batches(db, _keys, (keep_keys_seconds, BATCH))
+    events = await _delete_in_batches(db, _events, (keep_events_seconds, keep_events_seconds, BATCH))
     return Removed(keys, events)
 
 
-async def _until_none(db: Database, statement: str, params: tuple[float, ...]) -> int:
+async def _delete_in_batches(db: Database, statement: str, params: tuple[float, ...]) -> int:
     total = 0
     while True:
         removed = await db.run(statement, params)
         total += removed
         if removed < BATCH:
             return total
-        # Calls come first.
+        # Calls have priority.
         await asyncio.sleep(0.05)

@@ -1,7 +1,7 @@
 """OpenTelemetry traces: a span for each call, and below it one for each statement in the database.
 
-Names and attributes are those of the semantic conventions for RPC and for databases. A span has no text of a request,
-no parameter of a statement and no text of an exception: those may be of a patient.
+Names and attributes follow the semantic conventions for RPC and for databases. A span holds no text of a request, no
+parameter of a statement and no text of an exception, because these may be about a patient.
 """
 
 import logging
@@ -25,10 +25,10 @@ from frontdesk.db.database import Transaction
 T = TypeVar("T")
 
 FLUSH_SECONDS = 3.0
-"""How long a worker that ends waits for a collector to take its last spans."""
+"""Seconds that an ending worker waits for the collector to take its last spans."""
 
 _SERVER_FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
-"""The codes with which, by the conventions, a server's span is an error; the others are the caller's business."""
+"""The codes that make a server's span an error, by the conventions; the others are errors of the caller."""
 
 _FIRST_WORD = re.compile(r"\s*([a-z]+)", re.IGNORECASE)
 _TARGET = re.compile(r"^\s*select\s+([a-z_]+)\(|\b(?:from|into|update)\s+([a-z_]+)\b(?!\.)", re.IGNORECASE)
@@ -42,7 +42,7 @@ class _Context(Protocol):
 
 
 class Tracing:
-    """Makes the spans of one worker."""
+    """Creates the spans of one worker."""
 
     def __init__(self, provider: trace.TracerProvider) -> None:
         self._tracer = provider.get_tracer("frontdesk", version("frontdesk"))
@@ -54,7 +54,7 @@ class Tracing:
         attributes = {"rpc.system.name": "grpc", "rpc.method": method}
 
         async def traced(raw: bytes, context: _Context) -> T:
-            # Not tracestate: its text is the caller's, would be in spans, and in the log where it is malformed.
+            # Not tracestate: the caller writes its text, which would be in spans and, if malformed, in the log.
             caller = {
                 key: value
                 for key, value in context.invocation_metadata() or ()
@@ -73,9 +73,9 @@ class Tracing:
         return traced
 
     def ended(self, code: str, reason: str) -> str:
-        """The call whose span is the present one has ended with this status, refused for `reason` or "".
+        """Record the status of the call whose span is the current one; `reason` is that of a refusal, or empty.
 
-        Its trace id, as it is written in hexadecimal.
+        Returns its trace id in hexadecimal.
         """
         span = trace.get_current_span()
         if span.is_recording():
@@ -93,8 +93,8 @@ class Tracing:
 
     @contextmanager
     def statement(self, query: str) -> Iterator[None]:
-        """A span around a statement that the present call waits for."""
-        # What nobody called for, such as the tailer's polls, would be traces of one span.
+        """A span around a statement that the current call waits for."""
+        # A statement outside a call, such as the tailer's polls, would be a trace of one span.
         if not trace.get_current_span().is_recording():
             yield
             return
@@ -137,7 +137,7 @@ class _TracedTransaction(Transaction):
 
 @cache
 def _described(query: str) -> tuple[str, dict[str, str]]:
-    """Name and attributes of a statement, of which there are as many as the source has."""
+    """Name and attributes of a statement; the cache holds one entry for each statement in the source."""
     word, target = _FIRST_WORD.match(query), _TARGET.search(query)
     operation = word.group(1).upper() if word else "?"
     name = f"{operation} {target.group(1) or target.group(2)}" if target else operation
@@ -147,7 +147,7 @@ def _described(query: str) -> tuple[str, dict[str, str]]:
 class Exporter:
     """Sends spans by OTLP over HTTP, as the standard OTEL_* variables say: endpoint, headers, sampler, resource.
 
-    Make it in the process that it works for: it has a thread. Needs the extra `otel`.
+    Create it in the worker's process, because it has a thread. Needs the extra `otel`.
     """
 
     def __init__(self) -> None:
@@ -156,9 +156,9 @@ class Exporter:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        # What it has to say of its collector, in the form of our log.
+        # Its warnings about the collector go to our log, in its form.
         logger = logging.getLogger("opentelemetry")
-        logger.addHandler(_Told())
+        logger.addHandler(_LogHandler())
         logger.propagate = False
         resource = Resource.create()
         if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
@@ -167,13 +167,13 @@ class Exporter:
         self.provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
 
     def close(self) -> None:
-        """Send what has not been sent yet, for at most FLUSH_SECONDS."""
-        # The SDK's own limit is half a minute, and a worker that ends has less.
+        """Send the remaining spans, for at most FLUSH_SECONDS."""
+        # The SDK's own limit is half a minute, which is longer than an ending worker has.
         last = threading.Thread(target=self.provider.shutdown, daemon=True)
         last.start()
         last.join(FLUSH_SECONDS)
 
 
-class _Told(logging.Handler):
+class _LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         _log.warning("opentelemetry", said=record.getMessage())

@@ -1,4 +1,4 @@
-"""The composition root: one worker, put together by plain constructors. Production and tests use this one."""
+"""The composition root: one worker, put together by plain constructors. Production and tests use the same one."""
 
 import asyncio
 import gc
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from frontdesk.process.tracing import Tracing
 
 CLEAN_SECONDS = 3600.0
-"""How often a worker throws away what is too old; several do not hinder one another."""
+"""Seconds between two cleanings by a worker; several workers do not hinder one another."""
 
 HEALTH_SECONDS = 1.0
-"""How often a worker asks whether the database is there."""
+"""Seconds between two checks of the database."""
 
 SAMPLE_SECONDS = 1.0
-"""How often a worker writes its gauges: they need not be newer than that, and so cost no call anything."""
+"""Seconds between two writes of the gauges: written at intervals, they cost no call anything."""
 
 _log = structlog.get_logger("frontdesk.worker")
 
@@ -44,7 +44,7 @@ select current_setting('transaction_read_only')::boolean, coalesce(current_setti
 
 
 class Worker:
-    """One process's part of the service: a pool, a feed, a server. Make it inside the running loop, after any fork."""
+    """One process's part of the service: pool, feed and server. Create it inside the running loop, after any fork."""
 
     def __init__(
         self,
@@ -78,28 +78,28 @@ class Worker:
         self._background = Background()
 
     async def start(self, address: str) -> int:
-        """Connect and serve; the port. Raises OSError where the address is taken."""
+        """Connect and serve; the port. Raises OSError if the address cannot be served."""
         await self._db.open()
         self._feed.start()
         port = await self._server.start(address)
-        await self._look()
-        self._background.start(self._keep_looking)
+        await self._check_database()
+        self._background.start(self._keep_checking)
         self._background.start(self._keep_clean)
         if self._metrics is not None:
             self._background.start(self._keep_measuring)
         return port
 
     async def stop(self, *, drain: bool = True) -> None:
-        """End; with `drain`, let running calls finish and tell the watchers where to go."""
+        """End; with `drain`, let running calls finish and tell watchers to reconnect."""
         await self._background.close()
         await (self._server.drain() if drain else self._server.stop())
         await self._feed.close()
         await self._db.close()
 
-    async def _keep_looking(self) -> None:
+    async def _keep_checking(self) -> None:
         while True:
             await asyncio.sleep(HEALTH_SECONDS)
-            await self._look()
+            await self._check_database()
 
     async def _keep_clean(self) -> None:
         while True:
@@ -120,7 +120,7 @@ class Worker:
             )
             await asyncio.sleep(SAMPLE_SECONDS)
 
-    async def _look(self) -> None:
+    async def _check_database(self) -> None:
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
                 # A standby answers reads, and could take no booking.
@@ -142,15 +142,15 @@ def run_worker(
     ready: Connection,
     metrics: "Files | None" = None,
 ) -> None:
-    """The whole life of a worker process, until SIGTERM. Sends its port to `ready`, or why it cannot start.
+    """The whole life of a worker process, until SIGTERM. Sends its port to `ready`, or one line why it cannot start.
 
-    With `metrics`, PROMETHEUS_MULTIPROC_DIR must be set as frontdesk.process.metrics asks for.
+    With `metrics`, PROMETHEUS_MULTIPROC_DIR must be set as frontdesk.process.metrics requires.
     """
     configure_log(settings.log_level)
-    # A connection is a file, and the usual limit of 1,024 is meant for programs that use select().
+    # Each connection is a file; the usual limit of 1,024 is meant for programs that use select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # What is not asked for is not even imported, and costs a call two comparisons.
+    # Metrics and traces that are off are not even imported, and cost a call two comparisons.
     measures: dict[str, Any] = {}
     exporter = None
     if metrics is not None:
@@ -162,9 +162,9 @@ def run_worker(
 
         exporter = Exporter()
         measures["tracing"] = Tracing(exporter.provider)
-    # What was imported lives as long as the process; and a thousand streams are no garbage: looking through them as
-    # often as Python does by default doubled the tail of a watcher's lag. But gRPC leaves five objects of each call to
-    # the collector: to free 50,000 at once took 60 ms, in which nobody was answered.
+    # Imported modules live as long as the process, and a thousand streams are not garbage: scanning them as often as
+    # Python does by default doubled the tail of a watcher's lag. But gRPC leaves five objects of each call to the
+    # collector: freeing 50,000 at once took 60 ms, in which no call was answered.
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 500, 1000)

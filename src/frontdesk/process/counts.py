@@ -1,11 +1,11 @@
-"""What the supervisor counts of its children, for the page of metrics."""
+"""Counts of the supervisor's child processes, for the page of metrics."""
 
 from dataclasses import dataclass
 
 
 @dataclass
-class Upkeep:
-    """What the page of metrics tells of the supervisor's children."""
+class ProcessCounts:
+    """How many child processes there are, and how often the supervisor restarted one."""
 
     workers: int
     """Configured workers."""
