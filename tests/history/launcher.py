@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from frontdesk.core import queue as _queue
 from frontdesk.db import batch as _batch
 from frontdesk.live import feed as _feed
 from frontdesk.live import subscription as _subscription
@@ -18,6 +19,7 @@ from frontdesk.settings import Settings
 feed: Any = _feed
 subscription: Any = _subscription
 batch: Any = _batch
+queue: Any = _queue
 
 
 def _no_poll() -> None:
@@ -36,12 +38,14 @@ def _changes_skipped() -> None:
 
 
 def _old_queue() -> None:
-    read = subscription.read_changes
+    read = feed.read_changes_of
 
-    async def late(*args: Any) -> Any:
-        return [change for change in await read(*args) if change.kind != "PARKED"]
+    async def fewer(*args: Any) -> Any:
+        found = await read(*args)
+        return {key: [change for change in changes if change.kind != "PARKED"] for key, changes in found.items()}
 
-    subscription.read_changes = late
+    # The tailer's reading, and that of what it has not kept.
+    feed.read_changes_of = queue.read_changes_of = fewer
 
 
 def _no_closing() -> None:
