@@ -1,8 +1,8 @@
-"""What happens around every call: decode, validate, admit, keep the deadline, answer refusals, write one line.
+"""The steps around every call: admit, decode, validate, keep the deadline, answer refusals, write one line.
 
-One function a call and no gRPC interceptors: the bytes are decoded here, because gRPC would answer a malformed message
-as UNKNOWN and an exception with its text; and a call is admitted once its message is there, because calls that never
-send one must not take the place of those that do.
+One function a call and no gRPC interceptors. It decodes the bytes itself, because gRPC would answer a malformed message
+as UNKNOWN, and an exception with its text. It admits a call once its message is there, because calls that never send
+one must not take the place of those that do.
 """
 
 import asyncio
@@ -25,13 +25,13 @@ from frontdesk.rpc.status import Trailers, internal, status_of
 from frontdesk.tasks import Timeout
 
 DEADLINE_SECONDS = 10.0
-"""The limit of a unary call whose caller gives none, or a longer one."""
+"""The limit of a unary call whose caller gives no limit, or a longer one."""
 
 _log = structlog.get_logger("frontdesk.call")
 
 
 class Servicer(Protocol):
-    """The methods of one service, each named as in its proto, and taking the request and a `Call`."""
+    """Has the methods of one service. Each is named as in its proto, and takes the request and a `Call`."""
 
     @property
     def service(self) -> ServiceDescriptor: ...
@@ -58,7 +58,7 @@ class Tracing(Protocol):
 
 
 class Call:
-    """What a servicer is told of the call beside the request."""
+    """The call, as a servicer sees it beside the request."""
 
     __slots__ = ("_context", "caller", "method")
 
@@ -69,11 +69,11 @@ class Call:
         """The RPC's name, without its service."""
 
     async def write(self, message: bytes) -> None:
-        """Send one serialised message of a stream. Raises CancelledError where the caller has gone."""
+        """Send one serialised message of a stream. Raises CancelledError if the caller has gone."""
         try:
             await self._context.write(message)
         except grpc.aio.InternalError:
-            # What gRPC calls a write that was under way when the connection ended; the handler's own end follows.
+            # The connection ended during the write; gRPC is about to cancel the handler as well.
             raise asyncio.CancelledError from None
 
 
@@ -93,13 +93,13 @@ class Pipeline:
         self._metrics = metrics
         self._tracing = tracing
         self.in_flight = 0
-        """How many unary calls are worked on."""
+        """Unary calls in progress."""
         self.draining = False
         self.handlers: list[grpc.GenericRpcHandler] = []
         self.services: list[str] = []
 
     def add(self, servicer: Servicer) -> None:
-        """Serve the methods of one service: `servicer` has one of the same name for each."""
+        """Serve the methods of one service."""
         service = servicer.service.full_name
         wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for method in servicer.service.methods:
@@ -148,8 +148,8 @@ class Pipeline:
                 raise
             finally:
                 self.in_flight -= 1
-                # The error that `abort` raises knows this frame, and the context that error: a circle, which would keep
-                # what the call has touched until a garbage collection, which stops everyone.
+                # The error that `abort` raises refers to this frame, this frame to the context, and the context to the
+                # error. That circle would keep the call's objects until a garbage collection, which stops everybody.
                 del context
 
         return answer
@@ -179,9 +179,9 @@ class Pipeline:
         return stream
 
     def _caller(self, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
-        """Who calls: the name in the client's certificate, else the name that it gives itself, else nobody.
+        """The caller, named by the client's certificate, else by its metadata, else `anonymous`.
 
-        The second is for the log and the scope of idempotency keys, among services that trust one another.
+        The name in the metadata serves the log and the scope of idempotency keys, among services that trust each other.
         """
         if self._mutual_tls:
             name = next(iter(context.peer_identities() or ()), b"")
@@ -193,7 +193,7 @@ class Pipeline:
 
 
 class _Account:
-    """What is written down of each call of a method when it has ended: a line of the log, numbers, its span."""
+    """Records each ended call of a method: a line of the log, its metrics, the end of its span."""
 
     __slots__ = ("_metrics", "_tracing", "method", "name")
 
@@ -204,7 +204,7 @@ class _Account:
         self._tracing = tracing
 
     def close(self, code: str, started: float, caller: Caller, *, end: str = "", **more: str) -> None:
-        """`end` is why a stream ended, where that is neither its code nor `reason`, for which it was refused."""
+        """`end` is why a stream ended, if that is neither its code nor the `reason` of a refusal."""
         seconds = time.perf_counter() - started
         if self._metrics is not None:
             reason = more.get("reason", "")
@@ -217,8 +217,8 @@ class _Account:
 def _refusal(
     error: BaseException, account: _Account, started: float, caller: Caller
 ) -> tuple[grpc.StatusCode, str, Trailers]:
-    """Write down how a call failed, and say what it is answered."""
-    # Its frames hold the call's context, which will hold the error.
+    """Record that a call failed; its status, text and trailers."""
+    # The traceback refers to the call's context, which will refer to the error: a circle, as above.
     trace, error.__traceback__ = error.__traceback__, None
     if isinstance(error, TimeoutError):
         error = DeadlineExceeded()
@@ -233,7 +233,7 @@ def _refusal(
         error_id=error_id,
         method=account.method,
         error=type(error).__name__,
-        # Where, not what: the text of an exception may quote the row.
+        # The place and not the text: the text of an exception may quote a row.
         sqlstate=getattr(error, "sqlstate", None),
         constraint=getattr(getattr(error, "diag", None), "constraint_name", None),
         where=[f"{frame.name} {frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(trace)],

@@ -1,6 +1,6 @@
 """From the bytes of a request to a message that keeps the rules of the contract.
 
-The size of a message bounds neither what it costs to decode nor what it costs to check; the count of its parts does.
+The size of a message does not bound the cost of decoding and checking it; the count of its parts does.
 """
 
 from collections import Counter
@@ -19,19 +19,19 @@ from frontdesk.rpc.status import MOST_VIOLATIONS
 M = TypeVar("M", bound=Message)
 
 MOST_ELEMENTS = 100
-"""The most elements of a list for which the contract sets no maximum: of an update mask."""
+"""The most elements of a list for which the contract sets no maximum: that of an update mask."""
 
 MOST_FIELDS = 2_000
-"""The most fields of a request that has lists, where each element of a list is one."""
+"""The most fields of a request that has lists; each element of a list counts as one."""
 
-_MALFORMED = ("", "the message is no valid protobuf of its type")
+_MALFORMED = ("", "the message is not valid protobuf of its type")
 
 _validator = protovalidate.Validator()
 
 
 def request_from(raw: bytes, kind: type[M]) -> M:
     """Decode and validate. Raises InvalidField, with at most MOST_VIOLATIONS of them."""
-    # First: to decode a megabyte of empty slots takes 40 ms, and to hold its elements against their rules many seconds.
+    # First: it takes 40 ms to decode a megabyte of empty slots, and many seconds to check its elements.
     _refuse_long_lists(raw, kind.DESCRIPTOR)
     try:
         request = kind.FromString(raw)
@@ -46,8 +46,9 @@ def request_from(raw: bytes, kind: type[M]) -> M:
 
 @cache
 def _lists(kind: Any) -> Mapping[int, tuple[FieldDescriptor, int | None]]:
-    """By field number the lists of a message, each with the most elements that it may have, and the fields with lists
-    further in.
+    """The lists of a message by field number, each with the most elements that it may have.
+
+    With None in place of a number: the fields whose messages have lists themselves.
     """
     found: dict[int, tuple[FieldDescriptor, int | None]] = {}
     for field in kind.fields:
@@ -65,7 +66,7 @@ def _lists(kind: Any) -> Mapping[int, tuple[FieldDescriptor, int | None]]:
 def _refuse_long_lists(raw: bytes, kind: Any) -> None:
     """Count the elements of each list, in the encoding that https://protobuf.dev/programming-guides/encoding describes.
 
-    Whatever else is wrong with the bytes is left to the decoder.
+    The decoder finds anything else that is wrong with the bytes.
     """
     counts: Counter[str] = Counter()
     fields = 0
@@ -92,7 +93,7 @@ def _refuse_long_lists(raw: bytes, kind: Any) -> None:
 
 
 def _field(part: bytes, at: int) -> tuple[int, bytes, int]:
-    """The number of the field that begins there, what it holds, and where the next one begins."""
+    """The number of the field that begins at `at`, its value, and the place of the next one."""
     tag, at = _varint(part, at)
     match tag & 7:
         case 0:
@@ -111,7 +112,7 @@ def _field(part: bytes, at: int) -> tuple[int, bytes, int]:
 
 
 def _varint(part: bytes, at: int) -> tuple[int, int]:
-    """The number that begins there, and where the next thing begins."""
+    """The number that begins at `at`, and the place after it."""
     number = 0
     for n, byte in enumerate(part[at : at + 10]):
         number |= (byte & 127) << (7 * n)
@@ -121,13 +122,13 @@ def _varint(part: bytes, at: int) -> tuple[int, int]:
 
 
 def _cut_short(request: Message, first: Any) -> None:
-    """Drop of the list with the first violation what comes so late that its own would not be told.
+    """Shorten the list with the first violation: later elements' violations would not fit into the answer.
 
-    To find 2,000 violations takes 11 ms, in which the process answers nobody.
+    It takes 11 ms to find 2,000 violations, and the process answers nobody meanwhile.
     """
     holder: Any = request
     for element in first.field.elements if first.field else ():
-        # None at the name of a oneof.
+        # The name of a oneof gives None.
         holder = getattr(holder, element.field_name, None)
         if element.subscript is not None and element.subscript.field == "index":
             del holder[element.subscript.value + MOST_VIOLATIONS :]

@@ -1,4 +1,4 @@
-"""The one table from refusals to gRPC status, in the shape of google.rpc (AIP-193)."""
+"""The one table from refusals to gRPC status, with details in the form of google.rpc (AIP-193)."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from frontdesk import errors
 
 DOMAIN = "frontdesk.clinic"
 MOST_VIOLATIONS = 20
-"""An error's details above some 8 KB are dropped on the way."""
+"""gRPC drops the details of an error if they exceed some 8 KB."""
 
 _MOST_DESCRIPTION = 200
 
@@ -19,7 +19,7 @@ CODES: dict[type[errors.Refused], grpc.StatusCode] = {
     errors.InvalidField: grpc.StatusCode.INVALID_ARGUMENT,
     errors.IdempotencyKeyReused: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
-    # A full day among them: RESOURCE_EXHAUSTED would be retried blindly.
+    # DAY_FULL as well: clients would blindly retry RESOURCE_EXHAUSTED.
     errors.Precondition: grpc.StatusCode.FAILED_PRECONDITION,
     errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.EtagMismatch: grpc.StatusCode.ABORTED,
@@ -76,16 +76,16 @@ def status_of(refusal: errors.Refused) -> tuple[grpc.StatusCode, str, Trailers]:
             delay = duration_pb2.Duration(nanos=int(seconds * 1e9) % 10**9, seconds=int(seconds))
             details.append(error_details_pb2.RetryInfo(retry_delay=delay))
             if isinstance(refusal, errors.Overloaded | errors.Draining):
-                # gRPC's own retries obey this one (gRFC A6).
+                # gRPC's own retries obey this one and not RetryInfo (gRFC A6).
                 trailers = (("grpc-retry-pushback-ms", str(int(seconds * 1000))),)
     if isinstance(refusal, errors.EtagMismatch):
-        # ABORTED tells people to read again; gRPC would only repeat the stale etag, so it is told not to (gRFC A6).
+        # ABORTED tells the caller to read again; gRPC would repeat the stale etag, so it is told not to (gRFC A6).
         trailers = (("grpc-retry-pushback-ms", "-1"),)
     return code, text, (*_packed(code, text, details), *trailers)
 
 
 def internal(error_id: str) -> tuple[grpc.StatusCode, str, Trailers]:
-    """What is answered where something unforeseen happened: nothing of it but an id that the log has too."""
+    """The answer to an unforeseen failure. It tells nothing of the failure but an id, which the log has too."""
     code, text = grpc.StatusCode.INTERNAL, f"internal error {error_id}"
     info = error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"error_id": error_id})
     return code, text, _packed(code, text, [info])
