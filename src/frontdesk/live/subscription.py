@@ -1,4 +1,4 @@
-"""What a stream waits for, and what it is sent: a watcher, a watched doctor-day, and a stream's view of it."""
+"""A watched doctor-day, which its streams share, and one stream's view of it."""
 
 import asyncio
 from collections import deque
@@ -9,6 +9,7 @@ from types import TracebackType
 from frontdesk.core.queue import Queue, QueueChange, read_changes, with_positions
 from frontdesk.db.database import Database
 from frontdesk.live.tokens import ResumeToken
+from frontdesk.live.watcher import Watcher
 
 DoctorDayKey = tuple[str, date]
 
@@ -16,39 +17,6 @@ Render = Callable[[Queue, Sequence[QueueChange], int, str], bytes]
 """Serialise an update: the queue, the changes, the previous revision (0 = fresh start) and the resume token."""
 
 _KEPT_CHANGES = 256
-
-
-class Watcher:
-    """One stream that waits for news. Nothing is queued for it: it only knows that there is something to look at."""
-
-    __slots__ = ("_news", "_waiter")
-
-    def __init__(self) -> None:
-        self._news = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    def wake(self) -> None:
-        """There is something to look at."""
-        self._news = True
-        if self._waiter is not None:
-            _finish(self._waiter)
-
-    def seen(self) -> None:
-        """The stream looks at what there is now; only what comes later is news."""
-        self._news = False
-
-    async def news(self, seconds: float) -> bool:
-        """Wait for news, at most so many seconds; whether there is any."""
-        if not self._news:
-            loop = asyncio.get_running_loop()
-            self._waiter = waiter = loop.create_future()
-            timeout = loop.call_later(seconds, _finish, waiter)
-            try:
-                await waiter
-            finally:
-                timeout.cancel()
-                self._waiter = None
-        return self._news
 
 
 class Topic:
@@ -218,8 +186,3 @@ class Subscription(Watcher):
         message = await self._topic.update(queue, previous)
         self._sent, self._sent_micros, self._sent_history = queue.revision, queue.change_micros, history
         return message
-
-
-def _finish(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
