@@ -13,19 +13,19 @@ import grpc
 import psycopg
 import pytest
 import trustme
-from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from clinic.frontdesk.v1 import queue_pb2
 from frontdesk.client import CHANNEL_OPTIONS
 from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings, SettingsError
 from tests.clinic import Front, outcome, reason_of, refusal, tomorrow
+from tests.hostile.wire import RawConnection, framed, serving
 from tests.servers import Service
 from tests.streams import many_people
-from tests.waiting import until
+from tests.waiting import SOON, until
 
+_Health = health_pb2.HealthCheckResponse
 SERVICES = [
     f"clinic.frontdesk.v1.{noun}Service" for noun in ("Appointment", "Clinic", "Doctor", "Patient", "Queue", "Slot")
 ]
@@ -60,18 +60,54 @@ async def test_health_follows_the_database(front: Front) -> None:
     watch.cancel()
 
 
-async def test_reflection(front: Front) -> None:
-    """Reflection hands out every service and message, so that grpcurl and buf curl need no protos."""
+async def test_streams_without_end_do_not_hold_the_stop(conninfo: str, settings: Settings) -> None:
+    """Streams that only their client would end, those of health and reflection, end with OK when the drain begins.
 
-    def ask() -> list[str]:
-        with grpc.insecure_channel(f"127.0.0.1:{front.port}") as channel:
-            database = ProtoReflectionDescriptorDatabase(channel)
-            pool = DescriptorPool(database)
-            for service in SERVICES:
-                assert pool.FindServiceByName(service).methods
-            return list(database.get_services())
+    A Watch says NOT_SERVING before; that of a service that nobody knows has no more to say.
+    """
+    async with serving(settings, conninfo, drain_seconds=600) as (worker, front):
+        health = health_pb2_grpc.HealthStub(front.channel)
+        names = ("", *SERVICES, "nobody")
+        watches = {name: health.Watch(health_pb2.HealthCheckRequest(service=name)) for name in names}
+        for name, watch in watches.items():
+            unknown = name == "nobody"
+            assert (await watch.read()).status == (_Health.SERVICE_UNKNOWN if unknown else _Health.SERVING)
+        asked: list[Any] = [
+            front.channel.stream_stream(f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo")()
+            for version in ("v1", "v1alpha")
+        ]
+        for stream in asked:
+            await stream.write(b"\x3a\x00")  # list_services
+            assert b"QueueService" in await stream.read()
+        async with asyncio.timeout(SOON):
+            await worker.stop()
+            for name, watch in watches.items():
+                if name != "nobody":
+                    assert (await watch.read()).status == _Health.NOT_SERVING
+                assert await watch.read() is grpc.aio.EOF
+                assert await watch.code() is grpc.StatusCode.OK
+            for stream in asked:
+                assert await stream.read() is grpc.aio.EOF
+                assert await stream.code() is grpc.StatusCode.OK
 
-    assert set(SERVICES) < set(await asyncio.to_thread(ask))
+
+async def test_a_watcher_of_health_that_does_not_read(conninfo: str, settings: Settings) -> None:
+    """It keeps the news from nobody else, and the server stops when its drain time is over."""
+    async with (
+        serving(settings, conninfo, drain_seconds=0.5) as (worker, front),
+        RawConnection(front.port, reads=False, window=0) as wire,
+    ):
+        health = health_pb2_grpc.HealthStub(front.channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == _Health.SERVING
+        await until(lambda: wire.acknowledged > 0)
+        stream = await wire.open("/grpc.health.v1.Health/Watch")
+        await wire.send(stream, framed(b""), end=True)
+        await until(lambda: stream in wire.begun)
+        async with asyncio.timeout(SOON):
+            await worker.stop()
+            assert (await watch.read()).status == _Health.NOT_SERVING
+            assert await watch.read() is grpc.aio.EOF
 
 
 @pytest.fixture

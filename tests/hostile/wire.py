@@ -63,19 +63,23 @@ def frame(kind: int, stream: int, payload: bytes = b"") -> bytes:
 class RawConnection:
     """A client's HTTP/2 connection that can send anything.
 
-    One that does not read takes the 64 KiB that the windows of HTTP/2 allow, and never opens them further.
+    One that does not read takes the 64 KiB that the windows of HTTP/2 allow, or `window` bytes of each stream, and never
+    opens them further.
     """
 
-    def __init__(self, port: int, *, reads: bool = True) -> None:
+    def __init__(self, port: int, *, reads: bool = True, window: int | None = None) -> None:
         self._port = port
         self._reads = reads
+        self._window = window
         self._rest = b""
         self._unread: list[tuple[int, int]] = []
         self._http = h2.connection.H2Connection(
             h2.config.H2Configuration(client_side=True, validate_outbound_headers=False)
         )
+        self.begun: dict[int, dict[str, str]] = {}
+        """The headers, and trailers if they have come, of each stream that the server has answered."""
         self.ended: dict[int, dict[str, str]] = {}
-        """The headers and trailers of each stream that has ended."""
+        """The same of each stream that has ended."""
         self.reset: dict[int, int] = {}
         self.gone: int | None = None
         """The error code of GOAWAY."""
@@ -84,11 +88,12 @@ class RawConnection:
         self.pongs = 0
         self.acknowledged = 0
         """The number of changed settings that the server has acknowledged."""
-        self._headers: dict[int, dict[str, str]] = {}
 
     async def __aenter__(self) -> "RawConnection":
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
         self._http.initiate_connection()
+        if self._window is not None:
+            self._http.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: self._window})
         await self.flush()
         self._task = asyncio.create_task(self._read())
         await until(lambda: self.settled or self.closed)
@@ -134,7 +139,7 @@ class RawConnection:
             case h2.events.RemoteSettingsChanged():
                 self.settled = True
             case h2.events.ResponseReceived() | h2.events.TrailersReceived():
-                found = self._headers.setdefault(event.stream_id, {})
+                found = self.begun.setdefault(event.stream_id, {})
                 found |= {_text(name): _text(value) for name, value in event.headers}
             case h2.events.DataReceived():
                 if self._reads:
@@ -142,7 +147,7 @@ class RawConnection:
                 else:
                     self._unread.append((event.flow_controlled_length, event.stream_id))
             case h2.events.StreamEnded():
-                self.ended[event.stream_id] = self._headers.get(event.stream_id, {})
+                self.ended[event.stream_id] = self.begun.get(event.stream_id, {})
             case h2.events.StreamReset():
                 self.reset[event.stream_id] = int(event.error_code)
             case h2.events.PingAckReceived():

@@ -131,7 +131,7 @@ class Worker:
         if self._metrics is not None:
             self._metrics.clock_is_real = not clock_is_set
         self._healthy = not read_only
-        await self._server.serving(self._healthy)
+        self._server.serving(self._healthy)
 
 
 def run_worker(

@@ -3,17 +3,19 @@
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2_grpc
 
 from frontdesk.live.feed import Feed
+from frontdesk.rpc import health
+from frontdesk.rpc.health import Health
 from frontdesk.rpc.pipeline import Pipeline
+from frontdesk.rpc.reflection import Reflection
 from frontdesk.settings import Settings
 
 MAX_REQUEST_BYTES = 1024 * 1024
 MAX_METADATA_BYTES = 16 * 1024
 STREAM_AGE_GRACE_SECONDS = 31 * 60
-"""A connection that has come of age waits so long for its streams: longer than any stream lives."""
+"""How long a connection at its maximal age waits for its streams: longer than any stream lives."""
 
 
 def options(settings: Settings, *, reuse_port: bool) -> list[tuple[str, int]]:
@@ -24,19 +26,19 @@ def options(settings: Settings, *, reuse_port: bool) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
-        # On, this counts streams until the server has forgotten them, and refuses those of a client that keeps to the
-        # number it was told: 200 calls at once on one connection failed. Resets are limited by gRPC itself besides.
+        # If on, it counts streams until the server has forgotten them, and refuses some of a client that keeps to the
+        # number it was told: 200 calls at once on one connection failed. gRPC limits resets by itself.
         ("grpc.http.overload_protection", 0),
-        # A burst of reconnecting watchers waits in line instead of being cancelled.
+        # A burst of reconnecting watchers waits its turn instead of being cancelled.
         ("grpc.server.max_pending_requests", 20_000),
         ("grpc.server.max_pending_requests_hard_limit", 40_000),
-        # Find out within half a minute that a client is gone, and allow clients to do the same.
+        # The server notices within half a minute that a client is gone, and lets clients do the same.
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.max_ping_strikes", 3),
-        # New connections now and then let a balancer spread the load anew.
+        # Clients connect anew now and then, so that a balancer can spread the load.
         ("grpc.max_connection_age_ms", 60 * 60 * 1000),
         ("grpc.max_connection_age_grace_ms", STREAM_AGE_GRACE_SECONDS * 1000),
         ("grpc.max_connection_idle_ms", 30 * 60 * 1000),
@@ -52,15 +54,14 @@ class Server:
         self._feed = feed
         self._server = grpc.aio.server(options=options(settings, reuse_port=reuse_port))
         self._server.add_generic_rpc_handlers(tuple(pipeline.handlers))
-        self._health = health.aio.HealthServicer()
+        self._health = Health(pipeline.services)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if settings.serves_reflection:
-            names = (*pipeline.services, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
-        self._serving: bool | None = None
+        self._reflection = Reflection((*pipeline.services, health.SERVICE)) if settings.serves_reflection else None
+        if self._reflection is not None:
+            self._server.add_generic_rpc_handlers(self._reflection.handlers)
 
     async def start(self, address: str) -> int:
-        """Serve on `address`; the port that it got. Raises OSError where the address is taken."""
+        """Serve on `address`; the port that it got. Raises OSError if the address is taken."""
         try:
             credentials = _credentials(self._settings)
             if credentials is None:
@@ -74,20 +75,17 @@ class Server:
         await self._server.start()
         return port
 
-    async def serving(self, is_serving: bool) -> None:
-        """What health says, overall and of each service."""
-        if is_serving == self._serving:
-            return
-        self._serving = is_serving
-        status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", *self._pipeline.services):
-            await self._health.set(service, status)
+    def serving(self, is_serving: bool) -> None:
+        """Whether health says SERVING, overall and for each service; at first it does not."""
+        self._health.serving(is_serving)
 
     async def drain(self) -> None:
         """Take no new calls, tell the watchers to go, let the running calls end, and stop."""
-        await self.serving(False)
+        self._health.drain()
         self._pipeline.draining = True
         self._feed.drain()
+        if self._reflection is not None:
+            self._reflection.drain()
         # The watchers' closing messages and the running calls go out within the grace; stop() does not tell handlers.
         await self._server.stop(self._settings.drain_seconds)
 

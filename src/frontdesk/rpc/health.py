@@ -1,0 +1,84 @@
+"""grpc.health.v1: whether the server serves, overall and for each service."""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from frontdesk.live.watcher import Watcher
+from frontdesk.tasks import Timeout
+
+SERVICE: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+WRITE_SECONDS = 30.0
+"""How long a watcher may leave a message unread once gRPC takes no more for it."""
+
+_LOOK_SECONDS = 3600.0
+
+
+class Health:
+    """One status for all services.
+
+    Not the library's servicer: there one watcher that does not read keeps the news from all others, and keeps the
+    server from stopping.
+    """
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._services = {"", *services}
+        self._status: int = health_pb2.HealthCheckResponse.NOT_SERVING
+        self._watchers: set[Watcher] = set()
+        self._draining = False
+
+    def serving(self, is_serving: bool) -> None:
+        """Say so from now on."""
+        status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        if status != self._status and not self._draining:
+            self._status = status
+            self._wake()
+
+    def drain(self) -> None:
+        """Say NOT_SERVING for good, and end every Watch after it has said so."""
+        self.serving(False)
+        self._draining = True
+        self._wake()
+
+    def _wake(self) -> None:
+        for watcher in self._watchers:
+            watcher.wake()
+
+    async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        if request.service not in self._services:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+        return health_pb2.HealthCheckResponse(status=self._status)
+
+    async def List(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        answer = health_pb2.HealthCheckResponse(status=self._status)
+        return health_pb2.HealthListResponse(statuses=dict.fromkeys(self._services, answer))
+
+    async def Watch(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        watcher = Watcher()
+        self._watchers.add(watcher)
+        said: int | None = None
+        try:
+            while True:
+                watcher.seen()
+                # A draining server says no more after this message.
+                last = self._draining
+                known = request.service in self._services
+                status = self._status if known else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+                if status != said:
+                    with Timeout(WRITE_SECONDS):
+                        await context.write(health_pb2.HealthCheckResponse(status=status))
+                    said = status
+                if last:
+                    return
+                await watcher.news(_LOOK_SECONDS)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the watcher reads too slowly")
+        except grpc.aio.InternalError:
+            # The connection ended during the write; gRPC is about to cancel this as well.
+            raise asyncio.CancelledError from None
+        finally:
+            self._watchers.discard(watcher)
