@@ -17,6 +17,10 @@ MAX_METADATA_BYTES = 16 * 1024
 STREAM_AGE_GRACE_SECONDS = 31 * 60
 """How long a connection at its maximal age waits for its streams: longer than any stream lives."""
 
+LEAST_PING_SECONDS = 8.0
+"""Clients that ping more often are sent away. They are told that they may ping every 10 s, and pings that are 10 s
+apart at the client can be somewhat closer here."""
+
 
 def options(settings: Settings, *, reuse_port: bool) -> list[tuple[str, int]]:
     """The channel arguments of the server."""
@@ -36,7 +40,7 @@ def options(settings: Settings, *, reuse_port: bool) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(LEAST_PING_SECONDS * 1000)),
         ("grpc.http2.max_ping_strikes", 3),
         # Clients connect anew now and then, so that a balancer can spread the load.
         ("grpc.max_connection_age_ms", 60 * 60 * 1000),
