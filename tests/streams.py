@@ -1,4 +1,4 @@
-"""What goes on while servers come and go: a stream of bookings, and a watcher of a queue."""
+"""Continuous work while servers start and stop: a stream of bookings, and a watcher of a queue."""
 
 import asyncio
 import uuid
@@ -14,7 +14,7 @@ from tests.waiting import until
 
 
 async def many_people(front: Front, count: int) -> list[str]:
-    """The ids of so many new patients, registered without a rush."""
+    """The ids of `count` new patients, registered a few at a time."""
     people: list[str] = []
     while len(people) < count:
         people += [person.id for person in await front.people(20)]
@@ -22,20 +22,20 @@ async def many_people(front: Front, count: int) -> list[str]:
 
 
 class Bookings:
-    """A stream of bookings, each with a key and repeated until it is answered."""
+    """A stream of bookings, each with a key and retried until it is answered."""
 
     def __init__(self, wanted: Iterator[tuple[str, str]]) -> None:
-        """Of these patients with these doctors."""
+        """Book the given pairs of patient and doctor."""
         self._wanted = wanted
         self.acknowledged: dict[str, str] = {}
         self.refusals: Counter[str] = Counter()
         self.fronts: list[Front] = []
-        """Whom to ask, in turn; may be changed meanwhile."""
+        """The clients to use, in turn. The list may change while bookings run."""
         self.ended = False
         self._name = uuid.uuid4().hex
 
     async def lane(self, number: int) -> None:
-        """Book one after another until told to end."""
+        """Book one after another until `ended` is set."""
         count = 0
         while not self.ended:
             count += 1
@@ -52,17 +52,17 @@ class Bookings:
                     await asyncio.sleep(0.02)
                 else:
                     self.acknowledged[key] = answer.appointment.id
-            # A stream, and not all that the machine can do.
+            # A steady stream, not the maximum load.
             await asyncio.sleep(0.02)
 
     async def more(self, count: int) -> None:
-        """Wait for so many further bookings."""
+        """Wait for `count` more bookings."""
         wanted = len(self.acknowledged) + count
         await until(lambda: len(self.acknowledged) >= wanted)
 
 
 class Watcher:
-    """What a stream tells of a doctor-day, as long as it is open."""
+    """The changes of a doctor-day that a stream reports while it is open."""
 
     def __init__(self, front: Front, doctor_id: str) -> None:
         self.doctor_id = doctor_id
@@ -73,7 +73,7 @@ class Watcher:
         self.closed = False
 
     async def run(self) -> None:
-        """Follow until the server drains or the task is cancelled."""
+        """Watch until the server drains or the task is cancelled."""
         self.begun = self.known = (await self._watch.read()).revision
         while (message := await self._watch.read()) is not grpc.aio.EOF:
             if message.HasField("closing"):

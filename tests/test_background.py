@@ -1,4 +1,4 @@
-"""The timeout, the background work and the sure end of a task."""
+"""Timeouts, background work, and reliable cancellation of tasks."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from tests.waiting import until
 
 
 async def test_a_timeout_expires() -> None:
-    """A block that takes too long ends by TimeoutError, and its task goes on as if it had never been cancelled."""
+    """A block that takes too long ends with TimeoutError, and its task continues as if it had never been cancelled."""
     with pytest.raises(TimeoutError), Timeout(0.01):
         await asyncio.Event().wait()
     task = asyncio.current_task()
@@ -20,7 +20,7 @@ async def test_a_timeout_expires() -> None:
 
 
 async def test_a_cancelled_task_stays_cancelled() -> None:
-    """A cancellation from outside passes through a timeout, also if both happen at once."""
+    """A cancellation from outside passes through a timeout, even if both happen at the same time."""
 
     async def work(seconds: float) -> None:
         with Timeout(seconds):
@@ -35,7 +35,7 @@ async def test_a_cancelled_task_stays_cancelled() -> None:
 
 
 async def test_background_work_is_done_again_and_ends() -> None:
-    """Work that the database fails begins again; a task that loses one cancellation ends all the same."""
+    """Work that failed because of the database starts again. A task that loses one cancellation still ends."""
     background = Background()
     runs = 0
     lost = asyncio.Event()

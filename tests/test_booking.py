@@ -1,4 +1,4 @@
-"""Booking a doctor's day or a slot: never over capacity, never twice, always the lowest free number."""
+"""Bookings on a doctor-day or in a slot: never over capacity, never twice, always with the lowest free number."""
 
 import asyncio
 from collections import Counter
@@ -23,7 +23,7 @@ async def test_last_places(front: Front) -> None:
 
 
 async def test_full_day_is_a_precondition(front: Front) -> None:
-    """A full day is FAILED_PRECONDITION, since clients retry RESOURCE_EXHAUSTED blindly, and names doctor and date."""
+    """A full day is FAILED_PRECONDITION, because clients retry RESOURCE_EXHAUSTED blindly; it names doctor and date."""
     doctor = await front.doctor(max_patients_per_day=1)
     one, two = await front.people(2)
     await front.book(one.id, doctor.id)
@@ -35,7 +35,7 @@ async def test_full_day_is_a_precondition(front: Front) -> None:
 
 
 async def test_lowest_free_number(front: Front) -> None:
-    """A number that was given up is the next one given."""
+    """The next booking gets the number of a cancelled one."""
     doctor = await front.doctor()
     booked = [await front.book(patient.id, doctor.id) for patient in await front.people(4)]
     assert [answer.appointment.number for answer in booked] == [1, 2, 3, 4]
@@ -47,7 +47,7 @@ async def test_lowest_free_number(front: Front) -> None:
 
 
 async def test_revisions_count_every_change(front: Front) -> None:
-    """An untouched doctor-day stands at revision 1, and each booking and cancellation adds one."""
+    """A doctor-day without changes is at revision 1, and each booking and cancellation adds one."""
     doctor = await front.doctor()
     assert (await front.queue(doctor.id)).revision == 1
     one, two = await front.people(2)
@@ -59,7 +59,7 @@ async def test_revisions_count_every_change(front: Front) -> None:
 
 
 async def test_one_booking_a_patient_and_day(front: Front) -> None:
-    """A patient with a live appointment on the doctor-day gets no second one, and is told which it is."""
+    """A patient with a live appointment on the doctor-day cannot book another; the refusal names the existing one."""
     doctor = await front.doctor()
     (patient,) = await front.people(1)
     first = await front.book(patient.id, doctor.id)
@@ -71,7 +71,7 @@ async def test_one_booking_a_patient_and_day(front: Front) -> None:
 
 
 async def test_validate_only(front: Front) -> None:
-    """A dry run says which number would be given and changes nothing; a full day refuses it as the real call."""
+    """A dry run answers the number to be given and changes nothing; on a full day it is refused like a booking."""
     doctor = await front.doctor(max_patients_per_day=1)
     one, two = await front.people(2)
     dry = await front.book(one.id, doctor.id, validate_only=True, reason="cough")
@@ -83,7 +83,7 @@ async def test_validate_only(front: Front) -> None:
 
 
 async def test_absent_doctor(front: Front) -> None:
-    """An absent doctor takes no booking; what was booked stays and is named; present again, booking goes on."""
+    """An absent doctor takes no bookings, and existing ones stay and are listed; afterwards bookings work again."""
     doctor = await front.doctor()
     one, two = await front.people(2)
     booked = await front.book(one.id, doctor.id)
@@ -103,7 +103,7 @@ async def test_absent_doctor(front: Front) -> None:
 
 
 async def test_a_days_own_maximum(front: Front) -> None:
-    """A date's own maximum counts instead of the doctor's; lowered below what is booked, it keeps that, and no more."""
+    """The capacity of a date overrides the doctor's own. Lowered below the bookings, it keeps them and adds none."""
     doctor = await front.doctor(max_patients_per_day=1)
     people = await front.people(4)
 
@@ -122,7 +122,7 @@ async def test_a_days_own_maximum(front: Front) -> None:
 
 
 async def test_unknown_and_inactive(front: Front) -> None:
-    """Who or what does not exist is NOT_FOUND; what is inactive takes no booking."""
+    """An unknown resource is NOT_FOUND; an inactive patient, doctor or clinic takes no booking."""
     doctor, nobody = await front.doctor(), "0190a0b0-1111-7222-8333-444455556666"
     (patient,) = await front.people(1)
     assert await outcome(front.book(nobody, doctor.id)) == "PATIENT_NOT_FOUND"
@@ -140,7 +140,7 @@ async def test_unknown_and_inactive(front: Front) -> None:
 
 
 async def test_slot_and_day_share_the_capacity(front: Front) -> None:
-    """A slot's capacity and the doctor-day's both hold, for day and slot bookings together."""
+    """The capacity of the slot and of the doctor-day both hold for slot and day bookings together."""
     doctor = await front.doctor(max_patients_per_day=3)
     slot = await front.slot(doctor.id, soon(), capacity=2)
     people = await front.people(5)
@@ -156,7 +156,7 @@ async def test_slot_and_day_share_the_capacity(front: Front) -> None:
 
 
 async def test_slot_and_day_race(front: Front) -> None:
-    """Day and slot bookings that come at once share the last places; none is sold twice."""
+    """Simultaneous day and slot bookings share the last places; none is sold twice."""
     doctor = await front.doctor(max_patients_per_day=10)
     slot = await front.slot(doctor.id, soon(), capacity=8)
     people = await front.people(30)
@@ -172,7 +172,7 @@ async def test_slot_and_day_race(front: Front) -> None:
 
 
 async def test_patient_overlap(front: Front) -> None:
-    """A patient is not booked with two doctors at one time, also when both are asked at once; back to back is fine."""
+    """A patient cannot be with two doctors at one time, even by simultaneous calls; back to back is allowed."""
     one, two, three = [await front.doctor() for _ in range(3)]
     start = soon()
     slots = [
@@ -187,7 +187,7 @@ async def test_patient_overlap(front: Front) -> None:
 
 
 async def test_reschedule(front: Front) -> None:
-    """A moved appointment gives its place up only if it gets the new one, and says both revisions."""
+    """A move gives up the old place only if it gets the new one, and answers both revisions."""
     one, two = await front.doctor(max_patients_per_day=1), await front.doctor(max_patients_per_day=1)
     anna, bert = await front.people(2)
     first = await front.book(anna.id, one.id)
@@ -210,7 +210,7 @@ async def test_reschedule(front: Front) -> None:
 
 
 async def test_only_a_booked_appointment_moves(front: Front) -> None:
-    """A patient who is in the line cannot be moved to another place."""
+    """An appointment whose patient is in the queue cannot be moved."""
     doctor = await front.doctor()
     arrived = await front.arrive(doctor.id)
     error = await refusal(
@@ -226,7 +226,7 @@ async def test_only_a_booked_appointment_moves(front: Front) -> None:
 
 
 async def test_update_reason_and_notes(front: Front) -> None:
-    """Reason and notes change by mask, and only from the etag that was read."""
+    """An update changes reason and notes by mask, and only from the etag that was read."""
     doctor = await front.doctor()
     (patient,) = await front.people(1)
     booked = (await front.book(patient.id, doctor.id, reason="cough", notes="first visit")).appointment

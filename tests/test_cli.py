@@ -1,4 +1,4 @@
-"""The `frontdesk` command as its users meet it: real processes, and what they print."""
+"""The `frontdesk` command as its users see it: real processes and their output."""
 
 import asyncio
 import io
@@ -34,14 +34,14 @@ CLEAN = {name: value for name, value in os.environ.items() if not name.startswit
 
 
 def frontdesk(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
+    """Run the command and wait for its end."""
     return subprocess.run(
         [*FRONTDESK, *arguments], capture_output=True, text=True, timeout=SECONDS, env={**CLEAN, **environment}
     )
 
 
 class Running:
-    """A command that runs on; its lines as they come."""
+    """A command in the background, and its output lines as they arrive."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -57,7 +57,7 @@ class Running:
         self._news.put(None)
 
     def expect(self, pattern: str) -> re.Match[str]:
-        """Wait for a line like this."""
+        """Wait for a line that matches the pattern."""
         deadline = time.monotonic() + SECONDS
         while (text := self._news.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
             self.lines.append(text)
@@ -66,7 +66,7 @@ class Running:
         raise AssertionError(f"no line like {pattern!r} in {self.lines}; status {self.process.wait(SECONDS)}")
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """Send this signal; the exit status."""
+        """Send this signal, and return the exit status."""
         self.process.send_signal(how)
         return self.process.wait(SECONDS)
 
@@ -84,13 +84,13 @@ def running(*command: str, stderr: int | None = subprocess.DEVNULL) -> Iterator[
         stderr=stderr,
         text=True,
         env=CLEAN,
-        # As in a terminal, also where the tests run in a shell's background, which ignores Ctrl-C.
+        # As in a terminal. Tests may run in a shell's background, which ignores Ctrl-C.
         preexec_fn=_heed_interrupts,
     ) as process:
         try:
             yield Running(process)
         finally:
-            # Gently, so that no PostgreSQL is left behind; it ends with the service anyway.
+            # Gently, so that no PostgreSQL is left; it ends with the service.
             process.terminate()
             try:
                 process.wait(SECONDS)
@@ -122,7 +122,7 @@ def running(*command: str, stderr: int | None = subprocess.DEVNULL) -> Iterator[
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_wrong_usage(arguments: list[str], environment: dict[str, str], said: str) -> None:
-    """What is asked for in a wrong way ends with status 2 and one line that names it."""
+    """A wrong option ends with status 2 and one line that names it."""
     done = frontdesk(*arguments, **environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("frontdesk: ")
@@ -132,7 +132,7 @@ def test_wrong_usage(arguments: list[str], environment: dict[str, str], said: st
 
 @pytest.mark.parametrize("command", [["demo"], ["watch", "--doctor", "DR-SILVA"]], ids=["demo", "watch"])
 def test_nobody_there(command: list[str], unused_tcp_port: int) -> None:
-    """A service that cannot be reached is said in one line."""
+    """If the service cannot be reached, the command prints one line."""
     done = frontdesk(*command, "--target", f"127.0.0.1:{unused_tcp_port}")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"frontdesk: no frontdesk answers at 127.0.0.1:{unused_tcp_port}\n"
@@ -140,7 +140,7 @@ def test_nobody_there(command: list[str], unused_tcp_port: int) -> None:
 
 @pytest.mark.parametrize("command", ["migrate", "serve"])
 def test_no_database(command: str) -> None:
-    """A database that is not there is said in one line."""
+    """If the database does not exist, the command prints one line."""
     listen = ["--listen", "127.0.0.1:0"] if command == "serve" else []
     done = frontdesk(command, *listen, "--database-url", "postgresql://127.0.0.1:1/none")
     assert (done.returncode, done.stdout) == (1, "")
@@ -149,12 +149,12 @@ def test_no_database(command: str) -> None:
 
 
 def test_version() -> None:
-    """--version says it."""
+    """--version prints the version."""
     assert frontdesk("--version").stdout == "frontdesk 0.1.0\n"
 
 
 def test_an_evening_with_the_embedded_database(tmp_path: Path) -> None:
-    """One command serves a demo and says what to type; a board follows it; SIGTERM ends it with status 0."""
+    """One command serves a demo and prints the next commands; a board follows it; SIGTERM ends it with status 0."""
     console_script = Path(sys.executable).with_name("frontdesk")
     serve = [str(console_script), "serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path / "d"), "--demo"]
     with running(*serve) as service:
@@ -177,7 +177,7 @@ def test_an_evening_with_the_embedded_database(tmp_path: Path) -> None:
         assert unknown.stderr == "frontdesk: there is no doctor with the id or code 'DR-NOBODY'\n"
 
         with running(*shlex.split(watch)) as board, SyncFrontdeskClient(address) as desk:
-            # 9 bookings, 7 arrivals, 2 calls and 1 start after revision 1, and none of them twice.
+            # 9 bookings, 7 check-ins, 2 calls and 1 start after revision 1, and none of them twice.
             board.expect(r"revision 20: 5 waiting, 2 expected \| called: 2 Bruno Alves \(Room 2\)")
             revision = desk.queues.CallNext(queue_pb2.CallNextRequest(doctor_id=doctor_id[1], room="Room 9")).revision
             board.expect(rf"revision {revision}: 4 waiting.* 3 Carla Dias \(Room 9\)")
@@ -193,7 +193,7 @@ def test_an_evening_with_the_embedded_database(tmp_path: Path) -> None:
 
 
 def test_a_database_of_ones_own(postgres: str) -> None:
-    """With a URL nothing is changed until `frontdesk migrate` is run; then it is served, by several workers too."""
+    """On a given database `serve` refuses, and changes nothing, before `frontdesk migrate`; then workers serve it."""
     with psycopg.connect(postgres, autocommit=True) as admin:
         admin.execute("drop database if exists frontdesk_cli")
         admin.execute("create database frontdesk_cli")
@@ -225,7 +225,7 @@ def test_a_database_of_ones_own(postgres: str) -> None:
 
 @pytest.mark.parametrize("hours", [0, 12, 21], ids=["as it is now", "half a day on", "late"])
 async def test_the_demo_adds_nothing_twice(front: Front, hours: int) -> None:
-    """Run again, also later on the day, the demo finds all it wants and adds nothing."""
+    """When the demo is run again, even later in the day, it finds everything and adds nothing."""
     zone = ZoneInfo("America/Sao_Paulo")
     now = datetime.now(UTC)
 
@@ -236,7 +236,7 @@ async def test_the_demo_adds_nothing_twice(front: Front, hours: int) -> None:
     with SyncFrontdeskClient(f"127.0.0.1:{front.port}", caller=CALLER) as desk:
         first = await asyncio.to_thread(fill, desk, now)
         before = census()
-        # Later on the same day of the clinic, so that slots which were in the future then may have begun.
+        # Later on the same day of the clinic, when slots that were in the future may have started.
         later = now + timedelta(hours=hours)
         if later.astimezone(zone).date() != now.astimezone(zone).date():
             later = datetime.combine(now.astimezone(zone), datetime.max.time(), zone)
@@ -250,7 +250,7 @@ async def test_the_demo_adds_nothing_twice(front: Front, hours: int) -> None:
 
 
 async def test_the_demo_leaves_what_people_did(front: Front) -> None:
-    """A cancelled booking or a doctor who went home does not stop the demo, and is not undone."""
+    """A cancelled booking or an absent doctor does not stop the demo, and the demo does not undo it."""
     now = datetime.now(UTC)
     with SyncFrontdeskClient(f"127.0.0.1:{front.port}", caller=CALLER) as desk:
         silva, *_ = await asyncio.to_thread(fill, desk, now)
@@ -270,7 +270,7 @@ async def test_the_demo_leaves_what_people_did(front: Front) -> None:
 
 
 def entry(ticket: int, state: queue_pb2.QueueEntry.State.ValueType, **fields: object) -> queue_pb2.QueueEntry:
-    """A patient who came at ticket minutes past the beginning of time."""
+    """A patient who came `ticket` minutes after 1970 began."""
     made = queue_pb2.QueueEntry(ticket=ticket, state=state, patient_name=f"Patient {ticket}", **fields)  # type: ignore[arg-type]
     made.check_in_time.FromSeconds(60 * ticket)
     return made
@@ -299,7 +299,7 @@ def drawn(board: Board, minute: int, width: int = 80) -> str:
 
 
 def test_the_board(line_of_four: queue_pb2.Queue) -> None:
-    """The called patient stands first, each with room and wait; a state of a later release does no harm."""
+    """Called patients stand first, each with room and wait. States of later releases do no harm."""
     board = Board("Dr. [b]Silva")
     board.queue, board.connected = line_of_four, True
     text = drawn(board, 65)
@@ -317,7 +317,7 @@ def test_the_board(line_of_four: queue_pb2.Queue) -> None:
 
 
 def test_called_patients_stand_out(line_of_four: queue_pb2.Queue) -> None:
-    """A called patient is drawn in other colours than one who waits."""
+    """A called patient has other colours than a waiting one."""
     board = Board("Dr. Silva")
     board.queue = line_of_four
     console = Console(record=True, width=80, file=io.StringIO(), color_system="truecolor", force_terminal=True)
@@ -328,7 +328,7 @@ def test_called_patients_stand_out(line_of_four: queue_pb2.Queue) -> None:
 
 
 def test_a_board_without_news() -> None:
-    """Before the first queue, and when nobody is here, the board says so."""
+    """The board says so if there is no queue yet, and if nobody is here."""
     board = Board("Dr. Silva")
     assert "connecting" in drawn(board, 0)
     board.queue = queue_pb2.Queue(revision=1, date=day(date(2026, 1, 31)))
@@ -336,7 +336,7 @@ def test_a_board_without_news() -> None:
 
 
 def test_a_line_of_text(line_of_four: queue_pb2.Queue) -> None:
-    """Where nothing is drawn, an update is one line."""
+    """Without a drawn board, each update is one line."""
     assert line(line_of_four) == (
         "2026-01-31 revision 17: 1 waiting, 3 expected | called: 2 Patient 2 (Room 2)"
         " | in consultation: 1 Patient 1 (Room 1) | waiting: 3 Patient 3"

@@ -1,4 +1,4 @@
-"""A whole clinic day from a file, played against a real server with a watcher on every queue."""
+"""A whole clinic day from a file, played on a real server with a watcher on every queue."""
 
 from collections import Counter
 from datetime import datetime, timedelta
@@ -23,16 +23,16 @@ SAMPLE = Path(__file__).parent.parent / "benchmarks" / "sample-day.csv"
 
 
 async def test_sample_day(front: Front) -> None:
-    """Every row is booked, whoever came is seen and done, and every watcher ends with the queue that is true."""
+    """Every row is booked, each patient who came completes the visit, and every watcher ends with the true queue."""
     outcome = await play(read(SAMPLE), f"127.0.0.1:{front.port}")
     assert outcome.problems == []
     assert (outcome.rows, outcome.booked, outcome.refused.total()) == (63, 63, 0)
     assert (outcome.clinics, outcome.doctors, outcome.patients) == (4, 8, 56)
     assert (outcome.came, outcome.no_shows + outcome.left_booked) == (50, 13)
     assert (outcome.watchers_equal, outcome.watchers) == (8, 8)
-    # Five changes for each who came, booking and no-show for the others.
+    # Five changes for each patient who came; a booking and a no-show for each of the others.
     assert outcome.changes == 50 * 5 + 13 + outcome.no_shows
-    # Late in the clinic's evening there is no time left for slots.
+    # Late in the clinic's evening there is too little time left for slots.
     now = datetime.now(ZoneInfo(ZONE))
     if (now + timedelta(hours=2)).date() == now.date():
         assert outcome.by_slot > 0
@@ -42,7 +42,7 @@ async def test_sample_day(front: Front) -> None:
 
 
 async def test_a_day_can_be_played_twice(front: Front) -> None:
-    """Another run on the same server is another day's people and keys: nothing of the first is in its way."""
+    """A second run on the same server has its own patients and keys, and is not affected by the first."""
     rows = read(SAMPLE)[:20]
     for _ in range(2):
         outcome = await play(rows, f"127.0.0.1:{front.port}")
@@ -51,7 +51,7 @@ async def test_a_day_can_be_played_twice(front: Front) -> None:
 
 
 def test_assign_deals_patients_to_different_doctors() -> None:
-    """Ten a doctor; a patient comes back to the same one only where the clinic has no other."""
+    """Ten patients per doctor; a patient sees one doctor again only if the clinic has no other."""
     rows = [Row(f"p{n % 21}", f"a{n}", "Large", came=True) for n in range(35)]
     rows += [Row("q", f"b{n}", "Small", came=True) for n in range(2)]
     desks = assign(rows)
@@ -65,7 +65,7 @@ def test_assign_deals_patients_to_different_doctors() -> None:
 
 
 def test_slots_end_by_midnight_or_are_not_opened() -> None:
-    """In the morning they have their usual length, in the evening a shorter one, and at night there are none."""
+    """Slots have their usual length in the morning, a shorter one in the evening, and do not exist at night."""
     morning = datetime(2030, 1, 15, 9, tzinfo=ZoneInfo(ZONE))
     times = slot_times(morning, morning.date(), 100)
     assert len(times) == SLOTS_PER_DOCTOR
@@ -78,7 +78,7 @@ def test_slots_end_by_midnight_or_are_not_opened() -> None:
 
 
 def test_assigned_slots_never_overlap_for_a_patient() -> None:
-    """A patient who has slots of several doctors has them at different times."""
+    """A patient with slots of several doctors has them at different times."""
     rows = [Row(f"p{n % 10}", f"a{n}", f"Clinic {n // 10}", came=True) for n in range(80)]
     desks = assign(rows)
     assign_slots(desks)

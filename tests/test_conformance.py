@@ -1,4 +1,4 @@
-"""The conformance suite passes on our server, and each of its checks fails on a server that breaks what it says."""
+"""The conformance suite passes on our server, and each of its checks fails on a server that breaks its rule."""
 
 import asyncio
 import itertools
@@ -28,11 +28,11 @@ numbers = itertools.count()
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("FRONTDESK_")}
 IMPOSSIBLE = {"lost-token"}
 SLOW = {"shortest-heartbeat", "default-heartbeat", "longest-heartbeat", "blocked-reader", "stream-age"}
-"""The checks that wait longer than others."""
+"""Checks that wait longer than the others."""
 
 
 async def results(port: int, only: Sequence[str] = (), patience: float = 5) -> dict[str, Result]:
-    """What the suite says of the server there, by check."""
+    """The results of the suite on the server at this port, by check."""
     found = {}
     async with aclosing(conform(f"127.0.0.1:{port}", only=only, patience=patience)) as said:
         async for result in said:
@@ -46,7 +46,7 @@ def verdicts(found: dict[str, Result], verdict: str) -> set[str]:
 
 
 async def test_our_server_conforms(front: Front) -> None:
-    """Every check passes, and those are skipped that cannot be made or take longer than anybody waits."""
+    """Every check passes, except those that are skipped because they are impossible or take too long."""
     found = await results(front.port)
     assert {name: result.detail for name, result in found.items() if result.verdict == "FAIL"} == {}
     assert verdicts(found, "SKIPPED") == IMPOSSIBLE | SLOW
@@ -54,7 +54,7 @@ async def test_our_server_conforms(front: Front) -> None:
 
 
 async def timed(judge: Callable[[str], Awaitable[Result]], monkeypatch: pytest.MonkeyPatch) -> list[Result]:
-    """Judge the checks of what a server times, where it and the suite agree on shorter times than the contract's."""
+    """Run the checks of a server's timing, with shorter times for both the server and the suite."""
     for place in (queues, checks):
         monkeypatch.setattr(place, "WRITE_SECONDS", 1.0)
     found = await asyncio.gather(judge("shortest-heartbeat"), judge("blocked-reader"))
@@ -64,7 +64,7 @@ async def timed(judge: Callable[[str], Awaitable[Result]], monkeypatch: pytest.M
 
 
 async def test_what_is_timed(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With patience the checks of what a server times pass too."""
+    """With enough patience, the checks of timing pass too."""
 
     async def judge(name: str) -> Result:
         return (await results(front.port, [name], patience=11))[name]
@@ -74,13 +74,13 @@ async def test_what_is_timed(front: Front, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def test_nobody_there(unused_tcp_port: int) -> None:
-    """A server that cannot be reached has not failed a check: that is another error."""
+    """A server that cannot be reached raises an error; it does not fail a check."""
     with pytest.raises(FrontdeskError) as caught:
         await results(unused_tcp_port)
     assert caught.value.code is grpc.StatusCode.UNAVAILABLE
 
 
-# Servers that are wrong
+# Faulty servers
 
 
 Stream = AsyncIterator[Message]
@@ -100,12 +100,12 @@ def each(change: Callable[[Message], object]) -> Tamper:
 
 
 def each_change(change: Callable[[queue_pb2.QueueChange], object]) -> Tamper:
-    """Change every told change in place."""
+    """Change every QueueChange in place."""
     return each(lambda message: [change(one) for one in message.update.changes])
 
 
 def heartbeat(message: Message) -> Message:
-    """A heartbeat that may follow this message."""
+    """A heartbeat that can follow this message."""
     return Message(
         revision=message.revision,
         previous_revision=message.revision,
@@ -116,7 +116,7 @@ def heartbeat(message: Message) -> Message:
 
 
 async def faithful(messages: Stream, request: queue_pb2.WatchQueueRequest) -> AsyncGenerator[Message]:
-    """Nothing is wrong."""
+    """No fault."""
     async for message in messages:
         yield message
 
@@ -148,7 +148,7 @@ async def stutter(messages: Stream, request: queue_pb2.WatchQueueRequest) -> Asy
 
 
 async def know_everybody(messages: Stream, request: queue_pb2.WatchQueueRequest) -> AsyncGenerator[Message]:
-    """A doctor who does not exist has an empty queue."""
+    """An unknown doctor has an empty queue."""
     try:
         async for message in messages:
             yield message
@@ -159,7 +159,7 @@ async def know_everybody(messages: Stream, request: queue_pb2.WatchQueueRequest)
 
 
 async def beat_fast(messages: Stream, request: queue_pb2.WatchQueueRequest) -> AsyncGenerator[Message]:
-    """A heartbeat after each message."""
+    """A heartbeat follows each message."""
     async for message in messages:
         yield message
         yield heartbeat(message)
@@ -187,7 +187,7 @@ async def late_start(messages: Stream, request: queue_pb2.WatchQueueRequest) -> 
 
 
 async def beat_first(messages: Stream, request: queue_pb2.WatchQueueRequest) -> AsyncGenerator[Message]:
-    """A stream begins with a heartbeat, a token or not."""
+    """A stream begins with a heartbeat, even without a token."""
     first = await anext(messages)
     yield heartbeat(first)
     async for message in messages:
@@ -195,7 +195,7 @@ async def beat_first(messages: Stream, request: queue_pb2.WatchQueueRequest) -> 
 
 
 async def hoard(messages: Stream, request: queue_pb2.WatchQueueRequest) -> AsyncGenerator[Message]:
-    """Everything is kept for a reader who is slow."""
+    """Everything is kept for a slow reader."""
     kept: asyncio.Queue[Message] = asyncio.Queue()
 
     async def read() -> None:
@@ -212,7 +212,7 @@ async def hoard(messages: Stream, request: queue_pb2.WatchQueueRequest) -> Async
 
 
 def stale(messages: Stream, request: queue_pb2.WatchQueueRequest) -> Stream:
-    """Every update shows the queue of the update before."""
+    """Every update shows the queue of the previous update."""
     before: list[queue_pb2.Queue] = []
 
     def swap(message: Message) -> None:
@@ -227,20 +227,20 @@ def stale(messages: Stream, request: queue_pb2.WatchQueueRequest) -> Stream:
 
 
 def forgetful(message: Message) -> None:
-    """The first change of an update is left out."""
+    """The first change of an update is missing."""
     if message.update.changes:
         del message.update.changes[0]
 
 
 def backwards(message: Message) -> None:
-    """The last in line stands first."""
+    """The queue is reversed."""
     entries = list(message.update.queue.entries)
     del message.update.queue.entries[:]
     message.update.queue.entries.extend(reversed(entries))
 
 
 def keep_the_done(messages: Stream, request: queue_pb2.WatchQueueRequest) -> Stream:
-    """Who is done stays in the queue."""
+    """Finished entries stay in the queue."""
     done: list[Entry] = []
 
     def add(message: Message) -> None:
@@ -257,7 +257,7 @@ def shuffled_tickets(change: queue_pb2.QueueChange) -> None:
 
 
 def own_history(messages: Stream, request: queue_pb2.WatchQueueRequest) -> Stream:
-    """Every other watcher is told of other kinds."""
+    """Every other watcher sees different kinds of change."""
     other = next(numbers) % 2 == 0
 
     def change(one: queue_pb2.QueueChange) -> None:
@@ -268,30 +268,30 @@ def own_history(messages: Stream, request: queue_pb2.WatchQueueRequest) -> Strea
 
 
 def no_entry_of_started(change: queue_pb2.QueueChange) -> None:
-    """A change that touches the line has no entry."""
+    """A change of the queue has no entry."""
     if change.kind == Kind.KIND_STARTED:
         change.ClearField("entry")
 
 
 def wrong_kind(change: queue_pb2.QueueChange) -> None:
-    """One kind is told as another."""
+    """One kind of change is reported as another."""
     if change.kind == Kind.KIND_NO_SHOW:
         change.kind = Kind.KIND_CANCELLED
 
 
 def other_room(change: queue_pb2.QueueChange) -> None:
-    """An entry is not the one that was answered."""
+    """An entry differs from the one that the call answered."""
     if change.HasField("entry"):
         change.entry.room = "elsewhere"
 
 
 def count_all(message: Message) -> None:
-    """All in the line are counted as waiting."""
+    """All entries are counted as waiting."""
     message.update.queue.waiting_count = len(message.update.queue.entries)
 
 
 def position_all(message: Message) -> None:
-    """All in the line have a position."""
+    """All entries have a position."""
     for place, entry in enumerate(message.update.queue.entries, start=1):
         entry.position = place
 
@@ -302,36 +302,36 @@ def no_token(message: Message) -> None:
 
 
 def without(field: str) -> Callable[[Any], None]:
-    """Leave a field of the request out."""
+    """Clear a field of the request."""
     return lambda request: request.ClearField(field)
 
 
 def next_revision(answer: Any) -> None:
-    """The revision that is answered is not the one that was made."""
+    """The answered revision is not the one that the change made."""
     answer.revision += 1
 
 
 WATCH = "WatchQueue"
 Fault = tuple[dict[str, Callable[[Any], object]], dict[str, Callable[[Any], object]], Tamper, set[str]]
-# What is done to requests and to answers, by method, and to streams; and the checks that must see it.
+# Faults in requests and in answers, by method, and in streams; and the checks that must fail.
 FAULTS: dict[str, Fault] = {
     "drops a message": ({}, {}, drop_one, {"chain", "concurrent-changes", "slow-reader"}),
     "repeats a message": ({}, {}, repeat_one, {"chain", "concurrent-changes", "slow-reader"}),
     "stutters": ({}, {}, stutter, {"one-doctor-day", "chain"}),
-    "knows everybody": ({}, {}, know_everybody, {"unknown-doctor"}),
+    "knows every doctor": ({}, {}, know_everybody, {"unknown-doctor"}),
     "starts late": ({}, {}, late_start, {"starts-empty", "default-date"}),
     "begins with a heartbeat": ({}, {}, beat_first, {"starts-empty", "starts-whole", "older-token"}),
     "leaves a change out": ({}, {}, each(forgetful), {"changes-cover", "older-token", "cut-streams", "folding"}),
-    "reverses the line": ({}, {}, each(backwards), {"queue-order", "calling-order", "get-queue", "folding"}),
-    "positions everybody": ({}, {}, each(position_all), {"queue-positions", "get-queue", "folding"}),
-    "counts everybody": ({}, {}, each(count_all), {"queue-counts", "get-queue"}),
-    "keeps the done": ({}, {}, keep_the_done, {"departed-entries", "queue-order", "get-queue"}),
-    "shows the line before": ({}, {}, stale, {"queue-order", "get-queue"}),
+    "reverses the queue": ({}, {}, each(backwards), {"queue-order", "calling-order", "get-queue", "folding"}),
+    "positions every entry": ({}, {}, each(position_all), {"queue-positions", "get-queue", "folding"}),
+    "counts every entry": ({}, {}, each(count_all), {"queue-counts", "get-queue"}),
+    "keeps finished entries": ({}, {}, keep_the_done, {"departed-entries", "queue-order", "get-queue"}),
+    "shows the previous queue": ({}, {}, stale, {"queue-order", "get-queue"}),
     "has odd tickets": ({}, {}, each_change(shuffled_tickets), {"ticket-numbers", "answered-entries"}),
     "has odd rooms": ({}, {}, each_change(other_room), {"answered-entries", "folding"}),
     "has a wrong kind": ({}, {}, each_change(wrong_kind), {"kinds-of-change"}),
     "forgets an entry": ({}, {}, each_change(no_entry_of_started), {"entries-of-changes", "folding"}),
-    "tells two stories": ({}, {}, own_history, {"watchers-agree"}),
+    "shows two histories": ({}, {}, own_history, {"watchers-agree"}),
     "hoards": ({}, {}, hoard, {"slow-reader"}),
     "gives no token": ({}, {}, each(no_token), {"tokens-and-times", "present-token", "older-token", "cut-streams"}),
     "ignores tokens": (
@@ -352,7 +352,7 @@ FAULTS: dict[str, Fault] = {
         faithful,
         {"replays"},
     ),
-    "tries in earnest": ({"BookAppointment": without("validate_only")}, {}, faithful, {"refusals"}),
+    "ignores validate_only": ({"BookAppointment": without("validate_only")}, {}, faithful, {"refusals"}),
     "answers odd revisions": (
         {},
         dict.fromkeys(("CheckIn", "RescheduleAppointment"), next_revision),
@@ -382,7 +382,7 @@ ANSWERS: dict[str, Any] = {
 
 
 class Proxy(grpc.GenericRpcHandler):
-    """Stands before a server and spoils what goes through."""
+    """A proxy that adds a fault to the traffic of a server."""
 
     def __init__(self, channel: grpc.aio.Channel, fault: Fault) -> None:
         self._channel = channel
@@ -422,7 +422,7 @@ class Proxy(grpc.GenericRpcHandler):
 
 
 def spoilt(raw: bytes, kinds: dict[str, Any], faults: dict[str, Callable[[Any], object]], name: str) -> bytes:
-    """The message with its fault."""
+    """The message, with its fault."""
     if name not in faults:
         return raw
     message = kinds[name].FromString(raw)
@@ -433,8 +433,8 @@ def spoilt(raw: bytes, kinds: dict[str, Any], faults: dict[str, Callable[[Any], 
 
 @asynccontextmanager
 async def spoiling(front: Front, fault: Fault) -> AsyncGenerator[int]:
-    """The port of a proxy with this fault before the test's server."""
-    # Holding as little of a stream as it can, whatever the reader does.
+    """The port of a proxy with this fault to the test's server."""
+    # Buffer as little of a stream as possible, even if the reader is slow.
     options = [("grpc.http2.bdp_probe", 0)]
     async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}", options) as channel:
         server = grpc.aio.server()
@@ -448,7 +448,7 @@ async def spoiling(front: Front, fault: Fault) -> AsyncGenerator[int]:
 
 
 async def test_the_proxy_alone_spoils_nothing(front: Front) -> None:
-    """A proxy without a fault conforms, so what fails below fails for the fault."""
+    """A proxy without a fault conforms, so the failures below come from the faults."""
     async with spoiling(front, ({}, {}, faithful, set())) as port:
         found = await results(port)
     assert {name: result.detail for name, result in found.items() if result.verdict == "FAIL"} == {}
@@ -456,14 +456,14 @@ async def test_the_proxy_alone_spoils_nothing(front: Front) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 async def test_a_fault_is_seen(front: Front, fault: Fault) -> None:
-    """Each fault fails the checks of what it breaks."""
+    """Each fault fails the checks of the rules that it breaks."""
     async with spoiling(front, fault) as port:
         found = await results(port, sorted(fault[3]), patience=1)
     assert verdicts(found, "FAIL") == fault[3], {name: result.detail for name, result in found.items()}
 
 
 async def test_a_fault_of_what_is_timed_is_seen(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So do faults of what a server times."""
+    """Faults of timing fail their checks too."""
 
     async def judge(name: str) -> Result:
         async with spoiling(front, ({}, {}, TIMED_FAULTS[name], set())) as port:
@@ -474,7 +474,7 @@ async def test_a_fault_of_what_is_timed_is_seen(front: Front, monkeypatch: pytes
 
 
 def test_every_check_can_fail() -> None:
-    """There is a fault for each check, but for two that are another one with a longer wait."""
+    """There is a fault for each check, except for two that differ from others only by a longer wait."""
     seen = set(TIMED_FAULTS).union(*(fault[3] for fault in FAULTS.values()))
     assert set(CHECKS) - seen == IMPOSSIBLE | {"default-heartbeat", "longest-heartbeat"}
 
@@ -489,7 +489,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 async def test_the_command(front: Front) -> None:
-    """It reports each check that was asked for, and its status says whether all of them passed."""
+    """The command reports each requested check, and its exit status says whether all of them passed."""
     target = ["--target", f"127.0.0.1:{front.port}"]
     only = ["--only", "chain", "--only", "lost-token"]
     done = await asyncio.to_thread(command, *target, *only)
@@ -497,7 +497,7 @@ async def test_the_command(front: Front) -> None:
     assert re.search(r"│ 2 +│ chain +│ PASS +│", done.stdout)
     assert re.search(r"│ 1 +│ lost-token +│ SKIPPED +│", done.stdout)
     assert "1 PASS, 0 FAIL, 1 SKIPPED" in done.stdout
-    async with spoiling(front, FAULTS["counts everybody"]) as port:
+    async with spoiling(front, FAULTS["counts every entry"]) as port:
         failed = await asyncio.to_thread(command, "--target", f"127.0.0.1:{port}", "--only", "queue-counts")
     assert (failed.returncode, failed.stderr) == (1, "")
     assert re.search(r"│ queue-counts +│ FAIL +│", failed.stdout)
@@ -515,14 +515,14 @@ async def test_the_command(front: Front) -> None:
     ids=["no target", "unknown check", "no patience", "no number"],
 )
 def test_wrong_usage(arguments: list[str], said: str) -> None:
-    """What is asked for in a wrong way ends with status 2 and one line that names it."""
+    """A wrong option ends with status 2 and one line that names it."""
     done = command(*arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert said in done.stderr
 
 
 def test_the_command_finds_nobody(unused_tcp_port: int) -> None:
-    """A service that cannot be reached is said in one line."""
+    """If the service cannot be reached, the command prints one line."""
     done = command("--target", f"127.0.0.1:{unused_tcp_port}")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"frontdesk: no frontdesk answers at 127.0.0.1:{unused_tcp_port}\n"

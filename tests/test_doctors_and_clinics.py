@@ -1,4 +1,4 @@
-"""Clinics and doctors: kept, found, changed; a doctor's presence by date."""
+"""Clinics and doctors are stored, found and changed; a doctor's presence is set by date."""
 
 from datetime import date, timedelta
 
@@ -10,7 +10,7 @@ from tests.clinic import Front, day, details, outcome, reason_of, refusal, today
 
 
 async def test_clinics(front: Front) -> None:
-    """A clinic needs a name and a real time zone; its phone is read by its country; lists go by city, case ignored."""
+    """A clinic needs a name and a real time zone; its country reads its phone; lists by city ignore letter case."""
     clinic = await front.clinic(city="São Paulo", country="BR", phone="(11) 3333-4444", postal_code="01000-000")
     assert clinic.phone == "+551133334444"
     await front.clinic(city="Lima", country="PE")
@@ -33,7 +33,7 @@ async def test_clinics(front: Front) -> None:
 
 
 async def test_a_doctor_of_no_named_clinic(front: Front) -> None:
-    """A doctor who names no clinic is the default clinic's, takes ten patients a day, and is active."""
+    """A doctor without a clinic gets the default clinic, ten patients per day, and is active."""
     request = doctor_pb2.CreateDoctorRequest(doctor=doctor_pb2.Doctor(code="D1", display_name="Dr. One"))
     doctor = (await front.doctors.CreateDoctor(request)).doctor
     assert front.sql("select is_default from clinic where id = %s", doctor.clinic_id) == [(True,)]
@@ -45,7 +45,7 @@ async def test_a_doctor_of_no_named_clinic(front: Front) -> None:
 
 
 async def test_codes_and_licences_are_unique(front: Front) -> None:
-    """Two doctors have neither one code nor one licence number; the refusal names the doctor who has it."""
+    """Two doctors cannot share a code or a licence number; the refusal names the doctor who has it."""
     one = await front.doctor(code="A", license_number="L-1")
     two = await front.doctor(code="B")
     await front.doctor(code="C")
@@ -75,7 +75,7 @@ async def test_find_doctors(front: Front) -> None:
 
 
 async def test_availability(front: Front) -> None:
-    """What was said of dates is listed by date within the bounds, both included, and pages go on where they ended."""
+    """Availability is listed by date, with both bounds included, and each page continues after the last."""
     doctor = await front.doctor()
     start = today()
     for offset in (3, 1, 2, 5):
@@ -84,7 +84,7 @@ async def test_availability(front: Front) -> None:
                 doctor_id=doctor.id, date=day(start + timedelta(days=offset)), is_present=False, note=f"day {offset}"
             )
         )
-    # A booking makes a doctor-day, and says nothing of presence.
+    # A booking creates a doctor-day, but does not set availability.
     (patient,) = await front.people(1)
     await front.book(patient.id, doctor.id, start + timedelta(days=4))
 

@@ -1,4 +1,4 @@
-"""A primary that dies is replaced by its standby, under a service that knows both of them."""
+"""When a primary dies, its standby replaces it for a service that knows both."""
 
 import asyncio
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ DATABASE = "clinic"
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Cluster, Cluster]]:
-    """A primary, with a database of this release, that acknowledges nothing before its standby has it."""
+    """A primary with a database of this release, which acknowledges a commit only after its standby has it."""
     with directories() as make, Cluster(make("primary")) as primary:
         primary.start()
         primary.sql(f"create database {DATABASE}")
@@ -33,7 +33,7 @@ def pair() -> Iterator[tuple[Cluster, Cluster]]:
 
 
 async def test_the_primary_dies(pair: tuple[Cluster, Cluster], tmp_path: Path) -> None:
-    """kill -9 of the primary, promotion of the standby: every acknowledged booking is there, and streams go on."""
+    """After kill -9 of the primary and promotion of the standby, no acknowledged booking is lost; streams continue."""
     primary, standby = pair
     both = make_conninfo(
         primary.conninfo,

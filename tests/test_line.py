@@ -1,4 +1,4 @@
-"""The visit and the line: tickets without gaps, calling order, every transition and every refusal of one."""
+"""Visits and the queue: tickets without gaps, calling order, and every transition, allowed or refused."""
 
 import asyncio
 from collections.abc import Callable
@@ -25,7 +25,7 @@ async def test_tickets_without_gaps(front: Front) -> None:
 
 
 async def test_two_rooms_call_two_patients(front: Front) -> None:
-    """Two who call at once get two different patients, the first two of the line; an empty line says so."""
+    """Two simultaneous CallNext calls get the first two patients; on an empty queue the call is refused."""
     doctor = await front.doctor()
     tickets = [(await front.arrive(doctor.id)).entry.ticket for _ in range(2)]
     called = await asyncio.gather(*(front.call_next(doctor.id, room) for room in ("1", "2")))
@@ -35,7 +35,7 @@ async def test_two_rooms_call_two_patients(front: Front) -> None:
 
 
 async def test_the_life_of_a_visit(front: Front) -> None:
-    """Booked, checked in, called, in consultation, completed: the line and the visit move together."""
+    """From booked to completed, the queue entry and the visit state change together."""
     doctor = await front.doctor()
     arrived = await front.arrive(doctor.id, given_name="Ana", family_name="Lima")
     assert (arrived.entry.ticket, arrived.entry.position, arrived.entry.patient_name) == (1, 1, "Ana Lima")
@@ -51,12 +51,12 @@ async def test_the_life_of_a_visit(front: Front) -> None:
     assert ended.appointment.state == State.STATE_COMPLETED
     assert ended.revision == 6
     assert not (await front.queue(doctor.id)).entries
-    # A completed visit keeps its place of the day.
+    # A completed visit keeps its place on the doctor-day.
     assert front.sql("select number from appointment where id = %s", appointment_id) == [(1,)]
 
 
 async def test_places_in_the_line(front: Front) -> None:
-    """Back in line means the place of the ticket, after a missed call the end; parked patients wait aside."""
+    """A returned patient gets the place of the ticket, after a missed call the end; parked patients wait aside."""
     doctor = await front.doctor()
     ids = [(await front.arrive(doctor.id)).appointment.id for _ in range(3)]
 
@@ -73,7 +73,7 @@ async def test_places_in_the_line(front: Front) -> None:
     await front.queues.MarkMissed(queue_pb2.MarkMissedRequest(appointment_id=ids[0]))
     back = await front.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=ids[0]))
     assert (back.entry.position, await line()) == (3, [2, 3, 1])
-    # Who comes later stays behind the one who missed.
+    # A patient who checks in later stays behind the one who missed the call.
     await front.arrive(doctor.id)
     assert await line() == [2, 3, 1, 4]
     await front.queues.ParkPatient(queue_pb2.ParkPatientRequest(appointment_id=ids[1]))
@@ -85,7 +85,7 @@ async def test_places_in_the_line(front: Front) -> None:
 
 
 async def test_call_again(front: Front) -> None:
-    """A second call is counted, and may name another room."""
+    """CallAgain counts the call, and may name another room."""
     doctor = await front.doctor()
     arrived = await front.arrive(doctor.id)
     await front.call_next(doctor.id, "1")
@@ -96,7 +96,7 @@ async def test_call_again(front: Front) -> None:
 
 
 async def test_freed_places(front: Front) -> None:
-    """Cancelled, left and no-show visits give their place of the day back; completed ones do not."""
+    """Cancelled, left and no-show visits free their place on the doctor-day; completed ones do not."""
     doctor = await front.doctor(max_patients_per_day=1)
 
     async def full() -> bool:
@@ -121,7 +121,7 @@ async def test_freed_places(front: Front) -> None:
 
 
 async def test_check_in_guards(front: Front) -> None:
-    """Check-in is for the right patient, on the right date, once."""
+    """Check-in works for the right patient, on the right date, and once."""
     doctor = await front.doctor()
     one, two = await front.people(2)
     booked = (await front.book(one.id, doctor.id)).appointment
@@ -136,7 +136,7 @@ async def test_check_in_guards(front: Front) -> None:
 
 
 async def test_every_transition(front: Front) -> None:
-    """Each verb goes from its states alone; elsewhere it is refused, says the state, and changes nothing."""
+    """Each verb works only from its states; otherwise it is refused with the present state, and changes nothing."""
     doctor = await front.doctor(max_patients_per_day=1000)
     a, q = front.appointments, front.queues
     verbs: dict[str, Callable[[str], Any]] = {
@@ -191,12 +191,12 @@ async def test_every_transition(front: Front) -> None:
                 if not checked_in:
                     assert details(error)["ErrorInfo"].metadata["state"] == state
                 assert await front.appointment(booked.id) == before
-            # The line is empty again for the next round.
+            # The queue is empty again for the next round.
             await outcome(a.CancelAppointment(pb.CancelAppointmentRequest(appointment_id=booked.id)))
 
 
 async def test_queue_of_another_day(front: Front) -> None:
-    """A line is its date's: tomorrow's is empty and expects who is booked."""
+    """Each date has its own queue: tomorrow's is empty and expects the booked patients."""
     doctor = await front.doctor()
     await front.arrive(doctor.id)
     (person,) = await front.people(1)

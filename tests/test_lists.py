@@ -29,7 +29,7 @@ def key(appointment: pb.Appointment) -> tuple[int, int, int, str]:
 
 
 async def a_month(front: Front) -> Sequence[pb.Appointment]:
-    """Three doctors of two clinics, some patients over several days, some of them cancelled."""
+    """Appointments with three doctors of two clinics, for several patients on several days; some are cancelled."""
     clinic = await front.clinic()
     doctors = [await front.doctor(clinic_id=clinic.id), await front.doctor(clinic_id=clinic.id), await front.doctor()]
     people = await front.people(4)
@@ -42,7 +42,7 @@ async def a_month(front: Front) -> Sequence[pb.Appointment]:
 
 
 async def test_every_filter_and_order(front: Front) -> None:
-    """Each combination of filters answers exactly the appointments that fit, in order, whatever the page size."""
+    """Each combination of filters answers exactly the matching appointments, in order, with any page size."""
     known = await a_month(front)
     one = known[0]
     ways: dict[str, tuple[dict[str, Any], Any]] = {
@@ -79,7 +79,7 @@ def _ymd(offset: int) -> tuple[int, int, int]:
 
 
 async def test_rows_come_and_go_between_pages(front: Front) -> None:
-    """While others book, cancel and move, a reader of pages sees each appointment that stays exactly once."""
+    """While others book, cancel and move, a reader of pages sees each unchanged appointment exactly once."""
     known = await a_month(front)
     stays = {a.id for a in known if a.state == State.STATE_BOOKED}
     clinic_id = known[0].clinic_id
@@ -105,7 +105,7 @@ async def test_rows_come_and_go_between_pages(front: Front) -> None:
 
 
 async def test_a_list_needs_a_bound(front: Front) -> None:
-    """Without a patient, a doctor or a clinic both dates are required, at most 31 days of them, in order."""
+    """Without a patient, a doctor or a clinic, both dates are required, in order and at most 31 days."""
     start = today()
 
     async def asked(days: int, **fields: Any) -> str:

@@ -1,4 +1,4 @@
-"""What is thrown away, and what that means for those who come back."""
+"""The deletion of old keys and events, and its effect on callers who return."""
 
 import asyncio
 import subprocess
@@ -16,7 +16,7 @@ DAY = 86400.0
 
 
 async def test_old_keys_and_events_go(front: Front) -> None:
-    """Keys and events of old days go, those of young ones stay, and a watch that resumes there begins afresh."""
+    """Old keys and old days' events are deleted, newer ones stay; a watch that resumes on such a day starts afresh."""
     doctor = await front.doctor()
     people = await front.people(3)
     watch: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor.id))
@@ -50,7 +50,7 @@ async def test_old_keys_and_events_go(front: Front) -> None:
 
 
 async def test_many_rows_go_in_batches(front: Front) -> None:
-    """However many rows are old, all go, and `frontdesk maintain` says how many."""
+    """Any number of old rows is deleted, and `frontdesk maintain` prints how many."""
     front.sql(
         "insert into idempotency (caller, method, key, fingerprint, create_time)"
         " select 'c', 'm', n::text, 'f', now() - interval '30 days' from generate_series(1, 5001) n"

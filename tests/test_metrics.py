@@ -1,4 +1,4 @@
-"""The page of metrics, as a scraper reads it from `frontdesk serve` with two workers."""
+"""The metrics page of `frontdesk serve` with two workers, as a scraper reads it."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ Page = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Service]]:
-    """Starts two workers that measure, on this database; without one, on an embedded PostgreSQL."""
+    """Start two workers with metrics, on this database; on an embedded PostgreSQL if it is empty."""
     monkeypatch.setenv("FRONTDESK_METRICS_LISTEN", "127.0.0.1:0")
     monkeypatch.setenv("FRONTDESK_POOL_SIZE", "4")
     monkeypatch.setenv("FRONTDESK_DATA_DIR", str(tmp_path / "data"))
@@ -60,12 +60,12 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 @pytest.fixture
 def service(conninfo: str, start: Callable[[str], Service]) -> Service:
-    """Two workers that measure."""
+    """Two workers with metrics."""
     return start(conninfo)
 
 
 def url(service: Service) -> str:
-    """Where the log says that the page is."""
+    """The address of the page, from the log."""
     lines = map(json.loads, service.log.read_text().splitlines())
     return str(next(line["url"] for line in lines if line["event"] == "metrics"))
 
@@ -93,14 +93,14 @@ def value(found: Page, name: str, **labels: str) -> float | None:
 
 
 async def watch(front: Front, doctor_id: str) -> Any:
-    """An open stream that has had its first message."""
+    """An open stream whose first message has arrived."""
     stream: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor_id))
     await stream.read()
     return stream
 
 
 def form_of_the_page(service: Service, tmp_path: Path) -> None:
-    """The text format before OpenMetrics is there for those who ask for it; the workers' files are private."""
+    """A scraper may ask for the text format before OpenMetrics. The workers' files are private."""
     asked = urllib.request.Request(url(service), headers={"Accept": "text/plain;version=0.0.4"})
     with urllib.request.urlopen(asked, timeout=10) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain")
@@ -112,7 +112,7 @@ def form_of_the_page(service: Service, tmp_path: Path) -> None:
 
 
 async def test_one_page_for_all_workers(service: Service, conninfo: str) -> None:
-    """Calls of both workers add up; the dashboard and the alerts know every number; nothing tells of a patient."""
+    """Calls of both workers add up; the dashboard shows every metric; no metric contains patient data."""
     first, second = await two_fronts(service, conninfo)
     doctor = await first.doctor(max_patients_per_day=5)
     streams = [await watch(front, doctor.id) for front in (first, second)]
@@ -174,15 +174,15 @@ async def test_one_page_for_all_workers(service: Service, conninfo: str) -> None
 
 
 async def test_what_is_under_way(service: Service, conninfo: str, tmp_path: Path) -> None:
-    """Calls that wait show in the gauges, and where the connections are short that as well."""
+    """Calls in progress show in the gauges, and so do calls that wait for a connection."""
     form_of_the_page(service, tmp_path)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{service.port}") as channel:
         front = Front(channel, conninfo, service.port)
         doctor = await front.doctor()
         request = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(today()), is_present=True)
         async with await psycopg.AsyncConnection.connect(conninfo) as other:
-            # The doctor-day is busy, so the calls wait: four of this worker in the database, the others for one of its
-            # connections.
+            # The doctor-day is locked, so the calls wait: four in the database, the others for a connection of the
+            # pool.
             await other.execute("select lock_all(array[doctor_day_name(%s, clinic_today(%s))])", (doctor.id, doctor.id))
             calls = [asyncio.create_task(outcome(front.doctors.SetDoctorAvailability(request))) for _ in range(10)]
 
@@ -203,7 +203,7 @@ async def test_what_is_under_way(service: Service, conninfo: str, tmp_path: Path
 
 
 async def test_the_dead_have_counts_and_no_gauges(service: Service, conninfo: str) -> None:
-    """What killed workers have counted stays, what they had open does not, and their successors count on."""
+    """The counts of killed workers stay, their gauges go, and their successors add to the counts."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{service.port}") as channel:
         front = Front(channel, conninfo, service.port)
         doctor = await front.doctor(max_patients_per_day=5)
@@ -212,7 +212,7 @@ async def test_the_dead_have_counts_and_no_gauges(service: Service, conninfo: st
         await front.book(patient.id, doctor.id)
         await until(lambda: value(page(service), "watchers") == 1)
         await until(lambda: value(page(service), "watch_lag_seconds_count") == 1)
-        # The sessions of those who come next have another clock, which says nothing of a lag.
+        # The sessions of the next workers have another clock, so their changes give no lag.
         with psycopg.connect(conninfo, autocommit=True) as admin:
             admin.execute(f"alter database {admin.info.dbname} set frontdesk.now = '{_now(conninfo)}'".encode())
         for pid in service.workers():
@@ -242,7 +242,7 @@ async def test_the_dead_have_counts_and_no_gauges(service: Service, conninfo: st
 
 
 async def test_a_postgresql_that_died(start: Callable[[str], Service], tmp_path: Path) -> None:
-    """The embedded one is the supervisor's own to start again; the page says so, and is there meanwhile."""
+    """The supervisor restarts an embedded PostgreSQL that died; the page counts it, and stays available meanwhile."""
     service = await asyncio.to_thread(start, "")
     await until(lambda: value(page(service), "workers_healthy") == 2)
     os.kill(int((tmp_path / "data" / "postgres" / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
@@ -255,7 +255,7 @@ async def test_a_postgresql_that_died(start: Callable[[str], Service], tmp_path:
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:9464", "192.0.2.1:9464", "example.org:9464"])
 def test_only_loopback(listen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page has no credentials, so nobody else may reach it."""
+    """The page has no credentials, so it is served on loopback only."""
     monkeypatch.setenv("FRONTDESK_METRICS_LISTEN", listen)
     with pytest.raises(SettingsError, match=r"FRONTDESK_METRICS_LISTEN: .*only loopback"):
         Settings.load()
@@ -279,7 +279,7 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
 
 
 def test_what_is_off_is_not_even_imported() -> None:
-    """Neither the numbers nor the traces cost a worker anything that does without."""
+    """A worker without metrics and traces does not load their packages."""
     code = (
         "import sys, frontdesk.process.worker;"
         " print([m for m in ('prometheus_client', 'opentelemetry') if m in sys.modules])"
@@ -288,12 +288,12 @@ def test_what_is_off_is_not_even_imported() -> None:
     assert done.stdout == "[]\n"
 
 
-# --- What is in docs/operations. ---
+# --- The files in docs/operations ---
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="without Prometheus's promtool")
 def test_what_fires() -> None:
-    """Each alert fires where it should, and none where all is well."""
+    """Each alert fires in its case, and none fires if all is well."""
     rules = Path(__file__).parent / "alerts_test.yaml"
     done = subprocess.run(["promtool", "test", "rules", rules], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -308,7 +308,7 @@ def dashboard_expressions() -> list[str]:
 
 
 def alert_expressions() -> list[str]:
-    """Every condition of an alert; each alert says what it is and what to do."""
+    """Every condition of an alert. Each alert has a summary and an action."""
     rules = [
         rule for group in yaml.safe_load((OPERATIONS / "alerts.yaml").read_text())["groups"] for rule in group["rules"]
     ]

@@ -1,4 +1,4 @@
-"""A small model of the clinic beside the real service: whatever people do, in whatever order, both agree.
+"""A small model of the clinic beside the real service: after any actions in any order, both agree.
 
 `make soak` runs many more examples than `make test`.
 """
@@ -32,7 +32,7 @@ IN_LINE = ("WAITING", "CALLED", "IN_CONSULTATION", "PARKED", "MISSED")
 
 @dataclass
 class Clinic:
-    """A running service whose clock stands still, and how to ask its database."""
+    """A running service with a stopped clock, and access to its database."""
 
     client: SyncFrontdeskClient
     conninfo: str
@@ -44,7 +44,7 @@ class Clinic:
 
 @pytest.fixture
 def clinic(conninfo: str, settings: Settings) -> Iterator[Clinic]:
-    """A real server, in a thread of its own, because Hypothesis is synchronous."""
+    """A real server in its own thread, because Hypothesis is synchronous."""
     with psycopg.connect(conninfo, autocommit=True) as admin:
         admin.execute(f"alter database {admin.info.dbname} set frontdesk.now = '{NOW.isoformat()}'")
     loop = asyncio.new_event_loop()
@@ -66,7 +66,7 @@ def clinic(conninfo: str, settings: Settings) -> Iterator[Clinic]:
 
 @dataclass
 class Visit:
-    """What the model knows of an appointment."""
+    """An appointment in the model."""
 
     id: str
     patient: int
@@ -81,7 +81,7 @@ class Visit:
 
 @dataclass
 class Day:
-    """What the model knows of a doctor's day."""
+    """A doctor's day in the model."""
 
     revision: int = 1
     last_ticket: int = 0
@@ -91,7 +91,7 @@ class Day:
 
 CAPACITY = 3
 SLOTS = [(0, 10, 0, 1), (0, 10, 30, 2), (1, 10, 15, 1), (1, 11, 0, 2)]
-"""Doctor, hour, minute and capacity of the slots, each of half an hour."""
+"""The doctor, hour, minute and capacity of each slot of half an hour."""
 
 
 def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
@@ -135,10 +135,10 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             self.days = [Day(), Day()]
             self.visits: list[Visit] = []
 
-        # What the model expects of a place.
+        # The model's rules for a place
 
         def place(self, patient: int, doctor: int, slot: int | None, moving: Visit | None = None) -> str | int:
-            """The number that is given, or the reason of the refusal."""
+            """The number that will be given, or the reason of the refusal."""
             others = [visit for visit in self.visits if visit is not moving]
             if not self.days[doctor].present:
                 return "DOCTOR_ABSENT"
@@ -163,7 +163,7 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             self.days[doctor].kinds.append(kind)
             return self.days[doctor].revision
 
-        # What people do.
+        # Actions
 
         @rule(patient=st.integers(0, 5), doctor=st.integers(0, 1), dry=st.booleans())
         def book_day(self, patient: int, doctor: int, dry: bool) -> None:
@@ -239,7 +239,7 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
         @precondition(lambda self: self.visits)
         @rule(data=st.data(), verb=st.sampled_from(sorted(VERBS)))
         def verb(self, data: st.DataObject, verb: str) -> None:
-            # Mostly the latest, so that lives go on to their ends.
+            # Mostly a recent one, so that visits get to their end.
             visit = data.draw(st.sampled_from(self.visits[-6:]))
             call, allowed, after = VERBS[verb]
             at = visit.line if visit.state == "CHECKED_IN" else visit.state
@@ -267,7 +267,7 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             if verb == "CancelAppointment" and not visit.ticket:
                 visit.line = None
 
-        # What always holds.
+        # Invariants
 
         def line(self, doctor: int) -> list[Visit]:
             waiting = [v for v in self.visits if v.doctor == doctor and v.line == "WAITING"]
@@ -332,7 +332,7 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
 
 
 def attempt(call: Any) -> tuple[Any, str]:
-    """The answer, or why there is none."""
+    """The answer, or the reason of the refusal."""
     try:
         return call(), "OK"
     except FrontdeskError as error:
@@ -384,9 +384,9 @@ VERBS: dict[str, tuple[Any, set[str], tuple[str, str | None, str]]] = {
         ANY_LINE, ("LEFT", "LEFT", "LEFT"),
     ),
 }  # fmt: skip
-"""How each verb is called, from which states it goes, and the visit, the line and the event that it leaves."""
+"""For each verb its call, the states that allow it, and the resulting visit state, queue state and event."""
 
 
 def test_the_service_agrees_with_the_model(clinic: Clinic) -> None:
-    """Never over capacity, numbers unique, tickets and revisions without gaps, history = present, refusals the same."""
+    """Never over capacity, unique numbers, tickets and revisions without gaps, history = present, the same refusals."""
     run_state_machine_as_test(machine(clinic))

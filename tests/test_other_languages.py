@@ -1,6 +1,7 @@
-"""What a client needs that shares no code with us: reflection, the protos, and nothing else.
+"""A client that shares no code with us needs only reflection or the protos.
 
-`buf curl` stands for it: a program in another language that learns the contract from the server and speaks JSON.
+`buf curl` stands for such a client: a program in another language that learns the contract from the server and speaks
+JSON.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ BUF = shutil.which("buf", path=str(Path(sys.executable).parent)) or "buf"
 
 
 async def curl(front: Front, method: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Call a method with JSON, by reflection alone; the answer, or the error under `code`."""
+    """Call a method with JSON, using reflection alone; return the answer, or the error under `code`."""
     process = await asyncio.create_subprocess_exec(
         BUF,
         "curl",
@@ -40,7 +41,7 @@ def wire(day: Any) -> dict[str, int]:
 
 
 async def test_a_day_in_json(front: Front) -> None:
-    """Everything of the first stage can be done through reflection: open, register, book, move, check in, call, end."""
+    """Reflection is enough for everything: create, register, book, move, check in, call, complete."""
     clinic = (
         await curl(front, "ClinicService/CreateClinic", {"clinic": {"name": "Norte", "timeZone": "America/Sao_Paulo"}})
     )["clinic"]

@@ -1,4 +1,4 @@
-"""Who is the same person, and how people are found again."""
+"""The rules that recognise the same person, and the ways to find patients."""
 
 import asyncio
 
@@ -26,7 +26,7 @@ async def register(front: Front, country: str = "", **fields: object) -> pb.Regi
 
 
 async def test_the_same_person_is_found_again(front: Front) -> None:
-    """The same phone and name, however written, is one person; another name on that phone is another."""
+    """The same phone and name, in any spelling, is one person; another name on that phone is another person."""
     first = await register(front, given_name="Ana María", family_name="de Souza")
     again = await register(
         front, given_name="  ANA   maría ", family_name="De Souza", phone="(11) 98765-4321", country="BR"
@@ -39,7 +39,7 @@ async def test_the_same_person_is_found_again(front: Front) -> None:
 
 
 async def test_a_contradicting_birth_date_is_another_person(front: Front) -> None:
-    """Father and son of one name share a phone: their birth dates tell them apart; none known contradicts none."""
+    """Father and son with one name share a phone: their birth dates distinguish them; an unknown date matches any."""
     father = await register(front, given_name="João", birth_date=Date(year=1950, month=1, day=2))
     son = await register(front, given_name="João", birth_date=Date(year=1980, month=3, day=4))
     assert father.patient.id != son.patient.id
@@ -48,14 +48,14 @@ async def test_a_contradicting_birth_date_is_another_person(front: Front) -> Non
 
 
 async def test_registered_once_by_many_at_once(front: Front) -> None:
-    """Forty who register one person at the same time make one record."""
+    """Forty simultaneous registrations of one person make one record."""
     answers = await asyncio.gather(*(register(front, given_name="Eva") for _ in range(40)))
     assert len({answer.patient.id for answer in answers}) == 1
     assert sum(not answer.already_registered for answer in answers) == 1
 
 
 async def test_everything_is_kept(front: Front) -> None:
-    """What was registered is what is read: dates, contacts, allergies, insured numbers."""
+    """A patient is read as registered: dates, contacts, allergies, insured numbers."""
     registered = await register(
         front,
         given_name="Rosa",
@@ -78,7 +78,7 @@ async def test_everything_is_kept(front: Front) -> None:
 
 
 async def test_update_by_mask(front: Front) -> None:
-    """Only the fields of the mask change; `*` clears what is not set; a required field cannot be cleared."""
+    """An update changes only the fields of the mask; `*` clears unset fields; required fields cannot be cleared."""
     patient = (await register(front, given_name="Ida", email="ida@example.org", allergies=["dust"])).patient
 
     async def update(*paths: str, etag: str = "", **fields: object) -> pb.Patient:
@@ -100,7 +100,7 @@ async def test_update_by_mask(front: Front) -> None:
 
 
 async def test_two_records_of_one_person_are_refused(front: Front) -> None:
-    """An update that would make a second record of a person is refused, and says which record is the first."""
+    """An update that would make a second record of one person is refused, and names the first record."""
     one = (await register(front, given_name="Ana")).patient
     two = (await register(front, given_name="Anna")).patient
     renamed = pb.UpdatePatientRequest(patient=pb.Patient(id=two.id, given_name="ANA"))
@@ -110,7 +110,7 @@ async def test_two_records_of_one_person_are_refused(front: Front) -> None:
 
 
 async def test_find(front: Front) -> None:
-    """People are found by phone, by the beginning of a name, by insured number; at least one must be given."""
+    """Patients are found by phone, start of a name, or insured number; at least one is required."""
     ana = (await register(front, given_name="Ana", family_name="Muñoz")).patient
     bob = (await register(front, given_name="Bob", family_name="Anand", phone="+442079460958")).patient
     insured = await register(front, given_name="Cid", insurances=[pb.Insurance(country="CL", number="12345")])
@@ -130,7 +130,7 @@ async def test_find(front: Front) -> None:
 
 
 async def test_pages_neither_repeat_nor_skip(front: Front) -> None:
-    """Pages show every row once, also when rows come and go between them; a token is bound to its filter."""
+    """Pages show every row once, even while rows come and go; a token is bound to its filter."""
     ids = [(await register(front, given_name=f"Kim {n}")).patient.id for n in range(7)]
     request = pb.ListPatientsRequest(phone=PHONE, page_size=3)
     seen = []
@@ -140,7 +140,7 @@ async def test_pages_neither_repeat_nor_skip(front: Front) -> None:
         if not page.next_page_token:
             break
         request.page_token = page.next_page_token
-        # One that was shown goes, one comes.
+        # One that was shown leaves the filter, and one joins it.
         front.sql("delete from patient where id = %s", seen[0])
         ids.append((await register(front, given_name=f"Kim {len(ids)}")).patient.id)
         if len(ids) > 9:

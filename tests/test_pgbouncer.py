@@ -1,4 +1,4 @@
-"""Two replicas behind PgBouncer in transaction mode, with fewer sessions than they would like to have."""
+"""Two replicas behind PgBouncer in transaction mode, with fewer sessions than they have connections."""
 
 import asyncio
 from collections import Counter
@@ -34,7 +34,7 @@ def pooled() -> Iterator[tuple[Cluster, PgBouncer]]:
         cluster.sql(f"create database {DATABASE}")
         with PgBouncer(make("pgbouncer"), cluster, sessions=SESSIONS) as bouncer:
             bouncer.start()
-            # Through the pooler, too: it is one transaction.
+            # Through the pooler, to show that this works: it is one transaction.
             migrate(make_conninfo(bouncer.conninfo, dbname=DATABASE))
             yield cluster, bouncer
 
@@ -43,7 +43,7 @@ def pooled() -> Iterator[tuple[Cluster, PgBouncer]]:
 def services(
     request: pytest.FixtureRequest, pooled: tuple[Cluster, PgBouncer], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[Service]]:
-    """Two replicas of two workers each, which hear of one another by LISTEN, or not at all."""
+    """Two replicas with two workers each, which exchange hints by LISTEN, or only poll."""
     cluster, bouncer = pooled
     url, direct = (make_conninfo(one.conninfo, dbname=DATABASE) for one in (bouncer, cluster))
     logs = tmp_path_factory.mktemp("logs")
@@ -63,7 +63,7 @@ def services(
 
 @pytest.fixture
 async def fronts(services: list[Service], pooled: tuple[Cluster, PgBouncer]) -> AsyncIterator[list[Front]]:
-    """Clients of both replicas; their `sql` goes past the pooler."""
+    """Clients of both replicas. Their `sql` bypasses the pooler."""
     direct = make_conninfo(pooled[0].conninfo, dbname=DATABASE)
     async with AsyncExitStack() as stack:
         channels = [
@@ -73,7 +73,7 @@ async def fronts(services: list[Service], pooled: tuple[Cluster, PgBouncer]) -> 
 
 
 async def seen(front: Front, doctor_id: str, last: int, begun: asyncio.Event) -> list[tuple[int, int, str]]:
-    """What a watcher is told of this doctor's today up to a revision, each message from where the last one ended."""
+    """The changes that a watcher sees up to a revision of the doctor's today; each message continues from the last."""
     watch: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor_id))
     told: list[tuple[int, int, str]] = []
     known = (await watch.read()).revision
@@ -89,7 +89,7 @@ async def seen(front: Front, doctor_id: str, last: int, begun: asyncio.Event) ->
 
 
 async def test_the_clinic_holds(fronts: list[Front], pooled: tuple[Cluster, PgBouncer]) -> None:
-    """Never over capacity, a key acts once, tickets without gaps, one history for all watchers: over both replicas."""
+    """Over both replicas: never over capacity, a key acts once, tickets without gaps, one history for all watchers."""
     places, callers = 20, 60
     doctor = await fronts[0].doctor(max_patients_per_day=places)
     people = await fronts[0].people(callers)
@@ -102,7 +102,7 @@ async def test_the_clinic_holds(fronts: list[Front], pooled: tuple[Cluster, PgBo
         await asyncio.gather(*(event.wait() for event in begun))
 
         async def twins(index: int) -> set[str]:
-            """Both replicas are asked at once, with one key."""
+            """Ask both replicas at once, with one key."""
             key = f"k-{doctor.id}-{index}"
             answers = await asyncio.gather(
                 *(front.book(people[index].id, doctor.id, idempotency_key=key) for front in fronts),
@@ -111,7 +111,7 @@ async def test_the_clinic_holds(fronts: list[Front], pooled: tuple[Cluster, PgBo
             refused = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
             assert {reason_of(error) for error in refused} <= {"DAY_FULL"}
             booked = [one for one in answers if isinstance(one, appointment_pb2.BookAppointmentResponse)]
-            # One place for both of them, or none.
+            # Both get the same place, or neither gets one.
             assert not (booked and refused)
             assert Counter(one.replayed for one in booked) in (Counter(), Counter({True: 1, False: 1}))
             return {one.appointment.id for one in booked}
@@ -135,7 +135,7 @@ async def test_the_clinic_holds(fronts: list[Front], pooled: tuple[Cluster, PgBo
 
 
 async def test_forms_do_not_depend_on_the_session(fronts: list[Front], pooled: tuple[Cluster, PgBouncer]) -> None:
-    """Whatever the database's own zone and style of dates: each session that is lent has ours."""
+    """Every session has our time zone and date style, whatever the database's own."""
     cluster, _ = pooled
     for setting in ("timezone = 'Asia/Tokyo'", "datestyle = 'German'"):
         cluster.sql(f"alter database {DATABASE} set {setting}")
@@ -157,7 +157,7 @@ async def test_forms_do_not_depend_on_the_session(fronts: list[Front], pooled: t
 
 
 async def until_answered(front: Front) -> doctor_pb2.Doctor:
-    """A doctor, as soon as there is a database to keep one."""
+    """A new doctor, as soon as the database is available."""
     async with asyncio.timeout(20):
         while True:
             try:
@@ -169,13 +169,13 @@ async def until_answered(front: Front) -> doctor_pb2.Doctor:
 
 
 async def test_a_deadline_ends_the_statement(fronts: list[Front], pooled: tuple[Cluster, PgBouncer]) -> None:
-    """A cancel request goes through the pooler: the statement ends, and its session serves the next."""
+    """A cancel request passes through the pooler: the statement ends, and its session serves the next call."""
     doctor = await fronts[0].doctor()
     (patient,) = await fronts[0].people(1)
     waiting = "select count(*) from pg_stat_activity where datname = %s and wait_event_type = 'Lock'"
     async with await psycopg.AsyncConnection.connect(fronts[0].conninfo) as other:
         await other.execute("select lock_all(array[doctor_day_name(%s, %s)])", (doctor.id, today()))
-        # As many as there are sessions, so that one left behind would be missed.
+        # As many calls as there are sessions, so that a session left busy would show.
         target = appointment_pb2.DoctorDay(doctor_id=doctor.id, date=day(today()))
         request = appointment_pb2.BookAppointmentRequest(patient_id=patient.id, doctor_day=target)
         late = await asyncio.gather(
@@ -183,13 +183,13 @@ async def test_a_deadline_ends_the_statement(fronts: list[Front], pooled: tuple[
         )
         assert {error.code() for error in late} == {grpc.StatusCode.DEADLINE_EXCEEDED}
         await until(lambda: fronts[0].sql(waiting, DATABASE) == [(0,)])
-        # The doctor-day is still locked, and nobody is stuck behind it.
+        # The doctor-day is still locked, but no session is.
         assert await outcome(fronts[0].clinic()) == "OK"
     assert (await fronts[1].book(patient.id, doctor.id)).appointment.number == 1
 
 
 async def test_a_killed_pgbouncer(fronts: list[Front], pooled: tuple[Cluster, PgBouncer]) -> None:
-    """PgBouncer is killed and started again under a stream of bookings: what is acknowledged stays, and acts once."""
+    """If PgBouncer is killed and restarted under a stream of bookings, acknowledged ones stay, and keys act once."""
     _, bouncer = pooled
     doctor = await fronts[0].doctor(max_patients_per_day=1000)
     people = await many_people(fronts[0], 400)
@@ -226,7 +226,7 @@ async def until_refused(front: Front) -> None:
 
 
 def test_missing_safeguards_are_told(pooled: tuple[Cluster, PgBouncer], tmp_path: Path) -> None:
-    """At its start the service says which settings the role ought to have, and says nothing once it has them."""
+    """At its start the service logs the settings that the role should have, and nothing once it has them."""
     cluster, bouncer = pooled
     url = make_conninfo(bouncer.conninfo, dbname=DATABASE)
     user = cluster.sql("select current_user")[0][0]
@@ -243,7 +243,7 @@ def test_missing_safeguards_are_told(pooled: tuple[Cluster, PgBouncer], tmp_path
     cluster.sql(f"alter role {user} in database {DATABASE} set statement_timeout = '10s'")
     cluster.sql(f"alter role {user} in database {DATABASE} set client_connection_check_interval = '2s'")
     try:
-        # What the sessions were opened with they keep; the service on the way has them opened anew.
+        # Sessions keep the settings with which they were opened. The service has them opened anew.
         cluster.sql("select pg_terminate_backend(pid) from pg_stat_activity where datname = 'clinic'")
         assert said("with") == []
     finally:

@@ -1,4 +1,4 @@
-"""Slots: never two of one doctor at a time, always within one civil day of the clinic."""
+"""Slots: no two of one doctor overlap, and each lies within one civil day of the clinic."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -28,7 +28,7 @@ def _of(patient_id: str) -> appointment_pb2.ListAppointmentsRequest:
 
 
 async def test_half_open(front: Front) -> None:
-    """One slot may start where another ends, and overlap by no minute; another doctor's time is another matter."""
+    """One slot may start when another of the doctor ends, but not a minute earlier; other doctors do not matter."""
     doctor, other = await front.doctor(), await front.doctor()
     at = soon()
     first = await front.slot(doctor.id, at)
@@ -41,14 +41,14 @@ async def test_half_open(front: Front) -> None:
 
 
 async def test_a_race_for_one_time(front: Front) -> None:
-    """Of twenty who open the same time at once, one does."""
+    """Of twenty simultaneous calls that create the same slot, one succeeds."""
     doctor = await front.doctor()
     outcomes = await asyncio.gather(*(outcome(front.slot(doctor.id, soon())) for _ in range(20)))
     assert sorted(outcomes) == ["OK"] + ["SLOT_OVERLAP"] * 19
 
 
 async def test_overlap_stands_behind_the_check(front: Front) -> None:
-    """Even a writer that does not ask cannot put two slots of one doctor into one time."""
+    """The database refuses overlapping slots of one doctor even from a writer that does not check."""
     doctor = await front.doctor()
     slot = await front.slot(doctor.id, soon())
     with pytest.raises(psycopg.errors.ExclusionViolation, match="slot_doctor_overlap"):
@@ -60,7 +60,7 @@ async def test_overlap_stands_behind_the_check(front: Front) -> None:
 
 
 async def test_all_or_none(front: Front) -> None:
-    """A batch with one slot that cannot be opens none, and the refusal says which."""
+    """A batch with one impossible slot creates none, and the refusal says which one."""
     doctor = await front.doctor()
     at = [soon(hours) for hours in (0, 1, 2)]
     good = [wanted(doctor.id, start, start + timedelta(minutes=30)) for start in at]
@@ -78,7 +78,7 @@ async def test_all_or_none(front: Front) -> None:
 
 
 async def test_one_civil_day(front: Front) -> None:
-    """A slot may end at the clinic's midnight and not go over it; it must lie in the future."""
+    """A slot may end at the clinic's midnight, but not later; it must be in the future."""
     doctor = await front.doctor()
     midnight = datetime.combine(tomorrow() + timedelta(days=1), datetime.min.time(), ZoneInfo(ZONE))
     late = wanted(doctor.id, midnight - timedelta(minutes=30), midnight)
@@ -94,7 +94,7 @@ async def test_one_civil_day(front: Front) -> None:
 
 
 async def test_the_hour_that_comes_twice(front: Front) -> None:
-    """When clocks go back, 01:30 exists twice, and both are slots; the instants tell them apart."""
+    """When clocks go back, 01:30 exists twice: the instants distinguish the two slots."""
     doctor = await front.doctor(zone="America/New_York")
     # 2040-11-04: daylight saving time ends at 06:00 UTC.
     first = datetime(2040, 11, 4, 5, 30, tzinfo=UTC)
@@ -106,7 +106,7 @@ async def test_the_hour_that_comes_twice(front: Front) -> None:
 
 
 async def test_list_available(front: Front) -> None:
-    """Available means open, in the future, a place left in slot and doctor-day, the doctor present."""
+    """An available slot is open, in the future, with a place in slot and doctor-day, and the doctor present."""
     doctor = await front.doctor(specialty="Cardiology", max_patients_per_day=2)
     free, taken, blocked = [await front.slot(doctor.id, soon(hours)) for hours in (0, 1, 2)]
     (one, two) = await front.people(2)
@@ -137,7 +137,7 @@ async def test_list_available(front: Front) -> None:
 
 
 async def test_pages_of_slots(front: Front) -> None:
-    """Pages of slots go by start time, each slot once."""
+    """Pages of slots are ordered by start time and show each slot once."""
     doctor = await front.doctor()
     made = [await front.slot(doctor.id, soon(hours / 2)) for hours in (3, 1, 2, 0, 4)]
     request = pb.ListSlotsRequest(doctor_id=doctor.id, page_size=2)
@@ -152,7 +152,7 @@ async def test_pages_of_slots(front: Front) -> None:
 
 
 async def test_block_keeps_what_is_booked(front: Front) -> None:
-    """Blocking keeps the bookings and takes no new one; an unknown slot among the ids blocks none."""
+    """A blocked slot keeps its bookings and takes no new ones; an unknown id among the ids blocks none."""
     doctor = await front.doctor()
     slot = await front.slot(doctor.id, soon(), capacity=2)
     one, two = await front.people(2)
@@ -167,7 +167,7 @@ async def test_block_keeps_what_is_booked(front: Front) -> None:
 
 
 async def test_delete(front: Front) -> None:
-    """A slot with a live booking is not deleted; without one it is, and its cancelled booking keeps its history."""
+    """A slot with a live booking is not deleted. Without one it is, and its cancelled booking stays in the history."""
     doctor = await front.doctor()
     slot = await front.slot(doctor.id, soon())
     (patient,) = await front.people(1)

@@ -1,4 +1,4 @@
-"""The architecture's promises that a program can keep."""
+"""The promises of the architecture that a program can check."""
 
 import ast
 from pathlib import Path
@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools": {"client"},
     "cli": {"errors", "db", "core", "jobs", "process", "client", "tools", "settings"},
 }
-"""The packages and modules directly below frontdesk, and what each may know of the others."""
+"""The packages and modules directly below frontdesk, with those that each may import."""
 
 MAY_SPEAK_GRPC = {"rpc", "client", "tools", "cli"}
 PROTOS = Path(__file__).parent.parent / "protos" / "clinic" / "frontdesk" / "v1"
@@ -53,7 +53,7 @@ def room(path: Path) -> str:
 
 
 def test_only_the_edge_speaks_grpc() -> None:
-    """The core knows nothing of gRPC or generated code: only rpc/, the clients and the commands do."""
+    """The core does not know gRPC or generated code: only rpc/, the clients and the commands do."""
     for path in SOURCE.rglob("*.py"):
         if room(path) not in MAY_SPEAK_GRPC:
             spoken = {name.partition(".")[0] for name in imports(path)} & WIRE
@@ -61,7 +61,7 @@ def test_only_the_edge_speaks_grpc() -> None:
 
 
 def test_imports_point_inwards() -> None:
-    """Each package imports only the packages that its line names, so there is no circle between packages."""
+    """Each package imports only the packages in its entry, so no two packages import each other."""
     for path in SOURCE.rglob("*.py"):
         if path.parent == SOURCE and path.name == "__init__.py":
             continue
@@ -71,7 +71,7 @@ def test_imports_point_inwards() -> None:
 
 
 def test_one_noun_is_one_name() -> None:
-    """A service is found under its proto's name: `rpc/services/x.py` translates it and `core/x.py` decides."""
+    """A service has one name: `x.proto`, `rpc/services/x.py`, which translates, and `core/x.py`, which decides."""
     services = {path.stem for path in PROTOS.glob("*.proto") if "\nservice " in path.read_text()}
     assert services
     assert services == {path.stem for path in (SOURCE / "rpc" / "services").glob("*.py")} - {"__init__"}
@@ -79,7 +79,7 @@ def test_one_noun_is_one_name() -> None:
 
 
 def test_only_settings_and_cli_read_the_environment() -> None:
-    """Everything else is told what it needs."""
+    """All other modules get their settings from their callers."""
     for path in SOURCE.rglob("*.py"):
         if path.name not in {"cli.py", "settings.py"}:
             text = path.read_text()
@@ -89,7 +89,7 @@ def test_only_settings_and_cli_read_the_environment() -> None:
 
 
 def test_migrations_make_the_schema(conninfo: str) -> None:
-    """The tables that the core is written with are the tables that the migrations make."""
+    """The tables of the core's statements equal the tables that the migrations make."""
     engine = sa.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(conninfo))
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
@@ -97,7 +97,7 @@ def test_migrations_make_the_schema(conninfo: str) -> None:
 
 
 def test_every_constraint_has_a_name(conninfo: str) -> None:
-    """Code and logs refer to constraints by name; PostgreSQL's invented names are nobody's choice."""
+    """Every constraint has a name that we chose, because code and logs refer to it."""
     with psycopg.connect(conninfo) as connection:
         named = {
             str(name)
@@ -127,7 +127,7 @@ def test_transitions_lead_to_the_allowed_states(conninfo: str) -> None:
 
 
 def test_every_reason_has_a_code() -> None:
-    """The public list of reasons, the core's refusals and the table of codes are the same list."""
+    """The public list of reasons, the core's refusals and the table of codes are one list."""
     public = {name.removeprefix("ERROR_REASON_") for name in error_reason_pb2.ErrorReason.DESCRIPTOR.values_by_name}
     assert public == set(REFUSALS) | {"UNSPECIFIED", "INTERNAL"}
     for refusal in REFUSALS.values():

@@ -1,4 +1,4 @@
-"""The traces of calls: in this process by the SDK's own exporter, and from `frontdesk serve` by OTLP."""
+"""Traces of calls: in this process with the SDK's own exporter, and from `frontdesk serve` by OTLP."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ METHOD = "clinic.frontdesk.v1."
 
 
 class Spans:
-    """What was traced."""
+    """The exported spans."""
 
     def __init__(self) -> None:
         self.exporter = InMemorySpanExporter()
@@ -61,7 +61,7 @@ def spans() -> Spans:
 
 @pytest.fixture
 async def traced(conninfo: str, settings: Settings, spans: Spans) -> AsyncIterator[Front]:
-    """A client of a server that traces."""
+    """A client of a server with tracing."""
     worker = Worker(settings, conninfo, tracing=Tracing(spans.provider))
     port = await worker.start("127.0.0.1:0")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -70,7 +70,7 @@ async def traced(conninfo: str, settings: Settings, spans: Spans) -> AsyncIterat
 
 
 async def test_a_call_and_its_statements(traced: Front, spans: Spans) -> None:
-    """A call is a span below its caller's, its statements are spans below it, and nothing else is traced."""
+    """A call is a span below its caller's span, its statements are spans below it, and nothing else is traced."""
     doctor = await traced.doctor()
     patient = await traced.patient()
     booked = await traced.book(patient.id, doctor.id)
@@ -98,11 +98,11 @@ async def test_a_call_and_its_statements(traced: Front, spans: Spans) -> None:
         "db.query.summary": "SELECT decide",
     }
     assert {call.status.status_code, statement.status.status_code} == {StatusCode.UNSET}
-    assert len(spans.all()) == 2, "the polls of the tailer and the question of health belong to no call"
+    assert len(spans.all()) == 2, "the tailer's polls and the health check's query belong to no call"
 
 
 async def test_callers_that_share_a_statement(traced: Front, spans: Spans) -> None:
-    """Each has its own span around the wait for it, in its own trace, and nobody's trace has another's."""
+    """If callers share a statement, each has a span for its wait in its own trace, and no trace contains another's."""
     doctor = await traced.doctor(max_patients_per_day=50)
     people = await traced.people(12)
     spans.exporter.clear()
@@ -119,7 +119,7 @@ async def test_callers_that_share_a_statement(traced: Front, spans: Spans) -> No
 
 
 async def test_statements_of_a_transaction(traced: Front, spans: Spans) -> None:
-    """Each is a span of its own, in the call's."""
+    """Each statement of a call has its own span in the call's trace."""
     await traced.patient()
     names = [span.name for span in spans.below(spans.call("PatientService/RegisterPatient"))]
     assert len(names) >= 2
@@ -127,7 +127,7 @@ async def test_statements_of_a_transaction(traced: Front, spans: Spans) -> None:
 
 
 async def test_whose_fault_it_was(traced: Front, spans: Spans) -> None:
-    """A refusal is the caller's business; what the server could not do is an error, and tells nothing of the row."""
+    """A refusal is not an error of the span. A failure of the server is, and its span contains nothing of the row."""
     doctor = await traced.doctor()
     patient = await traced.patient(given_name="Zuleika", phone="+5511912345678", email="zq@example.org")
     await traced.book(patient.id, doctor.id, reason="vertigo")
@@ -160,7 +160,7 @@ async def test_whose_fault_it_was(traced: Front, spans: Spans) -> None:
 
 
 async def test_a_stream_is_one_span(traced: Front, spans: Spans) -> None:
-    """From its beginning to its end, whoever ends it."""
+    """The span of a stream lasts from its start to its end, whoever ends it."""
     doctor = await traced.doctor()
     request = queue_pb2.WatchQueueRequest(doctor_id=doctor.id, date=day(today()))
     watch: Any = traced.queues.WatchQueue(request, metadata=[TRACEPARENT])
@@ -178,7 +178,7 @@ async def test_a_stream_is_one_span(traced: Front, spans: Spans) -> None:
 
 
 async def test_callers_that_do_not_trace(traced: Front, spans: Spans) -> None:
-    """They begin a trace; one that says it in no valid form as well, and one that is not sampled leaves nothing."""
+    """A call without a valid traceparent starts a trace; one that is not sampled leaves no span."""
     await traced.clinic()
     assert spans.call("ClinicService/CreateClinic").parent is None
     spans.exporter.clear()
@@ -191,11 +191,11 @@ async def test_callers_that_do_not_trace(traced: Front, spans: Spans) -> None:
     assert not spans.all()
 
 
-# --- `frontdesk serve`, and a collector of ours. ---
+# --- `frontdesk serve`, and our own collector ---
 
 
 class Collector:
-    """Takes what is sent by OTLP over HTTP."""
+    """A collector of OTLP over HTTP."""
 
     def __init__(self) -> None:
         self.requests: list[ExportTraceServiceRequest] = []
@@ -237,7 +237,7 @@ async def one_call(service: Service, conninfo: str) -> None:
 
 
 def stopped(service: Service) -> list[dict[str, Any]]:
-    """The log of the service, which is told to stop."""
+    """Stop the service, and return its log."""
     service.stop()
     return [json.loads(line) for line in service.log.read_text().splitlines()]
 
@@ -245,7 +245,7 @@ def stopped(service: Service) -> list[dict[str, Any]]:
 async def test_sent_to_a_collector(
     collector: Collector, conninfo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the standard variables say; the last spans go out before a worker ends, and the log names the trace."""
+    """The standard variables apply; the last spans are sent before a worker ends, and the log names the trace."""
     monkeypatch.setenv("FRONTDESK_TRACES", "on")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "60000")
@@ -270,7 +270,7 @@ async def test_sent_to_a_collector(
 async def test_without_a_collector(
     conninfo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unused_tcp_port: int
 ) -> None:
-    """Calls are answered, the log says in its own form that nobody takes the spans, and a worker ends in time."""
+    """Without a collector, calls are answered, the log reports lost spans in its form, and workers end in time."""
     monkeypatch.setenv("FRONTDESK_TRACES", "on")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{unused_tcp_port}")
     service = await asyncio.to_thread(Service, tmp_path / "log", conninfo, workers=2)
@@ -283,7 +283,7 @@ async def test_without_a_collector(
 async def test_off_by_default(
     collector: Collector, conninfo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The variables of OpenTelemetry alone switch nothing on: they may be there for others."""
+    """The variables of OpenTelemetry alone do not switch traces on: they may be set for other programs."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
     service = await asyncio.to_thread(Service, tmp_path / "log", conninfo, workers=2)
     await one_call(service, conninfo)
@@ -294,8 +294,8 @@ async def test_off_by_default(
 
 
 def test_the_packages_are_needed(tmp_path: Path) -> None:
-    """Where the extra was not installed, one line says how to."""
-    # An installation without: an import hook hides the SDK, as if it were not there.
+    """If the extra is not installed, one line says how to install it."""
+    # An import hook hides the SDK, as if it were not installed.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Hide:\n"

@@ -1,4 +1,4 @@
-"""Waiting for what nobody announces: until it holds, with an end for what never does."""
+"""Wait until a condition holds that nothing announces, with a limit for conditions that never hold."""
 
 import asyncio
 import time
@@ -8,25 +8,25 @@ from typing import TypeVar
 T = TypeVar("T")
 
 SOON = 20.0
-"""Seconds: plenty, also on a busy machine. Where another bound tells right from wrong, the test says so."""
+"""Seconds: enough for a busy machine. If a test needs another limit to tell right from wrong, it says so."""
 
 
 async def until(holds: Callable[[], bool], seconds: float = SOON) -> None:
-    """Wait until it holds."""
+    """Wait until the condition holds."""
     async with asyncio.timeout(seconds):
         while not holds():  # noqa: ASYNC110 - what it waits for is often in another process
             await asyncio.sleep(0.01)
 
 
 async def until_true(holds: Callable[[], Awaitable[bool]], seconds: float = SOON) -> None:
-    """Wait until it holds, where the asking takes its time as well."""
+    """Wait until the condition holds; asking for it takes time too."""
     async with asyncio.timeout(seconds):
         while not await holds():  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.01)
 
 
 def wait_for(condition: Callable[[], T], seconds: float = SOON) -> T:
-    """Block until there is something true, and answer it."""
+    """Block until the value is true, and return it."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, "waited in vain"
