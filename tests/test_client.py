@@ -568,6 +568,112 @@ async def test_final_errors_are_raised(code: grpc.StatusCode) -> None:
     assert caught.value.code is code
 
 
+# The watch when nothing gets better
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts follow one another without the usual pauses."""
+    monkeypatch.setattr(watch_state, "LONGEST_PAUSE", 0.01)
+
+
+TOO_LARGE = update(60_000, 5)
+TOO_LARGE.update.changes[0].appointment_id = "x" * 5_000_000
+"""An update beyond the 4 MiB that gRPC's clients receive by default; ours sends none, other servers may."""
+Follow = Callable[[Script, int], Awaitable[list[Update]]]
+
+
+async def followed_by_sync(script: Script, count: int) -> list[Update]:
+    """As `followed`, by the synchronous client."""
+
+    def follow(port: int) -> list[Update]:
+        with (
+            SyncFrontdeskClient(f"127.0.0.1:{port}") as desk,
+            closing(desk.watch_updates(UNKNOWN)) as updates,
+        ):
+            return [next(updates) for _ in range(count)]
+
+    async with script.serving() as port, asyncio.timeout(20):
+        return await asyncio.to_thread(follow, port)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The lines of the client's log."""
+    return [record.getMessage() for record in caplog.records if record.name == "frontdesk.client"]
+
+
+both_clients = pytest.mark.parametrize("follow", [followed, followed_by_sync], ids=["asyncio", "sync"])
+
+
+@both_clients
+@pytest.mark.usefixtures("short_pauses")
+async def test_too_much_to_tell_becomes_a_fresh_start(follow: Follow, caplog: pytest.LogCaptureFixture) -> None:
+    """If all that has happened since is too large to receive, the watch gives its token up, and says so in the log."""
+    script = Script(said(update(5, 0)), *[said(TOO_LARGE)] * 5, silent(update(60_000, 0)))
+    updates = await follow(script, 2)
+    assert [(one.fresh, one.queue.revision) for one in updates] == [(True, 5), (True, 60_000)]
+    assert [request.resume_token for request in script.requests] == ["", *["at 5"] * 5, ""]
+    [warning] = warnings_of(caplog)
+    assert warning.startswith(f"no message about doctor {UNKNOWN} in 5 attempts to watch: RESOURCE_EXHAUSTED: ")
+
+
+@both_clients
+@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.parametrize(
+    ("part", "code"),
+    [
+        (said(TOO_LARGE), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (failed(grpc.StatusCode.INTERNAL), grpc.StatusCode.INTERNAL),
+        (failed(grpc.StatusCode.UNKNOWN), grpc.StatusCode.UNKNOWN),
+        (failed(grpc.StatusCode.DATA_LOSS), grpc.StatusCode.DATA_LOSS),
+        (failed(grpc.StatusCode.FAILED_PRECONDITION), grpc.StatusCode.FAILED_PRECONDITION),
+        (said(), grpc.StatusCode.UNKNOWN),
+        (said(update(9, 7, [9])), grpc.StatusCode.DATA_LOSS),
+    ],
+    ids=["too large", "INTERNAL", "UNKNOWN", "DATA_LOSS", "FAILED_PRECONDITION", "empty", "gap"],
+)
+async def test_what_waiting_does_not_mend_is_raised(
+    follow: Follow, part: Callable[[Any], Awaitable[None]], code: grpc.StatusCode
+) -> None:
+    """A stream that fails again and again before its first message ends the watch after ten attempts, begun or not."""
+    for begun in ([], [said(update(5, 0))]):
+        script = Script(*begun, *[part] * 50)
+        with pytest.raises(FrontdeskError) as caught:
+            await follow(script, 2)
+        assert caught.value.code is code
+        assert len(script.requests) == 10 + len(begun)
+
+
+@both_clients
+@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.parametrize(
+    "part",
+    [
+        failed(grpc.StatusCode.UNAVAILABLE),
+        failed(grpc.StatusCode.ABORTED),
+        failed(grpc.StatusCode.DEADLINE_EXCEEDED),
+        failed(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after=0.01),
+    ],
+    ids=["UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED with RetryInfo"],
+)
+async def test_what_passes_is_waited_for(
+    follow: Follow, part: Callable[[Any], Awaitable[None]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that is away for long is waited for, with a line in the log now and then, and the token is kept."""
+    script = Script(said(update(5, 0)), *[part] * 25, silent(update(6, 5)))
+    updates = await follow(script, 2)
+    assert [one.previous_revision for one in updates] == [0, 5]
+    assert [re.search(r"in (\d+) attempts", text)[1] for text in warnings_of(caplog)] == ["5", "10", "20"]  # type: ignore[index]
+
+
+@pytest.mark.usefixtures("short_pauses")
+async def test_messages_reset_the_count() -> None:
+    """Streams that begin well and fail later are resumed as often as it takes."""
+    parts = [failed(grpc.StatusCode.INTERNAL, update(number, number - 1)) for number in range(6, 40)]
+    updates = await followed(Script(said(update(5, 0)), *parts), 35)
+    assert [one.queue.revision for one in updates] == [*range(5, 40)]
+
+
 # The synchronous client, on gRPC's testing channel
 
 

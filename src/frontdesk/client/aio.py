@@ -89,9 +89,13 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
         the service shows that it is alive (5 to 60, others are clamped); after three of them without a message the
         stream is opened anew. `resume_token` goes on from an earlier Update.
 
-        Raises FrontdeskError if another stream would end in the same way: NOT_FOUND, INVALID_ARGUMENT, UNIMPLEMENTED,
-        UNAUTHENTICATED, PERMISSION_DENIED. Ends when the client is closed. To leave a loop early use
-        `contextlib.aclosing`, which ends the stream at once.
+        Raises FrontdeskError if another stream would end in the same way: at once for NOT_FOUND, INVALID_ARGUMENT,
+        UNIMPLEMENTED, UNAUTHENTICATED and PERMISSION_DENIED, after ten streams in a row without a message (some 20 s)
+        for every other error that waiting does not mend, such as a message that is too large to receive. A service that
+        is UNAVAILABLE or silent is waited for without limit; after 5, 10, 20 … such attempts the logger
+        `frontdesk.client` gets a warning.
+
+        Ends when the client is closed. To leave a loop early use `contextlib.aclosing`, which ends the stream at once.
         """
         watch = Watch(doctor_id, date, heartbeat, resume_token, on_connection)
         while not self._closed.is_set():

@@ -1,6 +1,7 @@
 """The state of a watch: what the watcher knows and when it tries again. Pure: the clients do the talking."""
 
 import datetime
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -26,6 +27,13 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between two streams, unless the service says otherwise."""
 LONGEST_PUSHBACK = 60.0
 """Seconds for which a closing message is obeyed at most."""
+ATTEMPTS_BEFORE_WARNING = 5
+"""After so many streams in a row without a message the log says so, and again after twice as many, and so on.
+
+If waiting seems not to help, the resume token is given up then too: the service may have too much to tell after it.
+"""
+MOST_ATTEMPTS = 10
+"""After so many streams in a row without a message, for a cause that waiting does not mend, the watch ends."""
 
 _FINAL = {
     grpc.StatusCode.NOT_FOUND,
@@ -34,6 +42,14 @@ _FINAL = {
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
 }
+# These pass, as does all that the service answers with RetryInfo; a watch waits for as long as they last.
+_PASSING = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_log = logging.getLogger("frontdesk.client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +106,9 @@ class Watch:
         self._longest_pause = 0.0
         self._opened_at = 0.0
         self._live = False
+        self._attempts = 0
+        """Streams in a row that ended without a message."""
+        self._warn_at = ATTEMPTS_BEFORE_WARNING
         self._on_connection = on_connection or (lambda live: None)
 
     def request(self) -> queue_pb2.WatchQueueRequest:
@@ -120,6 +139,7 @@ class Watch:
         self._token = message.resume_token or self._token
         if not self._live:
             self._live = True
+            self._attempts, self._warn_at = 0, ATTEMPTS_BEFORE_WARNING
             self._on_connection(True)
         return update
 
@@ -128,26 +148,50 @@ class Watch:
         if self._live:
             self._live = False
             self._on_connection(False)
+        else:
+            self._attempts += 1
         if isinstance(error, RevisionGap):
             # Our own server never does this. The missing changes cannot be had, so the watcher gets a fresh start.
             self._start_afresh()
         if self._pushback is not None:
             seconds, self._pushback, self._longest_pause = self._pushback, None, 0.0
             return seconds
-        pushback = 0.0
-        if isinstance(error, grpc.RpcError):
-            failure = FrontdeskError.of(error)
-            if failure.code in _FINAL:
-                if failure.code is not grpc.StatusCode.INVALID_ARGUMENT or self._revision is None:
-                    raise failure from error
-                # The request was accepted before, so it is the token that is wrong: another release may have made it.
-                self._start_afresh()
-            pushback = failure.retry_after or 0.0
+        failure = _failure(error)
+        if failure.code in _FINAL:
+            if failure.code is not grpc.StatusCode.INVALID_ARGUMENT or self._revision is None:
+                raise failure from error
+            # The request was accepted before, so it is the token that is wrong: another release may have made it.
+            self._start_afresh()
+        elif self._attempts:
+            self._give_up_in_the_end(failure, error)
+        pushback = failure.retry_after or 0.0
         if time.monotonic() - self._opened_at > self._longest_pause:
             # The stream lasted longer than the pause before it, so pauses begin with the shortest again.
             self._longest_pause = 0.0
         self._longest_pause = min(max(2 * self._longest_pause, FIRST_PAUSE), LONGEST_PAUSE)
         return max(random.uniform(self._longest_pause / 2, self._longest_pause), pushback)
 
+    def _give_up_in_the_end(self, failure: FrontdeskError, error: Exception | None) -> None:
+        passes = failure.code in _PASSING or failure.retry_after is not None
+        if not passes and self._attempts >= MOST_ATTEMPTS:
+            raise failure from error
+        if self._attempts == self._warn_at:
+            self._warn_at *= 2
+            doctor_id = self._request.doctor_id
+            _log.warning("no message about doctor %s in %d attempts to watch: %s", doctor_id, self._attempts, failure)
+            if not passes:
+                self._start_afresh()
+
     def _start_afresh(self) -> None:
         self._token, self._revision = "", None
+
+
+def _failure(error: Exception | None) -> FrontdeskError:
+    """Why a stream ended, as an error of ours."""
+    if isinstance(error, grpc.RpcError):
+        return FrontdeskError.of(error)
+    if isinstance(error, TimeoutError):
+        return FrontdeskError(grpc.StatusCode.DEADLINE_EXCEEDED, message="the stream was silent")
+    if isinstance(error, RevisionGap):
+        return FrontdeskError(grpc.StatusCode.DATA_LOSS, message="the stream left out changes")
+    return FrontdeskError(grpc.StatusCode.UNKNOWN, message="the stream ended without a message")
