@@ -63,8 +63,8 @@ def frame(kind: int, stream: int, payload: bytes = b"") -> bytes:
 class RawConnection:
     """A client's HTTP/2 connection that can send anything.
 
-    One that does not read takes the 64 KiB that the windows of HTTP/2 allow, or `window` bytes of each stream, and never
-    opens them further.
+    One that does not read takes the 64 KiB that the windows of HTTP/2 allow, or `window` bytes of each stream, and
+    never opens them further.
     """
 
     def __init__(self, port: int, *, reads: bool = True, window: int | None = None) -> None:
