@@ -1,7 +1,7 @@
-"""`python -m tests.history --seed N --minutes M`: play with the service and break it, then judge the history.
+"""`python -m tests.history --seed N --minutes M`: run clients while faults break the service, then check the history.
 
-Prints what was asked, what became of it, what was broken, and each violation by the shortest history that shows it.
-The exit status is 1 where there is one. Two cores do about 500 operations a second: 35 minutes make a million.
+Prints the operations and their outcomes, the faults, and each violation with the shortest history that shows it. The
+exit status is 1 if there is a violation. Two cores do about 500 operations a second, so a million take 35 minutes.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from tests.history.harness import FAULTS, ODD_FAULTS, Plan, play
 
 
 def main() -> int:
-    """Play as the command line says."""
+    """Run the harness with the options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.history", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=1.0)
@@ -20,7 +20,7 @@ def main() -> int:
     given = parser.parse_args()
     faults = [kind for kind in given.faults.split(",") if kind]
     if unknown := set(faults) - {*FAULTS, *ODD_FAULTS}:
-        parser.error(f"no such faults: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown faults: {', '.join(sorted(unknown))}")
     report = play(Plan(seed=given.seed, seconds=given.minutes * 60, clients=given.clients, faults=faults))
     print(report)
     return 1 if report.violations else 0

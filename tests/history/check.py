@@ -1,8 +1,8 @@
-"""What a history of the service must satisfy, whatever broke meanwhile. Pure: records in, violations out.
+"""The rules for a history of the service, whatever faults there were. Pure: records in, violations out.
 
-A history is what clients saw (operations, reads, watches) and what the database holds afterwards (`Facts`). Every
-change was made under a key, so each row of `event` belongs to one remembered key, and each doctor-day can be played
-again from its first revision. All times are those of one clock.
+A history is the clients' record (operations, reads, watches) and the final state of the database (`Facts`). Every
+change has a key, so each row of `event` belongs to one row of `idempotency`, and each doctor-day can be replayed from
+its first revision. All times are from one clock.
 """
 
 from bisect import bisect_left, bisect_right
@@ -15,17 +15,17 @@ from typing import Generic, TypeVar
 Day = tuple[str, str]
 """A doctor's id and a date (YYYY-MM-DD)."""
 Entry = tuple[str, int, str, int]
-"""In a line: appointment, ticket, state, position."""
+"""A queue entry: appointment, ticket, state, position."""
 Picture = tuple[tuple[Entry, ...], int]
-"""A queue: its entries in order, and how many are booked and not here yet."""
+"""A queue: its entries in order, and expected_count."""
 Change = tuple[int, str, str, str, int]
-"""Revision, kind, appointment, and the state and ticket in the line (empty and 0 where the line is not touched)."""
+"""Revision, kind, appointment, and the queue state and ticket (empty and 0 if the change does not touch the queue)."""
 
 OK = "OK"
 UNANSWERED = "?"
-"""An outcome with this prefix says nothing of whether the change was made; the rest is the status or reason."""
+"""Prefix of an outcome that leaves open whether the change was made; the status or reason follows."""
 BROKEN = "!"
-"""An outcome with this prefix must never be seen."""
+"""Prefix of an outcome that must never happen."""
 
 WAITING_ROOM = ("WAITING", "CALLED", "IN_CONSULTATION", "PARKED", "MISSED")
 LINE = {"WAITING", "CALLED", "PARKED", "MISSED"}
@@ -45,7 +45,7 @@ STEPS: dict[str, tuple[set[str], str]] = {
     "CANCELLED": ({"BOOKED"} | LINE, "CANCELLED"),
     "NO_SHOW": ({"BOOKED"}, "NO_SHOW"),
 }
-"""From which states a kind of change comes, and to which it leads. Of a visit that is checked in, the state in line."""
+"""By kind of change: the states that allow it, and the state after it. For a checked-in patient, the entry's state."""
 
 KINDS = {
     "BookAppointment": "BOOKED", "RescheduleAppointment": "MOVED_IN", "CancelAppointment": "CANCELLED",
@@ -62,12 +62,12 @@ REFUSALS: dict[str, set[str]] = {method: {"INVALID_TRANSITION"} for method in KI
     "MarkNoShow": {"INVALID_TRANSITION", "TOO_EARLY"},
     "CallNext": {"QUEUE_EMPTY"},
 }
-"""What the workload of the harness may be refused; it names nobody and nothing that does not exist."""
+"""The reasons for which the harness's requests may be refused. They never name unknown resources."""
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One call under an operation's key."""
+    """One call with an operation's key."""
 
     invoke: float
     complete: float
@@ -80,30 +80,30 @@ class Attempt:
     state: str = ""
     ticket: int = 0
     about: tuple[str, ...] = ()
-    """Of an answer the patient, doctor, date and slot that it names; of a refusal its metadata, name after value."""
+    """Of an answer: its patient, doctor, date and slot. Of a refusal: its metadata, as names and values in turn."""
 
     @property
     def answer(self) -> tuple[object, ...]:
-        """What every answer to the key must say."""
+        """The part that every answer to the key must share."""
         return (self.appointment, self.revision, self.vacated, self.number, self.state, self.ticket)
 
 
 @dataclass(slots=True)
 class Operation:
-    """One intention of a client: a key, and all calls that were made with it."""
+    """One change that a client wants: a key, and all calls with that key."""
 
     client: int
     key: str
     method: str
     day: Day
-    """The doctor-day that it is about, as far as the client knew."""
+    """Its doctor-day, as far as the client knew."""
     appointment: str = ""
     slot: str = ""
     attempts: list[Attempt] = field(default_factory=list)
     patient: str = ""
-    """Who is to be booked; BookAppointment alone."""
+    """The patient to book; BookAppointment only."""
     given_up: bool = False
-    """Nothing answered it although nothing was broken any more."""
+    """Whether it got no answer even after all faults had ended."""
 
     @property
     def successes(self) -> list[Attempt]:
@@ -111,7 +111,7 @@ class Operation:
 
     @property
     def span(self) -> tuple[float, float]:
-        """Between these instants it took effect; of one that succeeded."""
+        """The instants between which a successful operation took effect."""
         first = self.successes[0]
         acted = [one for one in self.successes if not one.replayed]
         start = acted[0].invoke if acted else min(one.invoke for one in self.attempts)
@@ -134,7 +134,7 @@ class Operation:
 
 @dataclass(slots=True)
 class Read:
-    """A GetQueue."""
+    """One call of GetQueue."""
 
     client: int
     day: Day
@@ -149,7 +149,7 @@ class Read:
 
 @dataclass(slots=True)
 class Seen:
-    """An update that a watcher got."""
+    """One update to a watcher."""
 
     watcher: int
     day: Day
@@ -159,7 +159,7 @@ class Seen:
     changes: tuple[Change, ...]
     picture: Picture
     known: int = 0
-    """The revision that the watcher knew before it; 0 at its first."""
+    """The revision that the watcher had before; 0 before the first update."""
 
     def __str__(self) -> str:
         kinds = ", ".join(f"r{change[0]} {change[1]}" for change in self.changes)
@@ -168,17 +168,17 @@ class Seen:
 
 @dataclass(slots=True)
 class History:
-    """What the clients saw."""
+    """The clients' record."""
 
     operations: list[Operation] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     late: list[tuple[int, Day, int, int, str]] = field(default_factory=list)
-    """A watcher, its doctor-day, what it knew, what it should have known by then, and when that was."""
+    """A watcher, its doctor-day, its revision, the revision that it should have had, and when, in words."""
     tally: Counter[str] = field(default_factory=Counter)
-    """What else the clients did, for the report alone."""
+    """Counts of other actions of the clients, for the report only."""
     drains: list[tuple[int, str]] = field(default_factory=list)
-    """How each stream ended when the service was told to stop: `closing, OK` if well."""
+    """The end of each stream when the service was told to stop: `closing, OK` if correct."""
 
 
 @dataclass(slots=True)
@@ -195,7 +195,7 @@ class Event:
 
 @dataclass(slots=True)
 class Visit:
-    """A row of `appointment`; `at` is the state in the line where the patient is checked in."""
+    """A row of `appointment`; `at` is the visit state, or the queue state while the patient is checked in."""
 
     id: str
     patient: str
@@ -222,36 +222,36 @@ class Memory:
 
 @dataclass(slots=True)
 class Facts:
-    """What the database holds at the end."""
+    """The final state of the database."""
 
     capacities: dict[str, int] = field(default_factory=dict)
-    """Places a day, by doctor."""
+    """Capacity of each date, by doctor."""
     slots: dict[str, int] = field(default_factory=dict)
-    """Places, by slot."""
+    """Capacity, by slot."""
     times: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Start and end of slots."""
+    """Start and end, by slot."""
     events: list[Event] = field(default_factory=list)
     visits: dict[str, Visit] = field(default_factory=dict)
     memories: list[Memory] = field(default_factory=list)
     revisions: dict[Day, int] = field(default_factory=dict)
     deadlocks: int = 0
-    """That PostgreSQL broke during the run."""
+    """Deadlocks that PostgreSQL broke during the run."""
 
 
 @dataclass(slots=True)
 class Violation:
-    """A broken rule. `rule` and `text` name one instance of it, and all the evidence that counts."""
+    """A broken rule. `rule` and `text` identify one instance, with all evidence that matters."""
 
     rule: str
     text: str
     days: tuple[Day, ...] = ()
-    """The doctor-days that it is about; none where it is about the service as a whole."""
+    """The doctor-days that it concerns; empty if it concerns the service as a whole."""
     revision: int = 0
-    """What comes later in the first of these days cannot matter; 0: all matters."""
+    """Later revisions of the first of these days do not matter; 0 if all matter."""
     by: str = ""
     """The part of the checker that found it."""
     shortest: list[str] = field(default_factory=list)
-    """The least of the history that shows it, as lines; see `tests.history.shortest`."""
+    """The shortest history that shows it, as lines; see `tests.history.shortest`."""
 
     def __str__(self) -> str:
         return "\n    ".join([f"{self.rule}: {self.text}", *self.shortest])
@@ -261,7 +261,7 @@ T = TypeVar("T")
 
 
 class _Steps(Generic[T]):
-    """A quantity that changes with some revisions."""
+    """A value that changes at some revisions."""
 
     def __init__(self, first: T) -> None:
         self._revisions = [1]
@@ -273,13 +273,13 @@ class _Steps(Generic[T]):
             self._values.append(value)
 
     def between(self, low: int, high: int) -> list[T]:
-        """What it was from revision `low` to `high`."""
+        """The values from revision `low` to `high`."""
         start = max(bisect_right(self._revisions, low) - 1, 0)
         return self._values[start : max(bisect_right(self._revisions, high), start + 1)]
 
 
 class _Replay:
-    """A doctor-day played again from its events."""
+    """The replay of a doctor-day from its events."""
 
     def __init__(self, day: Day, events: Sequence[Event], memories: dict[tuple[Day, int], Memory], facts: Facts):
         self.day = day
@@ -289,15 +289,15 @@ class _Replay:
         self.taken: _Steps[int] = _Steps(0)
         self.taken_of_slot: dict[str, _Steps[int]] = defaultdict(lambda: _Steps(0))
         self.states: dict[str, _Steps[str]] = defaultdict(lambda: _Steps(""))
-        """Of each appointment; empty where it is elsewhere."""
+        """The states of each appointment; empty while it is on another doctor-day."""
         self.slots: dict[str, set[str]] = defaultdict(set)
-        """Which slots each appointment ever had here."""
+        """All slots that each appointment had on this day."""
         self.at: dict[str, str] = {}
         self.place: dict[str, tuple[int, str]] = {}
         self.ticket: dict[str, int] = {}
         self.moved: set[str] = set()
         self._holding: dict[str, str] = {}
-        """Those of `at` that hold a place."""
+        """The part of `at` that holds a place."""
         self._order: dict[str, tuple[int, int]] = {}
         self._last_ticket = 0
         self._capacity = facts.capacities.get(day[0], 0)
@@ -361,7 +361,7 @@ class _Replay:
             if event.kind == "CHECKED_IN":
                 self._last_ticket += 1
                 if event.ticket != self._last_ticket:
-                    self._say("tickets", f"ticket {event.ticket} where {self._last_ticket} is next", revision)
+                    self._say("tickets", f"ticket {event.ticket}, but {self._last_ticket} is next", revision)
                     self._last_ticket = event.ticket
                 self.ticket[who] = event.ticket
             if event.kind == "CALLED":
@@ -375,7 +375,7 @@ class _Replay:
         else:
             after, in_line = before, event.state
         if event.state != in_line:
-            self._say("transition", f"{event.kind} left the line at '{event.state}', not '{in_line}'", revision)
+            self._say("transition", f"{event.kind} left the queue entry at '{event.state}', not '{in_line}'", revision)
         self.states[who].set(revision, after)
 
     def _guess(self, who: str) -> tuple[int, str]:
@@ -385,19 +385,19 @@ class _Replay:
     def _take(self, who: str, number: int, slot: str, revision: int) -> None:
         holders = {self.place[one][0]: one for one in self._holding}
         if len(holders) >= self._capacity or number > self._capacity:
-            self._say("over-capacity", f"number {number}, {len(holders) + 1} of {self._capacity} places", revision)
+            self._say("over-capacity", f"number {number}, place {len(holders) + 1} of {self._capacity}", revision)
         elif number in holders:
-            self._say("number-twice", f"number {number} is that of {holders[number]} and of {who}", revision)
+            self._say("number-twice", f"number {number} belongs to both {holders[number]} and {who}", revision)
         elif number != (free := next(n for n in range(1, self._capacity + 1) if n not in holders)):
-            self._say("number-twice", f"number {number}, where {free} is the lowest free", revision)
+            self._say("number-twice", f"number {number}, but {free} is the lowest free one", revision)
         if slot:
             taken, places = self._taken_of(slot), self._facts.slots.get(slot, 0)
             if taken >= places:
-                self._say("over-capacity", f"{taken + 1} of {places} places of slot {slot}", revision)
+                self._say("over-capacity", f"place {taken + 1} of {places} in slot {slot}", revision)
         visits = self._facts.visits
         for one, at in self._holding.items():
             if at in LIVE and one in visits and who in visits and visits[one].patient == visits[who].patient:
-                self._say("patient-twice", f"{one} and {who} are live and of one patient", revision)
+                self._say("patient-twice", f"{one} and {who} are live appointments of one patient", revision)
 
     def _picture(self) -> Picture:
         by_state: dict[str, list[str]] = defaultdict(list)
@@ -411,13 +411,13 @@ class _Replay:
         return tuple(entries), len(by_state["BOOKED"])
 
     def ever(self, appointment: str, low: int, high: int, states: Iterable[str]) -> bool:
-        """Whether the appointment was in one of the states at a revision from `low` to `high`."""
+        """Whether the appointment was in one of the states at any revision from `low` to `high`."""
         return appointment in self.states and not set(states).isdisjoint(self.states[appointment].between(low, high))
 
 
 @dataclass(slots=True)
 class _Point:
-    """Something that is known to have happened at, or to have seen, a revision of a doctor-day."""
+    """A write or a read at a known revision of a doctor-day, in a known interval of time."""
 
     start: float
     end: float
@@ -427,7 +427,7 @@ class _Point:
 
 
 class _Bounds:
-    """Between which revisions a doctor-day was in an interval of time."""
+    """The possible revisions of a doctor-day in an interval of time."""
 
     def __init__(self, points: Sequence[_Point]) -> None:
         by_end = sorted(points, key=lambda point: point.end)
@@ -456,7 +456,7 @@ def _named(source: Operation | Read) -> str:
 
 
 class Checker:
-    """The rules, over one history."""
+    """Checks one history against the rules."""
 
     def __init__(self, history: History, facts: Facts) -> None:
         self._history = history
@@ -491,10 +491,10 @@ class Checker:
         "acknowledged", "keys", "answers", "replayed", "final", "overlaps", "real_time", "pictures", "watches",
         "refusals", "asked", "manners",
     )  # fmt: skip
-    """The parts of the checker, each some rules."""
+    """The parts of the checker, each with some rules."""
 
     def check(self, parts: Sequence[str] = PARTS) -> list[Violation]:
-        """Every violation that these parts find."""
+        """All violations that these parts find."""
         found: list[Violation] = []
         for part in parts:
             for violation in getattr(self, f"_{part}")():
@@ -503,24 +503,24 @@ class Checker:
         return found
 
     def _effects(self, operation: Operation) -> Iterator[tuple[Day, int, tuple[float, float]]]:
-        """The doctor-days and revisions that an operation made, and between which instants."""
+        """The doctor-days and revisions that an operation changed, with the interval of time."""
         memory = self._memory.get((operation.method, operation.key))
         if not operation.successes:
             if memory is not None and operation.attempts:
-                # Nobody heard of it: made at some time after it was first asked for.
+                # It was never acknowledged: it was made at some time after the first call.
                 yield memory.day, memory.revision, (min(one.invoke for one in operation.attempts), float("inf"))
             return
         first = operation.successes[0]
         day = memory.day if memory is not None else operation.day
         yield day, first.revision, operation.span
-        # The answer does not say which day was left. With equal revisions it may have been this one; and where the
-        # appointment left two days at revisions of one number, either: then nothing is concluded.
+        # The answer does not name the day that was left. If the revisions are equal, it may have been this one; if the
+        # appointment left two days at equal revisions, it may have been either. Then conclude nothing.
         left = self._left.get((first.appointment, first.vacated), [])
         if first.vacated != first.revision and len(left) == 1 and left[0] != day:
             yield left[0], first.vacated, operation.span
 
     def days_of(self, operation: Operation) -> set[Day]:
-        """The doctor-days that an operation was about."""
+        """The doctor-days that an operation concerns."""
         found = {operation.day, *self._days_of.get(operation.appointment, ())}
         return found | {day for day, _, _ in self._effects(operation)}
 
@@ -532,7 +532,7 @@ class Checker:
                 event = self._event.get((day, one.revision))
                 if event is None or (event.kind, event.appointment) != (KINDS[operation.method], one.appointment):
                     text = (
-                        f"{_named(operation)} was acknowledged as r{one.revision} of {_told(day)}, where the database"
+                        f"{_named(operation)} was acknowledged as r{one.revision} of {_told(day)}, but the database"
                         f" has {event or 'nothing'}"
                     )
                     yield Violation("acknowledged-lost", text, (day,))
@@ -544,8 +544,8 @@ class Checker:
             claims[memory.day, memory.revision].append(f"{memory.method} {memory.key}")
             if (memory.day, memory.revision) not in self._event:
                 text = (
-                    f"{memory.method} {memory.key} is remembered as r{memory.revision} of {_told(memory.day)}, which is"
-                    " not there"
+                    f"{memory.method} {memory.key} is stored as r{memory.revision} of {_told(memory.day)}, which does"
+                    " not exist"
                 )
                 yield Violation("key-without-effect", text, (memory.day,))
             if memory.vacated:
@@ -565,22 +565,24 @@ class Checker:
             memory = self._memory.get((operation.method, operation.key))
             days = (memory.day if memory is not None else operation.day,)
             if len({one.answer for one in successes}) > 1 or sum(not one.replayed for one in successes) > 1:
-                text = f"{_named(operation)}: {len(successes)} answers of one key"
+                text = f"{_named(operation)}: {len(successes)} different answers to one key"
                 yield Violation("answers-disagree", text, days)
             if successes and memory is not None:
                 told = (successes[0].appointment, successes[0].revision)
                 if told != (memory.appointment, memory.revision):
-                    yield Violation("answers-disagree", f"{operation.key} was answered {told}, kept as {memory}", days)
+                    yield Violation(
+                        "answers-disagree", f"{operation.key} was answered {told}, but stored as {memory}", days
+                    )
             for one in operation.attempts:
                 if one.outcome == OK or one.outcome.startswith((UNANSWERED, BROKEN)):
                     continue
                 if successes and one.invoke > successes[0].complete:
-                    text = f"{one.outcome} to {_named(operation)}, which had been answered"
+                    text = f"{one.outcome} to {_named(operation)} after its success was answered"
                     yield Violation("refused-though-made", text, days)
                 elif memory is not None:
                     low, _ = self._span(memory.day, one.invoke, one.complete)
                     if low >= memory.revision or len(operation.attempts) == 1:
-                        text = f"{one.outcome} to {_named(operation)}, which had acted"
+                        text = f"{one.outcome} to {_named(operation)} after it had acted"
                         yield Violation("refused-though-made", text, days)
             if operation.given_up:
                 yield Violation("no-answer", f"{operation}", days)
@@ -595,7 +597,7 @@ class Checker:
             kept = self._facts.revisions.get(day, 1)
             last = self._replays[day].last if day in self._replays else 1
             if kept != last:
-                text = f"the counter of {_told(day)} is at {kept}, the events at {last}"
+                text = f"the counter of {_told(day)} is {kept}, but the last event is {last}"
                 yield Violation("revisions", text, (day,))
         for visit in self._facts.visits.values():
             replay = self._replays.get(visit.day)
@@ -603,25 +605,25 @@ class Checker:
             place = replay.place.get(visit.id, (0, "")) if replay else (0, "")
             ticket = replay.ticket.get(visit.id, 0) if replay else 0
             if (played, place, ticket) != (visit.at, (visit.number, visit.slot), visit.ticket):
-                text = f"the events lead to {played} {place} t{ticket}, and the row is {visit}"
+                text = f"the events lead to {played} {place} t{ticket}, but the row is {visit}"
                 yield Violation("row-and-events", text, (visit.day,))
 
     def _overlaps(self) -> Iterator[Violation]:
-        """Nobody is in two places at one time; by the rows, since doctor-days have no order among them."""
+        """No patient is in two places at one time. Checked on the rows, because doctor-days have no common order."""
         for patient, visits in self._of_patient.items():
             live = [self._facts.visits[who] for who in visits]
             timed = [(self._facts.times[v.slot], v) for v in live if v.at in LIVE and v.slot in self._facts.times]
             timed.sort(key=lambda one: one[0])
             for ((_, end), one), ((start, _), other) in pairwise(timed):
                 if start < end:
-                    text = f"{one.id} and {other.id} overlap, and are of patient {patient}"
+                    text = f"{one.id} and {other.id} of patient {patient} overlap"
                     yield Violation("patient-twice", text, (one.day, other.day))
 
     def _real_time(self) -> Iterator[Violation]:
-        """Who was answered before another asked comes first. Of watches: nobody sees what nobody has asked for."""
+        """Operations that do not overlap in time are in that order. No watcher sees a change before its request."""
         for day, points in self._points.items():
-            # From the highest revision down: none of those above may have ended before this one began. A write comes
-            # before the reads of its revision, and those in any order.
+            # From the highest revision down: no higher one may have ended before this one started. A write comes before
+            # the reads of its revision, which may be in any order.
             earliest: _Point | None = None
             ordered = sorted(points, key=lambda point: (-point.revision, point.writes))
             for _, group in groupby(ordered, key=lambda point: (point.revision, point.writes)):
@@ -630,7 +632,7 @@ class Checker:
                 if earliest is not None and earliest.end < late.start:
                     text = (
                         f"r{earliest.revision} of {_told(day)} was answered to {_named(earliest.source)} before"
-                        f" {_named(late.source)} asked, which got r{late.revision}"
+                        f" {_named(late.source)} started, which got r{late.revision}"
                     )
                     yield Violation("real-time" if late.writes else "stale-read", text, (day,), earliest.revision)
                     break
@@ -639,8 +641,8 @@ class Checker:
             _, high = self._span(seen.day, seen.at, seen.at)
             if seen.revision > high:
                 text = (
-                    f"watcher {seen.watcher} saw r{seen.revision} of {_told(seen.day)} when nothing after r{high} had"
-                    " been asked for"
+                    f"watcher {seen.watcher} saw r{seen.revision} of {_told(seen.day)} before anything after r{high}"
+                    " was requested"
                 )
                 yield Violation("real-time", text, (seen.day,))
 
@@ -650,24 +652,24 @@ class Checker:
             replay = self._replays.get(sight.day)
             true = replay.pictures.get(sight.revision) if replay else ((), 0) if sight.revision == 1 else None
             if sight.picture != true:
-                text = f"r{sight.revision} of {_told(sight.day)} was shown as {sight.picture}, and is {true}"
+                text = f"r{sight.revision} of {_told(sight.day)} was shown as {sight.picture}, but is {true}"
                 yield Violation("wrong-queue", text, (sight.day,), sight.revision)
 
     def _watches(self) -> Iterator[Violation]:
         for seen in self._history.seen:
             told = [change[0] for change in seen.changes]
             if seen.previous != seen.known:
-                text = f"that knew r{seen.known} was told what came after r{seen.previous}"
+                text = f"at r{seen.known} got the changes after r{seen.previous}"
             elif seen.previous and told != [*range(seen.previous + 1, seen.revision + 1)]:
-                text = f"was told of the changes from r{seen.previous} to r{seen.revision} as {told}"
+                text = f"got these changes from r{seen.previous} to r{seen.revision}: {told}"
             else:
                 wrong = [change for change in seen.changes if change != self._change(seen.day, change[0])]
                 if not wrong:
                     continue
-                text = f"was told {wrong[0]}, which is {self._change(seen.day, wrong[0][0])} in the database"
+                text = f"got {wrong[0]}, but the database has {self._change(seen.day, wrong[0][0])}"
             yield Violation("watch-missed", f"watcher {seen.watcher} of {_told(seen.day)} {text}", (seen.day,))
         for watcher, day, knew, should, when in self._history.late:
-            text = f"watcher {watcher} of {_told(day)} knew r{knew} of r{should} {when}"
+            text = f"watcher {watcher} of {_told(day)} was at r{knew} of r{should} {when}"
             yield Violation("watch-late", text, (day,), should)
 
     def _change(self, day: Day, revision: int) -> Change | None:
@@ -682,7 +684,7 @@ class Checker:
             for one in operation.attempts:
                 if one.outcome == OK or one.outcome.startswith((UNANSWERED, BROKEN)):
                     continue
-                why = "which its method does not refuse by"
+                why = "which its method never answers"
                 if one.outcome in REFUSALS[operation.method]:
                     why = self._impossible(operation, one)
                 if why:
@@ -690,29 +692,29 @@ class Checker:
                     yield Violation("impossible-refusal", text, tuple(sorted(self.days_of(operation))))
 
     def _impossible(self, operation: Operation, one: Attempt) -> str:
-        """Why what the refusal says held at no moment between the call and its answer; empty where it may have."""
+        """Evidence that the reason was never true between call and answer; empty if it may have been true."""
         if operation.day not in self._replays:
             return ""
         replay = self._replays[operation.day]
         low, high = self._span(operation.day, one.invoke, one.complete)
         high = min(high, replay.last)
         when = f"from r{low} to r{high} of {_told(operation.day)}"
-        # A move leaves its own place out of the count.
+        # A move does not count its own place.
         moves = operation.method == "RescheduleAppointment"
         if one.outcome == "DAY_FULL":
             capacity = self._facts.capacities[operation.day[0]]
             most = max(replay.taken.between(low, high))
-            return f"where at most {most} of {capacity} places were taken {when}" if most < capacity else ""
+            return f"but at most {most} of {capacity} places were taken {when}" if most < capacity else ""
         if one.outcome == "SLOT_FULL" and not moves:
             places = self._facts.slots.get(operation.slot, 0)
             if not places:
-                return "which asked for no slot"
+                return "but it named no slot"
             most = max(replay.taken_of_slot[operation.slot].between(low, high))
-            return f"where at most {most} of the slot's {places} places were taken {when}" if most < places else ""
+            return f"but at most {most} of the slot's {places} places were taken {when}" if most < places else ""
         if one.outcome == "QUEUE_EMPTY":
             pictures = (replay.pictures.get(revision) for revision in range(low, high + 1))
             empty = any(p is None or all(entry[2] != "WAITING" for entry in p[0]) for p in pictures)
-            return "" if empty else f"where somebody always waited {when}"
+            return "" if empty else f"but a patient was always waiting {when}"
         if one.outcome in ("DUPLICATE_BOOKING", "PATIENT_OVERLAP"):
             return self._patient_was_free(operation, one)
         if one.outcome in ("INVALID_TRANSITION", "ALREADY_CHECKED_IN") and operation.appointment not in replay.moved:
@@ -722,11 +724,11 @@ class Checker:
             if moves or replay.ever(operation.appointment, low, high, others):
                 return ""
             was = replay.states[operation.appointment].between(low, high)
-            return f"where {operation.appointment} was {', '.join(was)} {when}"
+            return f"but {operation.appointment} was {', '.join(was)} {when}"
         return ""
 
     def _patient_was_free(self, operation: Operation, one: Attempt) -> str:
-        """Why no other visit of the patient stood in the way; empty where one may have."""
+        """Evidence that no other visit of the patient conflicted; empty if one may have."""
         patient = operation.patient
         if not patient and operation.appointment in self._facts.visits:
             patient = self._facts.visits[operation.appointment].patient
@@ -746,15 +748,15 @@ class Checker:
                         continue
                 if replay.ever(who, *self._span(day, one.invoke, one.complete), LIVE):
                     return ""
-        return "where no other visit of the patient was in the way then"
+        return "but no other visit of the patient conflicted then"
 
     def _asked(self) -> Iterator[Violation]:
-        """An answer, and a refusal, is about what was asked for."""
+        """Answers and refusals concern the resources of the request."""
         for operation in self._history.operations:
             for one in operation.attempts:
                 wrong = self._mistaken(operation, one) if one.about else ""
                 if wrong:
-                    text = f"{one.outcome} to {_named(operation)} {wrong}, and is about {one.about}"
+                    text = f"{one.outcome} to {_named(operation)} {wrong}; it concerns {one.about}"
                     yield Violation("wrong-answer", text, (operation.day,))
 
     def _mistaken(self, operation: Operation, one: Attempt) -> str:
@@ -762,22 +764,22 @@ class Checker:
         if one.outcome == OK:
             patient, doctor, date, slot = one.about
             if one.appointment in visits and visits[one.appointment].patient != patient:
-                return f"names a patient whose visit {one.appointment} is not"
+                return f"names the wrong patient for visit {one.appointment}"
             if operation.patient and operation.patient != patient:
-                return f"asked for patient {operation.patient}"
+                return f"requested patient {operation.patient}"
             if operation.appointment and operation.appointment != one.appointment:
-                return f"asked for {operation.appointment}"
+                return f"requested {operation.appointment}"
             aimed = operation.method in ("BookAppointment", "RescheduleAppointment")
             if aimed and (doctor, date, slot) != (*operation.day, operation.slot):
-                return f"asked for {operation.day} {operation.slot}"
+                return f"requested {operation.day} {operation.slot}"
             return ""
         about = dict(zip(one.about[::2], one.about[1::2], strict=True))
         if about.get("doctor_id", operation.day[0]) != operation.day[0]:
-            return "asked for another doctor"
+            return "requested another doctor"
         if "doctor_id" in about and about.get("date", operation.day[1]) != operation.day[1]:
-            return "asked for another day"
+            return "requested another day"
         if about.get("slot_id", operation.slot) != operation.slot:
-            return "asked for another slot"
+            return "requested another slot"
         subject = about.get("appointment_id", "")
         if one.outcome in ("DUPLICATE_BOOKING", "PATIENT_OVERLAP"):
             moved = visits.get(operation.appointment)
@@ -785,7 +787,7 @@ class Checker:
             if subject in visits and patient and visits[subject].patient != patient:
                 return "names a visit of another patient"
         elif subject and subject != operation.appointment:
-            return f"asked for {operation.appointment}"
+            return f"requested {operation.appointment}"
         return ""
 
     def _manners(self) -> Iterator[Violation]:
@@ -794,10 +796,10 @@ class Checker:
                 if one.outcome.startswith(BROKEN):
                     yield Violation("internal", f"{one.outcome} to {_named(operation)}", (operation.day,))
                 elif one.outcome == f"{UNANSWERED}CONFLICT":
-                    text = f"the database gave up on {_named(operation)} for a conflict that the locks should keep away"
+                    text = f"the database aborted {_named(operation)} for a conflict that the locks should prevent"
                     yield Violation("conflict", text, (operation.day,))
         if self._facts.deadlocks:
             yield Violation("deadlock", f"PostgreSQL broke {self._facts.deadlocks} deadlocks")
         for watcher, end in self._history.drains:
             if end != "closing, OK":
-                yield Violation("drain", f"stream {watcher} of the service that stopped ended with: {end}")
+                yield Violation("drain", f"stream {watcher} of the stopping service ended with: {end}")

@@ -1,7 +1,7 @@
-"""What many clients ask of the clinic, and what watchers see: each call and its outcome goes into the history.
+"""The clients and watchers of the harness. Each call and its outcome goes into the history.
 
-The clients share what they believe of the visits, so that most of what they ask can be done, and now and then ask
-without looking. Each asks with the same key until there is an answer, as the published retry policy does, only sooner.
+The clients share their beliefs about the visits, so that most requests can succeed; now and then they act without
+looking. Each retries with the same key until it has an answer, like the published retry policy, only faster.
 """
 
 import asyncio
@@ -36,9 +36,9 @@ from tests.history.check import (
 )
 
 ANSWER_SECONDS = 15.0
-"""A client must have its answer by then, once nothing is broken."""
+"""Seconds in which a client must get its answer once all faults have ended."""
 BUDGET = 400
-"""Operations after which a doctor goes home and another comes: a line that grows for ever shows nothing new."""
+"""Operations after which another doctor takes over: an ever longer queue shows nothing new."""
 
 _APPOINTMENTS = {"BookAppointment", "RescheduleAppointment", "CancelAppointment", "StartAppointment",
                  "CompleteAppointment", "MarkNoShow"}  # fmt: skip
@@ -54,7 +54,7 @@ _CHANGE = {number: name.removeprefix("KIND_") for name, number in queue_pb2.Queu
 
 @dataclass(slots=True)
 class Known:
-    """What the clients believe of a visit."""
+    """The clients' belief about a visit."""
 
     day: Day
     at: str
@@ -63,33 +63,33 @@ class Known:
 
 
 class Shift:
-    """A doctor at work: two days, their slots, and what the clients believe of their visits."""
+    """One doctor at work: two days, their slots, and the clients' beliefs about their visits."""
 
     def __init__(self, doctor: str, days: Sequence[Day], slots: dict[Day, dict[str, int]], capacity: int) -> None:
         self.doctor = doctor
         self.days = days
         self.slots = slots
-        """Places, by slot and day."""
+        """Capacity, by day and slot."""
         self.capacity = capacity
         self.asked = 0
         self.visits: dict[str, Known] = {}
         self.busy: set[str] = set()
-        """Visits that somebody asks about just now."""
+        """Visits with a request in flight."""
         self.arriving = 0
-        """Bookings that are under way."""
+        """Bookings in flight."""
         self.full: set[Day] = set()
-        """Days that were said to be full, whatever we believe."""
+        """Days that were answered to be full, whatever the beliefs say."""
         self.watchers: list[Watcher] = []
 
     @property
     def over(self) -> bool:
-        """Whether nearly everybody of today has been seen: finished visits keep their places."""
+        """Whether nearly all of today's patients have been seen; completed visits keep their places."""
         today = self.days[0]
         done = sum(known.at == "DONE" and known.day == today for known in self.visits.values())
         return done + 1 >= self.capacity or self.asked >= BUDGET
 
     def room(self, target: Day) -> int:
-        """How many places are free."""
+        """The number of free places."""
         if target in self.full:
             return 0
         return self.capacity - self.arriving - sum(known.day == target for known in self.visits.values())
@@ -99,12 +99,12 @@ class Shift:
         return [slot for slot, places in self.slots[target].items() if taken.count(slot) < places]
 
     def in_state(self, states: set[str]) -> list[str]:
-        """Visits in one of the states that nobody asks about just now."""
+        """Visits in one of the states, without a request in flight."""
         return [who for who, known in self.visits.items() if known.at in states and who not in self.busy]
 
 
 class Watcher:
-    """Watches a doctor-day, goes away now and then, and comes back with its token."""
+    """Watches a doctor-day, leaves now and then, and resumes with its token."""
 
     def __init__(
         self, number: int, target: Day, clients: Sequence[FrontdeskClient], history: History, seed: int
@@ -113,7 +113,7 @@ class Watcher:
         self.day = target
         self.revision = 0
         self.dozes = True
-        """Whether it leaves off reading now and then, but not long: what is on the way by then comes to it late."""
+        """Whether it pauses its reading now and then, briefly; updates on their way then arrive late."""
         self._clients = clients
         self._history = history
         self._random = random.Random(f"{seed}/watcher/{number}")
@@ -135,11 +135,11 @@ class Watcher:
                             self.revision = update.queue.revision
                             if self.dozes and self._random.random() < 0.03:
                                 await asyncio.sleep(self._random.uniform(0.1, 1))
-                    # Its connection was closed for good: by the next moment there are others, or all is over.
+                    # Its connection was closed for good: in a moment there are new ones, or the run is over.
                     await asyncio.sleep(0.05)
 
     async def settle(self, revision: int, seconds: float, when: str) -> None:
-        """Wait until it knows the revision; if it does not in time, that is a part of the history."""
+        """Wait until the watcher has the revision. If it does not get it in time, record that in the history."""
         deadline = time.monotonic() + seconds
         while self.revision < revision:
             if time.monotonic() > deadline or self.task.done():
@@ -149,48 +149,48 @@ class Watcher:
 
     async def close(self) -> None:
         self.task.cancel()
-        # What it died of, had it died before.
+        # Raise the error with which it ended, if it did.
         with suppress(asyncio.CancelledError):
             await self.task
 
 
 @dataclass
 class Chapter:
-    """A part of a run that is judged by itself: its own doctors, patients and keys.
+    """A part of a run that is judged alone: it has its own doctors, patients and keys.
 
-    A run of any length is many of them, one after the other, so that only what is played now is in memory.
+    A run is a sequence of chapters, however long it is, so that only the present one is in memory.
     """
 
     caller: str
-    """Whose keys they are; no other chapter's."""
+    """The caller of this chapter's keys, and of no other's."""
     waiting: list[Shift]
-    """Who comes when another goes home."""
+    """Doctors who take over from others."""
     at_work: list[Shift]
     busy: Shift
     quiet: Shift
-    """These two are kept for the end of the run, and have a place for everybody."""
+    """These two are for the end of the run, with a place for every patient."""
     patients: list[str]
     history: History = field(default_factory=History)
     gone_home: list[Shift] = field(default_factory=list)
     requests: dict[str, Any] = field(default_factory=dict)
-    """Some requests by their key, to be asked again at the end."""
+    """Some requests by key, to be repeated at the end."""
     keys: int = 0
     ending: list[asyncio.Task[None]] = field(default_factory=list)
-    """Of those who have gone home: their watchers are waited for."""
+    """Waits for the watchers of doctors who went home."""
 
     @property
     def shifts(self) -> list[Shift]:
-        """Everybody who has worked in it."""
+        """All doctors who worked in it."""
         return [*self.at_work, *self.gone_home, self.busy, self.quiet]
 
     def key(self) -> str:
-        """A new one."""
+        """A new key."""
         self.keys += 1
         return f"{self.caller}-{self.keys}"
 
 
 class Clients:
-    """They play in a chapter. `fronts` may be exchanged under way; each is one connection, so one worker."""
+    """The clients of a chapter. `fronts` may change during the run; each is one connection, so one worker."""
 
     def __init__(
         self, chapter: Chapter, fronts: Sequence[Front], *,
@@ -206,7 +206,7 @@ class Clients:
         self._metadata = (("frontdesk-caller", chapter.caller),)
 
     async def play(self, number: int, seed: str, end: float) -> None:
-        """One client's doing until then."""
+        """Act as one client until then."""
         mine = random.Random(seed)
         while time.monotonic() < end:
             dice = mine.random()
@@ -232,7 +232,7 @@ class Clients:
         self, shift: Shift, operation: Operation, request: Any, mine: random.Random, *,
         twins: bool, front: Front | None = None, patience: float = 4.0, leave: float = 0.0, give_up: bool = False,
     ) -> None:  # fmt: skip
-        """Ask until there is an answer. The first attempt may be twins, impatient, or left by its caller."""
+        """Call until there is an answer. The first attempt may be twins, have a short deadline, or be abandoned."""
         self._history.operations.append(operation)
         if mine.random() < 0.02:
             self.chapter.requests[operation.key] = request
@@ -271,7 +271,7 @@ class Clients:
     async def attempt(
         self, operation: Operation, request: Any, front: Front, patience: float = 4.0, leave: float = 0.0
     ) -> None:
-        """One call. `patience` is its deadline, and `leave` when the caller goes away, both in seconds; 0: it stays."""
+        """Make one call with the deadline `patience`. If `leave` is not 0, cancel it after so many seconds."""
         service: Any = front.appointments if operation.method in _APPOINTMENTS else front.queues
         invoke = time.monotonic()
         call = getattr(service, operation.method)(request, timeout=patience, metadata=self._metadata)
@@ -306,7 +306,7 @@ class Clients:
         operation.attempts.append(made)
 
     async def read(self, number: int, target: Day, mine: random.Random) -> Read | None:
-        """Ask for a queue once; None where nothing answered."""
+        """Call GetQueue once; None if it was not answered."""
         front = mine.choice(self._fronts)
         request = queue_pb2.GetQueueRequest(doctor_id=target[0], date=day(datetime.fromisoformat(target[1]).date()))
         invoke = time.monotonic()
@@ -319,17 +319,17 @@ class Clients:
         self._history.reads.append(read)
         return read
 
-    # What is asked.
+    # Requests
 
     def booking(self, number: int, patient: str, target: Day, slot: str = "") -> tuple[Operation, Any]:
-        """A wish for a place."""
+        """A booking."""
         key = self.chapter.key()
         request = pb.BookAppointmentRequest(patient_id=patient, idempotency_key=key)
         _aim(request, target, slot)
         return Operation(number, key, "BookAppointment", target, slot=slot, patient=patient), request
 
     def cancelling(self, number: int, visit: str, target: Day) -> tuple[Operation, Any]:
-        """A wish to give a place up."""
+        """A cancellation."""
         key = self.chapter.key()
         request = pb.CancelAppointmentRequest(appointment_id=visit, idempotency_key=key)
         return Operation(number, key, "CancelAppointment", target, visit), request
@@ -378,7 +378,7 @@ class Clients:
             if verb == "MarkNoShow":
                 found = [who for who in found if not shift.visits[who].slot]
             if verb == "CancelAppointment" and mine.random() < 0.7:
-                # Tomorrow's can do nothing else; of today's the line is to see some.
+                # Tomorrow's can do nothing else, and today's queue needs some.
                 found = [who for who in found if shift.visits[who].day != today]
             fitting[verb] = found
         possible = [verb for verb, found in fitting.items() if found]
@@ -399,15 +399,15 @@ class Clients:
     def _patient(self, shift: Shift, target: Day, mine: random.Random, hasty: bool) -> str:
         patients = self.chapter.patients
         if hasty:
-            # These few are asked for again and again.
+            # Use these few often.
             return mine.choice(patients[:8])
         there = {known.patient for known in shift.visits.values() if known.day == target}
         return next((one for one in (mine.choice(patients) for _ in range(5)) if one not in there), patients[0])
 
     async def _burst(self, number: int, mine: random.Random) -> None:
-        """Many at once to one worker: for the same places, by the same patients, in twins, and some who do not wait.
+        """Send many requests at once to one worker: same places, same patients, twins, and some that do not wait.
 
-        What the worker puts together on its way to the database must come apart as if each had come alone.
+        The worker may batch them on the way to the database; each must get the answer that it would get alone.
         """
         front = mine.choice(self._fronts)
         shifts = mine.sample(self.chapter.at_work, min(2, len(self.chapter.at_work)))
@@ -441,7 +441,7 @@ class Clients:
             )  # fmt: skip
         await asyncio.gather(*wishes)
 
-    # What is believed.
+    # Beliefs
 
     def _look(self, shift: Shift, read: Read) -> None:
         for who, _, state, _ in read.picture[0]:
@@ -460,7 +460,7 @@ class Clients:
                 if state in ("CANCELLED", "NO_SHOW", "LEFT"):
                     del shift.visits[operation.appointment]
                 else:
-                    # Of one in the line only a look at the line tells more.
+                    # For a patient in the queue, only a look at the queue tells more.
                     known.at = {"COMPLETED": "DONE"}.get(state, state)
             return
         made = operation.successes[0]
@@ -498,7 +498,7 @@ def _date(on: Any) -> str:
 
 
 def _refused(error: grpc.aio.AioRpcError) -> tuple[str, tuple[str, ...]]:
-    """The outcome, and what the refusal is about."""
+    """The outcome, and the metadata of the refusal."""
     info = error_details_pb2.ErrorInfo()
     for name, value in error.trailing_metadata() or ():
         if name == "grpc-status-details-bin" and isinstance(value, bytes):
@@ -506,7 +506,7 @@ def _refused(error: grpc.aio.AioRpcError) -> tuple[str, tuple[str, ...]]:
                 packed.Unpack(info)
     code = error.code().name
     if not info.reason:
-        # Of the way there and back, not of the service.
+        # From gRPC on either side, not from the service.
         return f"{UNANSWERED}{code}", ()
     if code in _ANSWERED:
         return info.reason, tuple(part for pair in sorted(info.metadata.items()) for part in pair)

@@ -1,7 +1,7 @@
-"""Many clients of a real service, whose workers, database and network a seeded nemesis breaks; then the rules.
+"""Run many clients on a real service while a seeded nemesis breaks workers, database and network; then check the rules.
 
-The seed decides what is asked and what is broken, not how the processes' work interleaves: a run with the same seed
-plays the same plan, and a race shows in some of such runs.
+The seed decides requests and faults, but not how the processes interleave: runs with one seed follow the same plan, and
+a race shows in some of them.
 """
 
 import asyncio
@@ -39,76 +39,76 @@ FAULTS = (
     "statements-cancelled", "lock-held", "row-held", "network-cut", "network-reset", "network-slow", "network-frozen",
     "answers-lost", "time-zone", "hints-dropped",
 )  # fmt: skip
-"""What the nemesis breaks."""
+"""The faults of the nemesis."""
 
 ODD_FAULTS = ("date-style",)
-"""What it breaks only when asked to: an operator's doing rather than an accident."""
+"""Faults only on request: an operator's actions rather than accidents."""
 
 SETTLE_SECONDS = 3.0
-"""A watcher must know by then, once nothing is broken. The poll behind the hints takes 0.2 s."""
+"""Seconds in which a watcher must have a change once all faults have ended. The poll behind the hints takes 0.2 s."""
 
 _TERMINATE = "select pg_terminate_backend(pid) from pg_stat_activity"
 _CANCEL = "select pg_cancel_backend(pid) from pg_stat_activity"
 _ZONES = ("Pacific/Kiritimati", "Asia/Kathmandu", "America/St_Johns", "Pacific/Pago_Pago", "<+23>-23:59")
 _PATIENCE = 60.0
-"""Seconds in which a watcher must know while things go on breaking."""
+"""Seconds in which a watcher must have a change while faults continue."""
 _OLD_CONNECTIONS = 60.0
 _PROCESSES = 2
-"""Judges at once."""
+"""Judges that run in parallel."""
 _SLOTS = 8
-"""Of a doctor-day, half an hour each, before midnight."""
+"""Slots of a doctor-day, half an hour each, before midnight."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does."""
+    """The plan of a run."""
 
     seed: int = 1
     seconds: float = 20.0
     clients: int = 40
     channels: int = 8
     doctors: int = 6
-    """Doctors who work at a time; each sees patients today and tomorrow."""
+    """Doctors at work at one time; each sees patients today and tomorrow."""
     capacity: tuple[int, int] = (4, 16)
     chapter: float = 30.0
-    """Seconds after which everybody goes on with other doctors and patients, and the history so far is put away."""
+    """Seconds per chapter; then the history is saved, and the run continues with other doctors and patients."""
     patients: int = 300
     faults: Sequence[str] = FAULTS
     pause: tuple[float, float] = (0.5, 3.5)
     """Seconds between faults."""
     moves: float = 0.08
-    """How often a booked visit is to be moved."""
+    """The probability that a client wants to move a booked visit."""
     twins: float = 0.05
-    """How often a key is asked with twice at once."""
+    """The probability that a request is sent twice at once with one key."""
     bursts: float = 0.02
-    """How often a client asks for many things at once."""
+    """The probability that a client sends many requests at once."""
     haste: float = 0.1
-    """How often a client asks without looking at what the clients know: mostly for what is gone, or refused."""
+    """The probability that a client acts without looking at the beliefs; most of these requests are refused."""
     mutate: Callable[[psycopg.Connection], None] = lambda admin: None
     """Changes the database before the service starts."""
     bustle: bool = True
-    """Whether another doctor-day is kept busy while the watchers of one must do without hints."""
+    """Whether another doctor-day is busy while the watchers of one get no hints."""
     changed: str = ""
-    """A safety that the workers lack; see `launcher`."""
+    """A missing safeguard of the workers; see `launcher`."""
 
 
 @dataclass
 class Verdict:
-    """What the judges say of a chapter, or of all."""
+    """The judges' verdict on a chapter, or on all."""
 
     violations: list[Violation] = field(default_factory=list)
     methods: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    """By method: how many were asked for, made, refused, left without an answer, and calls, retries and replays."""
+    """By method: operations asked, made, refused and unanswered; calls, and replays."""
     outcomes: Counter[str] = field(default_factory=Counter)
-    """Of calls."""
+    """Outcomes of calls."""
     tally: Counter[str] = field(default_factory=Counter)
-    """Bursts, twins, and what was abandoned by its caller."""
+    """Bursts, twins, and abandoned operations."""
     reads: int = 0
     updates: int = 0
     changes: int = 0
-    """That the watchers were told of."""
+    """Changes in the updates to watchers."""
     lags: list[float] = field(default_factory=list)
-    """Seconds from an answer to a watcher's knowing."""
+    """Seconds from an answer to a watcher's receipt."""
 
     def add(self, other: "Verdict") -> None:
         self.violations += other.violations
@@ -124,7 +124,7 @@ class Verdict:
 
 @dataclass
 class Report:
-    """What a run has shown."""
+    """The result of a run."""
 
     plan: Plan
     seconds: float
@@ -133,7 +133,7 @@ class Report:
     faults: Counter[str]
     verdict: Verdict
     internal: Counter[str]
-    """What the service logged of its INTERNAL answers: exception, SQLSTATE and constraint."""
+    """The logged causes of INTERNAL answers: exception, SQLSTATE and constraint."""
 
     @property
     def violations(self) -> list[Violation]:
@@ -141,17 +141,17 @@ class Report:
 
     @property
     def outcomes(self) -> Counter[str]:
-        """Of calls, reads apart."""
+        """Outcomes of all calls except reads."""
         return self.verdict.outcomes
 
     @property
     def total(self) -> Counter[str]:
-        """Of all methods."""
+        """The sum over all methods."""
         return sum(self.verdict.methods.values(), Counter())
 
     @property
     def operations(self) -> int:
-        """Changes that were asked for, each under a key of its own, and reads."""
+        """The number of reads, and of changes asked, each with its own key."""
         return self.total["asked"] + self.verdict.reads
 
     def __str__(self) -> str:
@@ -174,14 +174,14 @@ class Report:
             + (", ".join(f"{kind} {count}" for kind, count in sorted(self.faults.items())) or "none"),
             "calls: " + ", ".join(f"{name} {count}" for name, count in verdict.outcomes.most_common()),
             ", ".join(f"{name} {count}" for name, count in sorted(verdict.tally.items())),
-            f"watchers: {verdict.updates} updates with {verdict.changes} changes; they knew after"
+            f"watchers: {verdict.updates} updates with {verdict.changes} changes, received after"
             f" {lags[len(lags) // 2] * 1000:.0f} ms (median), {lags[len(lags) * 99 // 100] * 1000:.0f} ms (p99, faults"
             " included)",
             *(f"internal error {what}: {count}" for what, count in self.internal.most_common(5)),
             f"violations: {len(self.violations)}"
             + "".join(f", {rule} {count}" for rule, count in Counter(v.rule for v in self.violations).most_common()),
         ]
-        # The first of each rule; the others are mostly its echoes.
+        # The first violation of each rule; most others are its consequences.
         lines += [str(violation) for violation in _firsts(self.violations)]
         return "\n".join(lines)
 
@@ -201,15 +201,15 @@ class Run:
         self._watchers = 0
         self._chapters = 0
         self._files: list[tuple[Path, str, list[str]]] = []
-        """Where the history of each chapter is, and its caller and doctors."""
+        """The file with the history of each chapter, and its caller and doctors."""
         self._closing: list[asyncio.Task[None]] = []
         self._drained = History()
 
     async def run(self) -> Report:
-        """Play the plan. The service and the proxy are gone afterwards."""
+        """Play the plan. Service and proxy have ended afterwards."""
         deadlocks = self._cluster.deadlocks()
         self._clinic()
-        # Its path must fit into a socket's address.
+        # The path must fit into a socket address.
         with tempfile.TemporaryDirectory(prefix="fd") as short:
             self._proxy = Proxy(self._conninfo, Path(short))
             await self._proxy.start()
@@ -223,7 +223,7 @@ class Run:
                     seconds = time.monotonic() - began
                     await self._drain(last=True)
             except BaseException:
-                # Nobody waits for those who still play.
+                # Do not wait for clients that are still running.
                 for task in asyncio.all_tasks() - {asyncio.current_task()}:
                     task.cancel()
                 raise
@@ -239,11 +239,11 @@ class Run:
         judged = time.monotonic() - began
         return Report(self._plan, seconds, judged, self._faults, verdict, self._internal())
 
-    # The clinic.
+    # The clinic
 
     def _clinic(self) -> None:
         now = datetime.now(UTC)
-        # Somewhere it is early morning: today lasts longer than any run, and the evening's slots are to come.
+        # A zone where it is early morning: today is longer than any run, and the evening's slots are in the future.
         offset = 6 - now.hour if 6 - now.hour >= -12 else 30 - now.hour
         self._today = (now + timedelta(hours=offset)).date()
         self._evening = datetime.combine(self._today, daytime(20), UTC) - timedelta(hours=offset)
@@ -254,7 +254,7 @@ class Run:
             ).fetchone() or ("",)
 
     async def _chapter(self) -> Chapter:
-        """The next chapter; PostgreSQL may be away for a while."""
+        """The next chapter. PostgreSQL may be unavailable for a while."""
         self._chapters += 1
         number, seed = self._chapters, self._random.random()
         while True:
@@ -264,10 +264,10 @@ class Run:
                 await asyncio.sleep(0.2)
 
     def _populate(self, number: int, seed: float) -> Chapter:
-        """Doctors, their slots and patients, by SQL: they are no part of the history. Past the proxy."""
+        """Insert doctors, their slots and patients by SQL, past the proxy: they are not part of the history."""
         plan, mine = self._plan, random.Random(seed)
         wanted = plan.doctors + 5 + int(min(plan.seconds, plan.chapter) * 3)
-        # The last two are kept for the end of the run, and have a place for everybody.
+        # The last two are for the end of the run, and have a place for every patient.
         capacities = [mine.randint(*plan.capacity) for _ in range(wanted - 2)] + [900, 900]
         shifts = []
         with psycopg.connect(self._conninfo) as admin:
@@ -312,17 +312,18 @@ class Run:
                 await self._disconnect()
 
     async def _connect_anew(self) -> None:
-        """Give everybody a new connection. All go to the one worker that is left when the other is killed."""
+        """Open new connections. When a worker is killed, all of them move to the one that is left."""
         target = f"127.0.0.1:{self._served.port}"
         options = [
-            # Each its own connection, so that both workers get some; and the history has every attempt.
+            # Each has its own connection, so that both workers get some. No retries, so that the history has every
+            # attempt.
             ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0),
             ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
             ("grpc.max_reconnect_backoff_ms", 300),
         ]  # fmt: skip
         channels = [grpc.aio.insecure_channel(target, options=options) for _ in range(self._plan.channels + 4)]
         self._fronts[:] = [Front(one, self._conninfo, self._served.port) for one in channels[: self._plan.channels]]
-        # The watchers choose among these whenever they come back.
+        # The watchers choose among these whenever they resume.
         self._desks[:] = [FrontdeskClient(one, caller="watch") for one in channels[self._plan.channels :]]
         self._connections.append((time.monotonic(), channels, [*self._desks]))
         while self._connections[0][0] < time.monotonic() - _OLD_CONNECTIONS:
@@ -336,14 +337,14 @@ class Run:
             await channel.close()
 
     def _watch(self, chapter: Chapter, shift: Shift, watchers: int = 0) -> None:
-        """So many watchers a day; else one or two of today, and one of every other tomorrow."""
+        """Start `watchers` per day; by default one or two for today, and one for tomorrow with every other doctor."""
         for later, target in enumerate(shift.days):
             for _ in range(watchers or (1 - shift.capacity % 2 if later else 1 + shift.capacity % 2)):
                 self._watchers += 1
                 watcher = Watcher(self._watchers, target, self._desks, chapter.history, self._plan.seed)
                 shift.watchers.append(watcher)
 
-    # The course of a run.
+    # The course of a run
 
     async def _play(self) -> None:
         end = time.monotonic() + self._plan.seconds
@@ -355,7 +356,7 @@ class Run:
                 self._watch(chapter, shift)
             clients = self._clients(chapter)
             left = end - time.monotonic()
-            # No short one at the end.
+            # No short chapter at the end.
             until = end if left < 1.5 * self._plan.chapter else time.monotonic() + self._plan.chapter
             playing = [
                 asyncio.create_task(clients.play(number, f"{chapter.caller}/client/{number}", until))
@@ -369,10 +370,10 @@ class Run:
                 await self._close(clients, playing, SETTLE_SECONDS)
                 return
             following = asyncio.create_task(self._chapter())
-            # Some are still asking when the next chapter begins.
+            # Some clients are still busy when the next chapter begins.
             ended, _ = await asyncio.wait({*playing, nemesis}, return_when=asyncio.FIRST_COMPLETED)
             for task in ended:
-                # What it died of, had it died.
+                # Raise the error with which it ended, if it did.
                 task.result()
             self._now = await following
             self._closing = [task for task in self._closing if not task.done() or task.exception() is not None]
@@ -389,7 +390,7 @@ class Run:
                 chapter.gone_home.append(shift)
                 long_ago = [one for one in chapter.gone_home if one.watchers]
                 if len(long_ago) > 20:
-                    # Its last operations have been answered, and the watchers had time, faults or not.
+                    # Its last operations have been answered, and its watchers had enough time, even with faults.
                     watchers, long_ago[0].watchers = long_ago[0].watchers, []
                     chapter.ending.append(asyncio.create_task(self._go_home(clients, long_ago[0], watchers, _PATIENCE)))
 
@@ -400,7 +401,7 @@ class Run:
         return clients
 
     async def _close(self, clients: Clients, playing: list[asyncio.Task[None]], seconds: float) -> None:
-        """When all have their answers, ask again with old keys, let the watchers hear, and put the history away."""
+        """When all clients have answers, repeat some old keys, let the watchers catch up, and save the history."""
         await asyncio.gather(*playing)
         chapter = clients.chapter
         for operation in chapter.history.operations:
@@ -419,7 +420,7 @@ class Run:
         self._files.append((file, chapter.caller, [shift.doctor for shift in shifts]))
 
     async def _quiet_end(self, clients: Clients) -> None:
-        """While one doctor-day is busy and every hint is lost, the watchers of another must learn of its changes."""
+        """While one doctor-day is busy and every hint is lost, the watchers of another must still see its changes."""
         await self._connect_anew()
         chapter = clients.chapter
         for shift in (chapter.busy, chapter.quiet):
@@ -478,9 +479,9 @@ class Run:
             await watcher.close()
 
     async def _drain(self, *, last: bool) -> None:
-        """Stop the service under open streams: each is told, and the service ends with status 0.
+        """Stop the service with open streams: each must get its closing message, and the exit status must be 0.
 
-        The `last` time all of them must open; else the service may be recovering, and some do not.
+        The `last` time every stream must open. Before that the service may be recovering, and some may not.
         """
         shifts, streams = self._now.at_work, []
         async with asyncio.timeout(60):
@@ -514,12 +515,12 @@ class Run:
         except Exception as error:
             self._drained.drains.append((-1, repr(error)))
 
-    # The nemesis.
+    # The nemesis
 
     async def _nemesis(self, end: float) -> None:
         mine = random.Random(f"{self._plan.seed}/nemesis")
         plan = self._plan
-        # Each kind comes before any comes twice.
+        # Each kind comes before any kind comes twice.
         left: list[str] = []
         while plan.faults:
             pause = mine.uniform(*plan.pause)
@@ -577,7 +578,7 @@ class Run:
             proxy.asks.set()
             proxy.answers.set()
         elif kind == "answers-lost":
-            # What is asked is done, and nobody hears of it.
+            # Requests are executed, but their answers are lost.
             proxy.answers.clear()
             await asyncio.sleep(mine.uniform(0.02, 0.3))
             proxy.reset()
@@ -609,7 +610,7 @@ class Run:
                 os.kill(worker, signal.SIGCONT)
 
     async def _hold(self, kind: str, mine: random.Random) -> None:
-        """Keep the lock or the row of a busy doctor-day, idle in a transaction, as an operator's psql might."""
+        """Hold the lock or the row of a busy doctor-day in an idle transaction, as an operator's psql might."""
         shift = mine.choice(self._now.at_work)
         doctor, date = shift.days[0]
         query = {
@@ -622,7 +623,7 @@ class Run:
                 await asyncio.sleep(mine.uniform(0.2, 2))
 
     async def _sql(self, query: str) -> None:
-        """Past the proxy."""
+        """Run a statement, past the proxy."""
         name = psycopg.conninfo.conninfo_to_dict(self._conninfo)["dbname"]
         async with await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True) as admin:
             await admin.execute(query.format(name).encode())
@@ -636,7 +637,7 @@ class Run:
         return found
 
 
-# The verdict, in processes of its own.
+# The verdict, in separate processes
 
 
 def _put_away(file: Path, history: History) -> None:
@@ -645,7 +646,7 @@ def _put_away(file: Path, history: History) -> None:
 
 
 def _judge(conninfo: str, file: Path, caller: str, doctors: list[str]) -> Verdict:
-    """Hold a chapter against what the database has of it."""
+    """Check the history of a chapter against the database."""
     with file.open("rb") as source:
         history: History = pickle.load(source)
     facts = _facts(conninfo, caller, doctors)
@@ -675,7 +676,7 @@ def _count(counts: Counter[str], outcomes: Sequence[str]) -> None:
 
 
 def _firsts(violations: Sequence[Violation]) -> Iterator[Violation]:
-    """The first of each rule, with the shortest history where one has it."""
+    """The first violation of each rule, or the first of it with a shortest history."""
     for rule in dict.fromkeys(violation.rule for violation in violations):
         alike = [violation for violation in violations if violation.rule == rule]
         yield next((one for one in alike if one.shortest), alike[0])
@@ -724,7 +725,7 @@ def _facts(conninfo: str, caller: str, doctors: list[str]) -> Facts:
 
 
 def _lags(history: History) -> list[float]:
-    """Some: at most 2,000."""
+    """A sample of at most 2,000."""
     made: dict[Day, dict[int, float]] = defaultdict(dict)
     for operation in history.operations:
         for one in operation.successes[:1]:
@@ -739,7 +740,7 @@ def _lags(history: History) -> list[float]:
 
 
 def play(plan: Plan, cluster: Cluster | None = None) -> Report:
-    """Run it, on a PostgreSQL of its own unless one is given, and return what it has shown."""
+    """Run the plan, on its own PostgreSQL unless one is given, and return the report."""
     import uvloop
 
     with tempfile.TemporaryDirectory(prefix="frontdesk-history-") as directory:

@@ -1,6 +1,6 @@
-"""`frontdesk serve` whose workers lack one safety, named by HISTORY_CHANGED; for `mutants` alone.
+"""`frontdesk serve` with workers that lack one safeguard, named by HISTORY_CHANGED; only for `mutants`.
 
-The supervisor starts each worker in a fresh interpreter, so a worker is changed where it begins.
+The supervisor starts each worker in a fresh interpreter, so the safeguard is removed when the worker starts.
 """
 
 import os
@@ -30,7 +30,7 @@ def _changes_skipped() -> None:
     positions = subscription.with_positions
 
     def skipping(changes: Sequence[Any], queue: Any) -> list[Any]:
-        # Several changes in one update become one fewer.
+        # Of several changes in one update, drop the first.
         told: list[Any] = positions(changes, queue)
         return told[1 if len(told) > 1 else 0 :]
 
@@ -44,7 +44,7 @@ def _old_queue() -> None:
         found = await read(*args)
         return {key: [change for change in changes if change.kind != "PARKED"] for key, changes in found.items()}
 
-    # The tailer's reading, and that of what it has not kept.
+    # Both reads: the tailer's, and that of changes which it has not kept.
     feed.read_changes_of = queue.read_changes_of = fewer
 
 
@@ -66,7 +66,7 @@ def _no_batches() -> None:
 
 
 def _answers_swapped() -> None:
-    # A module's own name comes before the built-in one.
+    # A name in the module hides the built-in one.
     batch.zip = lambda asked, rows, strict: zip(asked, reversed(rows), strict=strict)
 
 
@@ -87,7 +87,7 @@ CHANGES = {
 
 
 def work(**task: Any) -> None:
-    """A worker's life, without its safety."""
+    """Run a worker without its safeguard."""
     from frontdesk.process.worker import run_worker
 
     CHANGES[os.environ["HISTORY_CHANGED"]]()

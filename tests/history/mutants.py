@@ -1,7 +1,7 @@
-"""`python -m tests.history.mutants [NAME …]`: take one safety away at a time, and see which rule notices.
+"""`python -m tests.history.mutants [NAME …]`: remove one safeguard at a time, and check that a rule notices.
 
-Nothing in src/ is touched: a mutant is a database whose functions were made again from changed text, or a service whose
-workers were changed as they began (`launcher`). The runs are short and crowded: two doctors with few places.
+Nothing in src/ changes: a mutant is a database with changed functions, or a service whose workers are changed when they
+start (`launcher`). The runs are short and crowded: two doctors with few places.
 """
 
 import argparse
@@ -26,7 +26,7 @@ Mutation = Callable[[psycopg.Connection], None]
 
 
 def _function(name: str) -> str:
-    """The text that makes a function, as src/ has it."""
+    """The text of a function in src/."""
     text = "\n".join(files("frontdesk.db").joinpath("sql", file).read_text() for file in SQL_FILES)
     found = re.search(rf"^create or replace function {name}\(.*?^\$\$;", text, re.DOTALL | re.MULTILINE)
     assert found is not None, name
@@ -34,7 +34,7 @@ def _function(name: str) -> str:
 
 
 def _edited(name: str, *edits: tuple[str, str]) -> Mutation:
-    """Make a function again with parts of its text replaced, each of which must be there."""
+    """Create a function again with parts of its text replaced. Each part must be there."""
     text = _function(name)
     for old, new in edits:
         assert old in text, f"{name} has no {old!r}"
@@ -76,7 +76,7 @@ BROKEN_NET = replace(CROWD, faults=("answers-lost", "network-reset"), pause=(0.2
 
 @dataclass(frozen=True)
 class Mutant:
-    """A safety that is missing, and the run that should notice."""
+    """A missing safeguard, and the run that should notice."""
 
     name: str
     plan: Plan
@@ -99,7 +99,7 @@ MUTANTS = (
         _all(_NO_LOCK, _sql("drop index appointment_number_key", "drop index appointment_patient_day_key")),
     ),
     Mutant(
-        # Each is sent alone, so that one row is read before the lock.
+        # Each request goes alone, so that a row is read before the lock.
         "what was read before the lock is believed",
         CROWD,
         _edited(
@@ -111,8 +111,8 @@ MUTANTS = (
         changed="no-batches",
     ),
     Mutant(
-        # Two must meet at one visit between two days: they are given some milliseconds more for it, and each is sent
-        # alone, since a batch has its locks before it reads.
+        # Two requests must meet at one visit between two days. They get some milliseconds more for it, and go alone,
+        # because a batch takes its locks before it reads.
         "a move during the wait for the lock goes unnoticed",
         replace(CROWD, doctors=3, moves=0.5, capacity=(4, 6)),
         _edited(
@@ -123,7 +123,7 @@ MUTANTS = (
         changed="no-batches",
     ),
     Mutant(
-        # Of requests alone: a batch that waits for another gives way before PostgreSQL calls it a deadlock.
+        # Only requests that go alone: a batch that waits for another gives way before PostgreSQL reports a deadlock.
         "locks in any order",
         replace(CROWD, doctors=3, moves=0.5, capacity=(4, 6)),
         _edited("lock_all", ("name order by 1 loop", "name loop"), ("distinct ", "")),
@@ -224,7 +224,7 @@ MUTANTS = (
 
 
 def main() -> int:
-    """Try each; the number of those that nothing noticed, the control apart."""
+    """Try each mutant. The exit status is the number of mutants that no rule noticed, not counting the controls."""
     parser = argparse.ArgumentParser(prog="python -m tests.history.mutants", description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of names; default: all")
     wanted = parser.parse_args().names

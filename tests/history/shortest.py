@@ -1,9 +1,9 @@
-"""The least of a history that shows a violation, found by leaving out whatever the checker does not need for it.
+"""The shortest history that shows a violation, found by leaving out everything that the checker does not need.
 
-Left out are what clients saw (an operation with all its calls, a read, a watcher's update) and what the database holds
-of a visit: all its events, or the first of them, never one in the middle, which would make the visit another one. The
-checker must still say the very same: a violation's text names the instance and all the evidence that counts (how many
-places were taken, what a visit was, between which revisions), so nothing that it rests on is lost.
+Candidates are the clients' records (an operation with all its calls, a read, an update) and the events of a visit: all
+of them, or the first ones, but none in the middle, which would make it a different visit. The checker must still report
+the same text, which names the instance and all evidence that matters (places taken, states of a visit, revisions), so
+no evidence is lost.
 """
 
 import time
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Part:
-    """What is left of a history. The rows of visits, of capacities and of slots stay: they are no steps."""
+    """The rest of a history. The rows of visits, capacities and slots stay, because they are not steps."""
 
     observed: tuple[Operation | Read | Seen, ...]
     events: tuple[Event, ...]
@@ -37,7 +37,7 @@ class Part:
 
 
 def shortest(history: History, facts: Facts, violation: Violation, seconds: float = 20.0) -> list[str]:
-    """The steps that show it, as lines, searched for so long; none where it is about the service as a whole."""
+    """The steps that show the violation, found in at most `seconds`; empty if it concerns the whole service."""
     if not violation.days:
         return []
     part = reduced(history, facts, violation, seconds)
@@ -45,10 +45,10 @@ def shortest(history: History, facts: Facts, violation: Violation, seconds: floa
 
 
 def reduced(history: History, facts: Facts, violation: Violation, seconds: float = 20.0) -> Part:
-    """What is left: without any one of it the checker would not say the same."""
+    """A part in which every step is needed for the checker to report the same violation."""
     deadline = time.monotonic() + seconds
     days = set(violation.days)
-    # Everything else was needed for the rows alone, and those of other days are not asked about.
+    # Other records concern only the rows, and rows of other days are not checked.
     kept = Facts(
         facts.capacities, facts.slots, facts.times, visits=facts.visits,
         memories=[one for one in facts.memories if one.day in days],
@@ -68,7 +68,7 @@ def reduced(history: History, facts: Facts, violation: Violation, seconds: float
         return any((one.rule, one.text) == (violation.rule, violation.text) for one in found)
 
     if not shows(part):
-        # It rests on more than its doctor-days.
+        # It depends on more than its doctor-days.
         kept, part = facts, Part((*history.operations, *history.reads, *history.seen), tuple(facts.events))
     if violation.revision:
         early = [one for one in part.events if one.day != violation.days[0] or one.revision <= violation.revision]
@@ -108,7 +108,7 @@ def _revision(event: Event) -> int:
 
 
 def _fewest(items: tuple[T, ...], shows: Callable[[tuple[T, ...]], bool]) -> tuple[T, ...]:
-    """Delta debugging (Zeller's ddmin, complements only): leave pieces out, ever smaller ones, down to single items."""
+    """Delta debugging (Zeller's ddmin, complements only): leave out pieces, ever smaller, down to single items."""
     pieces = 1
     while items:
         size = -(-len(items) // pieces)
@@ -126,7 +126,7 @@ def _fewest(items: tuple[T, ...], shows: Callable[[tuple[T, ...]], bool]) -> tup
 
 
 def _lines(part: Part, facts: Facts, violation: Violation) -> list[str]:
-    """For people: what the database holds, in its order; then what was seen, by time."""
+    """As text: first the database, in its order; then the clients' records, by time."""
     lines = []
     memories: dict[tuple[object, int], list[Memory]] = {}
     for memory in facts.memories:

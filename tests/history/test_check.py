@@ -1,4 +1,4 @@
-"""The checker notices: one small wrong history a rule, and a right one that it leaves alone."""
+"""The checker finds the error in one small wrong history per rule, and none in a correct history."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +25,7 @@ DAY, NEXT = ("doctor", "2030-05-06"), ("doctor", "2030-05-07")
 
 
 def told(start: float, revision: int, appointment: str, state: str, number: int = 1, ticket: int = 0) -> Attempt:
-    """An answer that came 0.5 s after it was asked for."""
+    """An answer that came 0.5 s after its request."""
     return Attempt(start, start + 0.5, "OK", False, revision, 0, appointment, number, state, ticket)
 
 
@@ -171,7 +171,7 @@ def _row(history: History, facts: Facts) -> None:
 
 
 def _backwards(history: History, facts: Facts) -> None:
-    # b was answered before a asked, and yet comes after it.
+    # b was answered before a asked, but comes after it.
     history.operations[0].attempts[0].invoke, history.operations[0].attempts[0].complete = 2.6, 2.7
 
 
@@ -213,7 +213,7 @@ def _late(history: History, facts: Facts) -> None:
 
 
 def _not_full(history: History, facts: Facts) -> None:
-    # Only one place of two was taken by then.
+    # Only one of two places was taken by then.
     history.operations[2].attempts[0] = Attempt(1.6, 1.7, "DAY_FULL")
 
 
@@ -230,7 +230,7 @@ def _allowed(history: History, facts: Facts) -> None:
 
 
 def _not_there(history: History, facts: Facts) -> None:
-    # c's patient has no visit at all.
+    # c's patient has no visit.
     history.operations[2].attempts[0].outcome = "DUPLICATE_BOOKING"
 
 
@@ -240,7 +240,7 @@ def _not_at_that_time(history: History, facts: Facts) -> None:
 
 
 def _before_it_was_asked(history: History, facts: Facts) -> None:
-    # Nobody heard that the check-in was made, and yet it cannot have been seen before it was asked for.
+    # The check-in was never acknowledged, but it cannot be seen before it was requested.
     history.operations[3].attempts[0] = Attempt(6.5, 6.9, "?CANCELLED")
 
 
@@ -300,7 +300,7 @@ WRONG: list[tuple[str, Callable[[History, Facts], None]]] = [
     ("wrong-answer", _of_another_day), ("wrong-answer", _anothers_refusal), ("internal", _internal),
     ("conflict", _conflict), ("deadlock", _deadlock), ("drain", _not_told),
 ]  # fmt: skip
-"""The rule, and what breaks it."""
+"""The rule, and the change that breaks it."""
 
 
 @pytest.mark.parametrize(("rule", "spoil"), WRONG)
@@ -312,7 +312,7 @@ def test_a_wrong_history_is_noticed(rule: str, spoil: Callable[[History, Facts],
 
 
 class Story:
-    """A day at another doctor's, of any length and right in everything, for wrongs to hide in."""
+    """A correct day of any length with another doctor, in which errors can hide."""
 
     def __init__(self, places: int) -> None:
         self.history, self.facts = History(), Facts(capacities={"long": places})
@@ -348,7 +348,7 @@ class Story:
 
 
 def long_story() -> Story:
-    """Three places; a hundred come and give up again, and in the end x and y hold a place."""
+    """Three places; a hundred patients book and cancel, and in the end x and y hold a place."""
     story = Story(3)
     for number in range(100):
         story.book(f"v{number}")
@@ -366,19 +366,19 @@ def found(history: History, facts: Facts, rule: str) -> Violation:
 
 
 def test_a_long_story_is_right() -> None:
-    """So that what is found in it below is what was put there."""
+    """The long story has no errors, so the tests below find only their own."""
     story = long_story()
     assert Checker(story.history, story.facts).check() == []
 
 
 def test_the_shortest_history_of_a_place_sold_twice() -> None:
-    """Of two hundred events the three remain that held the places, with the one that should not have got one."""
+    """Of two hundred events, the three that held the places remain, with the one that should have been refused."""
     story = long_story()
     story.book("z")
     story.free.append(4)
     story.book("w")
     violation = found(story.history, story.facts, "over-capacity")
-    assert violation.text.startswith("number 4, 4 of 3 places at r206")
+    assert violation.text.startswith("number 4, place 4 of 3 at r206")
     lines = shortest(story.history, story.facts, violation)
     assert [line.split(",")[0] for line in lines] == [
         "database r203 BOOKED y -", "database r204 CHECKED_IN x WAITING t1", "database r205 BOOKED z -",
@@ -387,7 +387,7 @@ def test_the_shortest_history_of_a_place_sold_twice() -> None:
 
 
 def test_the_shortest_history_of_a_stale_read() -> None:
-    """The write that had been answered, and the read that did not know of it."""
+    """Only the acknowledged write and the read that misses it remain."""
     story = long_story()
     story.history.reads.append(Read(3, ("long", DAY[1]), 150.6, 150.7, 100, ((), 1)))
     violation = found(story.history, story.facts, "stale-read")
@@ -398,7 +398,7 @@ def test_the_shortest_history_of_a_stale_read() -> None:
 
 
 def test_the_shortest_history_of_a_wrong_refusal() -> None:
-    """Who held places meanwhile, and the answer that says since when."""
+    """The bookings that held places remain, with the acknowledgement that bounds their time."""
     story = long_story()
     wish = Operation(1, "wish", "BookAppointment", ("long", DAY[1]), attempts=[Attempt(204.6, 204.9, "DAY_FULL")])
     story.history.operations.append(wish)
@@ -414,7 +414,7 @@ def test_the_shortest_history_of_a_wrong_refusal() -> None:
 
 @pytest.mark.parametrize(("rule", "spoil"), WRONG)
 def test_nothing_can_be_left_out_of_the_shortest(rule: str, spoil: Callable[[History, Facts], None]) -> None:
-    """Beside another doctor's long day, each wrong is shown by a few steps, and by no fewer."""
+    """Beside another doctor's long day, a few steps show each error, and none of them can be left out."""
     history, facts = right()
     spoil(history, facts)
     story = long_story()

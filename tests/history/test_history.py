@@ -1,16 +1,16 @@
-"""A bounded play of the harness, with every kind of fault; `python -m tests.history` plays longer ones."""
+"""A short run of the harness with every kind of fault. `python -m tests.history` makes longer ones."""
 
 import pytest
 
 from tests.history.harness import Plan, play
 
 SEEDS = (20301106,)
-"""Each is a run of its own, of a minute and a half."""
+"""One run per seed, of a minute and a half."""
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_what_breaks_breaks_no_promise(seed: int) -> None:
-    """Whatever is killed, cut, held, slowed or lost, the history stays one that the rules allow."""
+    """Processes are killed, connections cut, locks held, answers lost: the history still keeps every rule."""
     report = play(Plan(seed=seed, seconds=95, pause=(0.3, 2.0)))
     assert not report.violations, str(report)
     assert report.total["made"] > 1000, str(report)

@@ -1,7 +1,7 @@
-"""What the harness breaks: a PostgreSQL of its own, a proxy before it, and the service behind that.
+"""The things that the harness breaks: its own PostgreSQL, a proxy in front of it, and the service behind the proxy.
 
-`python -m tests.history.world DIR` is the keeper of the PostgreSQL: it starts it again at each line of standard input,
-and ends it with that. A process of its own, because the server ends with the thread that started it.
+`python -m tests.history.world DIR` is the keeper of the PostgreSQL: it restarts it for each line of standard input, and
+stops it at the end of input. It is a separate process, because the server ends with the thread that started it.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ class Cluster:
         return int(pid), conninfo
 
     def database(self, mutate: Callable[[psycopg.Connection], None] = lambda admin: None) -> str:
-        """The conninfo of a fresh database of this release, changed by `mutate`."""
+        """The conninfo of a new database of this release, changed by `mutate`."""
         name = f"history_{next(_names)}"
         with psycopg.connect(self.conninfo, autocommit=True) as admin:
             admin.execute(f"create database {name} template {_TEMPLATE}".encode())
@@ -65,7 +65,7 @@ class Cluster:
         return conninfo
 
     def kill(self) -> None:
-        """End the postmaster with SIGKILL, and start PostgreSQL again; returns when it accepts connections. Blocks."""
+        """Kill the postmaster with SIGKILL, and restart PostgreSQL. Blocks until it accepts connections."""
         with suppress(psycopg.OperationalError):
             self._deadlocks = self.deadlocks()
         os.kill(self.pid, signal.SIGKILL)
@@ -75,14 +75,14 @@ class Cluster:
         self.pid, _ = self._heard()
 
     def deadlocks(self) -> int:
-        """How many PostgreSQL broke since it was first started, but for those of the last moments before a kill."""
+        """The deadlocks broken since PostgreSQL first started, without those of the last moments before a kill."""
         with psycopg.connect(self.conninfo) as admin:
             row = admin.execute("select sum(deadlocks)::int from pg_stat_database").fetchone()
-        # A crash ends the statistics.
+        # A crash resets the statistics.
         return self._deadlocks + (row[0] if row else 0)
 
     def close(self) -> None:
-        """End the server and its keeper."""
+        """Stop the server and its keeper."""
         assert self._keeper.stdin is not None
         self._keeper.stdin.close()
         self._keeper.wait(60)
@@ -99,15 +99,15 @@ class Proxy:
         self._path = str(directory / _SOCKET)
         self.conninfo = make_conninfo(conninfo, host=str(directory), sslmode="disable", gssencmode="disable")
         self.delay = 0.0
-        """Seconds that each piece takes, either way."""
+        """Seconds of delay of each piece of data, in both directions."""
         self.refusing = False
         """Whether new connections are closed at once."""
         self.deaf = False
         """Whether notifications are dropped."""
         self.asks = asyncio.Event()
-        """Set: what the service says goes through; else it waits."""
+        """While set, data from the service passes; otherwise it waits."""
         self.answers = asyncio.Event()
-        """Set: what PostgreSQL says goes through; else it waits."""
+        """While set, data from PostgreSQL passes; otherwise it waits."""
         self.dropped = 0
         self.ends: set[_End] = set()
         self.connecting: set[asyncio.Task[None]] = set()
@@ -120,7 +120,7 @@ class Proxy:
     async def close(self) -> None:
         self._server.close()
         self.reset()
-        # uvloop ends a transport in a later turn.
+        # uvloop closes a transport in a later iteration of the loop.
         while self.ends:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -131,7 +131,7 @@ class Proxy:
         self.answers.set()
 
     def reset(self) -> None:
-        """Cut every connection; what waits in it is lost."""
+        """Cut every connection; data that waits in it is lost."""
         for end in self.ends:
             end.transport.abort()
 
@@ -142,7 +142,7 @@ class Proxy:
 
 
 class _End(asyncio.Protocol):
-    """One end of a connection through the proxy; what it hears goes to the other, at once if nothing is disturbed."""
+    """One end of a connection through the proxy. It forwards what it receives, at once if nothing is disturbed."""
 
     transport: asyncio.Transport
 
@@ -151,13 +151,13 @@ class _End(asyncio.Protocol):
         self._gate = gate
         self._other: _End | None = None
         self._late: deque[bytes | None] = deque()
-        """What waits to be passed on; None is the end of it."""
+        """Data that waits to be forwarded; None is its end."""
         self._passing: asyncio.Task[None] | None = None
         self._framed = False
         self._rest = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are of classes of their own.
+        # uvloop's transports have their own classes.
         self.transport = cast(asyncio.Transport, transport)
         self._proxy.ends.add(self)
         if self._proxy.refusing and self._gate is self._proxy.asks:
@@ -165,7 +165,7 @@ class _End(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._other is None:
-            # The first packet says who connects: only a connection that listens is taken apart.
+            # The first packet names the client: only a connection that listens is parsed.
             self._late.append(data)
             if self._passing is None:
                 self._passing = asyncio.create_task(self._connect(b"frontdesk listen" in data))
@@ -193,7 +193,7 @@ class _End(asyncio.Protocol):
         await self._pass()
 
     def _heard(self, data: bytes) -> bytes:
-        """Whole messages of PostgreSQL, without its notifications while nothing is to be heard of them."""
+        """Complete messages of PostgreSQL, without notifications while the proxy is deaf."""
         data, through, at = self._rest + data, [], 0
         while len(data) >= at + 5 and len(data) >= (after := at + 1 + int.from_bytes(data[at + 1 : at + 5])):
             if self._proxy.deaf and data[at : at + 1] == b"A":
@@ -241,7 +241,7 @@ class _End(asyncio.Protocol):
 
 
 class Served(Service):
-    """`frontdesk serve` with two workers; with `changed`, workers that lack a safety (see `launcher`)."""
+    """`frontdesk serve` with two workers; with `changed`, workers that lack a safeguard (see `launcher`)."""
 
     def __init__(self, conninfo: str, directory: Path, changed: str = "") -> None:
         self.log = directory / "log"
@@ -252,7 +252,7 @@ class Served(Service):
         self._launch()
 
     def start_again(self) -> None:
-        """Start it where it served before; returns when both workers serve."""
+        """Start it again at the same address; returns when both workers serve."""
         self.end()
         self._launch()
 
@@ -281,7 +281,7 @@ class Served(Service):
         self.port = int(said.rpartition(":")[2])
 
     def end(self) -> None:
-        """Kill whatever still runs."""
+        """Stop it, if it still runs."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -297,7 +297,7 @@ class Served(Service):
 
 
 def _free_port() -> int:
-    """One that nobody gets by chance while the service is being started again, as the end of a connection of theirs."""
+    """A port that no outgoing connection takes while the service restarts."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
         port = random.randrange(max(lowest - 12_000, 1024), lowest)
@@ -307,11 +307,11 @@ def _free_port() -> int:
 
 
 def _keep(directory: Path) -> None:
-    """The keeper's life."""
+    """Run the keeper."""
     with EmbeddedPostgres(directory) as postgres:
         print(postgres.pid, postgres.conninfo, flush=True)
         for _ in sys.stdin:
-            # It was killed; wait until the kernel has said so.
+            # It was killed; wait until the kernel has ended it.
             while postgres.alive:
                 time.sleep(0.01)
             postgres.start()
