@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
-from clinic.frontdesk.v1 import doctor_pb2, patient_pb2, slot_pb2
+from clinic.frontdesk.v1 import doctor_pb2, patient_pb2, queue_pb2, slot_pb2
 from tests.clinic import Front, day, details, outcome, reason_of, refusal, soon, today, tomorrow
 
 
@@ -242,3 +242,49 @@ async def test_update_reason_and_notes(front: Front) -> None:
     cleared = await update(paths=("notes",))
     assert (cleared.reason, cleared.notes) == ("fever", "")
     assert await outcome(update(paths=("state",))) == "INVALID_FIELD"
+
+
+async def test_a_move_within_a_day_takes_no_further_place(front: Front) -> None:
+    """Whoever has a place of an overfull day or slot may change within it; nobody else gets in."""
+    doctor = await front.doctor(max_patients_per_day=2)
+    first, second, third = await front.people(3)
+    one = (await front.book(first.id, doctor.id, tomorrow())).appointment
+    await front.book(second.id, doctor.id, tomorrow())
+    await front.doctors.UpdateDoctor(
+        doctor_pb2.UpdateDoctorRequest(doctor=doctor_pb2.Doctor(id=doctor.id, max_patients_per_day=1))
+    )
+    slot = await front.slot(doctor.id, soon(1))
+    moved = await front.appointments.RescheduleAppointment(
+        pb.RescheduleAppointmentRequest(appointment_id=one.id, slot_id=slot.id)
+    )
+    assert (moved.appointment.slot_id, moved.appointment.number) == (slot.id, one.number)
+    back = pb.RescheduleAppointmentRequest(appointment_id=one.id)
+    back.doctor_day.CopyFrom(pb.DoctorDay(doctor_id=doctor.id, date=day(tomorrow())))
+    assert await outcome(front.appointments.RescheduleAppointment(back)) == "OK"
+    assert await outcome(front.book(third.id, doctor.id, tomorrow())) == "DAY_FULL"
+    elsewhere = (await front.book(third.id, doctor.id, tomorrow() + timedelta(days=1))).appointment
+    back.appointment_id = elsewhere.id
+    assert await outcome(front.appointments.RescheduleAppointment(back)) == "DAY_FULL"
+
+
+async def test_an_id_in_capitals_is_the_same_request(front: Front) -> None:
+    """The same key with the same request in another spelling of its ids is a replay."""
+    doctor, person = await front.doctor(), await front.patient()
+    booked = await front.book(person.id, doctor.id, tomorrow(), idempotency_key="k")
+    again = await front.book(person.id.upper(), doctor.id.upper(), tomorrow(), idempotency_key="k")
+    assert (again.replayed, again.appointment) == (True, booked.appointment)
+
+
+async def test_a_refused_transition_tells_both_states(front: Front) -> None:
+    """INVALID_TRANSITION has the state of the visit, and beside it that of the queue entry if there is one."""
+    doctor = await front.doctor()
+    here = (await front.arrive(doctor.id)).appointment.id
+    queues, visits = front.queues, front.appointments
+    error = await refusal(queues.MarkMissed(queue_pb2.MarkMissedRequest(appointment_id=here)))
+    metadata = {"appointment_id": here, "state": "CHECKED_IN", "queue_state": "WAITING"}
+    assert dict(details(error)["ErrorInfo"].metadata) == metadata
+    error = await refusal(visits.MarkNoShow(pb.MarkNoShowRequest(appointment_id=here)))
+    assert dict(details(error)["ErrorInfo"].metadata) == metadata
+    booked = (await front.book((await front.patient()).id, doctor.id)).appointment.id
+    error = await refusal(visits.CompleteAppointment(pb.CompleteAppointmentRequest(appointment_id=booked)))
+    assert dict(details(error)["ErrorInfo"].metadata) == {"appointment_id": booked, "state": "BOOKED"}

@@ -1,12 +1,13 @@
 """Clinics and doctors are stored, found and changed; a doctor's presence is set by date."""
 
 from datetime import date, timedelta
+from typing import Any
 
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from clinic.frontdesk.v1 import clinic_pb2, doctor_pb2
-from tests.clinic import Front, day, details, outcome, reason_of, refusal, today
+from tests.clinic import Front, day, details, outcome, reason_of, refusal, today, tomorrow
 
 
 async def test_clinics(front: Front) -> None:
@@ -103,3 +104,30 @@ async def test_availability(front: Front) -> None:
 
     assert await listed() == ["day 1", "day 2", "day 3", "day 5"]
     assert await listed(from_date=day(at(2)), to_date=day(at(3))) == ["day 2", "day 3"]
+
+
+async def test_a_capacity_alone_keeps_the_doctor_present(front: Front) -> None:
+    """is_present that is not given stays as it was; an etag of the date guards against another's change."""
+    doctor = await front.doctor()
+
+    async def say(**fields: Any) -> doctor_pb2.SetDoctorAvailabilityResponse:
+        return await front.doctors.SetDoctorAvailability(
+            doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(tomorrow()), **fields)
+        )
+
+    said = (await say(max_patients=1, etag="0")).availability
+    assert (said.is_present, said.max_patients, said.etag) == (True, 1, "1")
+    await front.book((await front.patient()).id, doctor.id, tomorrow())
+    assert await outcome(say(is_present=False, etag="0")) == "ETAG_MISMATCH"
+    away = await say(is_present=False, etag="1", idempotency_key="away")
+    assert (away.availability.is_present, len(away.affected_appointment_ids)) == (False, 1)
+    still = await say(note="back on Monday")
+    assert (still.availability.is_present, still.availability.etag, len(still.affected_appointment_ids)) == (
+        False,
+        "3",
+        1,
+    )
+    replay = await say(is_present=False, etag="1", idempotency_key="away")
+    assert (replay.replayed, replay.availability, replay.revision) == (True, away.availability, away.revision)
+    listed = await front.doctors.ListDoctorAvailability(doctor_pb2.ListDoctorAvailabilityRequest(doctor_id=doctor.id))
+    assert list(listed.availabilities) == [still.availability]

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
-from tests.clinic import Front, day, outcome, today
+from tests.clinic import Front, day, outcome, soon, today, tomorrow
 
 State = pb.Appointment
 
@@ -117,3 +117,38 @@ async def test_a_list_needs_a_bound(front: Front) -> None:
 
     assert [await asked(days) for days in (0, 30, 31, -1)] == ["OK", "OK", "INVALID_FIELD", "INVALID_FIELD"]
     assert await asked(300, doctor_id=(await front.doctor()).id) == "OK"
+
+
+async def test_a_day_goes_by_start_time(front: Front) -> None:
+    """Within a date, day bookings come first, then slots by their start, whenever they were booked; on every page."""
+    clinic = await front.clinic()
+    doctors = [await front.doctor(clinic_id=clinic.id) for _ in range(3)]
+    expected = []
+    for doctor in doctors:
+        for hours in (7, 1, 4):
+            person = await front.patient()
+            slot = await front.slot(doctor.id, soon(hours))
+            expected.append((await front.book_slot(person.id, slot.id)).appointment)
+        expected.append((await front.book((await front.patient()).id, doctor.id, tomorrow())).appointment)
+    expected.sort(key=lambda a: (a.start_time.ToNanoseconds() if a.HasField("start_time") else -1, a.id))
+    both = {"from_date": day(tomorrow()), "to_date": day(tomorrow())}
+    for fields in ({"clinic_id": clinic.id}, both, {"clinic_id": clinic.id, "states": [State.STATE_BOOKED]}):
+        for size in (1, 5, 100):
+            assert await every(front, page_size=size, **fields) == expected
+            descending = await every(front, page_size=size, order=pb.ListAppointmentsRequest.ORDER_DATE_DESC, **fields)
+            assert descending == expected[::-1]
+    mine = [a for a in expected if a.doctor_id == doctors[1].id]
+    assert await every(front, page_size=2, doctor_id=doctors[1].id) == mine
+    assert await every(front, page_size=1, patient_id=mine[0].patient_id) == mine[:1]
+
+
+async def test_a_slots_appointments(front: Front) -> None:
+    """The list of a slot has its appointments in every state, and needs no other filter."""
+    doctor = await front.doctor()
+    slot, other = await front.slot(doctor.id, soon(1), capacity=3), await front.slot(doctor.id, soon(2))
+    booked = [(await front.book_slot(person.id, slot.id)).appointment.id for person in await front.people(3)]
+    await front.book_slot((await front.patient()).id, other.id)
+    await front.cancel(booked[1])
+    assert sorted(a.id for a in await every(front, slot_id=slot.id.upper(), page_size=2)) == sorted(booked)
+    live = await every(front, slot_id=slot.id, states=[State.STATE_BOOKED])
+    assert {a.id for a in live} == {booked[0], booked[2]}

@@ -202,6 +202,13 @@ class ClinicInactive(Precondition):
     resource = "doctor"
 
 
+class TimeZoneInUse(Precondition):
+    """Slots or live appointments ahead depend on the clinic's time zone."""
+
+    reason = "TIME_ZONE_IN_USE"
+    resource = "clinic"
+
+
 class AlreadyExists(Refused):
     """An existing resource conflicts with the request."""
 

@@ -43,7 +43,7 @@ def _read(message: Message) -> None:
     """Read tokens, dates and instants as the servicers do."""
     for field, value in message.ListFields():
         if field.name == "page_token":
-            for kinds in (convert.IDS, convert.DATES, convert.DATES_AND_IDS, convert.INSTANTS_AND_IDS):
+            for kinds in (convert.IDS, convert.DATES, convert.DATES_STARTS_AND_IDS, convert.INSTANTS_AND_IDS):
                 convert.page_from(message, *kinds)
         elif field.name == "resume_token":
             ResumeToken.decode(value)

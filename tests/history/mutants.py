@@ -173,6 +173,7 @@ MUTANTS = (
         _edited(
             "decide",
             (_LOCKS, ""),
+            ("if cardinality(v_requests) > 1 then", "if false then"),
             ("        d := null;", "        perform lock_all(lock_names(r));\n        d := null;"),
         ),
     ),

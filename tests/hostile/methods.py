@@ -279,6 +279,7 @@ VALID: dict[str, Callable[[World], Message]] = {
     "BatchCreateSlots": lambda w: slot_pb2.BatchCreateSlotsRequest(slots=[slot_at(w.doctor_id, noon(4))]),
     "GetSlot": lambda w: slot_pb2.GetSlotRequest(slot_id=w.slot_id),
     "ListSlots": lambda w: slot_pb2.ListSlotsRequest(doctor_id=w.doctor_id),
+    "UpdateSlot": lambda w: slot_pb2.UpdateSlotRequest(slot=slot_pb2.Slot(id=w.slot_id, capacity=2)),
     "BlockSlots": lambda w: slot_pb2.BlockSlotsRequest(slot_ids=[w.slot_id]),
     "ReleaseSlots": lambda w: slot_pb2.ReleaseSlotsRequest(slot_ids=[w.slot_id]),
     "DeleteSlot": lambda w: slot_pb2.DeleteSlotRequest(slot_id=w.slot_id),

@@ -201,6 +201,18 @@ async def _batch_create_slots(front: Front) -> Scenario:
     return Scenario(at(2, 3), at(4, 5), lambda: _delete_slots_of(front, doctor.id), _only("id"))
 
 
+async def _update_slot(front: Front) -> Scenario:
+    slot = await front.slot((await front.doctor()).id, noon(2))
+
+    def to(capacity: int) -> slot_pb2.UpdateSlotRequest:
+        return slot_pb2.UpdateSlotRequest(slot=slot_pb2.Slot(id=slot.id, capacity=capacity))
+
+    async def later() -> None:
+        await front.slots.UpdateSlot(to(5))
+
+    return Scenario(to(2), to(3), later, _only("id", "capacity"))
+
+
 async def _block_slots(front: Front) -> Scenario:
     slot = await front.slot((await front.doctor()).id, noon(2))
 
@@ -301,6 +313,7 @@ SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "SetDoctorAvailability": _set_availability,
     "CreateSlot": _create_slot,
     "BatchCreateSlots": _batch_create_slots,
+    "UpdateSlot": _update_slot,
     "BlockSlots": _block_slots,
     "ReleaseSlots": _release_slots,
     "DeleteSlot": _delete_slot,

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from frontdesk.core.caller import Caller
 from frontdesk.core.decision import Changed, asked, iso, refusal
+from frontdesk.core.formats import require_order
 from frontdesk.db import schema
 from frontdesk.db.batch import Batcher
 from frontdesk.db.change import Change, Key
@@ -71,6 +72,7 @@ class AppointmentFilter:
     patient_id: str | None
     doctor_id: str | None
     clinic_id: str | None
+    slot_id: str | None
     states: tuple[str, ...]
     """Empty means every state."""
     from_date: date | None
@@ -183,25 +185,25 @@ class Appointments:
         return found
 
     async def list(self, caller: Caller, page: Page, wanted: AppointmentFilter) -> Listing[Appointment]:
-        """Appointments for which every given filter holds, by date, then id. Raises InvalidField."""
-        if not (wanted.patient_id or wanted.doctor_id or wanted.clinic_id or (wanted.from_date and wanted.to_date)):
-            raise InvalidField(("from_date", "a patient, a doctor, a clinic or both dates are required"))
-        if wanted.from_date and wanted.to_date:
-            days = (wanted.to_date - wanted.from_date).days
-            if days < 0:
-                raise InvalidField(("to_date", "is before from_date"))
-            if days > 30 and not (wanted.patient_id or wanted.doctor_id or wanted.clinic_id):
-                raise InvalidField(("to_date", "at most 31 days without a patient, a doctor or a clinic"))
+        """Appointments for which every given filter holds, by date, start time and id. Raises InvalidField."""
+        narrow = wanted.patient_id or wanted.doctor_id or wanted.clinic_id or wanted.slot_id
+        if not (narrow or (wanted.from_date and wanted.to_date)):
+            raise InvalidField(("from_date", "a patient, a doctor, a clinic, a slot or both dates are required"))
+        require_order(wanted.from_date, wanted.to_date)
+        if not narrow and wanted.from_date and wanted.to_date and (wanted.to_date - wanted.from_date).days > 30:
+            raise InvalidField(("to_date", "at most 31 days without a patient, a doctor, a clinic or a slot"))
         values = {
             "patient_id": wanted.patient_id, "doctor_id": wanted.doctor_id, "clinic_id": wanted.clinic_id,
-            "from_date": wanted.from_date, "to_date": wanted.to_date,
-            "after_date": page.after[0] if page.after else None, "after_id": page.after[1] if page.after else None,
+            "slot_id": wanted.slot_id, "from_date": wanted.from_date, "to_date": wanted.to_date,
         }  # fmt: skip
+        if page.after:
+            values |= dict(zip(("after_date", "after_start", "after_id"), page.after, strict=True))
+            values["after_start"] = values["after_start"] or "-infinity"
         given = frozenset(name for name, value in values.items() if value is not None)
         states = tuple(sorted(set(wanted.states or schema.VISIT_STATES)))
         query = _list_statement(given, states, wanted.descending)
         found: Sequence[Appointment] = await self._db.rows(query, {**values, "size": page.size + 1}, Appointment)
-        return cut(page, found, lambda appointment: (appointment.date.isoformat(), appointment.id))
+        return cut(page, found, _place)
 
     async def decide(self, request: Mapping[str, Any]) -> Change[Appointment]:
         """Make a change of an appointment, and tell the watchers of its doctor-days. Raises the refusal."""
@@ -216,17 +218,28 @@ class Appointments:
         return change
 
 
+def _place(appointment: Appointment) -> tuple[str, ...]:
+    start = appointment.start_time
+    return appointment.date.isoformat(), "" if start is None else start.isoformat(), appointment.id
+
+
 @cache
 def _list_statement(given: frozenset[str], states: tuple[str, ...], descending: bool) -> str:
-    later = sa.tuple_(sa.bindparam("after_date", type_=sa.Date), sa.bindparam("after_id", type_=sa.Uuid))
-    place = sa.tuple_(_t.date, _t.id)
+    after = sa.tuple_(
+        sa.bindparam("after_date", type_=sa.Date),
+        sa.bindparam("after_start", type_=sa.DateTime(timezone=True)),
+        sa.bindparam("after_id", type_=sa.Uuid),
+    )
+    sort_key = (_t.date, sa.func.coalesce(_t.start_time, schema.FIRST), _t.id)
+    place = sa.tuple_(*sort_key)
     conditions: dict[str, sa.ColumnElement[bool]] = {
         "patient_id": _t.patient_id == sa.bindparam("patient_id"),
         "doctor_id": _t.doctor_id == sa.bindparam("doctor_id"),
         "clinic_id": _t.clinic_id == sa.bindparam("clinic_id"),
+        "slot_id": _t.slot_id == sa.bindparam("slot_id"),
         "from_date": _t.date >= sa.bindparam("from_date"),
         "to_date": _t.date <= sa.bindparam("to_date"),
-        "after_date": place < later if descending else place > later,
+        "after_date": place < after if descending else place > after,
     }
     chosen = [conditions[name] for name in sorted(given & conditions.keys())]
     size = sa.bindparam("size", type_=sa.Integer)
@@ -234,24 +247,24 @@ def _list_statement(given: frozenset[str], states: tuple[str, ...], descending: 
     def ordered(statement: sa.Select[Any], columns: Sequence[sa.ColumnElement[Any]]) -> sa.Select[Any]:
         return statement.order_by(*(column.desc() if descending else column for column in columns)).limit(size)
 
-    if given & {"patient_id", "doctor_id"}:
-        # A patient's or a doctor's list is short: one scan, other states passed over. Of the state as it stands the
-        # planner would make too much: that nearly everyone who is checked in is so today it does not know, and it would
-        # read those of the whole service.
+    if given & {"patient_id", "doctor_id", "slot_id"}:
+        # The list of a patient, a doctor or a slot is short: one scan that skips other states. The planner must not
+        # search by state: it does not know that nearly everyone who is checked in is so today, and would read all.
         state = _t.state.concat(sa.literal_column("''"))
         statement = ordered(
             sa.select(*_selected).where(*chosen, state.in_([sa.literal_column(f"'{s}'") for s in states])),
-            (_t.date, _t.id),
+            sort_key,
         )
     else:
         # A clinic's list and everyone's are long, and a rare state would be searched for in all of them: one scan a
         # state on the index that the state leads, merged, each no longer than the page.
         each = [
             ordered(
-                sa.select(*_selected).where(*chosen, _t.state == sa.literal_column(f"'{state}'")), (_t.date, _t.id)
+                sa.select(*_selected).where(*chosen, _t.state == sa.literal_column(f"'{state}'")), sort_key
             ).subquery()
             for state in states
         ]
         merged = sa.union_all(*(sa.select(part) for part in each)).subquery()
-        statement = ordered(sa.select(merged), (merged.c.date, merged.c.id))
+        start = sa.func.coalesce(merged.c.start_time, schema.FIRST)
+        statement = ordered(sa.select(merged), (merged.c.date, start, merged.c.id))
     return compiled(statement)

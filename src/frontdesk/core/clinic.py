@@ -2,19 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
 
 from frontdesk.core.caller import Caller
-from frontdesk.core.formats import e164, require_country, require_zone
+from frontdesk.core.formats import e164, require_country, time_zone
 from frontdesk.db import schema
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, Transaction
 from frontdesk.db.paging import Listing, Page
 from frontdesk.db.records import Records
-from frontdesk.errors import ClinicNotFound
+from frontdesk.errors import ClinicNotFound, InvalidField, TimeZoneInUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Clinics:
 
     async def create(self, caller: Caller, values: Mapping[str, Any], *, key: Key) -> Change[Clinic]:
         """Open a clinic. Raises InvalidField."""
-        return await records.create(self._db, key, _checked(values, values.get("country", "")))
+        return await records.create(self._db, key, values, _checked)
 
     async def get(self, caller: Caller, clinic_id: str) -> Clinic:
         """Raises ClinicNotFound."""
@@ -55,13 +55,8 @@ class Clinics:
     async def update(
         self, caller: Caller, clinic_id: str, changes: Mapping[str, Any], version: int | None, *, key: Key
     ) -> Change[Clinic]:
-        """Change the given columns. Raises ClinicNotFound, EtagMismatch, InvalidField."""
-
-        async def prepare(tx: Transaction, current: Clinic | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
-            assert current is not None
-            return _checked(given, given.get("country", current.country))
-
-        return await records.update(self._db, key, clinic_id, changes, version, prepare)
+        """Change the given columns. Raises ClinicNotFound, TimeZoneInUse, EtagMismatch, InvalidField."""
+        return await records.update(self._db, key, clinic_id, changes, version, _checked)
 
     async def list(self, caller: Caller, page: Page, *, city: str) -> Listing[Clinic]:
         """Clinics, of one city if given, the oldest first."""
@@ -71,11 +66,40 @@ class Clinics:
         return await records.page(self._db, page, filters)
 
 
-def _checked(values: Mapping[str, Any], country: str) -> dict[str, Any]:
+async def _checked(tx: Transaction, current: Clinic | None, values: Mapping[str, Any]) -> Mapping[str, Any]:
     checked = dict(values)
+    country = values.get("country", current.country if current is not None else "")
     require_country(country, "clinic.country")
-    if "time_zone" in checked:
-        require_zone(checked["time_zone"], "clinic.time_zone")
     if "phone" in checked:
         checked["phone"] = e164(checked["phone"], country, "clinic.phone")
+    if "time_zone" in checked and (current is None or checked["time_zone"] != current.time_zone):
+        await _require_zone(tx, checked["time_zone"])
+        if current is not None:
+            await _require_unused_zone(tx, current.id)
     return checked
+
+
+async def _require_zone(tx: Transaction, name: str) -> None:
+    # PostgreSQL computes the clinic's days, so it must know the name and mean the same by it.
+    zone = time_zone(name)
+    if zone is None:
+        raise InvalidField(("clinic.time_zone", "is not an IANA time zone"))
+    offsets = await tx.row("select zone_offsets(%s)", (name,), lambda found: found)
+    first_days = (datetime(2012 + n // 12, n % 12 + 1, 1, 12, tzinfo=UTC) for n in range(60))
+    if offsets != [(day.astimezone(zone).utcoffset() or timedelta()).total_seconds() for day in first_days]:
+        raise InvalidField(("clinic.time_zone", "is not a time zone that PostgreSQL reads as the IANA database does"))
+
+
+async def _require_unused_zone(tx: Transaction, clinic_id: str) -> None:
+    # Under the clinic's row lock, for which those who create or move slots wait. No slot is longer than a day.
+    found = await tx.row(
+        "select (select count(*) from slot where clinic_id = %(clinic)s and start_time > moment() - interval '1 day'"
+        " and end_time > moment()),"
+        " (select count(*) from appointment where clinic_id = %(clinic)s and is_live(state)"
+        " and date >= (moment() - interval '2 days')::date and end_time > moment())",
+        {"clinic": clinic_id},
+        lambda slots, appointments: {"slots": slots, "appointments": appointments},
+    )
+    assert found is not None
+    if any(found.values()):
+        raise TimeZoneInUse(clinic_id, found)

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from frontdesk.core import clinic
 from frontdesk.core.caller import Caller
 from frontdesk.core.decision import Changed, asked, iso, refusal
+from frontdesk.core.formats import require_order
 from frontdesk.db import schema
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, Transaction, compiled
@@ -42,9 +43,11 @@ class Availability:
 
     doctor_id: str
     date: date
-    is_present: bool
+    is_present: bool | None
+    """None in a change keeps it as it was."""
     note: str
     max_patients: int | None
+    version: int | None
 
 
 records = Records(
@@ -100,11 +103,11 @@ class Doctors:
     async def set_availability(self, caller: Caller, wanted: Availability, *, key: Key) -> Change[Availability]:
         """Say whether a doctor is there on a date. What is booked stays booked; `affected` names it if he is absent.
 
-        Raises DoctorNotFound.
+        Raises DoctorNotFound, EtagMismatch.
         """
         request = asked(
             key, doctor=wanted.doctor_id, date=iso(wanted.date), is_present=wanted.is_present, notes=wanted.note,
-            max_patients=wanted.max_patients,
+            max_patients=wanted.max_patients, version=wanted.version,
         )  # fmt: skip
         change = await self._db.row(_decided, (json.dumps([request]),), _change)
         assert change is not None
@@ -117,7 +120,8 @@ class Doctors:
     async def list_availability(
         self, caller: Caller, page: Page, doctor_id: str, from_date: date | None, to_date: date | None
     ) -> Listing[Availability]:
-        """What was said of a doctor's dates, the earliest first. Raises DoctorNotFound."""
+        """What was set for a doctor's dates, the earliest first. Raises DoctorNotFound, InvalidField."""
+        require_order(from_date, to_date)
         await records.get(self._db, doctor_id)
         after = page.after[0] if page.after else None
         found = await self._db.rows(
@@ -129,7 +133,7 @@ class Doctors:
 
 
 _availabilities = compiled(
-    sa.select(_d.doctor_id, _d.date, _d.is_present, _d.note, _d.max_patients)
+    sa.select(_d.doctor_id, _d.date, _d.is_present, _d.note, _d.max_patients, _d.availability_version)
     .where(
         _d.doctor_id == sa.bindparam("doctor"),
         _d.is_present.is_not(None),
@@ -144,7 +148,8 @@ _availabilities = compiled(
 
 _decided = (
     "select outcome, subject, details, coalesce(replayed, false), revision, affected,"
-    " (day).doctor_id, (day).date, (day).is_present, (day).note, (day).max_patients from decide(%s)"
+    " (day).doctor_id, (day).date, (day).is_present, (day).note, (day).max_patients,"
+    " (day).availability_version from decide(%s)"
 )
 
 

@@ -1,9 +1,10 @@
 """Public formats: countries, time zones, phone numbers; and the form in which names are compared. No I/O."""
 
 import unicodedata
+from datetime import date
 from functools import cache
-from importlib.resources import files
-from zoneinfo import available_timezones
+from importlib import resources
+from zoneinfo import ZoneInfo
 
 import phonenumbers
 
@@ -13,14 +14,25 @@ from frontdesk.errors import InvalidField
 @cache
 def countries() -> frozenset[str]:
     """The ISO 3166-1 alpha-2 codes, from the table in the IANA time zone database."""
-    table = files("tzdata").joinpath("zoneinfo", "iso3166.tab").read_text(encoding="utf-8")
+    table = resources.files("tzdata").joinpath("zoneinfo", "iso3166.tab").read_text(encoding="utf-8")
     return frozenset(line[:2] for line in table.splitlines() if line and not line.startswith("#"))
 
 
+def time_zone(name: str) -> ZoneInfo | None:
+    """The zone of that name in the IANA time zone database, as its package on PyPI has it; None if there is none.
+
+    The host's own files may have other names, such as localtime, and other rules.
+    """
+    if name not in _zones():
+        return None
+    *folders, file = name.split("/")
+    with resources.files("tzdata").joinpath("zoneinfo", *folders, file).open("rb") as data:
+        return ZoneInfo.from_file(data, key=name)
+
+
 @cache
-def zones() -> frozenset[str]:
-    """The names of the IANA time zone database."""
-    return frozenset(available_timezones())
+def _zones() -> frozenset[str]:
+    return frozenset(resources.files("tzdata").joinpath("zones").read_text(encoding="utf-8").split())
 
 
 def require_country(code: str, field: str) -> None:
@@ -29,10 +41,10 @@ def require_country(code: str, field: str) -> None:
         raise InvalidField((field, "is not an ISO 3166-1 alpha-2 country code"))
 
 
-def require_zone(name: str, field: str) -> None:
-    """Raise InvalidField unless `name` is a time zone."""
-    if name not in zones():
-        raise InvalidField((field, "is not an IANA time zone name"))
+def require_order(from_date: date | None, to_date: date | None) -> None:
+    """Raise InvalidField if a range of dates ends before it begins."""
+    if from_date and to_date and to_date < from_date:
+        raise InvalidField(("to_date", "is before from_date"))
 
 
 def e164(number: str, country: str, field: str) -> str:

@@ -64,7 +64,7 @@ _columns = (
 _get = compiled(sa.select(*_columns).where(_s.id == sa.bindparam("id")))
 
 _decided = (
-    "select d.outcome, d.subject, d.details, coalesce(d.replayed, false), "
+    "select d.outcome, d.subject, d.details, coalesce(d.replayed, false), d.affected, "
     + ", ".join(
         # Counted now, also for a replay.
         f"(select count(*) from appointment where appointment.slot_id = s.id and {schema.HOLDING})"
@@ -76,6 +76,7 @@ _decided = (
 )
 
 _BAD_TIMES = {
+    "END_NOT_AFTER_START": ("end_time", "is not after start_time"),
     "OVER_MIDNIGHT": ("end_time", "is not on the clinic's civil day of start_time"),
     "AFTER_9999": ("start_time", "is after the year 9999 in the clinic's time zone"),
 }
@@ -111,7 +112,9 @@ class Slots:
         return found
 
     async def list(self, caller: Caller, page: Page, wanted: SlotFilter) -> Listing[Slot]:
-        """Slots for which every given filter holds, by start time, then id."""
+        """Slots for which every given filter holds, by start time, then id. Raises InvalidField."""
+        if wanted.start_time_from and wanted.start_time_to and wanted.start_time_to < wanted.start_time_from:
+            raise InvalidField(("start_time_to", "is before start_time_from"))
         values = {
             "doctor_id": wanted.doctor_id, "clinic_id": wanted.clinic_id, "specialty": wanted.specialty,
             "start_time_from": wanted.start_time_from, "start_time_to": wanted.start_time_to,
@@ -121,6 +124,17 @@ class Slots:
         query = _list_statement(given, wanted.available_only)
         found = await self._db.rows(query, {**values, "size": page.size + 1}, Slot)
         return cut(page, found, lambda slot: (slot.start_time.isoformat(), slot.id))
+
+    async def update(
+        self, caller: Caller, slot_id: str, changes: Mapping[str, Any], version: int | None, *, key: Key
+    ) -> Change[Sequence[Slot]]:
+        """Change capacity, start_time or end_time. Neither goes against the slot's bookings.
+
+        Raises InvalidField, SlotNotFound, SlotHasBookings, SlotInPast, SlotOverlap, EtagMismatch.
+        """
+        times = {name: iso(changes.get(name)) for name in ("start_time", "end_time")}
+        request = asked(key, slots=[slot_id], version=version, capacity=changes.get("capacity"), **times)
+        return await self._decide(request, "slot")
 
     async def block(self, caller: Caller, slot_ids: Sequence[str], why: str, *, key: Key) -> Change[Sequence[Slot]]:
         """Take slots out of booking; their bookings stay. Raises SlotNotFound."""
@@ -136,13 +150,14 @@ class Slots:
 
     async def _decide(self, request: Mapping[str, Any], path: str = "") -> Change[Sequence[Slot]]:
         rows = await self._db.rows(_decided, (json.dumps([request]),), lambda *columns: columns)
-        outcome, subject, details, replayed, *_ = rows[0]
+        outcome, subject, details, replayed, affected, *_ = rows[0]
         if outcome in _BAD_TIMES:
             field, wrong = _BAD_TIMES[outcome]
-            raise InvalidField((f"{path.format(details['index'])}.{field}", wrong))
+            raise InvalidField((f"{path.format((details or {}).get('index'))}.{field}", wrong))
         if outcome != "OK":
             raise refusal(outcome, subject, details)
-        return Change([Slot(*slot) for _, _, _, _, *slot in rows if slot[0] is not None], replayed)
+        slots = [Slot(*slot) for _, _, _, _, _, *slot in rows if slot[0] is not None]
+        return Change(slots, replayed, affected=affected or ())
 
 
 @cache
@@ -177,7 +192,7 @@ def _list_statement(given: frozenset[str], available_only: bool) -> str:
         )
         statement = (
             statement.join(schema.doctor, doctor.id == _s.doctor_id)
-            .join(schema.clinic, clinic.id == doctor.clinic_id)
+            .join(schema.clinic, clinic.id == _s.clinic_id)
             .outerjoin(day, sa.and_(_dd.doctor_id == _s.doctor_id, _dd.date == _s.date))
             .where(
                 _s.state == sa.literal_column("'OPEN'"),

@@ -4,12 +4,15 @@ Every constraint is named, because `frontdesk.db.database` maps names to refusal
 given. The states are texts with a CHECK, so that a person at `psql` can read them.
 """
 
+from typing import Any
+
 from sqlalchemy import (
     ARRAY,
     BigInteger,
     Boolean,
     CheckConstraint,
     Column,
+    ColumnElement,
     Date,
     DateTime,
     ForeignKey,
@@ -22,6 +25,7 @@ from sqlalchemy import (
     Text,
     Uuid,
     func,
+    literal_column,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB, ExcludeConstraint
@@ -180,6 +184,8 @@ doctor_day = Table(
     Column("is_present", Boolean),
     _text("note"),
     Column("max_patients", Integer),
+    # Counts SetDoctorAvailability: the etag of what it has set.
+    Column("availability_version", Integer, nullable=False, server_default="0"),
     Column("update_time", DateTime(timezone=True), nullable=False),
     PrimaryKeyConstraint("doctor_id", "date"),
     CheckConstraint("revision >= 2", name="revision"),
@@ -290,14 +296,17 @@ Index(
     unique=True,
     postgresql_where=text("is_live(state)"),
 )
-Index(
-    "appointment_slot_idx", appointment.c.slot_id, postgresql_where=text("slot_id is not null and holds_place(state)")
-)
+Index("appointment_slot_idx", appointment.c.slot_id, postgresql_where=text("slot_id is not null"))
+
+FIRST: ColumnElement[Any] = literal_column("'-infinity'::timestamp with time zone")
+"""Sorts the appointments of a date that have no start time."""
+
 # The lists. Those of a clinic and of dates alone are long, so the state leads: a list merges one scan a state.
-Index("appointment_patient_idx", appointment.c.patient_id, appointment.c.date, appointment.c.id)
-Index("appointment_doctor_idx", appointment.c.doctor_id, appointment.c.date, appointment.c.id)
-Index("appointment_clinic_idx", appointment.c.clinic_id, appointment.c.state, appointment.c.date, appointment.c.id)
-Index("appointment_date_idx", appointment.c.state, appointment.c.date, appointment.c.id)
+_sort_key = (appointment.c.date, func.coalesce(appointment.c.start_time, FIRST), appointment.c.id)
+Index("appointment_patient_idx", appointment.c.patient_id, *_sort_key)
+Index("appointment_doctor_idx", appointment.c.doctor_id, *_sort_key)
+Index("appointment_clinic_idx", appointment.c.clinic_id, appointment.c.state, *_sort_key)
+Index("appointment_date_idx", appointment.c.state, *_sort_key)
 
 # Every change of a doctor-day, in commit order by revision; feeds WatchQueue. No patient data.
 event = Table(

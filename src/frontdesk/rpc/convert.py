@@ -73,6 +73,14 @@ def instant_from(message: Message, field: str, within: str = "") -> datetime | N
     return _EPOCH + timedelta(seconds=value.seconds, microseconds=value.nanos // 1000)
 
 
+def required_instant(message: Message, field: str, within: str = "") -> datetime:
+    """The instant in a required field. Raises InvalidField."""
+    found = instant_from(message, field, within)
+    if found is None:
+        raise InvalidField((within + field, "is required"))
+    return found
+
+
 def converter(message: type[M], shape: type[Any], **others: Callable[[Any], Any]) -> Callable[[Any], M]:
     """Make the function that turns a dataclass of the core into its message, field by field of the same name.
 
@@ -129,8 +137,8 @@ def key_of(request: Any, call: Call) -> Key:
 
 
 def id_or_none(value: str) -> str | None:
-    """An optional id in its canonical form."""
-    return value.lower() or None
+    """An optional id; None if it is not given."""
+    return value or None
 
 
 def writable(*paths: str, **others: Callable[[Any], Mapping[str, Any]]) -> dict[str, Columns]:
@@ -204,7 +212,7 @@ def _instant(text: str) -> datetime:
 
 IDS = (uuid.UUID,)
 DATES = (date.fromisoformat,)
-DATES_AND_IDS = (date.fromisoformat, uuid.UUID)
+DATES_STARTS_AND_IDS = (date.fromisoformat, lambda text: _instant(text) if text else "", uuid.UUID)
 INSTANTS_AND_IDS = (_instant, uuid.UUID)
 
 

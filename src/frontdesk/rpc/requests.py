@@ -4,7 +4,7 @@ The size of a message does not bound the cost of decoding and checking it; the c
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -37,11 +37,37 @@ def request_from(raw: bytes, kind: type[M]) -> M:
         request = kind.FromString(raw)
     except DecodeError:
         raise InvalidField(_MALFORMED) from None
+    _lower_ids(request)
     if first := _validator.collect_violations(request, fail_fast=True):
         _cut_short(request, first[0].proto)
         violations = _validator.collect_violations(request)
         raise InvalidField(*(_violation(violation.proto) for violation in violations[:MOST_VIOLATIONS]))
     return request
+
+
+def _lower_ids(message: Message) -> None:
+    """Write every id in lower case, as the service keeps them: two spellings of an id make the same request."""
+    for field in _fields_with_ids(message.DESCRIPTOR):
+        value = getattr(message, field.name)
+        if field.message_type is not None:
+            for part in value if field.is_repeated else [value] if message.HasField(field.name) else ():
+                _lower_ids(part)
+        elif field.is_repeated:
+            value[:] = [one.lower() for one in value]
+        elif value and (lower := value.lower()) != value:
+            setattr(message, field.name, lower)
+
+
+@cache
+def _fields_with_ids(kind: Any) -> Sequence[FieldDescriptor]:
+    """The fields of a message that are UUIDs by their rules, or messages with such fields."""
+    found = []
+    for field in kind.fields:
+        rules = field.GetOptions().Extensions[validate_pb2.field]
+        one = rules.repeated.items if field.is_repeated else rules
+        if one.string.uuid or (field.message_type is not None and _fields_with_ids(field.message_type)):
+            found.append(field)
+    return found
 
 
 @cache

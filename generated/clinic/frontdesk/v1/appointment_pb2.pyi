@@ -362,8 +362,8 @@ Global___GetAppointmentResponse: _TypeAlias = GetAppointmentResponse  # noqa: Y0
 
 @_typing.final
 class ListAppointmentsRequest(_message.Message):
-    """Request of ListAppointments. Set patient_id, doctor_id or clinic_id, or both dates with a range of at most 31 days;
-    otherwise the request is refused.
+    """Request of ListAppointments. Set patient_id, doctor_id, clinic_id or slot_id, or both dates with a range of at most
+    31 days; otherwise the request is refused.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -382,7 +382,9 @@ class ListAppointmentsRequest(_message.Message):
         """Latest date first."""
 
     class Order(_Order, metaclass=_OrderEnumTypeWrapper):
-        """The order of dates. Ids within a date go the same way."""
+        """The order of dates. Within a date, appointments by start time, those without one first, then by id; all in the same
+        direction.
+        """
 
     ORDER_UNSPECIFIED: ListAppointmentsRequest.Order.ValueType  # 0
     """The default, ORDER_DATE_ASC."""
@@ -400,6 +402,7 @@ class ListAppointmentsRequest(_message.Message):
     ORDER_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SLOT_ID_FIELD_NUMBER: _builtins.int
     patient_id: _builtins.str
     """Only appointments of this patient; empty means every patient."""
     doctor_id: _builtins.str
@@ -414,6 +417,8 @@ class ListAppointmentsRequest(_message.Message):
     """The `next_page_token` of the previous page, with the same filter; empty means the first page. Any other token is
     refused.
     """
+    slot_id: _builtins.str
+    """Only appointments in this slot; empty means in any slot or in none."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[Global___Appointment.State.ValueType]:
         """Only appointments in one of these states, at most 20; empty means every state. STATE_UNSPECIFIED and unknown
@@ -440,10 +445,11 @@ class ListAppointmentsRequest(_message.Message):
         order: Global___ListAppointmentsRequest.Order.ValueType = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        slot_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["from_date", b"from_date", "to_date", b"to_date"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clinic_id", b"clinic_id", "doctor_id", b"doctor_id", "from_date", b"from_date", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "patient_id", b"patient_id", "states", b"states", "to_date", b"to_date"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clinic_id", b"clinic_id", "doctor_id", b"doctor_id", "from_date", b"from_date", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "patient_id", b"patient_id", "slot_id", b"slot_id", "states", b"states", "to_date", b"to_date"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -360,6 +360,7 @@ class DoctorAvailability(_message.Message):
     IS_PRESENT_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
     MAX_PATIENTS_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
     """The doctor's id."""
     is_present: _builtins.bool
@@ -368,6 +369,8 @@ class DoctorAvailability(_message.Message):
     """Up to 4,000 characters, on any number of lines."""
     max_patients: _builtins.int
     """The capacity of this date: 0 to 1,000 patients. Absent means the doctor's max_patients_per_day."""
+    etag: _builtins.str
+    """Changes with every SetDoctorAvailability of this date."""
     @_builtins.property
     def date(self) -> _date_pb2.Date:
         """The civil date in the clinic's time zone."""
@@ -380,10 +383,11 @@ class DoctorAvailability(_message.Message):
         is_present: _builtins.bool = ...,
         note: _builtins.str = ...,
         max_patients: _builtins.int | None = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_patients", b"_max_patients", "date", b"date", "max_patients", b"max_patients"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_patients", b"_max_patients", "date", b"date", "doctor_id", b"doctor_id", "is_present", b"is_present", "max_patients", b"max_patients", "note", b"note"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_patients", b"_max_patients", "date", b"date", "doctor_id", b"doctor_id", "etag", b"etag", "is_present", b"is_present", "max_patients", b"max_patients", "note", b"note"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_patients: _TypeAlias = _typing.Literal["max_patients"]  # noqa: Y015
     _WhichOneofArgType__max_patients: _TypeAlias = _typing.Literal["_max_patients", b"_max_patients"]  # noqa: Y015
@@ -393,7 +397,7 @@ Global___DoctorAvailability: _TypeAlias = DoctorAvailability  # noqa: Y015
 
 @_typing.final
 class SetDoctorAvailabilityRequest(_message.Message):
-    """Request of SetDoctorAvailability. It replaces everything that was set for the date before."""
+    """Request of SetDoctorAvailability. It replaces the note and the capacity that were set for the date before."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -403,10 +407,13 @@ class SetDoctorAvailabilityRequest(_message.Message):
     NOTE_FIELD_NUMBER: _builtins.int
     MAX_PATIENTS_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
     """Required. The doctor's id."""
     is_present: _builtins.bool
-    """Whether the doctor is present. False means no new bookings on this date (DOCTOR_ABSENT)."""
+    """Whether the doctor is present. False means no new bookings on this date (DOCTOR_ABSENT). Absent keeps it as it was;
+    if it was never set, the doctor is present.
+    """
     note: _builtins.str
     """Up to 4,000 characters, on any number of lines."""
     max_patients: _builtins.int
@@ -415,6 +422,10 @@ class SetDoctorAvailabilityRequest(_message.Message):
     """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
     characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
     (IDEMPOTENCY_KEY_REUSED).
+    """
+    etag: _builtins.str
+    """Optional. The date is changed only if this is still the etag of its availability; otherwise the call is refused
+    (ETAG_MISMATCH). "0" means that nothing was set for the date yet.
     """
     @_builtins.property
     def date(self) -> _date_pb2.Date:
@@ -425,17 +436,23 @@ class SetDoctorAvailabilityRequest(_message.Message):
         *,
         doctor_id: _builtins.str = ...,
         date: _date_pb2.Date | None = ...,
-        is_present: _builtins.bool = ...,
+        is_present: _builtins.bool | None = ...,
         note: _builtins.str = ...,
         max_patients: _builtins.int | None = ...,
         idempotency_key: _builtins.str = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_patients", b"_max_patients", "date", b"date", "max_patients", b"max_patients"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_is_present", b"_is_present", "_max_patients", b"_max_patients", "date", b"date", "is_present", b"is_present", "max_patients", b"max_patients"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_patients", b"_max_patients", "date", b"date", "doctor_id", b"doctor_id", "idempotency_key", b"idempotency_key", "is_present", b"is_present", "max_patients", b"max_patients", "note", b"note"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_present", b"_is_present", "_max_patients", b"_max_patients", "date", b"date", "doctor_id", b"doctor_id", "etag", b"etag", "idempotency_key", b"idempotency_key", "is_present", b"is_present", "max_patients", b"max_patients", "note", b"note"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__is_present: _TypeAlias = _typing.Literal["is_present"]  # noqa: Y015
+    _WhichOneofArgType__is_present: _TypeAlias = _typing.Literal["_is_present", b"_is_present"]  # noqa: Y015
     _WhichOneofReturnType__max_patients: _TypeAlias = _typing.Literal["max_patients"]  # noqa: Y015
     _WhichOneofArgType__max_patients: _TypeAlias = _typing.Literal["_max_patients", b"_max_patients"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__is_present) -> _WhichOneofReturnType__is_present | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_patients) -> _WhichOneofReturnType__max_patients | None: ...
 
 Global___SetDoctorAvailabilityRequest: _TypeAlias = SetDoctorAvailabilityRequest  # noqa: Y015
@@ -507,7 +524,7 @@ class ListDoctorAvailabilityRequest(_message.Message):
 
     @_builtins.property
     def to_date(self) -> _date_pb2.Date:
-        """The last date, inclusive; absent means no limit."""
+        """The last date, inclusive; absent means no limit. A date before from_date is refused."""
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -67,11 +68,15 @@ class Slot(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Output only. A lower-case UUID, time-ordered."""
+    """Output only, except in UpdateSlot, where it is required and names the slot to change. A lower-case UUID,
+    time-ordered.
+    """
     doctor_id: _builtins.str
     """Required. The doctor's id."""
     clinic_id: _builtins.str
-    """Output only. The id of the doctor's clinic when the slot was created."""
+    """Output only. The id of the doctor's clinic when the slot was created. The slot stays there when the doctor moves:
+    its date, its bookings and whether it can be booked follow this clinic.
+    """
     capacity: _builtins.int
     """How many patients the slot takes: 1 to 1,000; 0 means the default, 1."""
     booked_count: _builtins.int
@@ -340,7 +345,7 @@ class ListSlotsRequest(_message.Message):
 
     @_builtins.property
     def start_time_to(self) -> _timestamp_pb2.Timestamp:
-        """Only slots that start before this instant; absent means no limit."""
+        """Only slots that start before this instant; absent means no limit. An instant before start_time_from is refused."""
 
     def __init__(
         self,
@@ -391,6 +396,79 @@ class ListSlotsResponse(_message.Message):
 Global___ListSlotsResponse: _TypeAlias = ListSlotsResponse  # noqa: Y015
 
 @_typing.final
+class UpdateSlotRequest(_message.Message):
+    """Request of UpdateSlot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    etag: _builtins.str
+    """Optional. The slot is changed only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
+    idempotency_key: _builtins.str
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
+    """
+    @_builtins.property
+    def slot(self) -> Global___Slot:
+        """Required. The new values of capacity, start_time and end_time, with the id of the slot to change."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """The fields to change: capacity, start_time, end_time. Absent means those that are set; `*` means all three. Other
+        paths are refused. A time that is not named stays.
+        """
+
+    def __init__(
+        self,
+        *,
+        slot: Global___Slot | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+        etag: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["slot", b"slot", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "idempotency_key", b"idempotency_key", "slot", b"slot", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateSlotRequest: _TypeAlias = UpdateSlotRequest  # noqa: Y015
+
+@_typing.final
+class UpdateSlotResponse(_message.Message):
+    """Response of UpdateSlot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """True if an earlier call with the same key made the change. The slot is then as that call left it, except that its
+    counts are the present ones.
+    """
+    @_builtins.property
+    def slot(self) -> Global___Slot:
+        """The slot after the change."""
+
+    def __init__(
+        self,
+        *,
+        slot: Global___Slot | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["slot", b"slot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replayed", b"replayed", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateSlotResponse: _TypeAlias = UpdateSlotResponse  # noqa: Y015
+
+@_typing.final
 class BlockSlotsRequest(_message.Message):
     """Request of BlockSlots."""
 
@@ -433,6 +511,7 @@ class BlockSlotsResponse(_message.Message):
 
     SLOTS_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    AFFECTED_APPOINTMENT_IDS_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
     """True if an earlier call with the same key made the change. Each slot is then as that call left it, except that its
     counts are the present ones.
@@ -441,15 +520,22 @@ class BlockSlotsResponse(_message.Message):
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slot]:
         """The slots after the change, in the order of the request."""
 
+    @_builtins.property
+    def affected_appointment_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of the appointments in these slots that are booked, checked in or in consultation, by start time, then
+        number. They stay as they are until the clinic moves or cancels them.
+        """
+
     def __init__(
         self,
         *,
         slots: _abc.Iterable[Global___Slot] | None = ...,
         replayed: _builtins.bool = ...,
+        affected_appointment_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["replayed", b"replayed", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affected_appointment_ids", b"affected_appointment_ids", "replayed", b"replayed", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -58,6 +58,11 @@ class SlotServiceStub:
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_slot__pb2.ListSlotsRequest.SerializeToString,
                 response_deserializer=clinic_dot_frontdesk_dot_v1_dot_slot__pb2.ListSlotsResponse.FromString,
                 _registered_method=True)
+        self.UpdateSlot = channel.unary_unary(
+                '/clinic.frontdesk.v1.SlotService/UpdateSlot',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_slot__pb2.UpdateSlotRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_slot__pb2.UpdateSlotResponse.FromString,
+                _registered_method=True)
         self.BlockSlots = channel.unary_unary(
                 '/clinic.frontdesk.v1.SlotService/BlockSlots',
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_slot__pb2.BlockSlotsRequest.SerializeToString,
@@ -83,15 +88,15 @@ class SlotServiceServicer:
     """
 
     def CreateSlot(self, request, context):
-        """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP.
+        """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BatchCreateSlots(self, request, context):
-        """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; for SLOT_OVERLAP, `index` in the
-        metadata is the slot's place in the request, from 0.
+        """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; `index` in the metadata is the place
+        of the refused slot in the request, from 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,16 +116,27 @@ class SlotServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateSlot(self, request, context):
+        """Changes the capacity or the times of a slot. The capacity cannot go below booked_count, and the times cannot change
+        while booked_count is not 0 (SLOT_HAS_BOOKINGS). New times follow the rules of CreateSlot and may be on another
+        date. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, SLOT_IN_PAST, SLOT_OVERLAP, ETAG_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def BlockSlots(self, request, context):
-        """Blocks slots, so that they take no new bookings: all or none. Existing bookings stay. A slot that is already
-        blocked gets the new reason. Errors: SLOT_NOT_FOUND.
+        """Blocks slots, so that they take no new bookings: all or none. Existing bookings stay; the response names them. A
+        slot that is already blocked gets the new reason. Errors: SLOT_NOT_FOUND, with the slot's place in the request as
+        `index` in the metadata, from 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseSlots(self, request, context):
-        """Opens blocked slots again: all or none. A slot that is already open stays open. Errors: SLOT_NOT_FOUND.
+        """Opens blocked slots again: all or none. A slot that is already open stays open. Errors: SLOT_NOT_FOUND, with
+        `index` as BlockSlots.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,6 +172,11 @@ def add_SlotServiceServicer_to_server(servicer, server):
                     servicer.ListSlots,
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_slot__pb2.ListSlotsRequest.FromString,
                     response_serializer=clinic_dot_frontdesk_dot_v1_dot_slot__pb2.ListSlotsResponse.SerializeToString,
+            ),
+            'UpdateSlot': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateSlot,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_slot__pb2.UpdateSlotRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_slot__pb2.UpdateSlotResponse.SerializeToString,
             ),
             'BlockSlots': grpc.unary_unary_rpc_method_handler(
                     servicer.BlockSlots,
@@ -285,6 +306,33 @@ class SlotService:
             '/clinic.frontdesk.v1.SlotService/ListSlots',
             clinic_dot_frontdesk_dot_v1_dot_slot__pb2.ListSlotsRequest.SerializeToString,
             clinic_dot_frontdesk_dot_v1_dot_slot__pb2.ListSlotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateSlot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.SlotService/UpdateSlot',
+            clinic_dot_frontdesk_dot_v1_dot_slot__pb2.UpdateSlotRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_slot__pb2.UpdateSlotResponse.FromString,
             options,
             channel_credentials,
             insecure,

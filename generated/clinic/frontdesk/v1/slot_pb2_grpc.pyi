@@ -38,21 +38,29 @@ class SlotServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SlotServiceAsyncStub: ...
     CreateSlot: _grpc.UnaryUnaryMultiCallable[_slot_pb2.CreateSlotRequest, _slot_pb2.CreateSlotResponse]
-    """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
+    """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
     BatchCreateSlots: _grpc.UnaryUnaryMultiCallable[_slot_pb2.BatchCreateSlotsRequest, _slot_pb2.BatchCreateSlotsResponse]
-    """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; for SLOT_OVERLAP, `index` in the
-    metadata is the slot's place in the request, from 0.
+    """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; `index` in the metadata is the place
+    of the refused slot in the request, from 0.
     """
     GetSlot: _grpc.UnaryUnaryMultiCallable[_slot_pb2.GetSlotRequest, _slot_pb2.GetSlotResponse]
     """Gets a slot. Errors: SLOT_NOT_FOUND."""
     ListSlots: _grpc.UnaryUnaryMultiCallable[_slot_pb2.ListSlotsRequest, _slot_pb2.ListSlotsResponse]
     """Lists the slots that match every filter that is set, by start time, then id."""
+    UpdateSlot: _grpc.UnaryUnaryMultiCallable[_slot_pb2.UpdateSlotRequest, _slot_pb2.UpdateSlotResponse]
+    """Changes the capacity or the times of a slot. The capacity cannot go below booked_count, and the times cannot change
+    while booked_count is not 0 (SLOT_HAS_BOOKINGS). New times follow the rules of CreateSlot and may be on another
+    date. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, SLOT_IN_PAST, SLOT_OVERLAP, ETAG_MISMATCH.
+    """
     BlockSlots: _grpc.UnaryUnaryMultiCallable[_slot_pb2.BlockSlotsRequest, _slot_pb2.BlockSlotsResponse]
-    """Blocks slots, so that they take no new bookings: all or none. Existing bookings stay. A slot that is already
-    blocked gets the new reason. Errors: SLOT_NOT_FOUND.
+    """Blocks slots, so that they take no new bookings: all or none. Existing bookings stay; the response names them. A
+    slot that is already blocked gets the new reason. Errors: SLOT_NOT_FOUND, with the slot's place in the request as
+    `index` in the metadata, from 0.
     """
     ReleaseSlots: _grpc.UnaryUnaryMultiCallable[_slot_pb2.ReleaseSlotsRequest, _slot_pb2.ReleaseSlotsResponse]
-    """Opens blocked slots again: all or none. A slot that is already open stays open. Errors: SLOT_NOT_FOUND."""
+    """Opens blocked slots again: all or none. A slot that is already open stays open. Errors: SLOT_NOT_FOUND, with
+    `index` as BlockSlots.
+    """
     DeleteSlot: _grpc.UnaryUnaryMultiCallable[_slot_pb2.DeleteSlotRequest, _slot_pb2.DeleteSlotResponse]
     """Deletes a slot. It is refused while booked_count is not 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS,
     ETAG_MISMATCH.
@@ -68,21 +76,29 @@ class SlotServiceAsyncStub(SlotServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSlot: _aio.UnaryUnaryMultiCallable[_slot_pb2.CreateSlotRequest, _slot_pb2.CreateSlotResponse]  # type: ignore[assignment]
-    """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
+    """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
     BatchCreateSlots: _aio.UnaryUnaryMultiCallable[_slot_pb2.BatchCreateSlotsRequest, _slot_pb2.BatchCreateSlotsResponse]  # type: ignore[assignment]
-    """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; for SLOT_OVERLAP, `index` in the
-    metadata is the slot's place in the request, from 0.
+    """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; `index` in the metadata is the place
+    of the refused slot in the request, from 0.
     """
     GetSlot: _aio.UnaryUnaryMultiCallable[_slot_pb2.GetSlotRequest, _slot_pb2.GetSlotResponse]  # type: ignore[assignment]
     """Gets a slot. Errors: SLOT_NOT_FOUND."""
     ListSlots: _aio.UnaryUnaryMultiCallable[_slot_pb2.ListSlotsRequest, _slot_pb2.ListSlotsResponse]  # type: ignore[assignment]
     """Lists the slots that match every filter that is set, by start time, then id."""
+    UpdateSlot: _aio.UnaryUnaryMultiCallable[_slot_pb2.UpdateSlotRequest, _slot_pb2.UpdateSlotResponse]  # type: ignore[assignment]
+    """Changes the capacity or the times of a slot. The capacity cannot go below booked_count, and the times cannot change
+    while booked_count is not 0 (SLOT_HAS_BOOKINGS). New times follow the rules of CreateSlot and may be on another
+    date. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, SLOT_IN_PAST, SLOT_OVERLAP, ETAG_MISMATCH.
+    """
     BlockSlots: _aio.UnaryUnaryMultiCallable[_slot_pb2.BlockSlotsRequest, _slot_pb2.BlockSlotsResponse]  # type: ignore[assignment]
-    """Blocks slots, so that they take no new bookings: all or none. Existing bookings stay. A slot that is already
-    blocked gets the new reason. Errors: SLOT_NOT_FOUND.
+    """Blocks slots, so that they take no new bookings: all or none. Existing bookings stay; the response names them. A
+    slot that is already blocked gets the new reason. Errors: SLOT_NOT_FOUND, with the slot's place in the request as
+    `index` in the metadata, from 0.
     """
     ReleaseSlots: _aio.UnaryUnaryMultiCallable[_slot_pb2.ReleaseSlotsRequest, _slot_pb2.ReleaseSlotsResponse]  # type: ignore[assignment]
-    """Opens blocked slots again: all or none. A slot that is already open stays open. Errors: SLOT_NOT_FOUND."""
+    """Opens blocked slots again: all or none. A slot that is already open stays open. Errors: SLOT_NOT_FOUND, with
+    `index` as BlockSlots.
+    """
     DeleteSlot: _aio.UnaryUnaryMultiCallable[_slot_pb2.DeleteSlotRequest, _slot_pb2.DeleteSlotResponse]  # type: ignore[assignment]
     """Deletes a slot. It is refused while booked_count is not 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS,
     ETAG_MISMATCH.
@@ -101,7 +117,7 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.CreateSlotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.CreateSlotResponse, _abc.Awaitable[_slot_pb2.CreateSlotResponse]]:
-        """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
+        """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
 
     @_abc_1.abstractmethod
     def BatchCreateSlots(
@@ -109,8 +125,8 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.BatchCreateSlotsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.BatchCreateSlotsResponse, _abc.Awaitable[_slot_pb2.BatchCreateSlotsResponse]]:
-        """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; for SLOT_OVERLAP, `index` in the
-        metadata is the slot's place in the request, from 0.
+        """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; `index` in the metadata is the place
+        of the refused slot in the request, from 0.
         """
 
     @_abc_1.abstractmethod
@@ -130,13 +146,25 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists the slots that match every filter that is set, by start time, then id."""
 
     @_abc_1.abstractmethod
+    def UpdateSlot(
+        self,
+        request: _slot_pb2.UpdateSlotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_slot_pb2.UpdateSlotResponse, _abc.Awaitable[_slot_pb2.UpdateSlotResponse]]:
+        """Changes the capacity or the times of a slot. The capacity cannot go below booked_count, and the times cannot change
+        while booked_count is not 0 (SLOT_HAS_BOOKINGS). New times follow the rules of CreateSlot and may be on another
+        date. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, SLOT_IN_PAST, SLOT_OVERLAP, ETAG_MISMATCH.
+        """
+
+    @_abc_1.abstractmethod
     def BlockSlots(
         self,
         request: _slot_pb2.BlockSlotsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.BlockSlotsResponse, _abc.Awaitable[_slot_pb2.BlockSlotsResponse]]:
-        """Blocks slots, so that they take no new bookings: all or none. Existing bookings stay. A slot that is already
-        blocked gets the new reason. Errors: SLOT_NOT_FOUND.
+        """Blocks slots, so that they take no new bookings: all or none. Existing bookings stay; the response names them. A
+        slot that is already blocked gets the new reason. Errors: SLOT_NOT_FOUND, with the slot's place in the request as
+        `index` in the metadata, from 0.
         """
 
     @_abc_1.abstractmethod
@@ -145,7 +173,9 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.ReleaseSlotsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.ReleaseSlotsResponse, _abc.Awaitable[_slot_pb2.ReleaseSlotsResponse]]:
-        """Opens blocked slots again: all or none. A slot that is already open stays open. Errors: SLOT_NOT_FOUND."""
+        """Opens blocked slots again: all or none. A slot that is already open stays open. Errors: SLOT_NOT_FOUND, with
+        `index` as BlockSlots.
+        """
 
     @_abc_1.abstractmethod
     def DeleteSlot(

@@ -38,9 +38,9 @@ declare
     v_now timestamptz := moment();
 begin
     if p_old.state <> 'BOOKED' then
-        return refused('INVALID_TRANSITION', p_old.id, jsonb_build_object('state', p_old.state));
+        return refused_transition(p_old);
     end if;
-    v_place := find_place(p_old.patient_id, r.doctor, r.date, r.slot, p_old.id, v_now);
+    v_place := find_place(p_old.patient_id, r.doctor, r.date, r.slot, p_old, v_now);
     if v_place.outcome <> 'OK' then
         return refused(v_place.outcome, v_place.subject, jsonb_build_object('date', r.date));
     end if;

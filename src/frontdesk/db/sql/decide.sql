@@ -48,6 +48,7 @@ begin
                 when 'SetDoctorAvailability' then set_availability(r)
                 when 'CreateSlot' then create_slots(r)
                 when 'BatchCreateSlots' then create_slots(r)
+                when 'UpdateSlot' then update_slot(r)
                 when 'BlockSlots' then set_slots_state(r)
                 when 'ReleaseSlots' then set_slots_state(r)
                 when 'DeleteSlot' then delete_slot(r)

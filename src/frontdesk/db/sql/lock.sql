@@ -31,8 +31,7 @@ $$;
 
 -- Find the doctor-days of a request: the one that it asks for, and the one that its appointment is on now.
 --
--- A slot's doctor and date never change. The appointment may be moved before we hold its lock; `decide` checks that
--- afterwards.
+-- An appointment and a slot may be moved before we hold their locks; whoever decides about them checks that afterwards.
 create or replace function locate(r request) returns request language plpgsql as $$
 begin
     if r.slot is not null then
@@ -44,8 +43,21 @@ begin
         select doctor_id, date, patient_id into r.from_doctor, r.from_date, r.from_patient
         from appointment where id = r.appointment;
     end if;
+    if r.slots is not null then
+        r.from_dates := slot_dates(r.slots);
+    end if;
     return r;
 end
+$$;
+
+create or replace function slot_dates(p_slots uuid[]) returns date[] language sql stable as $$
+    select array(select date from slot where id = any (p_slots) order by id)
+$$;
+
+-- Keep these clinics' time zones as they are to the end of the transaction: UpdateClinic locks the row. Before the
+-- advisory locks, of which UpdateClinic takes none.
+create or replace function keep_zones(p_clinics uuid[]) returns void language sql as $$
+    select from clinic where id = any (p_clinics) order by id for share
 $$;
 
 -- The names that a located request locks.
@@ -56,8 +68,15 @@ begin
     if r.verb = 'RescheduleAppointment' or r.verb = 'BookAppointment' and r.slot is not null then
         v_names := v_names || ('patient/' || coalesce(r.from_patient, r.patient));
     elsif r.slots is not null then
-        v_names := v_names || array(select doctor_day_name(doctor_id, date) from slot where id = any (r.slots));
+        if r.start_time is not null then
+            perform keep_zones(array(select clinic_id from slot where id = any (r.slots)));
+        end if;
+        v_names := v_names || array(select doctor_day_name(doctor_id, date) from slot where id = any (r.slots))
+            || array(select doctor_day_name(s.doctor_id, (r.start_time at time zone c.time_zone)::date)
+                     from slot s join clinic c on c.id = s.clinic_id
+                     where r.start_time is not null and s.id = any (r.slots));
     elsif r.new_slots is not null then
+        perform keep_zones(array(select d.clinic_id from unnest(r.new_slots) w join doctor d on d.id = w.doctor));
         v_names := v_names || array(
             select doctor_day_name(d.id, (w.start_time at time zone c.time_zone)::date)
             from unnest(r.new_slots) w join doctor d on d.id = w.doctor join clinic c on c.id = d.clinic_id);

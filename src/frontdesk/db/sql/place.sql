@@ -1,7 +1,8 @@
 -- Is there a place for this patient in that slot or doctor-day? Ask under the lock of the doctor-day and, for a slot, of
--- the patient. Answers OK with a place, or why not. `p_moving` is the appointment that would give up its own place.
+-- the patient. Answers OK with a place, or why not. `p_moving` is the appointment that would give up its own place; a
+-- move within its doctor-day or slot takes no further place of it.
 create or replace function find_place(
-    p_patient uuid, p_doctor uuid, p_date date, p_slot uuid, p_moving uuid, p_now timestamptz,
+    p_patient uuid, p_doctor uuid, p_date date, p_slot uuid, p_moving appointment, p_now timestamptz,
     out outcome text, out subject uuid,
     out clinic_id uuid, out number integer, out start_time timestamptz, out end_time timestamptz
 ) language plpgsql as $$
@@ -11,7 +12,14 @@ declare
     v_taken integer;
     v_highest integer;
 begin
-    select p.active as patient_active, d.id as doctor_id, d.active as doctor_active, d.clinic_id,
+    if p_slot is not null then
+        select * into v_slot from slot where id = p_slot;
+        if v_slot.date <> p_date then
+            raise exception 'the slot was moved meanwhile' using errcode = 'serialization_failure';
+        end if;
+    end if;
+    -- A slot belongs to its clinic, also when its doctor has moved to another one.
+    select p.active as patient_active, d.id as doctor_id, d.active as doctor_active, c.id as clinic_id,
            c.active as clinic_active, (p_now at time zone c.time_zone)::date as today,
            coalesce(day.is_present, true) as is_present,
            coalesce(day.max_patients, d.max_patients_per_day) as capacity
@@ -19,7 +27,7 @@ begin
     from (select 1) one
     left join patient p on p.id = p_patient
     left join doctor d on d.id = p_doctor
-    left join clinic c on c.id = d.clinic_id
+    left join clinic c on c.id = coalesce(v_slot.clinic_id, d.clinic_id)
     left join doctor_day day on day.doctor_id = p_doctor and day.date = p_date;
 
     subject := p_patient;
@@ -27,9 +35,8 @@ begin
     if not v.patient_active then outcome := 'PATIENT_INACTIVE'; return; end if;
 
     if p_slot is not null then
-        select * into v_slot from slot where id = p_slot;
         subject := p_slot;
-        if not found then outcome := 'SLOT_NOT_FOUND'; return; end if;
+        if v_slot.id is null then outcome := 'SLOT_NOT_FOUND'; return; end if;
         if v_slot.state = 'BLOCKED' then outcome := 'SLOT_BLOCKED'; return; end if;
         if v_slot.start_time <= p_now then outcome := 'SLOT_IN_PAST'; return; end if;
         start_time := v_slot.start_time;
@@ -46,27 +53,33 @@ begin
 
     select id into subject from appointment a
     where a.patient_id = p_patient and a.doctor_id = p_doctor and a.date = p_date
-      and is_live(a.state) and a.id is distinct from p_moving;
+      and is_live(a.state) and a.id is distinct from p_moving.id;
     if found then outcome := 'DUPLICATE_BOOKING'; return; end if;
 
     if p_slot is not null then
         select id into subject from appointment a
         where uuidrange(a.patient_id, a.patient_id, '[]') && uuidrange(p_patient, p_patient, '[]')
           and tstzrange(a.start_time, a.end_time) && tstzrange(v_slot.start_time, v_slot.end_time)
-          and a.start_time is not null and is_live(a.state) and a.id is distinct from p_moving
+          and a.start_time is not null and is_live(a.state) and a.id is distinct from p_moving.id
         limit 1;
         if found then outcome := 'PATIENT_OVERLAP'; return; end if;
 
         select count(*) into v_taken from appointment a
-        where a.slot_id = p_slot and holds_place(a.state) and a.id is distinct from p_moving;
+        where a.slot_id = p_slot and holds_place(a.state) and a.id is distinct from p_moving.id;
         subject := p_slot;
-        if v_taken >= v_slot.capacity then outcome := 'SLOT_FULL'; return; end if;
+        if v_taken >= v_slot.capacity and p_moving.slot_id is distinct from p_slot then
+            outcome := 'SLOT_FULL';
+            return;
+        end if;
     end if;
 
     select count(*), coalesce(max(a.number), 0) into v_taken, v_highest from appointment a
-    where a.doctor_id = p_doctor and a.date = p_date and holds_place(a.state) and a.id is distinct from p_moving;
+    where a.doctor_id = p_doctor and a.date = p_date and holds_place(a.state) and a.id is distinct from p_moving.id;
     subject := p_doctor;
-    if v_taken >= v.capacity then outcome := 'DAY_FULL'; return; end if;
+    if v_taken >= v.capacity and (p_moving.doctor_id, p_moving.date) is distinct from (p_doctor, p_date) then
+        outcome := 'DAY_FULL';
+        return;
+    end if;
 
     -- The lowest free number. Numbers are distinct, so as many as the highest means that there is no gap.
     number := v_taken + 1;
@@ -76,7 +89,7 @@ begin
         where not exists (
             select from appointment a
             where a.doctor_id = p_doctor and a.date = p_date and a.number = n
-              and holds_place(a.state) and a.id is distinct from p_moving);
+              and holds_place(a.state) and a.id is distinct from p_moving.id);
     end if;
     outcome := 'OK';
 end

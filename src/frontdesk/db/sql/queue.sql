@@ -1,3 +1,9 @@
+create or replace function refused_transition(a appointment) returns decision language plpgsql as $$
+begin
+    return refused('INVALID_TRANSITION', a.id, jsonb_build_object('state', a.state, 'queue_state', a.queue_state));
+end
+$$;
+
 -- Make one transition of a visit and of its queue entry, by the table of `transitions`. `reason` is that of a
 -- cancellation, `room` that of a call, and `patient` the guard of a check-in.
 create or replace function change_visit(r request, p_old appointment) returns decision language plpgsql as $$
@@ -16,8 +22,7 @@ begin
     select * into t from transitions() x
     where x.verb = r.verb and x.state = p_old.state and coalesce(p_old.queue_state, '') = any (x.queue_states);
     if not found then
-        return refused('INVALID_TRANSITION', p_old.id, jsonb_build_object(
-            'state', case when p_old.state = 'CHECKED_IN' then p_old.queue_state else p_old.state end));
+        return refused_transition(p_old);
     end if;
     if r.verb in ('CheckIn', 'MarkNoShow') then
         declare

@@ -11,7 +11,7 @@ end
 $do$;
 
 -- One change that a caller asks for. `verb` is the name of the RPC, which the idempotency key belongs to as well. An
--- attribute that the verb has no use for is null. `locate` fills in the last three.
+-- attribute that the verb has no use for is null. `locate` fills in the last four.
 do $do$
 begin
     if to_regtype('request') is null then
@@ -20,7 +20,8 @@ begin
             appointment uuid, version integer, patient uuid, slot uuid, doctor uuid, date date,
             reason text, notes text, room text,
             is_present boolean, max_patients integer, slots uuid[], new_slots new_slot[],
-            from_doctor uuid, from_date date, from_patient uuid
+            capacity integer, start_time timestamptz, end_time timestamptz,
+            from_doctor uuid, from_date date, from_patient uuid, from_dates date[]
         );
     end if;
 end

@@ -7,7 +7,7 @@ from clinic.frontdesk.v1 import appointment_pb2 as pb
 from frontdesk.core.appointment import Appointment, AppointmentFilter, Appointments, Target
 from frontdesk.db.change import Change
 from frontdesk.rpc.convert import (
-    DATES_AND_IDS,
+    DATES_STARTS_AND_IDS,
     changes_from,
     converter,
     date_from,
@@ -57,11 +57,12 @@ class AppointmentServicer:
     async def ListAppointments(self, request: pb.ListAppointmentsRequest, call: Call) -> pb.ListAppointmentsResponse:
         found = await self._appointments.list(
             call.caller,
-            page_from(request, *DATES_AND_IDS),
+            page_from(request, *DATES_STARTS_AND_IDS),
             AppointmentFilter(
                 id_or_none(request.patient_id),
                 id_or_none(request.doctor_id),
                 id_or_none(request.clinic_id),
+                id_or_none(request.slot_id),
                 tuple(_STATES[state] for state in request.states),
                 date_from(request, "from_date"),
                 date_from(request, "to_date"),
@@ -125,6 +126,6 @@ def _answer(change: Change[Appointment], response: Callable[..., R], **more: Any
 
 def _target(request: pb.BookAppointmentRequest | pb.RescheduleAppointmentRequest) -> Target:
     if request.WhichOneof("target") == "slot_id":
-        return Target(slot_id=request.slot_id.lower())
+        return Target(slot_id=request.slot_id)
     day = request.doctor_day
-    return Target(doctor_id=day.doctor_id.lower(), on=required_date(day, "date", "doctor_day."))
+    return Target(doctor_id=day.doctor_id, on=required_date(day, "date", "doctor_day."))

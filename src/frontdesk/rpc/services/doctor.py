@@ -78,11 +78,12 @@ class DoctorServicer:
         self, request: pb.SetDoctorAvailabilityRequest, call: Call
     ) -> pb.SetDoctorAvailabilityResponse:
         wanted = Availability(
-            request.doctor_id.lower(),
+            request.doctor_id,
             required_date(request, "date"),
-            request.is_present,
+            request.is_present if request.HasField("is_present") else None,
             request.note,
             request.max_patients if request.HasField("max_patients") else None,
+            version_from(request.etag),
         )
         change = await self._doctors.set_availability(call.caller, wanted, key=key_of(request, call))
         return pb.SetDoctorAvailabilityResponse(

@@ -76,7 +76,7 @@ class QueueServicer:
         self._max_watchers = max_watchers
 
     async def CheckIn(self, request: pb.CheckInRequest, call: Call) -> pb.CheckInResponse:
-        return await self._change(request, call, pb.CheckInResponse, patient_id=request.patient_id.lower() or None)
+        return await self._change(request, call, pb.CheckInResponse, patient_id=request.patient_id or None)
 
     async def GetQueue(self, request: pb.GetQueueRequest, call: Call) -> pb.GetQueueResponse:
         found = await self._queues.get(call.caller, request.doctor_id, date_from(request, "date"))
@@ -117,7 +117,7 @@ class QueueServicer:
     async def WatchQueue(self, request: pb.WatchQueueRequest, call: Call) -> None:
         if self._feed.watchers >= self._max_watchers:
             raise TooManyWatchers
-        doctor_id, day = request.doctor_id.lower(), date_from(request, "date")
+        doctor_id, day = request.doctor_id, date_from(request, "date")
         resume = ResumeToken.decode(request.resume_token) if request.resume_token else None
         if resume is not None:
             if resume.doctor_id != doctor_id or (day is not None and resume.date != day):

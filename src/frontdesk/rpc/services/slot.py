@@ -5,17 +5,32 @@ from frontdesk.core.slot import NewSlot, Slot, SlotFilter, Slots
 from frontdesk.errors import InvalidField
 from frontdesk.rpc.convert import (
     INSTANTS_AND_IDS,
+    Columns,
+    changes_from,
     converter,
     id_or_none,
     instant_from,
     key_of,
     page_from,
     page_token,
+    required_instant,
     version_from,
+    writable,
 )
 from frontdesk.rpc.pipeline import Call
 
 to_slot = converter(pb.Slot, Slot, available_count=lambda slot: max(slot.capacity - slot.booked_count, 0))
+
+
+def _instant_column(name: str) -> Columns:
+    return lambda slot: {name: required_instant(slot, name, "slot.")}
+
+
+_WRITABLE = writable(
+    capacity=lambda slot: {"capacity": slot.capacity or 1},
+    start_time=_instant_column("start_time"),
+    end_time=_instant_column("end_time"),
+)
 
 
 class SlotServicer:
@@ -54,13 +69,22 @@ class SlotServicer:
         )
         return pb.ListSlotsResponse(slots=map(to_slot, found.items), next_page_token=page_token(request, found.next))
 
+    async def UpdateSlot(self, request: pb.UpdateSlotRequest, call: Call) -> pb.UpdateSlotResponse:
+        changes = changes_from(request.slot, request.update_mask, _WRITABLE)
+        change = await self._slots.update(
+            call.caller, request.slot.id, changes, version_from(request.etag), key=key_of(request, call)
+        )
+        return pb.UpdateSlotResponse(slot=to_slot(change.result[0]), replayed=change.replayed)
+
     async def BlockSlots(self, request: pb.BlockSlotsRequest, call: Call) -> pb.BlockSlotsResponse:
-        ids = [slot_id.lower() for slot_id in request.slot_ids]
+        ids = list(request.slot_ids)
         change = await self._slots.block(call.caller, ids, request.block_reason, key=key_of(request, call))
-        return pb.BlockSlotsResponse(slots=map(to_slot, change.result), replayed=change.replayed)
+        return pb.BlockSlotsResponse(
+            slots=map(to_slot, change.result), replayed=change.replayed, affected_appointment_ids=change.affected
+        )
 
     async def ReleaseSlots(self, request: pb.ReleaseSlotsRequest, call: Call) -> pb.ReleaseSlotsResponse:
-        ids = [slot_id.lower() for slot_id in request.slot_ids]
+        ids = list(request.slot_ids)
         change = await self._slots.release(call.caller, ids, key=key_of(request, call))
         return pb.ReleaseSlotsResponse(slots=map(to_slot, change.result), replayed=change.replayed)
 
@@ -77,4 +101,4 @@ def _wanted(slot: pb.Slot, path: str) -> NewSlot:
         raise InvalidField((path, "doctor_id, start_time and end_time are required"))
     if end <= start:
         raise InvalidField((f"{path}.end_time", "is not after start_time"))
-    return NewSlot(slot.doctor_id.lower(), start, end, slot.capacity or 1)
+    return NewSlot(slot.doctor_id, start, end, slot.capacity or 1)

@@ -64,9 +64,10 @@ def upgrade() -> None:
         sa.CheckConstraint("number between 1 and 1000", name="appointment_number_check"),
         sa.PrimaryKeyConstraint("id", name="appointment_pkey"),
     )
-    op.create_index("appointment_clinic_idx", "appointment", ["clinic_id", "state", "date", "id"], unique=False)
-    op.create_index("appointment_date_idx", "appointment", ["state", "date", "id"], unique=False)
-    op.create_index("appointment_doctor_idx", "appointment", ["doctor_id", "date", "id"], unique=False)
+    sort_key = ("date", sa.literal_column("coalesce(start_time, '-infinity'::timestamp with time zone)"), "id")
+    op.create_index("appointment_clinic_idx", "appointment", ["clinic_id", "state", *sort_key], unique=False)
+    op.create_index("appointment_date_idx", "appointment", ["state", *sort_key], unique=False)
+    op.create_index("appointment_doctor_idx", "appointment", ["doctor_id", *sort_key], unique=False)
     op.create_index(
         "appointment_number_key",
         "appointment",
@@ -81,13 +82,13 @@ def upgrade() -> None:
         unique=True,
         postgresql_where=sa.text("is_live(state)"),
     )
-    op.create_index("appointment_patient_idx", "appointment", ["patient_id", "date", "id"], unique=False)
+    op.create_index("appointment_patient_idx", "appointment", ["patient_id", *sort_key], unique=False)
     op.create_index(
         "appointment_slot_idx",
         "appointment",
         ["slot_id"],
         unique=False,
-        postgresql_where=sa.text("slot_id is not null and holds_place(state)"),
+        postgresql_where=sa.text("slot_id is not null"),
     )
     op.create_index(
         "appointment_ticket_key",
@@ -126,6 +127,7 @@ def upgrade() -> None:
         sa.Column("is_present", sa.Boolean(), nullable=True),
         sa.Column("note", sa.Text(), server_default="", nullable=False),
         sa.Column("max_patients", sa.Integer(), nullable=True),
+        sa.Column("availability_version", sa.Integer(), server_default="0", nullable=False),
         sa.Column("update_time", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint("last_ticket >= 0", name="doctor_day_last_ticket_check"),
         sa.CheckConstraint("max_patients between 0 and 1000", name="doctor_day_max_patients_check"),
