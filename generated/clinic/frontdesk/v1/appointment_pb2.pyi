@@ -35,7 +35,7 @@ class Appointment(_message.Message):
     class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Appointment._State.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATE_UNSPECIFIED: Appointment._State.ValueType  # 0
-        """Never answered; refused in requests."""
+        """Never in a response; refused in requests."""
         STATE_BOOKED: Appointment._State.ValueType  # 1
         """The appointment is booked; the patient is not checked in yet."""
         STATE_CHECKED_IN: Appointment._State.ValueType  # 2
@@ -55,7 +55,7 @@ class Appointment(_message.Message):
         """The visit state."""
 
     STATE_UNSPECIFIED: Appointment.State.ValueType  # 0
-    """Never answered; refused in requests."""
+    """Never in a response; refused in requests."""
     STATE_BOOKED: Appointment.State.ValueType  # 1
     """The appointment is booked; the patient is not checked in yet."""
     STATE_CHECKED_IN: Appointment.State.ValueType  # 2

@@ -35,7 +35,7 @@ class AppointmentServiceStub:
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
     is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel):
@@ -101,7 +101,7 @@ class AppointmentServiceServicer:
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
     is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def BookAppointment(self, request, context):
@@ -121,7 +121,7 @@ class AppointmentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAppointments(self, request, context):
-        """Lists the appointments that match every filter that is set, by date, then id.
+        """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -241,7 +241,7 @@ class AppointmentService:
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
     is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @staticmethod

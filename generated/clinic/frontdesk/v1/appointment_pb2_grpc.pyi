@@ -36,7 +36,7 @@ class AppointmentServiceStub:
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
     is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @_typing.overload
@@ -51,7 +51,7 @@ class AppointmentServiceStub:
     GetAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.GetAppointmentRequest, _appointment_pb2.GetAppointmentResponse]
     """Gets an appointment. Errors: APPOINTMENT_NOT_FOUND."""
     ListAppointments: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.ListAppointmentsRequest, _appointment_pb2.ListAppointmentsResponse]
-    """Lists the appointments that match every filter that is set, by date, then id."""
+    """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id."""
     UpdateAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.UpdateAppointmentRequest, _appointment_pb2.UpdateAppointmentResponse]
     """Changes the reason and the notes, in any visit state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
     RescheduleAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.RescheduleAppointmentRequest, _appointment_pb2.RescheduleAppointmentResponse]
@@ -86,7 +86,7 @@ class AppointmentServiceAsyncStub(AppointmentServiceStub):
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
     is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -98,7 +98,7 @@ class AppointmentServiceAsyncStub(AppointmentServiceStub):
     GetAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.GetAppointmentRequest, _appointment_pb2.GetAppointmentResponse]  # type: ignore[assignment]
     """Gets an appointment. Errors: APPOINTMENT_NOT_FOUND."""
     ListAppointments: _aio.UnaryUnaryMultiCallable[_appointment_pb2.ListAppointmentsRequest, _appointment_pb2.ListAppointmentsResponse]  # type: ignore[assignment]
-    """Lists the appointments that match every filter that is set, by date, then id."""
+    """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id."""
     UpdateAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.UpdateAppointmentRequest, _appointment_pb2.UpdateAppointmentResponse]  # type: ignore[assignment]
     """Changes the reason and the notes, in any visit state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
     RescheduleAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.RescheduleAppointmentRequest, _appointment_pb2.RescheduleAppointmentResponse]  # type: ignore[assignment]
@@ -132,7 +132,7 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
     is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @_abc_1.abstractmethod
@@ -160,7 +160,7 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _appointment_pb2.ListAppointmentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_appointment_pb2.ListAppointmentsResponse, _abc.Awaitable[_appointment_pb2.ListAppointmentsResponse]]:
-        """Lists the appointments that match every filter that is set, by date, then id."""
+        """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id."""
 
     @_abc_1.abstractmethod
     def UpdateAppointment(

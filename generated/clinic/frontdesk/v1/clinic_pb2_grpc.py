@@ -28,7 +28,7 @@ if _version_not_supported:
 class ClinicServiceStub:
     """Manages the clinics whose front desks this service runs.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel):
@@ -62,7 +62,7 @@ class ClinicServiceStub:
 class ClinicServiceServicer:
     """Manages the clinics whose front desks this service runs.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def CreateClinic(self, request, context):
@@ -128,7 +128,7 @@ def add_ClinicServiceServicer_to_server(servicer, server):
 class ClinicService:
     """Manages the clinics whose front desks this service runs.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @staticmethod

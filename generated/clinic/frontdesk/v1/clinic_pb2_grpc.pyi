@@ -29,7 +29,7 @@ GRPC_VERSION: str
 class ClinicServiceStub:
     """Manages the clinics whose front desks this service runs.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @_typing.overload
@@ -51,7 +51,7 @@ class ClinicServiceStub:
 class ClinicServiceAsyncStub(ClinicServiceStub):
     """Manages the clinics whose front desks this service runs.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -69,7 +69,7 @@ class ClinicServiceAsyncStub(ClinicServiceStub):
 class ClinicServiceServicer(metaclass=_abc_1.ABCMeta):
     """Manages the clinics whose front desks this service runs.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @_abc_1.abstractmethod

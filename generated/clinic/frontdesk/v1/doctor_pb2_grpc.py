@@ -28,7 +28,7 @@ if _version_not_supported:
 class DoctorServiceStub:
     """Manages doctors and their presence on each date.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel):
@@ -72,7 +72,7 @@ class DoctorServiceStub:
 class DoctorServiceServicer:
     """Manages doctors and their presence on each date.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def CreateDoctor(self, request, context):
@@ -166,7 +166,7 @@ def add_DoctorServiceServicer_to_server(servicer, server):
 class DoctorService:
     """Manages doctors and their presence on each date.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @staticmethod

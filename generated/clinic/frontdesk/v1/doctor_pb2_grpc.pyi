@@ -29,7 +29,7 @@ GRPC_VERSION: str
 class DoctorServiceStub:
     """Manages doctors and their presence on each date.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @_typing.overload
@@ -61,7 +61,7 @@ class DoctorServiceStub:
 class DoctorServiceAsyncStub(DoctorServiceStub):
     """Manages doctors and their presence on each date.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -89,7 +89,7 @@ class DoctorServiceAsyncStub(DoctorServiceStub):
 class DoctorServiceServicer(metaclass=_abc_1.ABCMeta):
     """Manages doctors and their presence on each date.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @_abc_1.abstractmethod

@@ -23,7 +23,7 @@ class _ErrorReason:
 class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReason.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ERROR_REASON_UNSPECIFIED: _ErrorReason.ValueType  # 0
-    """Never answered."""
+    """Never in a response."""
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 1
     """INVALID_ARGUMENT: the message is malformed or a field breaks a rule. BadRequest lists at most 20 fields. Example:
     page_size -1.
@@ -137,12 +137,12 @@ class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
     `DAY_FULL`, in the domain `frontdesk.clinic`. The metadata holds ids, dates and states, never a name or a phone.
 
-    Every method can answer INVALID_FIELD, DATABASE_UNAVAILABLE, CONFLICT, OVERLOADED, DRAINING, DEADLINE_EXCEEDED and
+    Every method can return INVALID_FIELD, DATABASE_UNAVAILABLE, CONFLICT, OVERLOADED, DRAINING, DEADLINE_EXCEEDED and
     INTERNAL; a method with an idempotency key also IDEMPOTENCY_KEY_REUSED. Each method lists its other reasons.
     """
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
-"""Never answered."""
+"""Never in a response."""
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
 """INVALID_ARGUMENT: the message is malformed or a field breaks a rule. BadRequest lists at most 20 fields. Example:
 page_size -1.

@@ -28,7 +28,7 @@ if _version_not_supported:
 class PatientServiceStub:
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel):
@@ -62,7 +62,7 @@ class PatientServiceStub:
 class PatientServiceServicer:
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def RegisterPatient(self, request, context):
@@ -131,7 +131,7 @@ def add_PatientServiceServicer_to_server(servicer, server):
 class PatientService:
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @staticmethod

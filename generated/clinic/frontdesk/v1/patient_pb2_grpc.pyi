@@ -29,7 +29,7 @@ GRPC_VERSION: str
 class PatientServiceStub:
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @_typing.overload
@@ -56,7 +56,7 @@ class PatientServiceStub:
 class PatientServiceAsyncStub(PatientServiceStub):
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -79,7 +79,7 @@ class PatientServiceAsyncStub(PatientServiceStub):
 class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @_abc_1.abstractmethod

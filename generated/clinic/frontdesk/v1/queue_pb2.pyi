@@ -36,7 +36,7 @@ class QueueEntry(_message.Message):
     class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[QueueEntry._State.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATE_UNSPECIFIED: QueueEntry._State.ValueType  # 0
-        """Never answered."""
+        """Never in a response."""
         STATE_WAITING: QueueEntry._State.ValueType  # 1
         """The patient is waiting."""
         STATE_CALLED: QueueEntry._State.ValueType  # 2
@@ -58,7 +58,7 @@ class QueueEntry(_message.Message):
         """The state of an entry."""
 
     STATE_UNSPECIFIED: QueueEntry.State.ValueType  # 0
-    """Never answered."""
+    """Never in a response."""
     STATE_WAITING: QueueEntry.State.ValueType  # 1
     """The patient is waiting."""
     STATE_CALLED: QueueEntry.State.ValueType  # 2
@@ -199,7 +199,7 @@ class QueueChange(_message.Message):
     class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[QueueChange._Kind.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         KIND_UNSPECIFIED: QueueChange._Kind.ValueType  # 0
-        """Never answered."""
+        """Never in a response."""
         KIND_BOOKED: QueueChange._Kind.ValueType  # 1
         """An appointment was booked."""
         KIND_CANCELLED: QueueChange._Kind.ValueType  # 2
@@ -237,7 +237,7 @@ class QueueChange(_message.Message):
         """The kind of change."""
 
     KIND_UNSPECIFIED: QueueChange.Kind.ValueType  # 0
-    """Never answered."""
+    """Never in a response."""
     KIND_BOOKED: QueueChange.Kind.ValueType  # 1
     """An appointment was booked."""
     KIND_CANCELLED: QueueChange.Kind.ValueType  # 2
@@ -512,7 +512,7 @@ Global___QueueUpdate: _TypeAlias = QueueUpdate  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
-    """Shows that nothing has changed and the stream is alive."""
+    """Nothing has changed, and the stream is alive. Sent after silence, and first on a stream that resumes without changes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -542,7 +542,7 @@ class StreamClosing(_message.Message):
     class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[StreamClosing._Reason.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         REASON_UNSPECIFIED: StreamClosing._Reason.ValueType  # 0
-        """Never answered."""
+        """Never in a response."""
         REASON_MAX_AGE: StreamClosing._Reason.ValueType  # 1
         """The stream has reached its maximum age, which is random: 20 to 30 minutes."""
         REASON_DRAINING: StreamClosing._Reason.ValueType  # 2
@@ -554,7 +554,7 @@ class StreamClosing(_message.Message):
         """Why the server ends a stream."""
 
     REASON_UNSPECIFIED: StreamClosing.Reason.ValueType  # 0
-    """Never answered."""
+    """Never in a response."""
     REASON_MAX_AGE: StreamClosing.Reason.ValueType  # 1
     """The stream has reached its maximum age, which is random: 20 to 30 minutes."""
     REASON_DRAINING: StreamClosing.Reason.ValueType  # 2

@@ -37,7 +37,7 @@ class QueueServiceStub:
     change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
     the patient is checked in, else that of the visit.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel):
@@ -105,7 +105,7 @@ class QueueServiceServicer:
     change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
     the patient is checked in, else that of the visit.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def CheckIn(self, request, context):
@@ -149,8 +149,8 @@ class QueueServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReturnToLine(self, request, context):
-        """Returns a patient to the queue to wait: a called or parked patient to the place of the ticket, a missed patient to
-        the end. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+        """Returns a patient to the queue to wait. A missed patient goes to the end, and keeps that place from then on; a
+        called or parked patient goes back to the place before. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -247,7 +247,7 @@ class QueueService:
     change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
     the patient is checked in, else that of the visit.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @staticmethod

@@ -38,7 +38,7 @@ class QueueServiceStub:
     change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
     the patient is checked in, else that of the visit.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @_typing.overload
@@ -64,8 +64,8 @@ class QueueServiceStub:
     CallAgain: _grpc.UnaryUnaryMultiCallable[_queue_pb2.CallAgainRequest, _queue_pb2.CallAgainResponse]
     """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
     ReturnToLine: _grpc.UnaryUnaryMultiCallable[_queue_pb2.ReturnToLineRequest, _queue_pb2.ReturnToLineResponse]
-    """Returns a patient to the queue to wait: a called or parked patient to the place of the ticket, a missed patient to
-    the end. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+    """Returns a patient to the queue to wait. A missed patient goes to the end, and keeps that place from then on; a
+    called or parked patient goes back to the place before. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
     """
     ParkPatient: _grpc.UnaryUnaryMultiCallable[_queue_pb2.ParkPatientRequest, _queue_pb2.ParkPatientResponse]
     """Sets a waiting or called patient aside, for example for a laboratory test. Errors: APPOINTMENT_NOT_FOUND,
@@ -91,7 +91,7 @@ class QueueServiceAsyncStub(QueueServiceStub):
     change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
     the patient is checked in, else that of the visit.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -114,8 +114,8 @@ class QueueServiceAsyncStub(QueueServiceStub):
     CallAgain: _aio.UnaryUnaryMultiCallable[_queue_pb2.CallAgainRequest, _queue_pb2.CallAgainResponse]  # type: ignore[assignment]
     """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
     ReturnToLine: _aio.UnaryUnaryMultiCallable[_queue_pb2.ReturnToLineRequest, _queue_pb2.ReturnToLineResponse]  # type: ignore[assignment]
-    """Returns a patient to the queue to wait: a called or parked patient to the place of the ticket, a missed patient to
-    the end. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+    """Returns a patient to the queue to wait. A missed patient goes to the end, and keeps that place from then on; a
+    called or parked patient goes back to the place before. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
     """
     ParkPatient: _aio.UnaryUnaryMultiCallable[_queue_pb2.ParkPatientRequest, _queue_pb2.ParkPatientResponse]  # type: ignore[assignment]
     """Sets a waiting or called patient aside, for example for a laboratory test. Errors: APPOINTMENT_NOT_FOUND,
@@ -140,7 +140,7 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
     change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
     the patient is checked in, else that of the visit.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @_abc_1.abstractmethod
@@ -197,8 +197,8 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.ReturnToLineRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.ReturnToLineResponse, _abc.Awaitable[_queue_pb2.ReturnToLineResponse]]:
-        """Returns a patient to the queue to wait: a called or parked patient to the place of the ticket, a missed patient to
-        the end. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+        """Returns a patient to the queue to wait. A missed patient goes to the end, and keeps that place from then on; a
+        called or parked patient goes back to the place before. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
         """
 
     @_abc_1.abstractmethod

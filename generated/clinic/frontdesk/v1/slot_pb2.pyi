@@ -37,7 +37,7 @@ class Slot(_message.Message):
     class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Slot._State.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATE_UNSPECIFIED: Slot._State.ValueType  # 0
-        """Never answered; refused in requests."""
+        """Never in a response; refused in requests."""
         STATE_OPEN: Slot._State.ValueType  # 1
         """The slot takes bookings."""
         STATE_BLOCKED: Slot._State.ValueType  # 2
@@ -47,7 +47,7 @@ class Slot(_message.Message):
         """Whether the slot takes bookings."""
 
     STATE_UNSPECIFIED: Slot.State.ValueType  # 0
-    """Never answered; refused in requests."""
+    """Never in a response; refused in requests."""
     STATE_OPEN: Slot.State.ValueType  # 1
     """The slot takes bookings."""
     STATE_BLOCKED: Slot.State.ValueType  # 2

@@ -29,7 +29,7 @@ class SlotServiceStub:
     """Manages slots, the bookable intervals of the doctors' days. Intervals are half-open: one slot may start at the
     instant at which another ends.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel):
@@ -84,11 +84,11 @@ class SlotServiceServicer:
     """Manages slots, the bookable intervals of the doctors' days. Intervals are half-open: one slot may start at the
     instant at which another ends.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def CreateSlot(self, request, context):
-        """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP.
+        """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,8 +143,7 @@ class SlotServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSlot(self, request, context):
-        """Deletes a slot. It is refused while booked_count is not 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS,
-        ETAG_MISMATCH.
+        """Deletes a slot, which must have a booked_count of 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -205,7 +204,7 @@ class SlotService:
     """Manages slots, the bookable intervals of the doctors' days. Intervals are half-open: one slot may start at the
     instant at which another ends.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @staticmethod

@@ -30,7 +30,7 @@ class SlotServiceStub:
     """Manages slots, the bookable intervals of the doctors' days. Intervals are half-open: one slot may start at the
     instant at which another ends.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @_typing.overload
@@ -38,7 +38,7 @@ class SlotServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SlotServiceAsyncStub: ...
     CreateSlot: _grpc.UnaryUnaryMultiCallable[_slot_pb2.CreateSlotRequest, _slot_pb2.CreateSlotResponse]
-    """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
+    """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
     BatchCreateSlots: _grpc.UnaryUnaryMultiCallable[_slot_pb2.BatchCreateSlotsRequest, _slot_pb2.BatchCreateSlotsResponse]
     """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; `index` in the metadata is the place
     of the refused slot in the request, from 0.
@@ -62,21 +62,19 @@ class SlotServiceStub:
     `index` as BlockSlots.
     """
     DeleteSlot: _grpc.UnaryUnaryMultiCallable[_slot_pb2.DeleteSlotRequest, _slot_pb2.DeleteSlotResponse]
-    """Deletes a slot. It is refused while booked_count is not 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS,
-    ETAG_MISMATCH.
-    """
+    """Deletes a slot, which must have a booked_count of 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, ETAG_MISMATCH."""
 
 @_typing.type_check_only
 class SlotServiceAsyncStub(SlotServiceStub):
     """Manages slots, the bookable intervals of the doctors' days. Intervals are half-open: one slot may start at the
     instant at which another ends.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSlot: _aio.UnaryUnaryMultiCallable[_slot_pb2.CreateSlotRequest, _slot_pb2.CreateSlotResponse]  # type: ignore[assignment]
-    """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
+    """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
     BatchCreateSlots: _aio.UnaryUnaryMultiCallable[_slot_pb2.BatchCreateSlotsRequest, _slot_pb2.BatchCreateSlotsResponse]  # type: ignore[assignment]
     """Creates slots of one doctor or of several: all or none. Errors: as CreateSlot; `index` in the metadata is the place
     of the refused slot in the request, from 0.
@@ -100,15 +98,13 @@ class SlotServiceAsyncStub(SlotServiceStub):
     `index` as BlockSlots.
     """
     DeleteSlot: _aio.UnaryUnaryMultiCallable[_slot_pb2.DeleteSlotRequest, _slot_pb2.DeleteSlotResponse]  # type: ignore[assignment]
-    """Deletes a slot. It is refused while booked_count is not 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS,
-    ETAG_MISMATCH.
-    """
+    """Deletes a slot, which must have a booked_count of 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, ETAG_MISMATCH."""
 
 class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
     """Manages slots, the bookable intervals of the doctors' days. Intervals are half-open: one slot may start at the
     instant at which another ends.
 
-    Errors that every method can answer are listed at ErrorReason; the methods list only the others.
+    Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     @_abc_1.abstractmethod
@@ -117,7 +113,7 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.CreateSlotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.CreateSlotResponse, _abc.Awaitable[_slot_pb2.CreateSlotResponse]]:
-        """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
+        """Creates a slot. Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, SLOT_IN_PAST, SLOT_OVERLAP."""
 
     @_abc_1.abstractmethod
     def BatchCreateSlots(
@@ -183,8 +179,6 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.DeleteSlotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.DeleteSlotResponse, _abc.Awaitable[_slot_pb2.DeleteSlotResponse]]:
-        """Deletes a slot. It is refused while booked_count is not 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS,
-        ETAG_MISMATCH.
-        """
+        """Deletes a slot, which must have a booked_count of 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, ETAG_MISMATCH."""
 
 def add_SlotServiceServicer_to_server(servicer: SlotServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
