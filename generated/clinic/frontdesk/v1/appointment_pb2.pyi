@@ -102,7 +102,7 @@ class Appointment(_message.Message):
     doctor_id: _builtins.str
     """Output only. The doctor's id."""
     clinic_id: _builtins.str
-    """Output only. The id of the doctor's clinic at the last booking or move."""
+    """Output only. The id of the clinic: that of the slot, or that of the doctor when a doctor-day was booked."""
     number: _builtins.int
     """Output only. The appointment's number on the doctor-day, from 1: the lowest free one when it was booked or moved.
     If the patient cancels, does not come or leaves, the number is free for another appointment.
@@ -382,9 +382,7 @@ class ListAppointmentsRequest(_message.Message):
         """Latest date first."""
 
     class Order(_Order, metaclass=_OrderEnumTypeWrapper):
-        """The order of dates. Within a date, appointments by start time, those without one first, then by id; all in the same
-        direction.
-        """
+        """The order of dates. Within a date, start times (those without one first) and then ids go in the same direction."""
 
     ORDER_UNSPECIFIED: ListAppointmentsRequest.Order.ValueType  # 0
     """The default, ORDER_DATE_ASC."""

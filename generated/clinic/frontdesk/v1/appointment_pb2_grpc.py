@@ -33,7 +33,8 @@ class AppointmentServiceStub:
     BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
 
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
-    is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
+    is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the queue
+    entry, if there is one, as `queue_state`.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
@@ -99,7 +100,8 @@ class AppointmentServiceServicer:
     BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
 
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
-    is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
+    is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the queue
+    entry, if there is one, as `queue_state`.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
@@ -239,7 +241,8 @@ class AppointmentService:
     BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
 
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
-    is refused (INVALID_TRANSITION), with the present state in the metadata as `state`.
+    is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the queue
+    entry, if there is one, as `queue_state`.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """

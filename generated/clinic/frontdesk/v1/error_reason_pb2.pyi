@@ -67,8 +67,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     patient of the same name.
     """
     ERROR_REASON_INVALID_TRANSITION: _ErrorReason.ValueType  # 17
-    """FAILED_PRECONDITION: the present state does not allow this change; `state` in the metadata names it. Example:
-    cancelling twice.
+    """FAILED_PRECONDITION: the present state does not allow this change. The metadata has the visit state as `state` and
+    the state of the queue entry, if there is one, as `queue_state`. Example: cancelling twice.
     """
     ERROR_REASON_QUEUE_EMPTY: _ErrorReason.ValueType  # 18
     """FAILED_PRECONDITION: nobody is waiting. Example: CallNext on an empty queue."""
@@ -186,8 +186,8 @@ ERROR_REASON_PATIENT_MISMATCH: ErrorReason.ValueType  # 16
 patient of the same name.
 """
 ERROR_REASON_INVALID_TRANSITION: ErrorReason.ValueType  # 17
-"""FAILED_PRECONDITION: the present state does not allow this change; `state` in the metadata names it. Example:
-cancelling twice.
+"""FAILED_PRECONDITION: the present state does not allow this change. The metadata has the visit state as `state` and
+the state of the queue entry, if there is one, as `queue_state`. Example: cancelling twice.
 """
 ERROR_REASON_QUEUE_EMPTY: ErrorReason.ValueType  # 18
 """FAILED_PRECONDITION: nobody is waiting. Example: CallNext on an empty queue."""

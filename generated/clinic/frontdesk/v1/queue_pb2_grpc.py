@@ -34,8 +34,8 @@ class QueueServiceStub:
     WAITING, CALLED, PARKED or MISSED -> LEFT
 
     StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
-    change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
-    the patient is checked in, else that of the visit.
+    change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
+    queue entry, if there is one, as `queue_state`.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
@@ -102,8 +102,8 @@ class QueueServiceServicer:
     WAITING, CALLED, PARKED or MISSED -> LEFT
 
     StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
-    change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
-    the patient is checked in, else that of the visit.
+    change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
+    queue entry, if there is one, as `queue_state`.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
@@ -244,8 +244,8 @@ class QueueService:
     WAITING, CALLED, PARKED or MISSED -> LEFT
 
     StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
-    change is refused (INVALID_TRANSITION), with the present state in the metadata as `state`: that of the entry while
-    the patient is checked in, else that of the visit.
+    change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
+    queue entry, if there is one, as `queue_state`.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
