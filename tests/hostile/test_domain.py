@@ -402,7 +402,7 @@ async def test_an_absent_doctor(front: Front) -> None:
     """During leave nobody is booked, and existing bookings are listed and stay. Afterwards bookings work again."""
     doctor, patients = await front.doctor(), await front.people(3)
     booked = [await front.book(p.id, doctor.id, tomorrow()) for p in patients[:2]]
-    said = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(tomorrow()))
+    said = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(tomorrow()), is_present=False)
     answer = await front.doctors.SetDoctorAvailability(said)
     assert list(answer.affected_appointment_ids) == [b.appointment.id for b in booked]
     assert await outcome(front.book(patients[2].id, doctor.id, tomorrow())) == "DOCTOR_ABSENT"

@@ -167,7 +167,9 @@ async def _set_availability(front: Front) -> Scenario:
     booked = await front.book((await front.patient()).id, doctor.id, tomorrow())
 
     def said(note: str) -> doctor_pb2.SetDoctorAvailabilityRequest:
-        return doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(tomorrow()), note=note)
+        return doctor_pb2.SetDoctorAvailabilityRequest(
+            doctor_id=doctor.id, date=day(tomorrow()), is_present=False, note=note
+        )
 
     async def later() -> None:
         back = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(tomorrow()), is_present=True)

@@ -15,7 +15,7 @@ from frontdesk.db import schema
 from frontdesk.db.batch import Batcher
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, compiled
-from frontdesk.db.paging import Listing, Page, cut
+from frontdesk.db.paging import NO_INSTANT, Listing, Page, cut
 from frontdesk.errors import AppointmentNotFound, InvalidField, Refused
 
 
@@ -198,7 +198,6 @@ class Appointments:
         }  # fmt: skip
         if page.after:
             values |= dict(zip(("after_date", "after_start", "after_id"), page.after, strict=True))
-            values["after_start"] = values["after_start"] or "-infinity"
         given = frozenset(name for name, value in values.items() if value is not None)
         states = tuple(sorted(set(wanted.states or schema.VISIT_STATES)))
         query = _list_statement(given, states, wanted.descending)
@@ -220,7 +219,7 @@ class Appointments:
 
 def _place(appointment: Appointment) -> tuple[str, ...]:
     start = appointment.start_time
-    return appointment.date.isoformat(), "" if start is None else start.isoformat(), appointment.id
+    return appointment.date.isoformat(), NO_INSTANT if start is None else start.isoformat(), appointment.id
 
 
 @cache

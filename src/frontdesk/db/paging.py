@@ -6,6 +6,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+NO_INSTANT = "-infinity"
+"""An absent instant in a sort key, as PostgreSQL writes what comes before all others."""
+
 
 @dataclass(frozen=True, slots=True)
 class Page:

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from google.type import date_pb2
 
 from frontdesk.db.change import Key
-from frontdesk.db.paging import Page
+from frontdesk.db.paging import NO_INSTANT, Page
 from frontdesk.errors import InvalidField
 from frontdesk.rpc.pipeline import Call
 
@@ -212,7 +212,11 @@ def _instant(text: str) -> datetime:
 
 IDS = (uuid.UUID,)
 DATES = (date.fromisoformat,)
-DATES_STARTS_AND_IDS = (date.fromisoformat, lambda text: _instant(text) if text else "", uuid.UUID)
+DATES_STARTS_AND_IDS = (
+    date.fromisoformat,
+    lambda text: NO_INSTANT if text == NO_INSTANT else _instant(text),
+    uuid.UUID,
+)
 INSTANTS_AND_IDS = (_instant, uuid.UUID)
 
 
