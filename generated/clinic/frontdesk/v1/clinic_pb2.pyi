@@ -63,9 +63,9 @@ class Clinic(_message.Message):
     email: _builtins.str
     """E-mail address, up to 254 characters (RFC 5321)."""
     time_zone: _builtins.str
-    """Required. IANA name, such as America/Sao_Paulo. Refused are unknown names and names that PostgreSQL reads otherwise
-    than the IANA time zone database, such as CET. A later change moves no appointment: every appointment keeps its
-    civil date.
+    """Required. IANA name, such as America/Sao_Paulo. Unknown names are refused, and so are names that PostgreSQL reads
+    differently from the IANA time zone database, such as CET. A later change moves no appointment: every appointment
+    keeps its civil date.
     """
     active: _builtins.bool
     """Absent on create means true. An inactive clinic takes no new bookings (CLINIC_INACTIVE)."""

@@ -80,8 +80,8 @@ class ClinicServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateClinic(self, request, context):
-        """Changes the fields of a clinic that the mask names. The time zone cannot change while slots, or live appointments in
-        slots, lie ahead (TIME_ZONE_IN_USE). Errors: CLINIC_NOT_FOUND, TIME_ZONE_IN_USE, ETAG_MISMATCH.
+        """Changes the fields of a clinic that the mask names. The time zone cannot change while slots, or live appointments
+        in slots, lie in the future. Errors: CLINIC_NOT_FOUND, TIME_ZONE_IN_USE, ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,8 +41,8 @@ class ClinicServiceStub:
     GetClinic: _grpc.UnaryUnaryMultiCallable[_clinic_pb2.GetClinicRequest, _clinic_pb2.GetClinicResponse]
     """Gets a clinic. Errors: CLINIC_NOT_FOUND."""
     UpdateClinic: _grpc.UnaryUnaryMultiCallable[_clinic_pb2.UpdateClinicRequest, _clinic_pb2.UpdateClinicResponse]
-    """Changes the fields of a clinic that the mask names. The time zone cannot change while slots, or live appointments in
-    slots, lie ahead (TIME_ZONE_IN_USE). Errors: CLINIC_NOT_FOUND, TIME_ZONE_IN_USE, ETAG_MISMATCH.
+    """Changes the fields of a clinic that the mask names. The time zone cannot change while slots, or live appointments
+    in slots, lie in the future. Errors: CLINIC_NOT_FOUND, TIME_ZONE_IN_USE, ETAG_MISMATCH.
     """
     ListClinics: _grpc.UnaryUnaryMultiCallable[_clinic_pb2.ListClinicsRequest, _clinic_pb2.ListClinicsResponse]
     """Lists clinics, oldest first."""
@@ -60,8 +60,8 @@ class ClinicServiceAsyncStub(ClinicServiceStub):
     GetClinic: _aio.UnaryUnaryMultiCallable[_clinic_pb2.GetClinicRequest, _clinic_pb2.GetClinicResponse]  # type: ignore[assignment]
     """Gets a clinic. Errors: CLINIC_NOT_FOUND."""
     UpdateClinic: _aio.UnaryUnaryMultiCallable[_clinic_pb2.UpdateClinicRequest, _clinic_pb2.UpdateClinicResponse]  # type: ignore[assignment]
-    """Changes the fields of a clinic that the mask names. The time zone cannot change while slots, or live appointments in
-    slots, lie ahead (TIME_ZONE_IN_USE). Errors: CLINIC_NOT_FOUND, TIME_ZONE_IN_USE, ETAG_MISMATCH.
+    """Changes the fields of a clinic that the mask names. The time zone cannot change while slots, or live appointments
+    in slots, lie in the future. Errors: CLINIC_NOT_FOUND, TIME_ZONE_IN_USE, ETAG_MISMATCH.
     """
     ListClinics: _aio.UnaryUnaryMultiCallable[_clinic_pb2.ListClinicsRequest, _clinic_pb2.ListClinicsResponse]  # type: ignore[assignment]
     """Lists clinics, oldest first."""
@@ -94,8 +94,8 @@ class ClinicServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _clinic_pb2.UpdateClinicRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_clinic_pb2.UpdateClinicResponse, _abc.Awaitable[_clinic_pb2.UpdateClinicResponse]]:
-        """Changes the fields of a clinic that the mask names. The time zone cannot change while slots, or live appointments in
-        slots, lie ahead (TIME_ZONE_IN_USE). Errors: CLINIC_NOT_FOUND, TIME_ZONE_IN_USE, ETAG_MISMATCH.
+        """Changes the fields of a clinic that the mask names. The time zone cannot change while slots, or live appointments
+        in slots, lie in the future. Errors: CLINIC_NOT_FOUND, TIME_ZONE_IN_USE, ETAG_MISMATCH.
         """
 
     @_abc_1.abstractmethod

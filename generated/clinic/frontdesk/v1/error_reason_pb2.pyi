@@ -129,8 +129,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 38
     """INTERNAL: a fault of the server. Its log has the `error_id` of the metadata. Example: none known."""
     ERROR_REASON_TIME_ZONE_IN_USE: _ErrorReason.ValueType  # 39
-    """FAILED_PRECONDITION: slots or live appointments in slots lie ahead, whose dates follow the clinic's time zone. The
-    metadata has their counts, `slots` and `appointments`. Example: moving a clinic with a full calendar to another zone.
+    """FAILED_PRECONDITION: slots, or live appointments in slots, lie in the future, and their dates follow the clinic's
+    time zone. The metadata has their counts as `slots` and `appointments`. Example: giving a clinic with a full calendar
+    another zone.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -248,7 +249,8 @@ have been made. Example: a deadline of 1 ms.
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 38
 """INTERNAL: a fault of the server. Its log has the `error_id` of the metadata. Example: none known."""
 ERROR_REASON_TIME_ZONE_IN_USE: ErrorReason.ValueType  # 39
-"""FAILED_PRECONDITION: slots or live appointments in slots lie ahead, whose dates follow the clinic's time zone. The
-metadata has their counts, `slots` and `appointments`. Example: moving a clinic with a full calendar to another zone.
+"""FAILED_PRECONDITION: slots, or live appointments in slots, lie in the future, and their dates follow the clinic's
+time zone. The metadata has their counts as `slots` and `appointments`. Example: giving a clinic with a full calendar
+another zone.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
