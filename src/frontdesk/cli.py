@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import grpc
 
     from frontdesk.settings import Settings
+    from frontdesk.tools.terminal import Terminal
 
 app = typer.Typer(
     name="frontdesk",
@@ -53,6 +54,9 @@ _Target = Annotated[
 
 def main() -> None:
     """The console's entry point."""
+    from frontdesk.tools.terminal import write_similar_characters
+
+    write_similar_characters()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -252,12 +256,25 @@ def maintain(database_url: _DatabaseUrl = None) -> None:
         raise Failure(str(error)) from None
 
 
+@contextmanager
+def _terminal() -> Iterator["Terminal"]:
+    """Standard output, for what a command shows. A reader that has gone, like `head`, ends the command quietly."""
+    from frontdesk.tools.terminal import Terminal
+
+    try:
+        yield Terminal()
+    except BrokenPipeError:
+        _discard_output()
+    except OSError as error:
+        _discard_output()
+        raise Failure(error.strerror or str(error)) from None
+
+
 @app.command()
 def demo(target: _Target = None) -> None:
     """Fill a running service with a small clinic and its day; a second run adds nothing."""
     import datetime
 
-    from rich.console import Console
     from rich.table import Table
 
     from frontdesk.client import SyncFrontdeskClient
@@ -270,11 +287,13 @@ def demo(target: _Target = None) -> None:
     for day in days:
         here, expected = str(len(day.queue.entries)), str(day.queue.expected_count)
         table.add_row(day.doctor.code, day.doctor.id, day.doctor.display_name, here, expected)
-    # Not narrower than this, so that the ids can be copied.
-    Console(width=max(Console().width, 90)).print(table)
-    for day in days:
-        if day.slots_on is not None:
-            _say(f" {day.doctor.code} takes patients by slot, on {day.slots_on}")
+    with _terminal() as terminal:
+        # Not narrower than this, so that the ids can be copied.
+        terminal.width = max(terminal.width, 90)
+        terminal.print(table)
+        for day in days:
+            if day.slots_on is not None:
+                terminal.print(f" {day.doctor.code} takes patients by slot, on {day.slots_on}", highlight=False)
 
 
 @app.command()
@@ -295,23 +314,21 @@ def watch(
             raise typer.BadParameter(f"{date!r} is not a date like 2026-01-31.", param_hint="'--date'") from None
     target = _target(target)
     try:
-        with _refusals(target):
-            asyncio.run(_watch(target, doctor, day))
-    except (KeyboardInterrupt, BrokenPipeError):
-        # Ctrl-C is the usual end of a watch; a closed pipe is that of `| head`.
+        with _refusals(target), _terminal() as terminal:
+            asyncio.run(_watch(target, doctor, day, terminal))
+    except KeyboardInterrupt:
+        # The usual end of a watch.
         _discard_output()
     return 0
 
 
-async def _watch(target: str, doctor: str, day: "datetime.date | None") -> None:
-    from rich.console import Console
-
+async def _watch(target: str, doctor: str, day: "datetime.date | None", terminal: "Terminal") -> None:
     from frontdesk.client import FrontdeskClient
     from frontdesk.tools.board import UnknownDoctor, follow
 
     async with FrontdeskClient(target, credentials=_credentials(), caller="frontdesk-watch") as client:
         try:
-            await follow(client, doctor, day, Console())
+            await follow(client, doctor, day, terminal)
         except UnknownDoctor as error:
             raise Failure(str(error)) from None
 
@@ -340,19 +357,18 @@ def conformance(
 
 
 async def _conform(target: str, only: list[str], patience: float) -> int:
-    from rich.console import Console
-
     from frontdesk.tools.conformance import conform, report
 
-    console = Console()
     results = []
-    # rich shows it on a terminal only.
-    with console.status("checking") as status:
-        async for result in conform(target, credentials=_credentials(), only=only, patience=patience):
-            results.append(result)
-            status.update(f"{result.check.name}: {result.verdict}")
-    # Not narrower than this, so that the names can be copied.
-    Console(width=max(console.width, 120)).print(report(results))
+    with _terminal() as terminal:
+        # rich shows the status on a terminal only; this spinner is one in ASCII.
+        with terminal.status("checking", spinner="line") as status:
+            async for result in conform(target, credentials=_credentials(), only=only, patience=patience):
+                results.append(result)
+                status.update(f"{result.check.name}: {result.verdict}")
+        # Not narrower than this, so that the names can be copied.
+        terminal.width = max(terminal.width, 120)
+        terminal.print(report(results))
     return 1 if any(result.verdict == "FAIL" for result in results) else 0
 
 
@@ -471,7 +487,8 @@ def _command(name: str) -> str:
 
 def _discard_output() -> None:
     """Discard all further output, so that writing it cannot fail after the reader has gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

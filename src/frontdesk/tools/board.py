@@ -44,12 +44,13 @@ class UnknownDoctor(Exception):
 async def follow(client: FrontdeskClient, wanted: str, day: datetime.date | None, console: Console) -> None:
     """Show the queue of the doctor with this id or code on `day` or the clinic's today, until cancelled.
 
-    A board if the console is a terminal, else a line for each update. Raises UnknownDoctor, FrontdeskError.
+    A board if the console is a terminal that can draw, else a line for each update. Raises UnknownDoctor and
+    FrontdeskError.
     """
     doctor = await _find(client, wanted)
     board = Board(doctor.display_name)
     async with aclosing(client.watch_queue(doctor.id, day, on_connection=board.connection)) as queues:
-        if not console.is_terminal:
+        if not console.is_terminal or console.is_dumb_terminal:
             async for queue in queues:
                 print(line(queue), file=console.file, flush=True)
             return
