@@ -147,14 +147,18 @@ async def test_mutual_tls(secure: tuple[int, Settings], authority: trustme.CA, c
     """Only clients with a certificate of the authority are served, and the certificate's name is the caller."""
     port, given = secure
     assert not given.serves_reflection, "beyond loopback reflection is off"
+    with psycopg.connect(conninfo) as connection:
+        made = "insert into doctor (code, display_name, clinic_id) select 'D', 'D', id from clinic returning id::text"
+        ((doctor_id,),) = connection.execute(made).fetchall()
     for name, key in (("kiosk.example", "k"), ("billing.example", "k")):
         async with grpc.aio.secure_channel(f"localhost:{port}", credentials(authority, name)) as channel:
             front = Front(channel, conninfo, port)
-            doctor = await front.doctor()
             (patient,) = await front.people(1)
-            booked = await front.book(patient.id, doctor.id, idempotency_key=key)
+            booked = await front.book(patient.id, doctor_id, tomorrow("UTC"), idempotency_key=key)
             assert not booked.replayed, "another caller's key is another key"
-    assert sorted(front.sql("select caller from idempotency")) == [("cert:billing.example",), ("cert:kiosk.example",)]
+            assert await outcome(front.clinic()) == "ROLE_REQUIRED", "a certificate is a service, and no administrator"
+    callers = front.sql("select caller from idempotency order by caller")
+    assert callers == [("services/billing.example",), ("services/kiosk.example",)]
     async with grpc.aio.secure_channel(f"localhost:{port}", credentials(authority, None)) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await Front(channel, conninfo, port).clinics.ListClinics(_nothing(), timeout=5)

@@ -1,6 +1,7 @@
 """The promises of the architecture that a program can check."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import psycopg
@@ -11,6 +12,7 @@ from alembic.migration import MigrationContext
 from clinic.frontdesk.v1 import appointment_pb2, error_reason_pb2, queue_pb2
 from frontdesk.db.schema import VISIT_AND_QUEUE, metadata
 from frontdesk.errors import REFUSALS
+from frontdesk.rpc.access import Policy
 from frontdesk.rpc.status import code_of
 
 SOURCE = Path(__file__).parent.parent / "src" / "frontdesk"
@@ -76,6 +78,16 @@ def test_one_noun_is_one_name() -> None:
     assert services
     assert services == {path.stem for path in (SOURCE / "rpc" / "services").glob("*.py")} - {"__init__"}
     assert services <= {path.stem for path in (SOURCE / "core").glob("*.py")}
+
+
+def test_every_method_says_who_may_call_it() -> None:
+    """Each RPC has a policy: some role may call it, or it needs no credentials."""
+    for path in PROTOS.glob("*.proto"):
+        module = importlib.import_module(f"clinic.frontdesk.v1.{path.stem}_pb2")
+        for service in module.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                policy = Policy(method)
+                assert policy.scopes or policy.without_credentials, method.full_name
 
 
 def test_only_settings_and_cli_read_the_environment() -> None:

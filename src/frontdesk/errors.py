@@ -262,6 +262,33 @@ class PatientExists(AlreadyExists):
     resource = "patient"
 
 
+class Unauthenticated(Refused):
+    """The call has no usable credentials."""
+
+
+class CredentialsRequired(Unauthenticated):
+    """The method needs credentials."""
+
+    reason = "CREDENTIALS_REQUIRED"
+
+
+class PermissionDenied(Refused):
+    """The caller may not do this."""
+
+
+class RoleRequired(PermissionDenied):
+    """No role of the caller allows this."""
+
+    reason = "ROLE_REQUIRED"
+
+
+class ClinicNotYours(PermissionDenied):
+    """It belongs to a clinic that is not the caller's."""
+
+    reason = "CLINIC_NOT_YOURS"
+    resource = "clinic"
+
+
 class EtagMismatch(Refused):
     """The resource has changed since this etag was read."""
 

@@ -16,6 +16,7 @@ from frontdesk.errors import Refused
 from frontdesk.jobs.maintenance import clean, retention
 from frontdesk.live.feed import Feed
 from frontdesk.process.log import configure_log
+from frontdesk.rpc.access import Access
 from frontdesk.rpc.pipeline import Pipeline
 from frontdesk.rpc.server import Server
 from frontdesk.rpc.services import servicers
@@ -68,7 +69,7 @@ class Worker:
         self._feed = Feed(self._db, render, seen=None if metrics is None else metrics.change_seen)
         self._pipeline = Pipeline(
             max_in_flight=settings.max_in_flight,
-            mutual_tls=settings.tls_client_ca is not None,
+            access=Access(required=False, client_certificates=settings.tls_client_ca is not None),
             metrics=metrics,
             tracing=tracing,
         )

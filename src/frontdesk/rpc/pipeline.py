@@ -18,8 +18,9 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from frontdesk.core.caller import ANONYMOUS, Caller
+from frontdesk.core.caller import ANONYMOUS, Caller, Identity
 from frontdesk.errors import DeadlineExceeded, Draining, Overloaded, Refused
+from frontdesk.rpc.access import Access, Policy
 from frontdesk.rpc.requests import request_from
 from frontdesk.rpc.status import Trailers, internal, status_of
 from frontdesk.tasks import Timeout
@@ -84,11 +85,11 @@ class Pipeline:
         self,
         *,
         max_in_flight: int,
-        mutual_tls: bool,
+        access: Access,
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
-        self._mutual_tls = mutual_tls
+        self._access = access
         self._max_in_flight = max_in_flight
         self._metrics = metrics
         self._tracing = tracing
@@ -104,14 +105,15 @@ class Pipeline:
         wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for method in servicer.service.methods:
             account = _Account(f"{service}/{method.name}", method.server_streaming, self._metrics, self._tracing)
+            policy = Policy(method)
             behaviour = getattr(servicer, method.name)
             kind = GetMessageClass(method.input_type)
             if method.server_streaming:
                 handler: Any = grpc.unary_stream_rpc_method_handler
-                wrapper: Any = self._streaming(account, behaviour, kind)
+                wrapper: Any = self._streaming(account, policy, behaviour, kind)
             else:
                 handler = grpc.unary_unary_rpc_method_handler
-                wrapper = self._unary(account, behaviour, kind)
+                wrapper = self._unary(account, policy, behaviour, kind)
             if self._tracing is not None:
                 wrapper = self._tracing.around(f"{service}/{method.name}", wrapper)
             wrapped[method.name] = handler(wrapper)
@@ -121,30 +123,32 @@ class Pipeline:
     def _unary(
         self,
         account: "_Account",
+        policy: Policy,
         behaviour: Callable[[Any, Call], Awaitable[Message]],
         kind: type[Message],
     ) -> Callable[[bytes, grpc.aio.ServicerContext[Any, Any]], Awaitable[bytes]]:
         async def answer(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
             started = time.perf_counter()
-            caller = ANONYMOUS
+            identity = ANONYMOUS
             self.in_flight += 1
             try:
                 if self.in_flight > self._max_in_flight:
                     raise Overloaded
                 if self.draining:
                     raise Draining
-                caller = self._caller(context)
+                identity = await self._access.identify(context, policy)
+                caller = self._access.admit(identity, policy)
                 request = request_from(raw, kind)
                 remaining = context.time_remaining()
                 with Timeout(DEADLINE_SECONDS if remaining is None else min(remaining, DEADLINE_SECONDS)):
                     response = await behaviour(request, Call(context, caller, account.name))
-                account.close("OK", started, caller)
+                account.close("OK", started, identity)
                 return response.SerializeToString()
             except (asyncio.CancelledError, GeneratorExit):
-                account.close("CANCELLED", started, caller)
+                account.close("CANCELLED", started, identity)
                 raise
             except BaseException as error:
-                await context.abort(*_refusal(error, account, started, caller))
+                await context.abort(*_refusal(error, account, started, identity))
                 raise
             finally:
                 self.in_flight -= 1
@@ -155,41 +159,33 @@ class Pipeline:
         return answer
 
     def _streaming(
-        self, account: "_Account", behaviour: Callable[[Any, Call], Awaitable[None]], kind: type[Message]
+        self,
+        account: "_Account",
+        policy: Policy,
+        behaviour: Callable[[Any, Call], Awaitable[None]],
+        kind: type[Message],
     ) -> Callable[[bytes, grpc.aio.ServicerContext[Any, Any]], Awaitable[None]]:
         async def stream(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             started = time.perf_counter()
-            caller = ANONYMOUS
+            identity = ANONYMOUS
             try:
                 if self.draining:
                     raise Draining
-                caller = self._caller(context)
+                identity = await self._access.identify(context, policy)
+                caller = self._access.admit(identity, policy)
                 await behaviour(request_from(raw, kind), Call(context, caller, account.name))
-                account.close("OK", started, caller, end="DRAINING" if self.draining else "COMPLETED")
+                account.close("OK", started, identity, end="DRAINING" if self.draining else "COMPLETED")
             except (asyncio.CancelledError, GeneratorExit):
-                account.close("CANCELLED", started, caller)
+                account.close("CANCELLED", started, identity)
                 raise
             except BaseException as error:
-                await context.abort(*_refusal(error, account, started, caller))
+                await context.abort(*_refusal(error, account, started, identity))
                 raise
             finally:
                 # As above.
                 del context
 
         return stream
-
-    def _caller(self, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
-        """The caller, named by the client's certificate, else by its metadata, else `anonymous`.
-
-        The name in the metadata serves the log and the scope of idempotency keys, among services that trust each other.
-        """
-        if self._mutual_tls:
-            name = next(iter(context.peer_identities() or ()), b"")
-            return Caller("cert:" + name.decode(errors="replace")[:200])
-        for key, value in context.invocation_metadata() or ():
-            if key == "frontdesk-caller" and isinstance(value, str):
-                return Caller("name:" + value[:64])
-        return ANONYMOUS
 
 
 class _Account:
@@ -203,7 +199,7 @@ class _Account:
         self._metrics = None if metrics is None else metrics.method(method, streams=streams)
         self._tracing = tracing
 
-    def close(self, code: str, started: float, caller: Caller, *, end: str = "", **more: str) -> None:
+    def close(self, code: str, started: float, identity: Identity, *, end: str = "", **more: str) -> None:
         """`end` is why a stream ended, if that is neither its code nor the `reason` of a refusal."""
         seconds = time.perf_counter() - started
         if self._metrics is not None:
@@ -211,11 +207,11 @@ class _Account:
             self._metrics.ended(code, seconds, reason, end or reason or code)
         if self._tracing is not None:
             more["trace_id"] = self._tracing.ended(code, more.get("reason", ""))
-        _log.info("call", method=self.method, code=code, ms=round(seconds * 1000, 3), caller=caller.identity, **more)
+        _log.info("call", method=self.method, code=code, ms=round(seconds * 1000, 3), caller=identity.name, **more)
 
 
 def _refusal(
-    error: BaseException, account: _Account, started: float, caller: Caller
+    error: BaseException, account: _Account, started: float, identity: Identity
 ) -> tuple[grpc.StatusCode, str, Trailers]:
     """Record that a call failed; its status, text and trailers."""
     # The traceback refers to the call's context, which will refer to the error: a circle, as above.
@@ -224,10 +220,10 @@ def _refusal(
         error = DeadlineExceeded()
     if isinstance(error, Refused):
         answer = status_of(error)
-        account.close(answer[0].name, started, caller, reason=error.reason)
+        account.close(answer[0].name, started, identity, reason=error.reason)
         return answer
     error_id = uuid.uuid4().hex[:16]
-    account.close("INTERNAL", started, caller, error_id=error_id)
+    account.close("INTERNAL", started, identity, error_id=error_id)
     _log.error(
         "internal_error",
         error_id=error_id,

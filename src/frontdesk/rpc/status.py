@@ -22,6 +22,8 @@ CODES: dict[type[errors.Refused], grpc.StatusCode] = {
     # DAY_FULL as well: clients would blindly retry RESOURCE_EXHAUSTED.
     errors.Precondition: grpc.StatusCode.FAILED_PRECONDITION,
     errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.EtagMismatch: grpc.StatusCode.ABORTED,
     errors.Conflict: grpc.StatusCode.ABORTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,

@@ -133,6 +133,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     time zone. The metadata has their counts as `slots` and `appointments`. Example: giving a clinic with a full calendar
     another zone.
     """
+    ERROR_REASON_CREDENTIALS_REQUIRED: _ErrorReason.ValueType  # 50
+    """UNAUTHENTICATED: the method needs credentials. Example: a call without a token to a server beyond loopback."""
+    ERROR_REASON_ROLE_REQUIRED: _ErrorReason.ValueType  # 51
+    """PERMISSION_DENIED: no role of the caller allows this. The metadata has the `method`. Example: a waiting-room board
+    that books.
+    """
+    ERROR_REASON_CLINIC_NOT_YOURS: _ErrorReason.ValueType  # 52
+    """PERMISSION_DENIED: it belongs to a clinic that is not the caller's. Example: staff of one clinic read the list of
+    another.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
@@ -252,5 +262,15 @@ ERROR_REASON_TIME_ZONE_IN_USE: ErrorReason.ValueType  # 39
 """FAILED_PRECONDITION: slots, or live appointments in slots, lie in the future, and their dates follow the clinic's
 time zone. The metadata has their counts as `slots` and `appointments`. Example: giving a clinic with a full calendar
 another zone.
+"""
+ERROR_REASON_CREDENTIALS_REQUIRED: ErrorReason.ValueType  # 50
+"""UNAUTHENTICATED: the method needs credentials. Example: a call without a token to a server beyond loopback."""
+ERROR_REASON_ROLE_REQUIRED: ErrorReason.ValueType  # 51
+"""PERMISSION_DENIED: no role of the caller allows this. The metadata has the `method`. Example: a waiting-room board
+that books.
+"""
+ERROR_REASON_CLINIC_NOT_YOURS: ErrorReason.ValueType  # 52
+"""PERMISSION_DENIED: it belongs to a clinic that is not the caller's. Example: staff of one clinic read the list of
+another.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

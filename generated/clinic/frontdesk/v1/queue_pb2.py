@@ -24,13 +24,14 @@ _sym_db = _symbol_database.Default()
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from clinic.frontdesk.v1 import appointment_pb2 as clinic_dot_frontdesk_dot_v1_dot_appointment__pb2
+from clinic.frontdesk.v1 import policy_pb2 as clinic_dot_frontdesk_dot_v1_dot_policy__pb2
 from clinic.frontdesk.v1 import rules_pb2 as clinic_dot_frontdesk_dot_v1_dot_rules__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.type import date_pb2 as google_dot_type_dot_date__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63linic/frontdesk/v1/queue.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a%clinic/frontdesk/v1/appointment.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\"\xff\x03\n\nQueueEntry\x12\x0e\n\x06ticket\x18\x01 \x01(\x05\x12\x10\n\x08position\x18\x02 \x01(\x05\x12\x16\n\x0e\x61ppointment_id\x18\x03 \x01(\t\x12\x12\n\npatient_id\x18\x04 \x01(\t\x12\x14\n\x0cpatient_name\x18\x05 \x01(\t\x12\x34\n\x05state\x18\x06 \x01(\x0e\x32%.clinic.frontdesk.v1.QueueEntry.State\x12\x0c\n\x04room\x18\x07 \x01(\t\x12\x12\n\ncall_count\x18\x08 \x01(\x05\x12\x31\n\rcheck_in_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tcall_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_WAITING\x10\x01\x12\x10\n\x0cSTATE_CALLED\x10\x02\x12\x19\n\x15STATE_IN_CONSULTATION\x10\x03\x12\x10\n\x0cSTATE_PARKED\x10\x04\x12\x10\n\x0cSTATE_MISSED\x10\x05\x12\x0e\n\nSTATE_DONE\x10\x06\x12\x0e\n\nSTATE_LEFT\x10\x07\"\xae\x01\n\x05Queue\x12\x11\n\tdoctor_id\x18\x01 \x01(\t\x12\x1f\n\x04\x64\x61te\x18\x02 \x01(\x0b\x32\x11.google.type.Date\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x30\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x15\n\rwaiting_count\x18\x05 \x01(\x05\x12\x16\n\x0e\x65xpected_count\x18\x06 \x01(\x05\"\x9a\x04\n\x0bQueueChange\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x33\n\x04kind\x18\x02 \x01(\x0e\x32%.clinic.frontdesk.v1.QueueChange.Kind\x12\x16\n\x0e\x61ppointment_id\x18\x03 \x01(\t\x12.\n\x05\x65ntry\x18\x04 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12/\n\x0b\x63hange_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xca\x02\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKIND_BOOKED\x10\x01\x12\x12\n\x0eKIND_CANCELLED\x10\x02\x12\x11\n\rKIND_MOVED_IN\x10\x03\x12\x12\n\x0eKIND_MOVED_OUT\x10\x04\x12\x10\n\x0cKIND_UPDATED\x10\x05\x12\x10\n\x0cKIND_NO_SHOW\x10\x06\x12\x13\n\x0fKIND_CHECKED_IN\x10\x07\x12\x0f\n\x0bKIND_CALLED\x10\x08\x12\x15\n\x11KIND_CALLED_AGAIN\x10\t\x12\x11\n\rKIND_RETURNED\x10\n\x12\x0f\n\x0bKIND_PARKED\x10\x0b\x12\x0f\n\x0bKIND_MISSED\x10\x0c\x12\r\n\tKIND_LEFT\x10\r\x12\x10\n\x0cKIND_STARTED\x10\x0e\x12\x12\n\x0eKIND_COMPLETED\x10\x0f\x12\x15\n\x11KIND_AVAILABILITY\x10\x10\"\x80\x01\n\x0e\x43heckInRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1f\n\npatient_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\x9c\x01\n\x0f\x43heckInResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x35\n\x0b\x61ppointment\x18\x02 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"O\n\x0fGetQueueRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1f\n\x04\x64\x61te\x18\x02 \x01(\x0b\x32\x11.google.type.Date\"=\n\x10GetQueueResponse\x12)\n\x05queue\x18\x01 \x01(\x0b\x32\x1a.clinic.frontdesk.v1.Queue\"\xb2\x01\n\x11WatchQueueRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1f\n\x04\x64\x61te\x18\x02 \x01(\x0b\x32\x11.google.type.Date\x12(\n\x0cresume_token\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\x12\x35\n\x12heartbeat_interval\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"k\n\x0bQueueUpdate\x12)\n\x05queue\x18\x01 \x01(\x0b\x32\x1a.clinic.frontdesk.v1.Queue\x12\x31\n\x07\x63hanges\x18\x02 \x03(\x0b\x32 .clinic.frontdesk.v1.QueueChange\"\x0b\n\tHeartbeat\"\xe3\x01\n\rStreamClosing\x12\x39\n\x06reason\x18\x01 \x01(\x0e\x32).clinic.frontdesk.v1.StreamClosing.Reason\x12\x32\n\x0freconnect_delay\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"c\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_MAX_AGE\x10\x01\x12\x13\n\x0fREASON_DRAINING\x10\x02\x12\x18\n\x14REASON_AUTH_EXPIRING\x10\x03\"\xb1\x02\n\x12WatchQueueResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x19\n\x11previous_revision\x18\x02 \x01(\x03\x12\x14\n\x0cresume_token\x18\x03 \x01(\t\x12/\n\x0bserver_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x06update\x18\x05 \x01(\x0b\x32 .clinic.frontdesk.v1.QueueUpdateH\x00\x12\x33\n\theartbeat\x18\x06 \x01(\x0b\x32\x1e.clinic.frontdesk.v1.HeartbeatH\x00\x12\x35\n\x07\x63losing\x18\x07 \x01(\x0b\x32\".clinic.frontdesk.v1.StreamClosingH\x00\x42\x07\n\x05\x65vent\"\x97\x01\n\x0f\x43\x61llNextRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1f\n\x04\x64\x61te\x18\x02 \x01(\x0b\x32\x11.google.type.Date\x12\x19\n\x04room\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18\x32\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"f\n\x10\x43\x61llNextResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"|\n\x10\x43\x61llAgainRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x04room\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18\x32\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\x9e\x01\n\x11\x43\x61llAgainResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x35\n\x0b\x61ppointment\x18\x02 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"d\n\x13ReturnToLineRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\xa1\x01\n\x14ReturnToLineResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x35\n\x0b\x61ppointment\x18\x02 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"c\n\x12ParkPatientRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\xa0\x01\n\x13ParkPatientResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x35\n\x0b\x61ppointment\x18\x02 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"b\n\x11MarkMissedRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\x9f\x01\n\x12MarkMissedResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x35\n\x0b\x61ppointment\x18\x02 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"b\n\x11LeaveQueueRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\x9f\x01\n\x12LeaveQueueResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x35\n\x0b\x61ppointment\x18\x02 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\x32\xd8\x06\n\x0cQueueService\x12T\n\x07\x43heckIn\x12#.clinic.frontdesk.v1.CheckInRequest\x1a$.clinic.frontdesk.v1.CheckInResponse\x12W\n\x08GetQueue\x12$.clinic.frontdesk.v1.GetQueueRequest\x1a%.clinic.frontdesk.v1.GetQueueResponse\x12_\n\nWatchQueue\x12&.clinic.frontdesk.v1.WatchQueueRequest\x1a\'.clinic.frontdesk.v1.WatchQueueResponse0\x01\x12W\n\x08\x43\x61llNext\x12$.clinic.frontdesk.v1.CallNextRequest\x1a%.clinic.frontdesk.v1.CallNextResponse\x12Z\n\tCallAgain\x12%.clinic.frontdesk.v1.CallAgainRequest\x1a&.clinic.frontdesk.v1.CallAgainResponse\x12\x63\n\x0cReturnToLine\x12(.clinic.frontdesk.v1.ReturnToLineRequest\x1a).clinic.frontdesk.v1.ReturnToLineResponse\x12`\n\x0bParkPatient\x12\'.clinic.frontdesk.v1.ParkPatientRequest\x1a(.clinic.frontdesk.v1.ParkPatientResponse\x12]\n\nMarkMissed\x12&.clinic.frontdesk.v1.MarkMissedRequest\x1a\'.clinic.frontdesk.v1.MarkMissedResponse\x12]\n\nLeaveQueue\x12&.clinic.frontdesk.v1.LeaveQueueRequest\x1a\'.clinic.frontdesk.v1.LeaveQueueResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63linic/frontdesk/v1/queue.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a%clinic/frontdesk/v1/appointment.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\"\xff\x03\n\nQueueEntry\x12\x0e\n\x06ticket\x18\x01 \x01(\x05\x12\x10\n\x08position\x18\x02 \x01(\x05\x12\x16\n\x0e\x61ppointment_id\x18\x03 \x01(\t\x12\x12\n\npatient_id\x18\x04 \x01(\t\x12\x14\n\x0cpatient_name\x18\x05 \x01(\t\x12\x34\n\x05state\x18\x06 \x01(\x0e\x32%.clinic.frontdesk.v1.QueueEntry.State\x12\x0c\n\x04room\x18\x07 \x01(\t\x12\x12\n\ncall_count\x18\x08 \x01(\x05\x12\x31\n\rcheck_in_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tcall_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_WAITING\x10\x01\x12\x10\n\x0cSTATE_CALLED\x10\x02\x12\x19\n\x15STATE_IN_CONSULTATION\x10\x03\x12\x10\n\x0cSTATE_PARKED\x10\x04\x12\x10\n\x0cSTATE_MISSED\x10\x05\x12\x0e\n\nSTATE_DONE\x10\x06\x12\x0e\n\nSTATE_LEFT\x10\x07\"\xae\x01\n\x05Queue\x12\x11\n\tdoctor_id\x18\x01 \x01(\t\x12\x1f\n\x04\x64\x61te\x18\x02 \x01(\x0b\x32\x11.google.type.Date\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x30\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x15\n\rwaiting_count\x18\x05 \x01(\x05\x12\x16\n\x0e\x65xpected_count\x18\x06 \x01(\x05\"\x9a\x04\n\x0bQueueChange\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x33\n\x04kind\x18\x02 \x01(\x0e\x32%.clinic.frontdesk.v1.QueueChange.Kind\x12\x16\n\x0e\x61ppointment_id\x18\x03 \x01(\t\x12.\n\x05\x65ntry\x18\x04 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12/\n\x0b\x63hange_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xca\x02\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKIND_BOOKED\x10\x01\x12\x12\n\x0eKIND_CANCELLED\x10\x02\x12\x11\n\rKIND_MOVED_IN\x10\x03\x12\x12\n\x0eKIND_MOVED_OUT\x10\x04\x12\x10\n\x0cKIND_UPDATED\x10\x05\x12\x10\n\x0cKIND_NO_SHOW\x10\x06\x12\x13\n\x0fKIND_CHECKED_IN\x10\x07\x12\x0f\n\x0bKIND_CALLED\x10\x08\x12\x15\n\x11KIND_CALLED_AGAIN\x10\t\x12\x11\n\rKIND_RETURNED\x10\n\x12\x0f\n\x0bKIND_PARKED\x10\x0b\x12\x0f\n\x0bKIND_MISSED\x10\x0c\x12\r\n\tKIND_LEFT\x10\r\x12\x10\n\x0cKIND_STARTED\x10\x0e\x12\x12\n\x0eKIND_COMPLETED\x10\x0f\x12\x15\n\x11KIND_AVAILABILITY\x10\x10\"\x80\x01\n\x0e\x43heckInRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1f\n\npatient_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\x9c\x01\n\x0f\x43heckInResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x35\n\x0b\x61ppointment\x18\x02 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"O\n\x0fGetQueueRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1f\n\x04\x64\x61te\x18\x02 \x01(\x0b\x32\x11.google.type.Date\"=\n\x10GetQueueResponse\x12)\n\x05queue\x18\x01 \x01(\x0b\x32\x1a.clinic.frontdesk.v1.Queue\"\xb2\x01\n\x11WatchQueueRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1f\n\x04\x64\x61te\x18\x02 \x01(\x0b\x32\x11.google.type.Date\x12(\n\x0cresume_token\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\x12\x35\n\x12heartbeat_interval\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"k\n\x0bQueueUpdate\x12)\n\x05queue\x18\x01 \x01(\x0b\x32\x1a.clinic.frontdesk.v1.Queue\x12\x31\n\x07\x63hanges\x18\x02 \x03(\x0b\x32 .clinic.frontdesk.v1.QueueChange\"\x0b\n\tHeartbeat\"\xe3\x01\n\rStreamClosing\x12\x39\n\x06reason\x18\x01 \x01(\x0e\x32).clinic.frontdesk.v1.StreamClosing.Reason\x12\x32\n\x0freconnect_delay\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"c\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_MAX_AGE\x10\x01\x12\x13\n\x0fREASON_DRAINING\x10\x02\x12\x18\n\x14REASON_AUTH_EXPIRING\x10\x03\"\xb1\x02\n\x12WatchQueueResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x19\n\x11previous_revision\x18\x02 \x01(\x03\x12\x14\n\x0cresume_token\x18\x03 \x01(\t\x12/\n\x0bserver_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x06update\x18\x05 \x01(\x0b\x32 .clinic.frontdesk.v1.QueueUpdateH\x00\x12\x33\n\theartbeat\x18\x06 \x01(\x0b\x32\x1e.clinic.frontdesk.v1.HeartbeatH\x00\x12\x35\n\x07\x63losing\x18\x07 \x01(\x0b\x32\".clinic.frontdesk.v1.StreamClosingH\x00\x42\x07\n\x05\x65vent\"\x97\x01\n\x0f\x43\x61llNextRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1f\n\x04\x64\x61te\x18\x02 \x01(\x0b\x32\x11.google.type.Date\x12\x19\n\x04room\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18\x32\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"f\n\x10\x43\x61llNextResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"|\n\x10\x43\x61llAgainRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x04room\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18\x32\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\x9e\x01\n\x11\x43\x61llAgainResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x35\n\x0b\x61ppointment\x18\x02 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"d\n\x13ReturnToLineRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\xa1\x01\n\x14ReturnToLineResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x35\n\x0b\x61ppointment\x18\x02 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"c\n\x12ParkPatientRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\xa0\x01\n\x13ParkPatientResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x35\n\x0b\x61ppointment\x18\x02 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"b\n\x11MarkMissedRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\x9f\x01\n\x12MarkMissedResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x35\n\x0b\x61ppointment\x18\x02 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"b\n\x11LeaveQueueRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\x9f\x01\n\x12LeaveQueueResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.QueueEntry\x12\x35\n\x0b\x61ppointment\x18\x02 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\x32\xe0\x07\n\x0cQueueService\x12\x62\n\x07\x43heckIn\x12#.clinic.frontdesk.v1.CheckInRequest\x1a$.clinic.frontdesk.v1.CheckInResponse\"\x0c\xd2\xb5\x18\x08\x08\x01\x18\x02 \x02(\x02\x12i\n\x08GetQueue\x12$.clinic.frontdesk.v1.GetQueueRequest\x1a%.clinic.frontdesk.v1.GetQueueResponse\"\x10\xd2\xb5\x18\x0c\x08\x01\x10\x01\x18\x02 \x02(\x02\x30\x02\x12q\n\nWatchQueue\x12&.clinic.frontdesk.v1.WatchQueueRequest\x1a\'.clinic.frontdesk.v1.WatchQueueResponse\"\x10\xd2\xb5\x18\x0c\x08\x01\x10\x01\x18\x02 \x02(\x02\x30\x02\x30\x01\x12\x65\n\x08\x43\x61llNext\x12$.clinic.frontdesk.v1.CallNextRequest\x1a%.clinic.frontdesk.v1.CallNextResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12h\n\tCallAgain\x12%.clinic.frontdesk.v1.CallAgainRequest\x1a&.clinic.frontdesk.v1.CallAgainResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12q\n\x0cReturnToLine\x12(.clinic.frontdesk.v1.ReturnToLineRequest\x1a).clinic.frontdesk.v1.ReturnToLineResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12n\n\x0bParkPatient\x12\'.clinic.frontdesk.v1.ParkPatientRequest\x1a(.clinic.frontdesk.v1.ParkPatientResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12k\n\nMarkMissed\x12&.clinic.frontdesk.v1.MarkMissedRequest\x1a\'.clinic.frontdesk.v1.MarkMissedResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12m\n\nLeaveQueue\x12&.clinic.frontdesk.v1.LeaveQueueRequest\x1a\'.clinic.frontdesk.v1.LeaveQueueResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -77,60 +78,78 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEAVEQUEUEREQUEST'].fields_by_name['appointment_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_LEAVEQUEUEREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
   _globals['_LEAVEQUEUEREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
-  _globals['_QUEUEENTRY']._serialized_start=247
-  _globals['_QUEUEENTRY']._serialized_end=758
-  _globals['_QUEUEENTRY_STATE']._serialized_start=596
-  _globals['_QUEUEENTRY_STATE']._serialized_end=758
-  _globals['_QUEUE']._serialized_start=761
-  _globals['_QUEUE']._serialized_end=935
-  _globals['_QUEUECHANGE']._serialized_start=938
-  _globals['_QUEUECHANGE']._serialized_end=1476
-  _globals['_QUEUECHANGE_KIND']._serialized_start=1146
-  _globals['_QUEUECHANGE_KIND']._serialized_end=1476
-  _globals['_CHECKINREQUEST']._serialized_start=1479
-  _globals['_CHECKINREQUEST']._serialized_end=1607
-  _globals['_CHECKINRESPONSE']._serialized_start=1610
-  _globals['_CHECKINRESPONSE']._serialized_end=1766
-  _globals['_GETQUEUEREQUEST']._serialized_start=1768
-  _globals['_GETQUEUEREQUEST']._serialized_end=1847
-  _globals['_GETQUEUERESPONSE']._serialized_start=1849
-  _globals['_GETQUEUERESPONSE']._serialized_end=1910
-  _globals['_WATCHQUEUEREQUEST']._serialized_start=1913
-  _globals['_WATCHQUEUEREQUEST']._serialized_end=2091
-  _globals['_QUEUEUPDATE']._serialized_start=2093
-  _globals['_QUEUEUPDATE']._serialized_end=2200
-  _globals['_HEARTBEAT']._serialized_start=2202
-  _globals['_HEARTBEAT']._serialized_end=2213
-  _globals['_STREAMCLOSING']._serialized_start=2216
-  _globals['_STREAMCLOSING']._serialized_end=2443
-  _globals['_STREAMCLOSING_REASON']._serialized_start=2344
-  _globals['_STREAMCLOSING_REASON']._serialized_end=2443
-  _globals['_WATCHQUEUERESPONSE']._serialized_start=2446
-  _globals['_WATCHQUEUERESPONSE']._serialized_end=2751
-  _globals['_CALLNEXTREQUEST']._serialized_start=2754
-  _globals['_CALLNEXTREQUEST']._serialized_end=2905
-  _globals['_CALLNEXTRESPONSE']._serialized_start=2907
-  _globals['_CALLNEXTRESPONSE']._serialized_end=3009
-  _globals['_CALLAGAINREQUEST']._serialized_start=3011
-  _globals['_CALLAGAINREQUEST']._serialized_end=3135
-  _globals['_CALLAGAINRESPONSE']._serialized_start=3138
-  _globals['_CALLAGAINRESPONSE']._serialized_end=3296
-  _globals['_RETURNTOLINEREQUEST']._serialized_start=3298
-  _globals['_RETURNTOLINEREQUEST']._serialized_end=3398
-  _globals['_RETURNTOLINERESPONSE']._serialized_start=3401
-  _globals['_RETURNTOLINERESPONSE']._serialized_end=3562
-  _globals['_PARKPATIENTREQUEST']._serialized_start=3564
-  _globals['_PARKPATIENTREQUEST']._serialized_end=3663
-  _globals['_PARKPATIENTRESPONSE']._serialized_start=3666
-  _globals['_PARKPATIENTRESPONSE']._serialized_end=3826
-  _globals['_MARKMISSEDREQUEST']._serialized_start=3828
-  _globals['_MARKMISSEDREQUEST']._serialized_end=3926
-  _globals['_MARKMISSEDRESPONSE']._serialized_start=3929
-  _globals['_MARKMISSEDRESPONSE']._serialized_end=4088
-  _globals['_LEAVEQUEUEREQUEST']._serialized_start=4090
-  _globals['_LEAVEQUEUEREQUEST']._serialized_end=4188
-  _globals['_LEAVEQUEUERESPONSE']._serialized_start=4191
-  _globals['_LEAVEQUEUERESPONSE']._serialized_end=4350
-  _globals['_QUEUESERVICE']._serialized_start=4353
-  _globals['_QUEUESERVICE']._serialized_end=5209
+  _globals['_QUEUESERVICE'].methods_by_name['CheckIn']._loaded_options = None
+  _globals['_QUEUESERVICE'].methods_by_name['CheckIn']._serialized_options = b'\322\265\030\010\010\001\030\002 \002(\002'
+  _globals['_QUEUESERVICE'].methods_by_name['GetQueue']._loaded_options = None
+  _globals['_QUEUESERVICE'].methods_by_name['GetQueue']._serialized_options = b'\322\265\030\014\010\001\020\001\030\002 \002(\0020\002'
+  _globals['_QUEUESERVICE'].methods_by_name['WatchQueue']._loaded_options = None
+  _globals['_QUEUESERVICE'].methods_by_name['WatchQueue']._serialized_options = b'\322\265\030\014\010\001\020\001\030\002 \002(\0020\002'
+  _globals['_QUEUESERVICE'].methods_by_name['CallNext']._loaded_options = None
+  _globals['_QUEUESERVICE'].methods_by_name['CallNext']._serialized_options = b'\322\265\030\010\020\001\030\002 \002(\002'
+  _globals['_QUEUESERVICE'].methods_by_name['CallAgain']._loaded_options = None
+  _globals['_QUEUESERVICE'].methods_by_name['CallAgain']._serialized_options = b'\322\265\030\010\020\001\030\002 \002(\002'
+  _globals['_QUEUESERVICE'].methods_by_name['ReturnToLine']._loaded_options = None
+  _globals['_QUEUESERVICE'].methods_by_name['ReturnToLine']._serialized_options = b'\322\265\030\010\020\001\030\002 \002(\002'
+  _globals['_QUEUESERVICE'].methods_by_name['ParkPatient']._loaded_options = None
+  _globals['_QUEUESERVICE'].methods_by_name['ParkPatient']._serialized_options = b'\322\265\030\010\020\001\030\002 \002(\002'
+  _globals['_QUEUESERVICE'].methods_by_name['MarkMissed']._loaded_options = None
+  _globals['_QUEUESERVICE'].methods_by_name['MarkMissed']._serialized_options = b'\322\265\030\010\020\001\030\002 \002(\002'
+  _globals['_QUEUESERVICE'].methods_by_name['LeaveQueue']._loaded_options = None
+  _globals['_QUEUESERVICE'].methods_by_name['LeaveQueue']._serialized_options = b'\322\265\030\n\010\001\020\001\030\002 \002(\002'
+  _globals['_QUEUEENTRY']._serialized_start=281
+  _globals['_QUEUEENTRY']._serialized_end=792
+  _globals['_QUEUEENTRY_STATE']._serialized_start=630
+  _globals['_QUEUEENTRY_STATE']._serialized_end=792
+  _globals['_QUEUE']._serialized_start=795
+  _globals['_QUEUE']._serialized_end=969
+  _globals['_QUEUECHANGE']._serialized_start=972
+  _globals['_QUEUECHANGE']._serialized_end=1510
+  _globals['_QUEUECHANGE_KIND']._serialized_start=1180
+  _globals['_QUEUECHANGE_KIND']._serialized_end=1510
+  _globals['_CHECKINREQUEST']._serialized_start=1513
+  _globals['_CHECKINREQUEST']._serialized_end=1641
+  _globals['_CHECKINRESPONSE']._serialized_start=1644
+  _globals['_CHECKINRESPONSE']._serialized_end=1800
+  _globals['_GETQUEUEREQUEST']._serialized_start=1802
+  _globals['_GETQUEUEREQUEST']._serialized_end=1881
+  _globals['_GETQUEUERESPONSE']._serialized_start=1883
+  _globals['_GETQUEUERESPONSE']._serialized_end=1944
+  _globals['_WATCHQUEUEREQUEST']._serialized_start=1947
+  _globals['_WATCHQUEUEREQUEST']._serialized_end=2125
+  _globals['_QUEUEUPDATE']._serialized_start=2127
+  _globals['_QUEUEUPDATE']._serialized_end=2234
+  _globals['_HEARTBEAT']._serialized_start=2236
+  _globals['_HEARTBEAT']._serialized_end=2247
+  _globals['_STREAMCLOSING']._serialized_start=2250
+  _globals['_STREAMCLOSING']._serialized_end=2477
+  _globals['_STREAMCLOSING_REASON']._serialized_start=2378
+  _globals['_STREAMCLOSING_REASON']._serialized_end=2477
+  _globals['_WATCHQUEUERESPONSE']._serialized_start=2480
+  _globals['_WATCHQUEUERESPONSE']._serialized_end=2785
+  _globals['_CALLNEXTREQUEST']._serialized_start=2788
+  _globals['_CALLNEXTREQUEST']._serialized_end=2939
+  _globals['_CALLNEXTRESPONSE']._serialized_start=2941
+  _globals['_CALLNEXTRESPONSE']._serialized_end=3043
+  _globals['_CALLAGAINREQUEST']._serialized_start=3045
+  _globals['_CALLAGAINREQUEST']._serialized_end=3169
+  _globals['_CALLAGAINRESPONSE']._serialized_start=3172
+  _globals['_CALLAGAINRESPONSE']._serialized_end=3330
+  _globals['_RETURNTOLINEREQUEST']._serialized_start=3332
+  _globals['_RETURNTOLINEREQUEST']._serialized_end=3432
+  _globals['_RETURNTOLINERESPONSE']._serialized_start=3435
+  _globals['_RETURNTOLINERESPONSE']._serialized_end=3596
+  _globals['_PARKPATIENTREQUEST']._serialized_start=3598
+  _globals['_PARKPATIENTREQUEST']._serialized_end=3697
+  _globals['_PARKPATIENTRESPONSE']._serialized_start=3700
+  _globals['_PARKPATIENTRESPONSE']._serialized_end=3860
+  _globals['_MARKMISSEDREQUEST']._serialized_start=3862
+  _globals['_MARKMISSEDREQUEST']._serialized_end=3960
+  _globals['_MARKMISSEDRESPONSE']._serialized_start=3963
+  _globals['_MARKMISSEDRESPONSE']._serialized_end=4122
+  _globals['_LEAVEQUEUEREQUEST']._serialized_start=4124
+  _globals['_LEAVEQUEUEREQUEST']._serialized_end=4222
+  _globals['_LEAVEQUEUERESPONSE']._serialized_start=4225
+  _globals['_LEAVEQUEUERESPONSE']._serialized_end=4384
+  _globals['_QUEUESERVICE']._serialized_start=4387
+  _globals['_QUEUESERVICE']._serialized_end=5379
 # @@protoc_insertion_point(module_scope)
