@@ -1,8 +1,8 @@
 """`python -m benchmarks.pair DIRECTORY`: compare this checkout with another one, call by call, in turns.
 
-Each checkout runs in a process of its own, with its own PostgreSQL, server and load client. They take turns with every
-kind of call, so that a noisy moment of the machine meets both. The table gives CPU a call (server and PostgreSQL) and
-the ratio of the medians, this checkout to the other.
+Each checkout runs in its own process, with its own PostgreSQL, server and load client. They take turns with every kind
+of call, so that a noisy moment affects both. The table shows the CPU per call (server and PostgreSQL) and the ratio of
+the medians, this checkout to the other.
 """
 
 import argparse
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent.parent
 
 
 class Checkout:
-    """One checkout's side of the comparison: `serve` in a process that imports everything from there."""
+    """One checkout's side of the comparison: `serve` in a process that imports everything from this checkout."""
 
     def __init__(self, directory: Path, calls: int) -> None:
         paths = [str(directory / part) for part in ("src", "generated", ".")]
@@ -37,7 +37,7 @@ class Checkout:
         )
 
     def ask(self, question: str) -> Any:
-        """One line of JSON for one line."""
+        """Send one line, and return one line of JSON."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(question + "\n")
@@ -45,15 +45,15 @@ class Checkout:
         return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
-        """End the process and everything that it has started."""
+        """End the process and all processes that it started."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
 
 
 def serve(calls: int) -> None:
-    """Prepare, then answer `kinds`, and `KIND IN_FLIGHT CALLS` with what these calls cost."""
-    # Of the checkout that is compared, not of this file.
+    """Prepare; then answer `kinds`, and answer `KIND IN_FLIGHT CALLS` with the cost of these calls."""
+    # From the compared checkout, not from that of this file.
     sys.path.pop(0)
     from benchmarks import booking, floor, people
     from benchmarks.load import unary_client

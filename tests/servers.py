@@ -1,8 +1,8 @@
 """Servers that tests run as processes: PostgreSQL with a port and a password, PgBouncer, `frontdesk serve`.
 
-`python -m tests.servers DIR SIGNAL COMMAND …` is the keeper of one program: it runs it in DIR, as the owner of that,
-until its own standard input ends. A process of its own, because a test's process has gRPC's threads, with which a fork
-may crash.
+`python -m tests.servers DIR SIGNAL COMMAND …` is the keeper of one program: it runs the program in DIR, as the owner of
+DIR, until its own standard input ends. It is a separate process, because a test's process has gRPC's threads, and
+forking such a process may crash.
 """
 
 import contextlib
@@ -27,19 +27,19 @@ from frontdesk.process.postgres_programs import account_for, installation, start
 from tests.waiting import wait_for
 
 HERE = "/proc/self/cwd"
-"""The directory that a server is started in, which it reaches whatever lies above."""
+"""The working directory of a started server, which it can use whatever the directories above allow."""
 _PASSWORD = "not a secret"
 
 
 def free_port() -> int:
-    """A port that nobody has now."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def answers(conninfo: str) -> bool:
-    """Whether a database can be asked there."""
+    """Whether a database answers there."""
     try:
         with psycopg.connect(conninfo, connect_timeout=5, prepare_threshold=None) as connection:
             return connection.execute("select 1").fetchone() == (1,)
@@ -49,7 +49,7 @@ def answers(conninfo: str) -> bool:
 
 @contextlib.contextmanager
 def directories() -> Iterator[Callable[[str], Path]]:
-    """Makes directories that belong to the account as which PostgreSQL and PgBouncer run: neither runs as root."""
+    """Creates directories for the account that runs PostgreSQL and PgBouncer, because neither runs as root."""
     top = Path(tempfile.mkdtemp(prefix="frontdesk-"))
     account = account_for(top / "postgres")
 
@@ -71,10 +71,10 @@ def directories() -> Iterator[Callable[[str], Path]]:
 
 
 class _Program:
-    """Programs in one directory, run as its owner, that end with this process."""
+    """Programs in one directory, run as its owner. They end with this process."""
 
     END = signal.SIGINT
-    """What ends it at once, but properly."""
+    """The signal that ends the program at once, but cleanly."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -111,12 +111,12 @@ class _Program:
         wait_for(lambda: answers(conninfo), 30)
 
     def kill(self) -> None:
-        """End it by SIGKILL."""
+        """Kill it with SIGKILL."""
         os.kill(self.pid, signal.SIGKILL)
         self.stop()
 
     def stop(self) -> None:
-        """End it as an operator would; harmless when it has ended."""
+        """Stop it as an operator would. Harmless if it has ended."""
         if self._keeper is not None:
             self._keeper.communicate(timeout=60)
             self._keeper = None
@@ -143,7 +143,7 @@ def _keep(directory: Path, end: signal.Signals, command: list[str | Path]) -> in
 
 
 class Cluster(_Program):
-    """A PostgreSQL cluster of the embedded one's binaries, on a port of this machine."""
+    """A PostgreSQL cluster with the embedded one's binaries, on a port of this machine."""
 
     def __init__(self, directory: Path, *, copy_of: "Cluster | None" = None) -> None:
         super().__init__(directory)
@@ -159,14 +159,14 @@ class Cluster(_Program):
                 *("--locale=C", "--auth-local=reject", "--auth-host=scram-sha-256", "--no-sync"),
             )
         else:
-            # A standby that follows, under its own name.
+            # A standby that follows this primary, under its own name.
             source = make_conninfo(copy_of.conninfo, application_name=directory.name)
             self._run("pg_basebackup", "-D", HERE, "-R", "-X", "stream", "-c", "fast", "--no-sync", "-d", source)
 
     def start(self, **options: str) -> None:
-        """Start, with these settings, and wait until it can be asked."""
+        """Start it with these settings, and wait until it answers."""
         settings = {"listen_addresses": "127.0.0.1", "port": str(self.port), "unix_socket_directories": "", **options}
-        # Processes are killed here, never the machine, which keeps what they have written.
+        # Tests kill processes, never the machine, so written data survives without fsync.
         settings.setdefault("fsync", "off")
         command: list[str | Path] = [installation() / "bin" / "postgres", "-D", HERE]
         for name, value in settings.items():
@@ -174,14 +174,14 @@ class Cluster(_Program):
         self._serve(self.conninfo, *command)
 
     def sql(self, query: str, dbname: str = "postgres") -> list[tuple[object, ...]]:
-        """Ask it."""
+        """The rows of a query."""
         with psycopg.connect(self.conninfo, dbname=dbname, autocommit=True) as connection:
             cursor = connection.execute(query.encode())
             return cursor.fetchall() if cursor.description else []
 
 
 class PgBouncer(_Program):
-    """PgBouncer in transaction mode before a cluster, with a few sessions for many clients."""
+    """PgBouncer in transaction mode in front of a cluster, with few sessions for many clients."""
 
     END = signal.SIGTERM
     PROGRAM = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
@@ -213,18 +213,18 @@ query_wait_timeout = 3
         )
 
     def start(self) -> None:
-        """Start, and wait until databases can be asked through it."""
+        """Start it, and wait until databases answer through it."""
         assert self.PROGRAM is not None
         self._serve(self.conninfo, self.PROGRAM, f"{HERE}/pgbouncer.ini")
 
 
 class Service:
-    """`frontdesk serve`, of this checkout or of another."""
+    """`frontdesk serve` from this checkout or another one."""
 
     def __init__(
         self, log: Path, database_url: str, *, workers: int = 1, source: Path | None = None, **settings: str
     ) -> None:
-        """`source` holds the package `frontdesk` to run, instead of this one; `settings` are FRONTDESK_* in small."""
+        """`source` has the package `frontdesk` to run; `settings` are FRONTDESK_* in lower case."""
         environment = {f"FRONTDESK_{name.upper()}": value for name, value in settings.items()}
         if source is not None:
             environment["PYTHONPATH"] = str(source)
@@ -244,7 +244,7 @@ class Service:
         self.port = int(said.rpartition(":")[2])
 
     def workers(self) -> list[int]:
-        """The process ids of the processes that serve."""
+        """The process ids of the workers."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -255,7 +255,7 @@ class Service:
         return found
 
     def stop(self) -> None:
-        """Drain and end; it must end well."""
+        """Drain and stop it. Its exit status must be 0."""
         self.process.terminate()
         assert self.process.wait(30) == 0, self.log.read_text()[-2000:]
         assert self.process.stdout is not None

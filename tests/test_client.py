@@ -1,4 +1,4 @@
-"""The client keeps the promises that every caller would otherwise have to keep: tested against real servers."""
+"""The client does, on real servers, the work that every caller would otherwise have to do."""
 
 import asyncio
 import json
@@ -72,7 +72,7 @@ def details(*messages: Any) -> bytes:
 
 
 class Watcher:
-    """Follows a queue in the background."""
+    """Watches a queue in the background."""
 
     def __init__(self, updates: Any) -> None:
         self._updates = updates
@@ -106,7 +106,7 @@ class Watcher:
         await asyncio.gather(self.task, return_exceptions=True)
 
     def assert_nothing_missed(self) -> None:
-        """Each update goes on from the one before, and lists every change between."""
+        """Check that each update continues from the previous one and lists every change between."""
         assert self.seen[0].fresh
         for before, update in zip(self.seen, self.seen[1:], strict=False):
             assert update.previous_revision == before.queue.revision
@@ -130,7 +130,7 @@ async def test_a_refusal_is_typed(desk: FrontdeskClient, front: Front) -> None:
 
 
 async def test_an_invalid_request_names_its_fields(desk: FrontdeskClient) -> None:
-    """INVALID_FIELD carries the violations."""
+    """The error of INVALID_FIELD has its violations."""
     with pytest.raises(FrontdeskError) as caught:
         await desk.doctors.GetDoctor(doctor_pb2.GetDoctorRequest(doctor_id="x"))
     assert [violation.field for violation in caught.value.field_violations] == ["doctor_id"]
@@ -138,7 +138,7 @@ async def test_an_invalid_request_names_its_fields(desk: FrontdeskClient) -> Non
 
 
 async def test_nobody_answers(unused_tcp_port: int) -> None:
-    """Where no service is, the error has no reason, and comes after gRPC's retries."""
+    """Without a service, the error has no reason, and comes after gRPC's retries."""
     async with FrontdeskClient(f"127.0.0.1:{unused_tcp_port}") as desk:
         with pytest.raises(FrontdeskError) as caught:
             await desk.doctors.ListDoctors(doctor_pb2.ListDoctorsRequest())
@@ -146,7 +146,7 @@ async def test_nobody_answers(unused_tcp_port: int) -> None:
 
 
 async def test_every_mutation_gets_a_key(desk: FrontdeskClient, front: Front) -> None:
-    """The client names each change. The caller's request stays as it was: sent again, it is another change."""
+    """The client gives each change a key, and leaves the caller's request as it is: sent again, it is a new change."""
     request = clinic_pb2.CreateClinicRequest(clinic=clinic_pb2.Clinic(name="One", time_zone="UTC"))
     first, second = [await desk.clinics.CreateClinic(request) for _ in range(2)]
     assert request.idempotency_key == ""
@@ -156,7 +156,7 @@ async def test_every_mutation_gets_a_key(desk: FrontdeskClient, front: Front) ->
 
 
 async def test_a_given_key_is_kept(desk: FrontdeskClient) -> None:
-    """A caller's own key acts once."""
+    """With the caller's own key, the change happens once."""
     request = clinic_pb2.CreateClinicRequest(
         clinic=clinic_pb2.Clinic(name="One", time_zone="UTC"), idempotency_key="mine"
     )
@@ -165,7 +165,7 @@ async def test_a_given_key_is_kept(desk: FrontdeskClient) -> None:
 
 
 async def test_a_dry_run_stays_one(desk: FrontdeskClient, front: Front) -> None:
-    """validate_only books nothing, also with the client's key."""
+    """A call with validate_only books nothing, even with the client's key."""
     doctor, patient = await front.doctor(), await front.patient()
     target = appointment_pb2.DoctorDay(doctor_id=doctor.id, date=day(today()))
     request = appointment_pb2.BookAppointmentRequest(patient_id=patient.id, doctor_day=target, validate_only=True)
@@ -176,14 +176,14 @@ async def test_a_dry_run_stays_one(desk: FrontdeskClient, front: Front) -> None:
 
 
 async def test_calls_are_grpc_calls(desk: FrontdeskClient) -> None:
-    """What a stub returns can be asked for its code and gathered, as gRPC's own."""
+    """The result of a stub has a code and can be gathered, like gRPC's own calls."""
     call = desk.doctors.ListDoctors(doctor_pb2.ListDoctorsRequest(), timeout=5)
     await asyncio.gather(call, desk.clinics.ListClinics(clinic_pb2.ListClinicsRequest()))
     assert await call.code() is grpc.StatusCode.OK
 
 
 async def test_retries_act_once() -> None:
-    """gRPC's retries of an UNAVAILABLE, ABORTED or CANCELLED mutation carry one key; no other refusal is retried."""
+    """gRPC retries UNAVAILABLE, ABORTED and CANCELLED mutations with the same key; it retries no other refusal."""
     keys: list[str] = []
     codes = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED, grpc.StatusCode.CANCELLED]
 
@@ -210,7 +210,7 @@ async def test_retries_act_once() -> None:
 
 
 async def test_a_server_can_forbid_retries() -> None:
-    """A negative pushback (gRFC A6) ends the attempts of an ABORTED call, which is what a stale etag needs."""
+    """A negative pushback (gRFC A6) ends the retries of an ABORTED call, as a stale etag requires."""
     attempts: list[bytes] = []
 
     async def update_clinic(raw: bytes, context: Any) -> bytes:
@@ -229,7 +229,7 @@ async def test_a_server_can_forbid_retries() -> None:
 
 
 def test_the_service_config_covers_every_service() -> None:
-    """The JSON that ships names every service, keeps gRPC's limits and leaves WatchQueue to its resume token."""
+    """The published JSON names every service, keeps gRPC's limits, and leaves WatchQueue to its resume token."""
     config = json.loads(SERVICE_CONFIG)
     retried, watch = config["methodConfig"]
     assert {name["service"] for name in retried["name"]} == services_of_the_protos()
@@ -240,7 +240,7 @@ def test_the_service_config_covers_every_service() -> None:
 
 
 class Recorder:
-    """A channel that notes the methods it is asked for."""
+    """A channel that records the requested methods."""
 
     def __init__(self) -> None:
         self.methods: list[str] = []
@@ -279,7 +279,7 @@ def test_a_caller_that_metadata_cannot_hold(caller: str) -> None:
 
 
 async def test_a_watch_tells_every_change(desk: FrontdeskClient, front: Front) -> None:
-    """The first update is the queue as it is; later ones list what has changed; heartbeats and silence are not told."""
+    """The first update is the present queue; later ones list the changes; heartbeats are not yielded."""
     doctor = await front.doctor()
     lives: list[bool] = []
     watcher = Watcher(desk.watch_updates(doctor.id, on_connection=lives.append))
@@ -294,7 +294,7 @@ async def test_a_watch_tells_every_change(desk: FrontdeskClient, front: Front) -
 
 
 async def test_a_watch_of_queues(desk: FrontdeskClient, front: Front) -> None:
-    """watch_queue yields the queues alone, and leaving the loop ends the stream at the server."""
+    """watch_queue yields queues only, and leaving the loop ends the stream at the server."""
     doctor = await front.doctor()
     async with aclosing(desk.watch_queue(doctor.id, today())) as queues:
         assert (await anext(queues)).revision == 1
@@ -306,11 +306,11 @@ async def test_a_watch_of_queues(desk: FrontdeskClient, front: Front) -> None:
 async def test_a_watch_survives_a_restart(
     conninfo: str, settings: Settings, drain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that is restarted on its port, gently or not, costs the watcher no revision, and none comes twice."""
+    """When a server restarts on its port, cleanly or not, the watcher misses no revision and gets none twice."""
     monkeypatch.setattr("frontdesk.rpc.services.queue.DRAIN_SPREAD_SECONDS", 0.2)
     worker = Worker(settings, conninfo)
     port = await worker.start("127.0.0.1:0")
-    # Another server of the same database, through which the clinic works on meanwhile.
+    # Another server on the same database, through which work continues meanwhile.
     other = Worker(settings, conninfo)
     other_port = await other.start("127.0.0.1:0")
     async with (
@@ -339,7 +339,7 @@ async def test_a_watch_survives_a_restart(
 
 
 async def test_a_watch_goes_on_from_a_token(desk: FrontdeskClient, front: Front) -> None:
-    """Another watch goes on after an earlier one's token, and hears what has happened since."""
+    """Another watch continues from an earlier one's token, and gets the changes since."""
     doctor = await front.doctor()
     async with aclosing(desk.watch_updates(doctor.id)) as updates:
         token = (await anext(updates)).resume_token
@@ -355,14 +355,14 @@ async def test_a_watch_goes_on_from_a_token(desk: FrontdeskClient, front: Front)
     [(UNKNOWN, "", "DOCTOR_NOT_FOUND"), ("x", "", "INVALID_FIELD"), (UNKNOWN, "x", "INVALID_FIELD")],
 )
 async def test_a_watch_that_cannot_be(desk: FrontdeskClient, doctor_id: str, token: str, reason: str) -> None:
-    """What another attempt would not change is raised."""
+    """An error that another attempt would repeat is raised."""
     with pytest.raises(FrontdeskError) as caught:
         await anext(desk.watch_updates(doctor_id, resume_token=token))
     assert caught.value.reason == reason
 
 
 async def test_cancelling_ends_the_stream(desk: FrontdeskClient, front: Front) -> None:
-    """A cancelled watcher is cancelled, and the client can be used on."""
+    """Cancelling a watch works, and the client can be used afterwards."""
     doctor = await front.doctor()
     watcher = Watcher(desk.watch_updates(doctor.id))
     await watcher.reaches(1)
@@ -373,7 +373,7 @@ async def test_cancelling_ends_the_stream(desk: FrontdeskClient, front: Front) -
 
 
 async def test_closing_the_client_ends_its_watches(front: Front) -> None:
-    """A watch ends quietly, and soon, when its client is closed."""
+    """A watch ends soon and without an error when its client is closed."""
     doctor = await front.doctor()
     desk = FrontdeskClient(f"127.0.0.1:{front.port}")
     watcher = Watcher(desk.watch_updates(doctor.id))
@@ -383,11 +383,11 @@ async def test_closing_the_client_ends_its_watches(front: Front) -> None:
         await watcher.task
 
 
-# The watch against servers that misbehave as ours never should
+# The watch on faulty servers
 
 
 class Script:
-    """A QueueService that answers each WatchQueue with the next part of a script and notes the requests."""
+    """A QueueService that answers each WatchQueue with the next part of a script, and records the requests."""
 
     def __init__(self, *parts: Callable[[Any], Awaitable[None]]) -> None:
         self._parts = list(parts)
@@ -406,7 +406,7 @@ class Script:
 
 
 class serving:
-    """A server of these handlers; its port."""
+    """A server with these handlers; yields its port."""
 
     def __init__(self, service: str, handlers: dict[str, Any]) -> None:
         self._service, self._handlers = service, handlers
@@ -423,7 +423,7 @@ class serving:
 
 
 def update(revision: int, previous: int, changes: list[int] | None = None) -> queue_pb2.WatchQueueResponse:
-    """An update that is complete unless other changes are given."""
+    """An update, complete unless other changes are given."""
     if changes is None:
         changes = [*range(previous + 1, revision + 1)] if previous else []
     return queue_pb2.WatchQueueResponse(
@@ -438,14 +438,14 @@ def update(revision: int, previous: int, changes: list[int] | None = None) -> qu
 
 
 def heartbeat(revision: int) -> queue_pb2.WatchQueueResponse:
-    """A sign of life."""
+    """A heartbeat."""
     return queue_pb2.WatchQueueResponse(
         revision=revision, previous_revision=revision, resume_token=f"at {revision}", heartbeat=queue_pb2.Heartbeat()
     )
 
 
 def said(*messages: queue_pb2.WatchQueueResponse) -> Callable[[Any], Awaitable[None]]:
-    """Send these, then end with OK."""
+    """Send these messages, then end with OK."""
 
     async def part(context: Any) -> None:
         for message in messages:
@@ -455,7 +455,7 @@ def said(*messages: queue_pb2.WatchQueueResponse) -> Callable[[Any], Awaitable[N
 
 
 def silent(*messages: queue_pb2.WatchQueueResponse) -> Callable[[Any], Awaitable[None]]:
-    """Send these, then nothing."""
+    """Send these messages, then nothing more."""
 
     async def part(context: Any) -> None:
         await said(*messages)(context)
@@ -467,7 +467,7 @@ def silent(*messages: queue_pb2.WatchQueueResponse) -> Callable[[Any], Awaitable
 def failed(
     code: grpc.StatusCode, *messages: queue_pb2.WatchQueueResponse, retry_after: float | None = None
 ) -> Callable[[Any], Awaitable[None]]:
-    """Send these, then end so."""
+    """Send these messages, then end with this status."""
 
     async def part(context: Any) -> None:
         await said(*messages)(context)
@@ -481,7 +481,7 @@ def failed(
 
 
 async def followed(script: Script, count: int, **options: Any) -> list[Update]:
-    """So many updates of a watch of the scripted server."""
+    """The first updates of a watch of the scripted server."""
     async with (
         asyncio.timeout(20),
         script.serving() as port,
@@ -502,7 +502,7 @@ async def followed(script: Script, count: int, **options: Any) -> list[Update]:
     ],
 )
 async def test_any_interruption_is_resumed(code: grpc.StatusCode) -> None:
-    """However a stream ends, the next one goes on from the token of its last message, and only changes are told."""
+    """However a stream ends, the next one continues from its last token, and only changes are yielded."""
     ending = (
         said(update(5, 0), heartbeat(5)) if code is grpc.StatusCode.OK else failed(code, update(5, 0), heartbeat(5))
     )
@@ -513,7 +513,7 @@ async def test_any_interruption_is_resumed(code: grpc.StatusCode) -> None:
 
 
 async def test_a_silent_stream_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream without heartbeats is left and another one opened."""
+    """If a stream has no heartbeats, the client leaves it and opens another."""
     monkeypatch.setattr(watch_state, "SILENT_INTERVALS", 0.01)
     script = Script(silent(update(5, 0)), silent(update(6, 5)))
     lives: list[bool] = []
@@ -522,7 +522,7 @@ async def test_a_silent_stream_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_planned_end_says_when_to_come_back() -> None:
-    """StreamClosing's delay is waited for, however it compares with the back-off."""
+    """The client waits for StreamClosing's delay, whether it is longer or shorter than its back-off."""
     closing_ = queue_pb2.StreamClosing(reconnect_delay=duration_pb2.Duration(nanos=400_000_000))
     script = Script(
         said(update(5, 0), queue_pb2.WatchQueueResponse(revision=5, previous_revision=5, closing=closing_)),
@@ -534,7 +534,7 @@ async def test_a_planned_end_says_when_to_come_back() -> None:
 
 
 async def test_a_pushback_is_obeyed() -> None:
-    """A refused watcher comes back no earlier than it was told to."""
+    """A refused watcher does not retry before the delay in the refusal has passed."""
     script = Script(failed(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after=0.5), silent(update(5, 0)))
     await followed(script, 1)
     assert script.times[1] - script.times[0] >= 0.5
@@ -544,7 +544,7 @@ async def test_a_pushback_is_obeyed() -> None:
     "wrong", [update(9, 7), update(9, 5, [6, 7, 9]), heartbeat(6)], ids=["gap", "change missing", "heartbeat ahead"]
 )
 async def test_what_is_missing_is_said(wrong: queue_pb2.WatchQueueResponse) -> None:
-    """A watcher that could have missed something begins anew, and says so; it never passes a gap on."""
+    """A watcher that may have missed something starts afresh and says so; it never passes on a gap."""
     script = Script(silent(update(5, 0), wrong), silent(update(9, 0)))
     updates = await followed(script, 2)
     assert [(one.fresh, one.queue.revision) for one in updates] == [(True, 5), (True, 9)]
@@ -552,7 +552,7 @@ async def test_what_is_missing_is_said(wrong: queue_pb2.WatchQueueResponse) -> N
 
 
 async def test_a_token_that_became_invalid() -> None:
-    """A server that no longer reads our token makes the watch begin anew, not end."""
+    """If a server cannot read our token any more, the watch starts afresh and does not end."""
     script = Script(said(update(5, 0)), failed(grpc.StatusCode.INVALID_ARGUMENT), silent(update(6, 0)))
     assert [one.fresh for one in await followed(script, 2)] == [True, True]
     assert [request.resume_token for request in script.requests] == ["", "at 5", ""]
@@ -562,29 +562,29 @@ async def test_a_token_that_became_invalid() -> None:
     "code", [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED]
 )
 async def test_final_errors_are_raised(code: grpc.StatusCode) -> None:
-    """Errors that no other attempt would change end the watch, also later."""
+    """An error that another attempt would repeat ends the watch, even later on."""
     with pytest.raises(FrontdeskError) as caught:
         await followed(Script(said(update(5, 0)), failed(code)), 2)
     assert caught.value.code is code
 
 
-# The watch when nothing gets better
+# The watch when errors persist
 
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attempts follow one another without the usual pauses."""
+    """Attempts follow without the usual pauses."""
     monkeypatch.setattr(watch_state, "LONGEST_PAUSE", 0.01)
 
 
 TOO_LARGE = update(60_000, 5)
 TOO_LARGE.update.changes[0].appointment_id = "x" * 5_000_000
-"""An update beyond the 4 MiB that gRPC's clients receive by default; ours sends none, other servers may."""
+"""An update larger than the 4 MiB that gRPC's clients receive by default. Our server sends none; other servers may."""
 Follow = Callable[[Script, int], Awaitable[list[Update]]]
 
 
 async def followed_by_sync(script: Script, count: int) -> list[Update]:
-    """As `followed`, by the synchronous client."""
+    """Like `followed`, with the synchronous client."""
 
     def follow(port: int) -> list[Update]:
         with (
@@ -608,7 +608,7 @@ both_clients = pytest.mark.parametrize("follow", [followed, followed_by_sync], i
 @both_clients
 @pytest.mark.usefixtures("short_pauses")
 async def test_too_much_to_tell_becomes_a_fresh_start(follow: Follow, caplog: pytest.LogCaptureFixture) -> None:
-    """If all that has happened since is too large to receive, the watch gives its token up, and says so in the log."""
+    """If the update since the token is too large to receive, the watch gives up the token and logs that."""
     script = Script(said(update(5, 0)), *[said(TOO_LARGE)] * 5, silent(update(60_000, 0)))
     updates = await follow(script, 2)
     assert [(one.fresh, one.queue.revision) for one in updates] == [(True, 5), (True, 60_000)]
@@ -635,7 +635,7 @@ async def test_too_much_to_tell_becomes_a_fresh_start(follow: Follow, caplog: py
 async def test_what_waiting_does_not_mend_is_raised(
     follow: Follow, part: Callable[[Any], Awaitable[None]], code: grpc.StatusCode
 ) -> None:
-    """A stream that fails again and again before its first message ends the watch after ten attempts, begun or not."""
+    """If streams keep failing before their first message, the watch ends after ten attempts, begun or not."""
     for begun in ([], [said(update(5, 0))]):
         script = Script(*begun, *[part] * 50)
         with pytest.raises(FrontdeskError) as caught:
@@ -659,7 +659,7 @@ async def test_what_waiting_does_not_mend_is_raised(
 async def test_what_passes_is_waited_for(
     follow: Follow, part: Callable[[Any], Awaitable[None]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A server that is away for long is waited for, with a line in the log now and then, and the token is kept."""
+    """The watch waits for a server that is away for long, logs that now and then, and keeps its token."""
     script = Script(said(update(5, 0)), *[part] * 25, silent(update(6, 5)))
     updates = await follow(script, 2)
     assert [one.previous_revision for one in updates] == [0, 5]
@@ -668,7 +668,7 @@ async def test_what_passes_is_waited_for(
 
 @pytest.mark.usefixtures("short_pauses")
 async def test_messages_reset_the_count() -> None:
-    """Streams that begin well and fail later are resumed as often as it takes."""
+    """Streams that start well and fail later are resumed any number of times."""
     parts = [failed(grpc.StatusCode.INTERNAL, update(number, number - 1)) for number in range(6, 40)]
     updates = await followed(Script(said(update(5, 0)), *parts), 35)
     assert [one.queue.revision for one in updates] == [*range(5, 40)]
@@ -679,12 +679,12 @@ async def test_messages_reset_the_count() -> None:
 
 @pytest.fixture
 def channel() -> grpc_testing.Channel:
-    """A channel whose other end the test plays."""
+    """A channel whose server side the test plays."""
     return grpc_testing.channel(SERVICES, grpc_testing.strict_real_time())
 
 
 def test_sync_refusals_are_typed(channel: grpc_testing.Channel) -> None:
-    """All details of a refusal are read."""
+    """All details of a refusal are parsed."""
     desk = SyncFrontdeskClient(channel)
     request = appointment_pb2.BookAppointmentRequest(patient_id=UNKNOWN)
     with ThreadPoolExecutor(1) as pool:
@@ -710,7 +710,7 @@ def test_sync_refusals_are_typed(channel: grpc_testing.Channel) -> None:
 
 @pytest.mark.parametrize("trailers", [(), (("grpc-status-details-bin", b"\xff"),)], ids=["none", "garbage"])
 def test_sync_errors_without_details(channel: grpc_testing.Channel, trailers: tuple[tuple[str, bytes], ...]) -> None:
-    """What comes from something between us and the service is an error all the same."""
+    """An error from a proxy between client and service is an error all the same."""
     desk = SyncFrontdeskClient(channel)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(desk.queues.GetQueue, queue_pb2.GetQueueRequest())
@@ -720,7 +720,7 @@ def test_sync_errors_without_details(channel: grpc_testing.Channel, trailers: tu
 
 
 def test_sync_calls_have_key_and_caller(channel: grpc_testing.Channel) -> None:
-    """A mutation goes out with a key, a read as it is, both with the caller's name and its own metadata."""
+    """A mutation has a key, a read has none; both have the caller's name and their own metadata."""
     desk = SyncFrontdeskClient(channel, caller="billing")
     with ThreadPoolExecutor(1) as pool:
         register = patient_pb2.RegisterPatientRequest()
@@ -741,7 +741,7 @@ def test_sync_calls_have_key_and_caller(channel: grpc_testing.Channel) -> None:
 
 
 def test_sync_watch_resumes(channel: grpc_testing.Channel) -> None:
-    """The synchronous watch opens its next stream with the token of the last."""
+    """The synchronous watch opens its next stream with the last token."""
     desk = SyncFrontdeskClient(channel, caller="screen")
     with ThreadPoolExecutor(1) as pool, closing(desk.watch_updates(UNKNOWN, date(2026, 1, 31))) as updates:
         first = pool.submit(next, updates)
@@ -762,7 +762,7 @@ def test_sync_watch_resumes(channel: grpc_testing.Channel) -> None:
 
 
 async def test_sync_watch_of_a_real_server(front: Front) -> None:
-    """A synchronous watcher in a thread sees what an asyncio one sees, and ends when its client is closed."""
+    """A synchronous watcher in a thread sees the same as an asyncio one, and ends when its client is closed."""
     doctor = await front.doctor()
     seen: list[int] = []
 
@@ -784,7 +784,7 @@ async def test_sync_watch_of_a_real_server(front: Front) -> None:
 
 
 async def test_sync_silence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A silent stream is left by the synchronous watch too, and its helper threads end with it."""
+    """The synchronous watch leaves a silent stream too, and its helper threads end with it."""
     monkeypatch.setattr(watch_state, "SILENT_INTERVALS", 0.01)
     script = Script(silent(update(5, 0)), silent(update(6, 5)))
 

@@ -1,4 +1,4 @@
-"""Connections: the pings that keep them, and the channel arguments that say so to gRPC."""
+"""Connections: keepalive pings, and the channel arguments that configure them in gRPC."""
 
 import ast
 import asyncio
@@ -18,11 +18,11 @@ from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
 PROMISED_SECONDS = 10.0
-"""Clients may ping so often, with calls and without."""
+"""Clients may ping this often, with calls and without."""
 
 
 async def ping(wire: RawConnection) -> None:
-    """Ping, and wait until the server has answered or sends the client away."""
+    """Ping, and wait until the server answers or sends GOAWAY."""
     answered = wire.pongs
     await wire.ping()
     await until(lambda: wire.pongs > answered or wire.gone is not None)
@@ -32,9 +32,9 @@ async def ping(wire: RawConnection) -> None:
 async def test_promised_pings(
     conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch, streams: bool
 ) -> None:
-    """A client that pings as often as it may stays for as long as it wants; one that pings twice as often does not.
+    """A client that pings as often as allowed may stay; one that pings twice as often may not.
 
-    Twenty times as fast as in a clinic.
+    In this test everything is twenty times as fast.
     """
     assert PROMISED_SECONDS / 2 < server.LEAST_PING_SECONDS < PROMISED_SECONDS
     scale = 20
@@ -55,7 +55,7 @@ async def test_promised_pings(
 
 
 def known_arguments() -> set[str]:
-    """The names in gRPC's core, whose channel arguments are all called grpc.something."""
+    """The strings in gRPC's core that look like channel arguments: all of them begin with grpc."""
     core = find_spec("grpc._cython.cygrpc")
     assert core is not None
     assert core.origin is not None
@@ -64,7 +64,7 @@ def known_arguments() -> set[str]:
 
 
 def our_arguments() -> dict[str, str]:
-    """Each string in our code that is the name of a channel argument, with a file that has it."""
+    """Each string in our code that names a channel argument, with a file that contains it."""
     found = {}
     for folder in ("src", "tests", "benchmarks"):
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -77,7 +77,7 @@ def our_arguments() -> dict[str, str]:
 
 
 def test_channel_arguments_exist() -> None:
-    """gRPC knows every channel argument that we give it; it says nothing of one that it does not know."""
+    """gRPC knows every channel argument that we pass; it would ignore an unknown one silently."""
     known, ours = known_arguments(), our_arguments()
     assert "grpc.keepalive_time_ms" in known
     assert "grpc.http2.min_recv_ping_interval_without_data_ms" not in known
@@ -87,7 +87,7 @@ def test_channel_arguments_exist() -> None:
 
 
 def test_our_own_options_keep_to_the_promise() -> None:
-    """The client's options ping no more often than the server allows, and as long as the connection is there."""
+    """The client's options ping no more often than the server allows, and for as long as the connection exists."""
     options = dict(CHANNEL_OPTIONS)
     assert int(options["grpc.keepalive_time_ms"]) >= PROMISED_SECONDS * 1000
     assert options["grpc.keepalive_permit_without_calls"] == 1

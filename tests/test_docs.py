@@ -1,4 +1,4 @@
-"""The documents that people read: their links, commands, settings and examples are those of this release."""
+"""The documents: their links, commands, settings and examples match this release."""
 
 import asyncio
 import importlib
@@ -32,26 +32,26 @@ from tests.clinic import Front
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 WIDEST = 160
-"""Characters of a line, rows of tables included."""
+"""Maximum characters per line, including table rows."""
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def tokens(page: Path) -> list[Token]:
-    """What a page consists of, its inline parts among the rest."""
+    """The tokens of a page, including the inline ones."""
     blocks = MarkdownIt("gfm-like", {"linkify": False}).parse(page.read_text())
     return [token for block in blocks for token in (block, *(block.children or ()))]
 
 
 def code(page: Path, language: str | None = None) -> list[str]:
-    """The blocks of code in a language; without one, those in every language and everything in backticks."""
+    """The code blocks in a language; without one, all code blocks and everything in backticks."""
     if language is not None:
         return [token.content for token in tokens(page) if token.type == "fence" and token.info == language]
     return [token.content for token in tokens(page) if token.type in ("fence", "code_inline")]
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub names the headings."""
+    """The anchors that GitHub gives to the headings."""
     found: Counter[str] = Counter()
     names = set()
     for opened, heading in pairwise(tokens(page)):
@@ -65,7 +65,7 @@ def anchors(page: Path) -> set[str]:
 
 @cache
 def paths() -> set[str]:
-    """The files and directories of the repository, those that .gitignore names, and the ends of their paths."""
+    """All files and directories of the repository and those in .gitignore, and the ends of their paths."""
     roots = [path for path in ROOT.iterdir() if not path.name.startswith(".") or path.name == ".ci"]
     known = {str(path.relative_to(ROOT)) for root in roots for path in (root, *root.rglob("*"))}
     known |= {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
@@ -74,14 +74,14 @@ def paths() -> set[str]:
 
 @pages
 def test_lines_fit_the_screen(page: Path) -> None:
-    """No line, and no row of a table, is too wide to be read in a terminal or in a review."""
+    """No line or table row is too wide for a terminal or a review."""
     wide = {number: len(line) for number, line in enumerate(page.read_text().splitlines(), 1) if len(line) > WIDEST}
     assert not wide
 
 
 @pages
 def test_links_lead_somewhere(page: Path) -> None:
-    """Every relative link names a file, and every anchor a heading."""
+    """Every relative link leads to a file, and every anchor to a heading."""
     for token in tokens(page):
         if token.type == "link_open":
             href = str(token.attrs["href"])
@@ -95,7 +95,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pages
 def test_paths_exist(page: Path) -> None:
-    """Every path in backticks is the path of a file or directory of the repository, or the end of one."""
+    """Every path in backticks is that of a file or directory of the repository, or the end of one."""
     for said in code(page):
         looks_so = re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?|[\w-]+/|[\w-]+\.(py|sql|proto|md|ya?ml|json|toml|csv)", said)
         if looks_so and not re.match(r"\.venv/|(text|application)/", said):
@@ -104,7 +104,7 @@ def test_paths_exist(page: Path) -> None:
 
 @pages
 def test_targets_of_make_exist(page: Path) -> None:
-    """Everything that the page tells to make is a target of the Makefile."""
+    """Every target of `make` that the page names is in the Makefile."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for said in code(page):
         for name in re.findall(r"(?:^|[;&]\s*|\w=\S+ )make ([a-z-]+)", said, re.M):
@@ -133,21 +133,21 @@ def test_commands_exist(page: Path) -> None:
 
 
 def test_readme_names_every_command() -> None:
-    """A reader of the README has heard of every subcommand."""
+    """The README names every subcommand."""
     rows = {said.split()[1] for said in code(ROOT / "README.md") if re.match(r"frontdesk [a-z]+", said)}
     assert rows == set(commands())
 
 
 @pages
 def test_variables_exist(page: Path) -> None:
-    """Every environment variable of ours that the page names is a setting."""
+    """Every FRONTDESK_* variable that the page names is a setting."""
     known = {f"FRONTDESK_{name.upper()}" for name in Settings.model_fields}
     for said in code(page):
         assert set(re.findall(r"\bFRONTDESK_[A-Z_]*[A-Z]", said)) <= known, said
 
 
 def test_every_setting_is_listed() -> None:
-    """docs/settings.md has each setting once, with its default, and with its range or choices if it has any."""
+    """docs/settings.md lists each setting once, with its default, and its range or choices if it has any."""
     rows: dict[str, tuple[str, str]] = {}
     for line in (ROOT / "docs" / "settings.md").read_text().splitlines():
         if line.startswith("| `FRONTDESK_"):
@@ -183,7 +183,7 @@ def test_readme_names_reasons_that_exist() -> None:
 
 
 def test_alerts_name_what_exists() -> None:
-    """Each panel, setting and other alert that an alert sends its reader to exists."""
+    """Each panel, setting and other alert that an alert names exists."""
     said = (ROOT / "docs" / "operations" / "alerts.yaml").read_text()
     rules = [rule for group in yaml.safe_load(said)["groups"] for rule in group["rules"]]
     advice = "\n".join(rule["annotations"]["action"] for rule in rules)
@@ -199,7 +199,7 @@ def test_alerts_name_what_exists() -> None:
 
 
 def messages(method: str) -> tuple[type[Message], type[Message]]:
-    """The request and the answer of SERVICE/METHOD."""
+    """The request and response of SERVICE/METHOD."""
     for module in pkgutil.iter_modules(clinic.frontdesk.v1.__path__, "clinic.frontdesk.v1."):
         importlib.import_module(module.name)
     service, _, name = method.partition("/")
@@ -231,7 +231,7 @@ def test_console_examples_fit_the_contract() -> None:
 
 
 async def test_python_example_runs(front: Front, tmp_path: Path) -> None:
-    """The README's program books and follows the queue; the second time it is told of the booking."""
+    """The README's program books and follows the queue; on the second run the booking is refused as a duplicate."""
     await front.doctor()
     (program,) = code(ROOT / "README.md", "python")
     assert program.count("127.0.0.1:50051") == 1

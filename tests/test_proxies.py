@@ -1,4 +1,4 @@
-"""A proxy in the environment: a service on this machine is never called through it, every other one is."""
+"""With a proxy in the environment, clients call this machine directly, and every other one through the proxy."""
 
 import asyncio
 import os
@@ -16,11 +16,11 @@ from tests.clinic import Front
 
 LIST = doctor_pb2.ListDoctorsRequest()
 AWAY = "frontdesk.test:50051"
-"""A name that only the proxy can reach."""
+"""A name that only the proxy can resolve."""
 
 
 class Tunnels:
-    """An HTTP proxy that takes every CONNECT to the test's server."""
+    """An HTTP proxy that connects every CONNECT to the test's server."""
 
     def __init__(self, port: int) -> None:
         self._server_port = port
@@ -34,7 +34,7 @@ class Tunnels:
 
 
 async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Pass on until either side ends."""
+    """Forward until either side ends."""
     with suppress(ConnectionError):
         while data := await reader.read(65_536):
             writer.write(data)
@@ -44,7 +44,7 @@ async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 @pytest.fixture
 async def proxy(front: Front, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Tunnels]:
-    """Every variable that gRPC reads names this proxy, and none excepts a host."""
+    """Every variable that gRPC reads names this proxy, and none makes exceptions."""
     tunnels = Tunnels(front.port)
     server = await asyncio.start_server(tunnels.serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -57,7 +57,7 @@ async def proxy(front: Front, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
 
 
 async def frontdesk(*arguments: str) -> tuple[int | None, str]:
-    """Run the command to its end; its status and what it printed."""
+    """Run the command to its end; return its exit status and output."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -85,7 +85,7 @@ async def frontdesk(*arguments: str) -> tuple[int | None, str]:
 async def test_commands(
     proxy: Tunnels, front: Front, command: list[str], expected: tuple[int, str], target: str
 ) -> None:
-    """Each command reaches a service of this machine past the proxy, and another one through it."""
+    """Each command calls a service on this machine directly, and another one through the proxy."""
     status, said = await frontdesk(*command, "--target", target.format(front.port))
     assert status == expected[0], said
     assert expected[1] in said
@@ -94,7 +94,7 @@ async def test_commands(
 
 @pytest.mark.parametrize("target", ["127.0.0.1:{}", "localhost:{}", "ipv4:127.0.0.1:{}", "dns:///localhost:{}"])
 async def test_clients_past_the_proxy(proxy: Tunnels, front: Front, target: str) -> None:
-    """However loopback is written, both clients go there directly."""
+    """Both clients call loopback directly, in every notation."""
     target = target.format(front.port)
     async with FrontdeskClient(target) as desk:
         await desk.doctors.ListDoctors(LIST)
@@ -104,7 +104,7 @@ async def test_clients_past_the_proxy(proxy: Tunnels, front: Front, target: str)
 
 
 async def test_clients_through_the_proxy(proxy: Tunnels) -> None:
-    """A service elsewhere is reached through the proxy, by both clients and the conformance suite."""
+    """Both clients and the conformance suite call a service elsewhere through the proxy."""
     async with FrontdeskClient(AWAY) as desk:
         await desk.doctors.ListDoctors(LIST)
     with SyncFrontdeskClient(AWAY) as blocking:
@@ -115,7 +115,7 @@ async def test_clients_through_the_proxy(proxy: Tunnels) -> None:
 
 
 async def test_a_proxy_that_is_down(monkeypatch: pytest.MonkeyPatch, proxy: Tunnels, unused_tcp_port: int) -> None:
-    """A service elsewhere is never called past the proxy that the environment demands."""
+    """No service elsewhere is called directly if the environment demands the proxy."""
     for name in ("grpc_proxy", "https_proxy", "http_proxy"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{unused_tcp_port}")
     async with FrontdeskClient(AWAY) as desk:
@@ -155,7 +155,7 @@ async def test_a_proxy_that_is_down(monkeypatch: pytest.MonkeyPatch, proxy: Tunn
     ],
 )
 def test_what_is_loopback(target: str) -> None:
-    """Every way to write an address of this machine is known as one."""
+    """Every notation of a loopback address is recognised."""
     assert is_loopback(target)
 
 
@@ -177,5 +177,5 @@ def test_what_is_loopback(target: str) -> None:
     ],
 )
 def test_what_is_not_loopback(target: str) -> None:
-    """A name that merely looks like one, or a list with another address, is not."""
+    """A name that only looks like one, or a list with another address, is not."""
     assert not is_loopback(target)

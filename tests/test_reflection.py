@@ -1,4 +1,4 @@
-"""Reflection: grpcurl, buf curl and others ask the server for its protos."""
+"""Reflection: grpcurl, buf curl and others read the protos from the server."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ BUF = Path(sys.executable).with_name("buf")
 
 @pytest.fixture(params=[V1, V1ALPHA])
 async def reflection(front: Front, request: pytest.FixtureRequest) -> AsyncIterator[Any]:
-    """A stream to ask on."""
+    """An open stream of reflection."""
     call: Any = front.channel.stream_stream(
         f"/{request.param}/ServerReflectionInfo",
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
@@ -44,7 +44,7 @@ async def ask(reflection: Any, **question: Any) -> Any:
 
 
 def files(answer: Any) -> DescriptorPool:
-    """A pool of the files that the answer holds; it must hold those that they import."""
+    """A pool with the files of the answer, which must include those that they import."""
     found = map(FileDescriptorProto.FromString, answer.file_descriptor_response.file_descriptor_proto)
     waiting = {file.name: file for file in found}
     pool = DescriptorPool()
@@ -55,7 +55,7 @@ def files(answer: Any) -> DescriptorPool:
 
 
 async def test_services(reflection: Any) -> None:
-    """Every service is listed, reflection's own two among them, and each is in the file that the server names."""
+    """Every service is listed, including reflection's own two, and each is in the file that the server names."""
     answer = await ask(reflection, list_services="")
     services = {service.name for service in answer.list_services_response.service}
     protos = "".join(proto.read_text() for proto in CONTRACT.glob("*.proto"))
@@ -66,7 +66,7 @@ async def test_services(reflection: Any) -> None:
 
 
 async def test_every_file(reflection: Any) -> None:
-    """Every file of the contract and what it imports is handed out by its name, and the details of errors."""
+    """Every file of the contract, its imports and the error details can be read by file name."""
     names = [f"clinic/frontdesk/v1/{proto.name}" for proto in CONTRACT.glob("*.proto")]
     assert "clinic/frontdesk/v1/error_reason.proto" in names
     for name in (*names, "buf/validate/validate.proto", "google/type/date.proto", "google/rpc/error_details.proto"):
@@ -93,7 +93,7 @@ async def test_every_file(reflection: Any) -> None:
     }.items(),
 )
 async def test_symbols(reflection: Any, symbol: str, file: str) -> None:
-    """A service, a method, a message, a field, an enum, one of its values and an extension are all found."""
+    """A service, a method, a message, a field, an enum, an enum value and an extension can all be found."""
     answer = await ask(reflection, file_containing_symbol=symbol)
     pool = files(answer)
     if file:
@@ -109,13 +109,13 @@ async def test_symbols(reflection: Any, symbol: str, file: str) -> None:
     ],
 )
 async def test_unknown_symbols(reflection: Any, symbol: str) -> None:
-    """A name that does not exist is not found, and the stream goes on."""
+    """An unknown name is not found, and the stream continues."""
     assert (await ask(reflection, file_containing_symbol=symbol)).error_response.error_code == 5
     assert (await ask(reflection, list_services="")).list_services_response.service
 
 
 async def test_extensions(reflection: Any) -> None:
-    """The extensions of the options are found by number."""
+    """The extensions of options can be found by number."""
     options = "google.protobuf.FieldOptions"
     answer = await ask(reflection, all_extension_numbers_of_type=options)
     assert 1159 in answer.all_extension_numbers_response.extension_number
@@ -126,7 +126,7 @@ async def test_extensions(reflection: Any) -> None:
 
 @pytest.mark.parametrize("protocol", ["grpc-v1", "grpc-v1alpha"])
 async def test_buf_curl(front: Front, protocol: str) -> None:
-    """`buf curl` lists the methods and calls one, by either version of reflection."""
+    """`buf curl` lists the methods and calls one, with either version of reflection."""
     clinic = await front.clinic()
     url = f"http://127.0.0.1:{front.port}"
     using = ["curl", "--http2-prior-knowledge", "--protocol", "grpc", "--reflect-protocol", protocol]

@@ -1,4 +1,4 @@
-"""A backup is restored in the place of a database that is served: its watchers begin afresh, all of them."""
+"""When a backup replaces the database of a running service, all its watchers start afresh."""
 
 import asyncio
 import subprocess
@@ -20,7 +20,7 @@ from tests.hostile.test_watch import first_of, watching
 
 
 def run(tmp_path: Path, program: str, *arguments: str) -> None:
-    """One of PostgreSQL's own programs."""
+    """The path of a PostgreSQL program."""
     done = subprocess.run(
         [installation() / "bin" / program, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
@@ -29,7 +29,7 @@ def run(tmp_path: Path, program: str, *arguments: str) -> None:
 
 @pytest.fixture
 def spare(postgres: str) -> Iterator[str]:
-    """An empty database, which takes the place of another, and whose name is free afterwards."""
+    """An empty database that takes another one's place; its own name is free afterwards."""
     with psycopg.connect(postgres, autocommit=True) as admin:
         admin.execute("create database frontdesk_spare template template0")
         yield make_conninfo(postgres, dbname="frontdesk_spare")
@@ -41,11 +41,11 @@ def spare(postgres: str) -> Iterator[str]:
 async def test_a_restored_database(
     front: Front, postgres: str, spare: str, settings: Settings, tmp_path: Path, changes: int
 ) -> None:
-    """Whether the restored database has had fewer, as many or more changes since than the lost one: a fresh start."""
+    """Watchers start afresh, whether the restored database has fewer, as many or more changes than the lost one."""
     doctor = await front.doctor()
     await front.arrive(doctor.id)
     run(tmp_path, "pg_dump", "--format=custom", "--file=backup", "-d", front.conninfo)
-    # Three changes that will be lost.
+    # Three changes that the restore loses.
     lost = await front.arrive(doctor.id)
     await front.cancel(lost.appointment.id)
     watch: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor.id))
@@ -53,7 +53,7 @@ async def test_a_restored_database(
     assert first.revision == 6
 
     run(tmp_path, "pg_restore", "--exit-on-error", "-d", spare, "backup")
-    # Others have gone on with the restored one before this server gets to see it.
+    # Others change the restored database before this server sees it.
     other = Worker(settings, spare)
     port = await other.start("127.0.0.1:0")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -81,7 +81,7 @@ async def test_a_restored_database(
     assert (resumed.revision, resumed.previous_revision) == (3 + changes, 0)
     assert not resumed.update.changes
     assert resumed.update.queue == await front.queue(doctor.id)
-    # What was acknowledged after the backup is gone, and its place is free: such is a restore.
+    # The bookings after the backup are gone, and their places are free: that is what a restore does.
     assert await outcome(front.appointment(lost.appointment.id)) == "APPOINTMENT_NOT_FOUND"
     (late,) = await front.people(1)
     assert (await front.book(late.id, doctor.id)).revision == 4 + changes

@@ -1,4 +1,4 @@
-"""How the server behaves as a server: health, reflection, credentials, drain, several workers, a kill -9."""
+"""The server as a server: health, reflection, credentials, drain, several workers, kill -9."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ SERVICES = [
 
 
 async def test_health_of_every_service(front: Front) -> None:
-    """Health answers overall and for each service."""
+    """Health answers for the server and for each service."""
     stub = health_pb2_grpc.HealthStub(front.channel)
     for service in ("", *SERVICES):
         answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
@@ -42,7 +42,7 @@ async def test_health_of_every_service(front: Front) -> None:
 
 
 async def test_health_follows_the_database(front: Front) -> None:
-    """While the database takes no connection the service says that it is not serving, and afterwards that it is."""
+    """While the database refuses connections, health is NOT_SERVING; afterwards it is SERVING again."""
     stub = health_pb2_grpc.HealthStub(front.channel)
     watch = stub.Watch(health_pb2.HealthCheckRequest())
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
@@ -61,9 +61,10 @@ async def test_health_follows_the_database(front: Front) -> None:
 
 
 async def test_streams_without_end_do_not_hold_the_stop(conninfo: str, settings: Settings) -> None:
-    """Streams that only their client would end, those of health and reflection, end with OK when the drain begins.
+    """When the drain begins, the streams of health and reflection end with OK, because only their clients would end
+    them.
 
-    A Watch says NOT_SERVING before; that of a service that nobody knows has no more to say.
+    A health watch gets NOT_SERVING first; a watch of an unknown service gets nothing more.
     """
     async with serving(settings, conninfo, drain_seconds=600) as (worker, front):
         health = health_pb2_grpc.HealthStub(front.channel)
@@ -92,7 +93,7 @@ async def test_streams_without_end_do_not_hold_the_stop(conninfo: str, settings:
 
 
 async def test_a_watcher_of_health_that_does_not_read(conninfo: str, settings: Settings) -> None:
-    """It keeps the news from nobody else, and the server stops when its drain time is over."""
+    """A stream that is not read does not delay the others, and the server stops at the end of its drain time."""
     async with (
         serving(settings, conninfo, drain_seconds=0.5) as (worker, front),
         RawConnection(front.port, reads=False, window=0) as wire,
@@ -112,7 +113,7 @@ async def test_a_watcher_of_health_that_does_not_read(conninfo: str, settings: S
 
 @pytest.fixture
 def authority() -> trustme.CA:
-    """Who signs the clinic's certificates."""
+    """The authority that signs the clinic's certificates."""
     return trustme.CA()
 
 
@@ -120,7 +121,7 @@ def authority() -> trustme.CA:
 async def secure(
     conninfo: str, settings: Settings, authority: trustme.CA, tmp_path: Path
 ) -> AsyncIterator[tuple[int, Settings]]:
-    """A server that demands client certificates."""
+    """A server that requires client certificates."""
     own = authority.issue_cert("localhost", "127.0.0.1")
     own.private_key_pem.write_to_path(tmp_path / "key.pem")
     for index, blob in enumerate(own.cert_chain_pems):
@@ -134,7 +135,7 @@ async def secure(
 
 
 def credentials(authority: trustme.CA, name: str | None) -> grpc.ChannelCredentials:
-    """A client with a certificate of this name, or without."""
+    """A client with a certificate of this name, or without one."""
     if name is None:
         return grpc.ssl_channel_credentials(authority.cert_pem.bytes())
     own = authority.issue_cert(name)
@@ -173,7 +174,7 @@ def _nothing() -> Any:
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "192.168.1.1:1", "clinic.example:1"])
 def test_loopback_only_without_credentials(listen: str) -> None:
-    """Without client certificates no address but loopback is served."""
+    """Without client certificates, only loopback addresses are served."""
     with pytest.raises(SettingsError, match="only loopback"):
         Settings.load(listen=listen)
     for local in ("127.0.0.1:1", "[::1]:1", "localhost:1", "127.8.9.10:1"):
@@ -181,7 +182,7 @@ def test_loopback_only_without_credentials(listen: str) -> None:
 
 
 async def test_drain(conninfo: str, settings: Settings) -> None:
-    """A stopping server lets running calls end, refuses new ones, and tells its watchers to come back elsewhere."""
+    """A stopping server lets running calls end, refuses new ones, and tells its watchers to reconnect elsewhere."""
     worker = Worker(settings, conninfo)
     port = await worker.start("127.0.0.1:0")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -191,7 +192,7 @@ async def test_drain(conninfo: str, settings: Settings) -> None:
         watch: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor.id))
         await watch.read()
         async with await psycopg.AsyncConnection.connect(conninfo) as other:
-            # The doctor-day is busy, so the booking waits.
+            # The doctor-day is locked, so the booking waits.
             await other.execute("select lock_all(array[doctor_day_name(%s, clinic_today(%s))])", (doctor.id, doctor.id))
             booking = asyncio.create_task(front.book(patient.id, doctor.id))
             await until(lambda: bool(front.sql("select 1 from pg_locks where locktype = 'advisory' and not granted")))
@@ -214,7 +215,7 @@ def service(conninfo: str, tmp_path: Path) -> Iterator[Service]:
 
 
 async def two_fronts(service: Service, conninfo: str) -> list[Front]:
-    """Clients of both workers. The kernel spreads connections, so open some until both have one."""
+    """Clients of both workers. The kernel spreads connections, so clients are opened until both workers have one."""
     fronts: dict[int, Front] = {}
     for _ in range(64):
         channel = grpc.aio.insecure_channel(
@@ -234,7 +235,7 @@ async def two_fronts(service: Service, conninfo: str) -> list[Front]:
 
 
 def _connections_of(service: Service) -> Counter[int]:
-    """How many clients each worker has."""
+    """The number of clients per worker."""
     clients = {
         line.split()[9]
         for table in ("tcp", "tcp6")
@@ -251,7 +252,7 @@ def _connections_of(service: Service) -> Counter[int]:
 
 
 async def test_two_workers_one_history(service: Service, conninfo: str) -> None:
-    """Watchers over two workers see the same revisions in the same order, whichever worker made the change."""
+    """Watchers of two workers see the same revisions in the same order, whichever worker made the change."""
     fronts = await two_fronts(service, conninfo)
     doctor = await fronts[0].doctor(max_patients_per_day=100)
     request = queue_pb2.WatchQueueRequest(doctor_id=doctor.id)
@@ -283,7 +284,7 @@ async def test_two_workers_one_history(service: Service, conninfo: str) -> None:
 
 
 async def test_stopped_workers_fail_no_call(service: Service, conninfo: str) -> None:
-    """Workers stop under load, as in an upgrade: callers who retry as the service config says notice nothing."""
+    """While workers stop under load, as in an upgrade, callers that retry by the service config see no error."""
     target = f"127.0.0.1:{service.port}"
     booked: list[int] = []
     async with grpc.aio.insecure_channel(target) as channel:
@@ -315,7 +316,7 @@ async def test_stopped_workers_fail_no_call(service: Service, conninfo: str) -> 
 
 
 async def test_killed_workers_lose_nothing(service: Service, conninfo: str) -> None:
-    """While workers are killed under load, every acknowledged booking stays, and no key acts twice."""
+    """While workers are killed under load, no acknowledged booking is lost, and no key acts twice."""
     target = f"127.0.0.1:{service.port}"
     acknowledged: dict[str, str] = {}
     async with grpc.aio.insecure_channel(target) as channel:

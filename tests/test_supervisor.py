@@ -1,4 +1,4 @@
-"""The supervisor, with a worker that stands for the gRPC server: a socket that answers with its process id."""
+"""The supervisor, with a stand-in for the gRPC worker: a socket that answers with its process id."""
 
 import json
 import os
@@ -24,11 +24,11 @@ from frontdesk.process.supervisor import supervise
 from frontdesk.settings import Settings, SettingsError
 from tests.waiting import wait_for
 
-# --- What the processes under test run. ---
+# --- Code of the processes under test ---
 
 
 def worker(settings: Settings, conninfo: str, address: str, reuse_port: bool, ready: Connection) -> None:
-    """Serves until SIGTERM, and drains as long as the file `drain` says."""
+    """Serve until SIGTERM, then drain for as long as the file `drain` says."""
     told_to_stop, stop = socket.socketpair()
     signal.signal(signal.SIGTERM, lambda *_: stop.send(b"x"))
     if refusal := (settings.data_dir.parent / "refuse").exists():
@@ -54,7 +54,7 @@ def worker(settings: Settings, conninfo: str, address: str, reuse_port: bool, re
     (settings.data_dir.parent / f"draining-{os.getpid()}").touch()
     while drain.exists():
         time.sleep(0.01)
-    # PostgreSQL is still there for what drains.
+    # PostgreSQL is still available during the drain.
     if settings.database_url is None:
         with psycopg.connect(conninfo) as connection:
             connection.execute("INSERT INTO said VALUES ('drained')")
@@ -92,11 +92,11 @@ if __name__ == "__main__":
     sys.exit(serve())
 
 
-# --- The tests. ---
+# --- Tests ---
 
 
 class Service:
-    """A supervisor in a process, and a process group, of its own."""
+    """A supervisor in its own process and process group."""
 
     def __init__(self, directory: Path, **settings: Any) -> None:
         given = {"listen": "127.0.0.1:0", "data_dir": str(directory / "data"), **settings}
@@ -112,7 +112,7 @@ class Service:
         )
 
     def serves(self) -> tuple[str, int]:
-        """Wait for the line that says where it serves."""
+        """Wait for the line with the address."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("frontdesk serves on "), self.said()
@@ -135,7 +135,7 @@ class Service:
             return [what for (what,) in connection.execute("SELECT what FROM said").fetchall()]
 
     def members(self) -> set[int]:
-        """Every process that it started, and itself: those of its data directory, and its descendants."""
+        """The supervisor and all processes that it started: those of its data directory, and its descendants."""
         found = {self.process.pid}
         while more := {child for pid in found for child in children(pid)} - found:
             found |= more
@@ -165,7 +165,7 @@ def conninfo(directory: Path) -> str:
 
 
 def call(at: tuple[str, int]) -> tuple[int, str] | None:
-    """What a worker answers: its process id and how it connects. None if none serves."""
+    """A worker's answer: its process id and its conninfo. None if no worker serves."""
     try:
         with socket.create_connection(at, timeout=5) as client:
             text = client.makefile().readline()
@@ -176,7 +176,7 @@ def call(at: tuple[str, int]) -> tuple[int, str] | None:
 
 
 def workers(at: tuple[str, int], many: int) -> set[int]:
-    """The process ids of `many` workers, once as many answer."""
+    """The process ids of `many` workers, once that many answer."""
     seen: set[int] = set()
 
     def enough() -> bool:
@@ -197,7 +197,7 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture
 def service(directory: Path) -> Iterator[Callable[..., Service]]:
-    """Starts services, by default without a database of their own, and ends them."""
+    """Start services, by default without PostgreSQL, and stop them."""
     started: list[Service] = []
 
     def start(**settings: Any) -> Service:
@@ -214,7 +214,7 @@ def service(directory: Path) -> Iterator[Callable[..., Service]]:
 
 
 NOWHERE = "host=/nowhere dbname=none"
-"""A database that nobody connects to: starting PostgreSQL is not what most of these tests are about."""
+"""A database that nobody connects to, because most of these tests do not need PostgreSQL."""
 
 
 def test_it_serves_on_a_free_port_migrates_and_ends_properly(service: Callable[..., Service]) -> None:
@@ -236,7 +236,7 @@ def test_it_serves_on_a_free_port_migrates_and_ends_properly(service: Callable[.
     # Only multiprocessing's resource tracker ends after the supervisor.
     until_gone(members)
     assert "received fast shutdown request" in (one.directory / "data" / "postgres.log").read_text()
-    # The worker reached PostgreSQL to the last; its row is there after the restart.
+    # The worker could use PostgreSQL to the end: its row is there after the restart.
     again = service()
     again.serves()
     assert again.rows() == ["drained"]
@@ -290,7 +290,7 @@ def test_a_claimed_port_is_open_to_so_reuseport_only() -> None:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             server.bind(("127.0.0.1", port))
             server.listen()
-        # The claim does not listen, so no connection is lost in it.
+        # The supervisor binds the port without listening, so no connection is lost there.
         for _ in range(20):
             socket.create_connection(("127.0.0.1", port), timeout=5).close()
     for one in claims:
@@ -427,7 +427,7 @@ def test_a_killed_supervisor_leaves_no_orphans(service: Callable[..., Service]) 
     one.process.kill()
     one.ends()
     until_gone(members)
-    # And the next one serves at once.
+    # The next one serves at once.
     two = service(workers=2)
     two.serves()
     two.rows()

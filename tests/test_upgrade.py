@@ -1,4 +1,4 @@
-"""Upgrades without downtime: a database is migrated under the servers of a release, which go on beside the next."""
+"""Upgrades without downtime: migrate the database under the servers of one release, which run on beside the next."""
 
 import asyncio
 import os
@@ -42,7 +42,7 @@ def upgrade() -> None:
 
 @pytest.fixture
 def later(tmp_path: Path) -> Path:
-    """The release after this one: its package in a directory for PYTHONPATH. Its functions note who made a booking."""
+    """The next release: its package, in a directory for PYTHONPATH. Its functions record who made a booking."""
     top = tmp_path / "later"
     package = top / "frontdesk"
     shutil.copytree(THIS, package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -58,7 +58,7 @@ def later(tmp_path: Path) -> Path:
 
 
 def command(source: Path | None, conninfo: str, *arguments: str) -> "subprocess.Popen[str]":
-    """`frontdesk` of this release, or of the one at `source`."""
+    """Run `frontdesk` of this release, or of the one at `source`."""
     environment = {**os.environ, "FRONTDESK_DATABASE_URL": conninfo}
     if source is not None:
         environment["PYTHONPATH"] = str(source)
@@ -72,13 +72,13 @@ def command(source: Path | None, conninfo: str, *arguments: str) -> "subprocess.
 
 
 def done(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    """Its status and what it said."""
+    """Its exit status and output."""
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err
 
 
 async def test_two_releases_side_by_side(conninfo: str, later: Path, tmp_path: Path) -> None:
-    """Expand under load, serve with both, drain the old: no call fails for good, nothing is lost or doubled."""
+    """Expand under load, serve with both, drain the old: no call fails for good, nothing is lost or made twice."""
     with Service(tmp_path / "old.log", conninfo, workers=2) as old:
         target = f"127.0.0.1:{old.port}"
         async with grpc.aio.insecure_channel(target) as one, asyncio.timeout(120), asyncio.TaskGroup() as tasks:
@@ -92,7 +92,8 @@ async def test_two_releases_side_by_side(conninfo: str, later: Path, tmp_path: P
             lanes = [tasks.create_task(bookings.lane(number)) for number in range(4)]
             await bookings.more(40)
 
-            # Somebody's long report holds what the step has to change: the step waits, and nobody waits for the step.
+            # Somebody's long report locks the table that the step changes: the step waits, and nobody waits for the
+            # step.
             with psycopg.connect(conninfo) as report:
                 report.execute("select count(*) from appointment")
                 migration = command(later, conninfo, "migrate")
@@ -106,7 +107,7 @@ async def test_two_releases_side_by_side(conninfo: str, later: Path, tmp_path: P
             assert front.sql("select schema from installation") == [(newest() + 1,)]
             await bookings.more(60)
 
-            # The old release leaves the newer schema alone, and starts on it: a worker that dies may come back.
+            # The old release does not change the newer schema, and starts on it: a worker that died may come back.
             assert await asyncio.to_thread(done, command(None, conninfo, "migrate")) == (
                 0,
                 f"the schema, {newest() + 1}, is that of a later release than this one, {newest()}, and stays as it is"
@@ -124,7 +125,7 @@ async def test_two_releases_side_by_side(conninfo: str, later: Path, tmp_path: P
                 running.append(tasks.create_task(watchers[1].run()))
                 bookings.fronts = [front, beside]
                 await bookings.more(100)
-                # The callers turn to the new one, then the old one drains.
+                # The callers move to the new release, then the old one drains.
                 bookings.fronts = [beside]
                 await bookings.more(20)
                 await asyncio.to_thread(old.stop)
@@ -150,7 +151,7 @@ async def test_two_releases_side_by_side(conninfo: str, later: Path, tmp_path: P
             for watcher in watchers:
                 assert watcher.told == [made for made in history if watcher.begun < made[0] <= watcher.known]
                 assert watcher.told
-    # From the migration on, both releases have called the later one's functions.
+    # From the migration on, both releases have called the functions of the later one.
     by = dict(front.sql("select source, count(*) from appointment group by 1"))
     assert by["later"] >= 160
     assert by[None] >= 100
@@ -159,7 +160,7 @@ async def test_two_releases_side_by_side(conninfo: str, later: Path, tmp_path: P
 
 
 def test_a_schema_that_takes_leave_of_this_release(conninfo: str, later: Path) -> None:
-    """Where a later release has taken away what this one uses, this one says so and neither serves nor migrates."""
+    """If a later release has dropped what this one needs, this one says so, and neither serves nor migrates."""
     rules = later / "frontdesk" / "db" / "migrate.py"
     text, edits = re.subn(r"(?m)^SERVES_FROM = \d+$", f"SERVES_FROM = {newest() + 1}", rules.read_text())
     assert edits == 1
@@ -182,7 +183,7 @@ STALE: Mapping[str, str] = {
 
 @pytest.mark.parametrize("workers", [1, 8])
 async def test_what_was_prepared_is_prepared_anew(front: Front, workers: int) -> None:
-    """A step that changes what a prepared statement answers fails no call: PostgreSQL refuses to run it."""
+    """A step that changes the answer type of a prepared statement fails no call; PostgreSQL refuses to run it."""
     clinic = await front.clinic()
 
     async def read() -> str:
@@ -196,6 +197,6 @@ async def test_what_was_prepared_is_prepared_anew(front: Front, workers: int) ->
     for statement in (None, *STALE.values()):
         if statement is not None:
             front.sql(statement)
-        # One at a time, and on as many connections as there are.
+        # One at a time, on all connections.
         answers = await asyncio.gather(*(one() for _ in range(workers) for one in (read, edit)))
         assert set(answers) == {clinic.name}

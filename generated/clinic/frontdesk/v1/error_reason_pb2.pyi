@@ -130,8 +130,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INTERNAL: a fault of the server. Its log has the `error_id` of the metadata. Example: none known."""
     ERROR_REASON_TIME_ZONE_IN_USE: _ErrorReason.ValueType  # 39
     """FAILED_PRECONDITION: slots, or live appointments in slots, lie in the future, and their dates follow the clinic's
-    time zone. The metadata has their counts as `slots` and `appointments`. Example: giving a clinic with a full calendar
-    another zone.
+    time zone. The metadata has their counts as `slots` and `appointments`. Example: giving a clinic with a full
+    calendar another zone.
     """
     ERROR_REASON_CREDENTIALS_REQUIRED: _ErrorReason.ValueType  # 50
     """UNAUTHENTICATED: the method needs credentials. Example: a call without a token to a server beyond loopback."""
@@ -260,8 +260,8 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 38
 """INTERNAL: a fault of the server. Its log has the `error_id` of the metadata. Example: none known."""
 ERROR_REASON_TIME_ZONE_IN_USE: ErrorReason.ValueType  # 39
 """FAILED_PRECONDITION: slots, or live appointments in slots, lie in the future, and their dates follow the clinic's
-time zone. The metadata has their counts as `slots` and `appointments`. Example: giving a clinic with a full calendar
-another zone.
+time zone. The metadata has their counts as `slots` and `appointments`. Example: giving a clinic with a full
+calendar another zone.
 """
 ERROR_REASON_CREDENTIALS_REQUIRED: ErrorReason.ValueType  # 50
 """UNAUTHENTICATED: the method needs credentials. Example: a call without a token to a server beyond loopback."""
