@@ -73,4 +73,4 @@ COMPILE = $(BIN)/python -m piptools compile --quiet --generate-hashes --allow-un
 	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options --no-header
 
 clean: ## Delete everything that make created, with the data in .data
-	rm -rf $(VENV) .data .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .data .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/node/node_modules
