@@ -227,7 +227,7 @@ class Service:
         """`source` has the package `frontdesk` to run; `settings` are FRONTDESK_* in lower case."""
         environment = {f"FRONTDESK_{name.upper()}": value for name, value in settings.items()}
         if source is not None:
-            environment["PYTHONPATH"] = str(source)
+            environment["PYTHONPATH"] = os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])
         self.environment: Mapping[str, str] = {**os.environ, **environment, "FRONTDESK_DATABASE_URL": database_url}
         self.log = log
         with log.open("w") as stream:

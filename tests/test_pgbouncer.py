@@ -13,7 +13,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from clinic.frontdesk.v1 import appointment_pb2, doctor_pb2, queue_pb2
-from frontdesk.db.migrate import migrate
+from frontdesk.db.migrate import SchemaError, check_schema, migrate
 from frontdesk.settings import Settings, SettingsError
 from tests.clinic import Front, day, outcome, reason_of, refusal, today
 from tests.servers import Cluster, PgBouncer, Service, directories
@@ -248,6 +248,35 @@ def test_missing_safeguards_are_told(pooled: tuple[Cluster, PgBouncer], tmp_path
         assert said("with") == []
     finally:
         cluster.sql(f"alter role {user} in database {DATABASE} reset all")
+
+
+def test_defaults_that_cannot_work_are_refused(pooled: tuple[Cluster, PgBouncer]) -> None:
+    """Behind a pooler a wrong default of the role is refused in one line, with the statements that mend it."""
+    cluster, bouncer = pooled
+    url = make_conninfo(bouncer.conninfo, dbname=DATABASE)
+    user = cluster.sql("select current_user")[0][0]
+    own = f"alter role {user} in database {DATABASE}"
+    for setting in (
+        "default_transaction_isolation = 'serializable'",
+        "synchronous_commit = off",
+        "lock_timeout = '1s'",
+    ):
+        cluster.sql(f"{own} set {setting}")
+    end_sessions = f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{DATABASE}'"
+    try:
+        cluster.sql(end_sessions)
+        with pytest.raises(SchemaError, match="behind a pooler") as refusal:
+            check_schema(url, pooled=True)
+        told = str(refusal.value)
+        assert "\n" not in told
+        statements = told[told.index("alter role") :].split("; ")
+        assert len(statements) == 3
+        for statement in statements:
+            cluster.sql(statement)
+        cluster.sql(end_sessions)
+        check_schema(url, pooled=True)
+    finally:
+        cluster.sql(f"{own} reset all")
 
 
 def test_a_pooler_needs_a_database() -> None:

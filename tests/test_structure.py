@@ -11,6 +11,7 @@ from alembic.migration import MigrationContext
 
 from clinic.frontdesk.v1 import appointment_pb2, error_reason_pb2, queue_pb2
 from frontdesk.db.schema import VISIT_AND_QUEUE, metadata
+from frontdesk.db.session import MARKER
 from frontdesk.errors import REFUSALS
 from frontdesk.rpc.access import Policy
 from frontdesk.rpc.status import code_of
@@ -104,7 +105,7 @@ def test_migrations_make_the_schema(conninfo: str) -> None:
     """The tables of the core's statements equal the tables that the migrations make."""
     engine = sa.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(conninfo))
     with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        assert compare_metadata(MigrationContext.configure(connection, opts={"version_table": MARKER}), metadata) == []
     engine.dispose()
 
 
@@ -123,7 +124,7 @@ def test_every_constraint_has_a_name(conninfo: str) -> None:
         for constraint in table.constraints
         if constraint.name
     }
-    assert named - {"alembic_version_pkc"} == known
+    assert named - {f"{MARKER}_pkc"} == known
 
 
 def test_transitions_lead_to_the_allowed_states(conninfo: str) -> None:

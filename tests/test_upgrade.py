@@ -61,7 +61,7 @@ def command(source: Path | None, conninfo: str, *arguments: str) -> "subprocess.
     """Run `frontdesk` of this release, or of the one at `source`."""
     environment = {**os.environ, "FRONTDESK_DATABASE_URL": conninfo}
     if source is not None:
-        environment["PYTHONPATH"] = str(source)
+        environment["PYTHONPATH"] = os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-m", "frontdesk.cli", *arguments],
         env=environment,

@@ -448,17 +448,9 @@ def _check_database(conninfo: str, settings: "Settings") -> None:
     from frontdesk.db.migrate import SchemaError, check_schema
 
     try:
-        check_schema(conninfo)
+        check_schema(conninfo, pooled=settings.pooler != "none")
     except SchemaError as error:
         raise Failure(str(error)) from None
-    if settings.pooler != "none":
-        import structlog
-
-        from frontdesk.db.database import lacking_safeguards
-
-        # Here, once for the service, and not for each worker and connection.
-        for name, value in lacking_safeguards(conninfo).items():
-            structlog.get_logger("frontdesk.database").warning("safeguard_is_off", setting=name, recommended=value)
 
 
 def _module() -> list[str]:

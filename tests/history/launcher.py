@@ -10,6 +10,7 @@ from typing import Any
 
 from frontdesk.core import queue as _queue
 from frontdesk.db import batch as _batch
+from frontdesk.db import session as _session
 from frontdesk.live import feed as _feed
 from frontdesk.live import subscription as _subscription
 from frontdesk.process import supervisor
@@ -19,6 +20,7 @@ from frontdesk.settings import Settings
 feed: Any = _feed
 subscription: Any = _subscription
 batch: Any = _batch
+session: Any = _session
 queue: Any = _queue
 
 
@@ -80,7 +82,14 @@ def _refused_together() -> None:
     batch.zip = alike
 
 
+def _database_defaults() -> None:
+    # The settings of the database hold, where ours would have.
+    session.RELIED_ON.clear()
+    session._KEEP_COMMITS = "select 1"
+
+
 CHANGES = {
+    "database-defaults": _database_defaults,
     "no-poll": _no_poll, "changes-skipped": _changes_skipped, "old-queue": _old_queue, "no-closing": _no_closing,
     "answers-swapped": _answers_swapped, "refused-together": _refused_together, "no-batches": _no_batches,
 }  # fmt: skip

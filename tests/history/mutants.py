@@ -152,11 +152,13 @@ MUTANTS = (
             _NO_ASSERTION,
             _sql("alter database {database} set default_transaction_isolation to 'repeatable read'"),
         ),
+        changed="database-defaults",
     ),
     Mutant(
         "synchronous_commit off, postmaster killed",
         replace(CROWD, seconds=12, faults=("postmaster-kill",), pause=(0.5, 1.0)),
         _sql("alter database {database} set synchronous_commit to off"),
+        changed="database-defaults",
     ),
     Mutant("no poll behind lost hints", CROWD, changed="no-poll"),
     Mutant(

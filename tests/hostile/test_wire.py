@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, queue_pb2
-from frontdesk.db.database import STATEMENT_TIMEOUT
+from frontdesk.db.session import STATEMENT_TIMEOUT
 from frontdesk.rpc import pipeline, server
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, details, outcome, reason_of, refusal, tomorrow

@@ -15,24 +15,17 @@ import sqlalchemy as sa
 import structlog
 from psycopg import AsyncConnection, errors
 from psycopg.abc import Params
-from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import RowMaker
-from psycopg.types.string import TextLoader
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from sqlalchemy.dialects import postgresql
 
+from frontdesk.db import session
 from frontdesk.errors import Conflict, DatabaseUnavailable
 
 T = TypeVar("T")
 
-STATEMENT_TIMEOUT = 10.0
-"""Seconds after which PostgreSQL ends a statement by itself, if the cancel request of a deadline does not arrive."""
-
 _ATTEMPTS = 5
 _POOL_WAIT = 3.0
-_CONNECT_SECONDS = 5
-"""Timeout for each host of the connection string, unless it has its own connect_timeout. Short, so that a server that
-does not answer at all does not keep the service from the one that took over."""
 _CONNECTION: dict[str, Any] = {
     "autocommit": True,
     # A network that drops packets silently is noticed within half a minute.
@@ -53,19 +46,6 @@ _TRY_AGAIN = (errors.SerializationFailure, errors.DeadlockDetected)
 _STALE = (errors.FeatureNotSupported, errors.InvalidSqlStatementName, errors.DatatypeMismatch)
 
 _UNTRACED = nullcontext()
-
-_SAFEGUARDS = {
-    # In case the cancel request of a deadline is lost.
-    "statement_timeout": f"{STATEMENT_TIMEOUT:.0f}s",
-    # A statement that waits for a lock ends soon after its worker was killed, so the next one can proceed.
-    "client_connection_check_interval": "2s",
-}
-_ECONOMIES = {
-    # Each of our statements needs one plan, whatever its values; planning a list again cost more than reading it.
-    "plan_cache_mode": "force_generic_plan",
-    # No statement here runs long enough for compiling it to pay off.
-    "jit": "off",
-}
 
 
 class Taken(Exception):
@@ -158,9 +138,9 @@ class Database:
                 "prepare_threshold": None if pooled else 0,
                 "application_name": "frontdesk",
                 **_CONNECTION,
-                **_patience(conninfo),
+                **session.options(conninfo),
             },
-            configure=_configure_pooled if pooled else _configure,
+            configure=session.prepare_pooled if pooled else session.prepare,
         )
 
     async def open(self) -> None:
@@ -276,9 +256,10 @@ class Database:
         """Listen on `channel` with a connection of its own; iterate over the payloads. Raises psycopg errors."""
         assert self._direct is not None
         connection = await AsyncConnection.connect(
-            self._direct, application_name="frontdesk listen", **_CONNECTION, **_patience(self._direct)
+            self._direct, application_name="frontdesk listen", **_CONNECTION, **session.options(self._direct)
         )
         try:
+            await session.prepare(connection)
             await connection.execute(f"listen {channel}".encode())
 
             async def payloads() -> AsyncIterator[str]:
@@ -292,35 +273,3 @@ class Database:
 
 def _untraced(query: str) -> AbstractContextManager[None]:
     return _UNTRACED
-
-
-def lacking_safeguards(conninfo: str) -> dict[str, str]:
-    """The safeguards that a session behind a pooler does not have by default, each with the value to set.
-
-    There a session serves any client, so `_configure` cannot set them and the role must. They only limit how long a
-    lost statement goes on. Raises psycopg errors.
-    """
-    with psycopg.connect(conninfo, autocommit=True, prepare_threshold=None, **_patience(conninfo)) as connection:
-        off = connection.execute(
-            "select name from pg_settings where name = any (%s) and setting = '0'", (list(_SAFEGUARDS),)
-        )
-        return {name: _SAFEGUARDS[name] for (name,) in off}
-
-
-def _patience(conninfo: str) -> dict[str, Any]:
-    return {} if "connect_timeout" in conninfo_to_dict(conninfo) else {"connect_timeout": _CONNECT_SECONDS}
-
-
-async def _configure(connection: AsyncConnection[Any]) -> None:
-    await _configure_pooled(connection)
-    for name, value in (_SAFEGUARDS | _ECONOMIES).items():
-        await connection.execute(f"set {name} = '{value}'".encode())
-
-
-async def _configure_pooled(connection: AsyncConnection[Any]) -> None:
-    # Ids are text on both sides of this service, so a UUID object between them would be of no use.
-    connection.adapters.register_loader("uuid", TextLoader)
-    # The forms in which we read, whatever the database's defaults. PostgreSQL reports these two to its client, so a
-    # pooler knows them and sets them in each session that it lends.
-    await connection.execute(b"set timezone = 'UTC'")
-    await connection.execute(b"set datestyle = 'ISO'")

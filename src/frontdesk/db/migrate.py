@@ -10,6 +10,7 @@ servers.
 
 import hashlib
 import random
+import re
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +22,10 @@ import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+
+from frontdesk.db import session
+from frontdesk.db.schema import metadata
 
 SQL_FILES = (
     # Before the tables: the defaults of columns and the conditions of indexes call these.
@@ -43,6 +48,9 @@ PostgreSQL's deadlock_timeout, so that in a deadlock with a call it is never the
 _PATIENCE = 60.0
 """Seconds after which a step that did not get its table gives up."""
 
+_CREATED = re.compile(r"\bcreate (?:or replace )?(type|function) (\w+)")
+_ERRORS = (sa.exc.DBAPIError, psycopg.Error, CommandError)
+
 _log = structlog.get_logger("frontdesk.migrate")
 
 
@@ -62,7 +70,7 @@ def _engine(conninfo: str) -> sa.Engine:
     # Nothing is prepared: a pooler that shares sessions by transaction would lose it.
     return sa.create_engine(
         "postgresql+psycopg://",
-        creator=lambda: psycopg.connect(conninfo, prepare_threshold=None, connect_timeout=10),
+        creator=lambda: psycopg.connect(conninfo, prepare_threshold=None, **session.options(conninfo)),
         poolclass=sa.NullPool,
     )
 
@@ -97,10 +105,10 @@ def migrate(conninfo: str, *, default_time_zone: str = "UTC") -> int:
         try:
             with _engine(conninfo).begin() as connection:
                 return _migrate(connection, default_time_zone)
-        except (sa.exc.DBAPIError, psycopg.Error) as error:
+        except _ERRORS as error:
             cause = getattr(error, "orig", error)
             if not isinstance(cause, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected):
-                raise SchemaError(f"the database refuses: {_first_line(error)}") from None
+                raise _refusal(error) from None
             if time.monotonic() > give_up:
                 raise SchemaError(
                     f"other transactions have held a table that must change for {_PATIENCE:.0f} s: see "
@@ -113,9 +121,15 @@ def migrate(conninfo: str, *, default_time_zone: str = "UTC") -> int:
 
 def _migrate(connection: sa.Connection, default_time_zone: str) -> int:
     texts, fingerprint = _functions()
-    _refuse_old_postgresql(connection)
+    _begin(connection)
+    _refuse_unusable_database(connection)
     connection.exec_driver_sql("select pg_advisory_xact_lock(hashtextextended('frontdesk migrate', 0))")
-    found = _installed(connection)
+    schema = _schema(connection)
+    found = _installed(connection) if schema.is_ours else None
+    if found is None:
+        _refuse_foreign_schema(connection, schema.name)
+    # Nothing is created in, or found in, another schema of the search path.
+    connection.exec_driver_sql("select set_config('search_path', quote_ident(%s), true)", (schema.name,))
     number = newest()
     if found is not None and found.number > number:
         _refuse_later(found, number)
@@ -144,15 +158,25 @@ def _migrate(connection: sa.Connection, default_time_zone: str) -> int:
     return number
 
 
-def check_schema(conninfo: str) -> None:
-    """Raise SchemaError if this release may not serve the database's schema; runs no DDL."""
+def check_schema(conninfo: str, *, pooled: bool = False) -> None:
+    """Raise SchemaError if this release may not serve the database; runs no DDL.
+
+    `pooled`: `conninfo` leads to a pooler, behind which the role must have settings that we cannot make.
+    """
     number = newest()
     try:
         with _engine(conninfo).connect() as connection:
-            _refuse_old_postgresql(connection)
-            found = _installed(connection)
-    except (sa.exc.DBAPIError, psycopg.Error) as error:
-        raise SchemaError(f"the database refuses: {_first_line(error)}") from None
+            if pooled:
+                _check_pooled_session(connection)
+                connection.rollback()
+            _begin(connection)
+            _refuse_unusable_database(connection)
+            found = _installed(connection) if _schema(connection).is_ours else None
+            if found is not None:
+                # A `frontdesk.now` that is not a time would fail every call.
+                connection.exec_driver_sql("select moment()")
+    except _ERRORS as error:
+        raise _refusal(error) from None
     if found is not None and found.number > number:
         _refuse_later(found, number)
     elif found is None or found.number < number or found.functions != _functions()[1]:
@@ -162,11 +186,100 @@ def check_schema(conninfo: str) -> None:
         )
 
 
-def _installed(connection: sa.Connection) -> _Installed | None:
-    if not sa.inspect(connection).has_table("installation"):
-        return None
-    row = connection.exec_driver_sql("select schema, serves_from, functions from installation").one()
+class _Schema(NamedTuple):
+    """The schema to which the search path leads."""
+
+    name: str
+    is_ours: bool
+
+
+def _schema(connection: sa.Connection) -> _Schema:
+    ours = connection.exec_driver_sql(
+        "select nspname, pg_table_is_visible(c.oid) from pg_class c join pg_namespace n on n.oid = relnamespace"
+        " where relname = %s and relkind = 'r' and has_schema_privilege(n.oid, 'usage') order by 2 desc, 1",
+        (session.MARKER,),
+    ).all()
+    if ours and ours[0][1]:
+        return _Schema(ours[0][0], is_ours=True)
+    path, current = connection.exec_driver_sql("select current_setting('search_path'), current_schema()").one()
+    if ours:
+        raise SchemaError(
+            f"the database's schema {ours[0][0]!r} holds a frontdesk, but the search_path of this role, {path!r}, does "
+            f"not lead there: alter role … in database … set search_path = {ours[0][0]}"
+        )
+    if current is None or current.startswith("pg_"):
+        raise SchemaError(f"the search_path of this role, {path!r}, names no schema that exists: alter role … set it")
+    return _Schema(current, is_ours=False)
+
+
+def _installed(connection: sa.Connection) -> _Installed:
+    row = connection.exec_driver_sql("select schema, serves_from, functions from installation").first()
+    if row is None:
+        raise SchemaError("the table installation is empty: restore a backup")
     return _Installed(*row)
+
+
+def _refuse_foreign_schema(connection: sa.Connection, schema: str) -> None:
+    """Raise SchemaError if the schema has tables, types or functions of our names that we did not create."""
+    created = [found for text in _functions()[0] for found in _CREATED.findall(text)]
+    types = {*metadata.tables, *(name for kind, name in created if kind == "type")}
+    functions = {name for kind, name in created if kind == "function"}
+    foreign = connection.exec_driver_sql(
+        # Each table is a type as well.
+        "select typname from pg_type join pg_namespace n on n.oid = typnamespace"
+        " where nspname = %s and typname = any (%s)"
+        " union select proname from pg_proc join pg_namespace n on n.oid = pronamespace"
+        " where nspname = %s and proname = any (%s) order by 1",
+        (schema, sorted(types), schema, sorted(functions)),
+    ).scalars()
+    if names := ", ".join(foreign):
+        raise SchemaError(
+            f"the database's schema {schema!r} has a {names} that is not frontdesk's: create a database of its own for "
+            "frontdesk"
+        )
+
+
+def _begin(connection: sa.Connection) -> None:
+    version = connection.dialect.server_version_info
+    assert version is not None
+    connection.exec_driver_sql(session.one_transaction(int(version[0]) * 10000))
+
+
+def _refuse_unusable_database(connection: sa.Connection) -> None:
+    version, encoding, standby, read_only = connection.exec_driver_sql(
+        "select current_setting('server_version_num')::int, current_setting('server_encoding'), pg_is_in_recovery(),"
+        " current_setting('default_transaction_read_only')::boolean"
+    ).one()
+    if version < OLDEST_POSTGRESQL:
+        raise SchemaError(f"PostgreSQL {version // 10000} is too old: 15 or newer is needed")
+    if encoding != "UTF8":
+        raise SchemaError(
+            f"the database's encoding is {encoding}, which cannot hold every name: create a database with "
+            "`encoding 'UTF8' template template0`"
+        )
+    if read_only and not standby:
+        raise SchemaError(
+            "the database takes no changes: default_transaction_read_only is on for the database, for this role or in "
+            "the URL"
+        )
+
+
+def _check_pooled_session(connection: sa.Connection) -> None:
+    """Raise SchemaError if a session has settings that it must not have, and log a warning for each recommended one."""
+    defaults: dict[str, str | None] = dict(
+        connection.exec_driver_sql(
+            "select name, current_setting(name, true) from unnest(%s::text[]) name",
+            (list(session.CHECKED_BEHIND_POOLER),),
+        ).all()
+    )
+    if wrong := session.unusable(defaults):
+        role, database = connection.exec_driver_sql("select current_user, current_database()").one()
+        statements = "; ".join(
+            f"alter role {role} in database {database} set {name} = '{value}'" for name, value in wrong.items()
+        )
+        raise SchemaError(f"behind a pooler the role's own settings hold, and these must be others: {statements}")
+    for name, value in session.lacking_safeguards(defaults).items():
+        _log.warning("safeguard_is_off", setting=name, recommended=value)
 
 
 def _refuse_later(found: _Installed, number: int) -> None:
@@ -177,11 +290,6 @@ def _refuse_later(found: _Installed, number: int) -> None:
         )
 
 
-def _refuse_old_postgresql(connection: sa.Connection) -> None:
-    version = int(connection.exec_driver_sql("show server_version_num").scalar_one())
-    if version < OLDEST_POSTGRESQL:
-        raise SchemaError(f"PostgreSQL {version // 10000} is too old: 15 or newer is needed")
-
-
-def _first_line(error: Exception) -> str:
-    return str(getattr(error, "orig", error)).strip().partition("\n")[0]
+def _refusal(error: Exception) -> SchemaError:
+    line = str(getattr(error, "orig", error)).strip().partition("\n")[0]
+    return SchemaError(f"the database refuses: {line}")

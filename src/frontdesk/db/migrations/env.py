@@ -2,5 +2,7 @@
 
 from alembic import context
 
-context.configure(connection=context.config.attributes["connection"])
+from frontdesk.db.session import MARKER
+
+context.configure(connection=context.config.attributes["connection"], version_table=MARKER)
 context.run_migrations()
