@@ -1,4 +1,4 @@
-"""Bad input, bad luck and bad will, over the wire against real servers: each case with the tests that show its answer.
+"""Bad input, faults and attacks, over the wire against real servers. Each case lists the tests of its answer.
 
  1 garbage, truncation, bad UTF-8, deep nesting: test_garbage test_truncated_requests test_text_that_is_not_utf8
  2 messages over the limit: test_messages_over_the_limit test_a_message_at_the_limit test_compression_that_is_none
@@ -58,5 +58,5 @@
    test_calls_in_flight_end_before_a_stop
 50 all come back at once: test_everyone_comes_back_at_once
 
-`python -m tests.hostile.beside` measures what others notice of attackers. Requests that nobody thought of: tests/fuzz.
+`python -m tests.hostile.beside` measures the effect of attackers on other clients. tests/fuzz has generated requests.
 """

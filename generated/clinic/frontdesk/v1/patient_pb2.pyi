@@ -156,8 +156,8 @@ class Patient(_message.Message):
     """Output only. Changes with every change of the patient."""
     @_builtins.property
     def birth_date(self) -> _date_pb2.Date:
-        """A full date; absent means unknown. A date later than today is refused, where today is the latest date in any time
-        zone (UTC+14).
+        """A full date; absent means unknown. A date later than today is refused; today is the latest date in any time zone
+        (UTC+14).
         """
 
     @_builtins.property
