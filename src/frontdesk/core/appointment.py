@@ -1,14 +1,14 @@
 """Bookings and the life of a visit. Each decision is one statement: `db/sql/` decides under the doctor-day's lock."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import date, datetime
 from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 
-from frontdesk.core.caller import Caller
+from frontdesk.core.caller import Caller, within
 from frontdesk.core.decision import Changed, asked, iso, refusal
 from frontdesk.core.formats import require_order
 from frontdesk.db import schema
@@ -16,7 +16,7 @@ from frontdesk.db.batch import Batcher
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, compiled
 from frontdesk.db.paging import NO_INSTANT, Listing, Page, cut
-from frontdesk.errors import AppointmentNotFound, InvalidField, Refused
+from frontdesk.errors import AppointmentNotFound, ClinicNotYours, InvalidField, Refused, RoleRequired
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,6 @@ _DERIVED = {"position", "patient_name"}
 _COLUMNS = tuple(field.name for field in fields(Appointment) if field.name not in _DERIVED)
 _t = schema.appointment.c
 _selected = [_t[name] for name in _COLUMNS]
-_get = compiled(sa.select(*_selected).where(_t.id == sa.bindparam("id")))
 _decided = (
     "select d.outcome, d.subject, d.details, coalesce(d.replayed, false), coalesce(d.revision, 0),"
     " coalesce(d.vacated_revision, 0), d.vacated_doctor, d.vacated_date, "
@@ -134,12 +133,18 @@ class Appointments:
 
         `validate_only` changes nothing and answers what would be booked now. Raises what BookAppointment names.
         """
+        _refuse_notes(caller, key, bool(notes))
         return await self.decide(
-            asked(
-                key, patient=patient_id, slot=target.slot_id, doctor=target.doctor_id, date=iso(target.on),
-                reason=reason, notes=notes, validate_only=validate_only,
-            )
-        )  # fmt: skip
+            caller,
+            key,
+            patient=patient_id,
+            slot=target.slot_id,
+            doctor=target.doctor_id,
+            date=iso(target.on),
+            reason=reason,
+            notes=notes,
+            validate_only=validate_only,
+        )
 
     async def reschedule(
         self, caller: Caller, appointment_id: str, target: Target, version: int | None, *, key: Key
@@ -149,11 +154,14 @@ class Appointments:
         Raises what RescheduleAppointment names.
         """
         return await self.decide(
-            asked(
-                key, appointment=appointment_id, version=version, slot=target.slot_id, doctor=target.doctor_id,
-                date=iso(target.on),
-            )
-        )  # fmt: skip
+            caller,
+            key,
+            appointment=appointment_id,
+            version=version,
+            slot=target.slot_id,
+            doctor=target.doctor_id,
+            date=iso(target.on),
+        )
 
     async def update(
         self,
@@ -166,27 +174,46 @@ class Appointments:
         key: Key,
     ) -> Change[Appointment]:
         """Change reason and notes; None keeps one. Raises AppointmentNotFound, EtagMismatch."""
-        return await self.decide(asked(key, appointment=appointment_id, version=version, reason=reason, notes=notes))
+        _refuse_notes(caller, key, notes is not None)
+        return await self.decide(caller, key, appointment=appointment_id, version=version, reason=reason, notes=notes)
 
     async def change(
         self, caller: Caller, appointment_id: str, version: int | None, *, reason: str = "", key: Key
     ) -> Change[Appointment]:
         """One transition of the visit: the method of `key`, by the table in `db/sql/state.sql`.
 
-        Raises AppointmentNotFound, InvalidTransition, EtagMismatch, TooEarly.
+        Raises AppointmentNotFound, ClinicNotYours, InvalidTransition, EtagMismatch, TooEarly.
         """
-        return await self.decide(asked(key, appointment=appointment_id, version=version, reason=reason))
+        return await self.decide(caller, key, appointment=appointment_id, version=version, reason=reason)
 
     async def get(self, caller: Caller, appointment_id: str) -> Appointment:
-        """Raises AppointmentNotFound."""
-        found = await self._db.row(_get, {"id": appointment_id}, Appointment)
+        """Raises AppointmentNotFound, ClinicNotYours."""
+        parts = {} if caller.sight is None else caller.sight.parts
+        query = _get_statement(None if caller.sight is None else frozenset(parts))
+        found = await self._db.row(query, {"id": appointment_id, **parts}, Appointment)
         if found is None:
+            if "sight_clinics" in parts:
+                elsewhere = await self._db.row(_clinic_of, {"id": appointment_id}, str)
+                if elsewhere is not None:
+                    raise ClinicNotYours(elsewhere)
             raise AppointmentNotFound(appointment_id)
-        return found
+        return _shown(caller, found)
 
     async def list(self, caller: Caller, page: Page, wanted: AppointmentFilter) -> Listing[Appointment]:
-        """Appointments for which every given filter holds, by date, start time and id. Raises InvalidField."""
-        narrow = wanted.patient_id or wanted.doctor_id or wanted.clinic_id or wanted.slot_id
+        """Appointments in the caller's sight for which every given filter holds, by date, start time and id.
+
+        Raises InvalidField, ClinicNotYours.
+        """
+        parts = {} if caller.sight is None else caller.sight.parts
+        if "sight_clinics" in parts and not {"sight_patient", "sight_doctor"} & parts.keys():
+            await self._require_own_clinic(caller, wanted)
+        narrow = (
+            parts.keys() & {"sight_patient", "sight_doctor"}
+            or wanted.patient_id
+            or wanted.doctor_id
+            or wanted.clinic_id
+            or wanted.slot_id
+        )
         if not (narrow or (wanted.from_date and wanted.to_date)):
             raise InvalidField(("from_date", "a patient, a doctor, a clinic, a slot or both dates are required"))
         require_order(wanted.from_date, wanted.to_date)
@@ -198,15 +225,24 @@ class Appointments:
         }  # fmt: skip
         if page.after:
             values |= dict(zip(("after_date", "after_start", "after_id"), page.after, strict=True))
-        given = frozenset(name for name, value in values.items() if value is not None)
+        given = frozenset(name for name, value in values.items() if value is not None) | frozenset(parts)
         states = tuple(sorted(set(wanted.states or schema.VISIT_STATES)))
-        query = _list_statement(given, states, wanted.descending)
-        found: Sequence[Appointment] = await self._db.rows(query, {**values, "size": page.size + 1}, Appointment)
+        query = _list_statement(given, states, wanted.descending, restricted=caller.sight is not None)
+        found = await self._db.rows(
+            query, {**values, **parts, "size": page.size + 1}, lambda *row: _shown(caller, Appointment(*row))
+        )
         return cut(page, found, _place)
 
-    async def decide(self, request: Mapping[str, Any]) -> Change[Appointment]:
+    async def _require_own_clinic(self, caller: Caller, wanted: AppointmentFilter) -> None:
+        asked_for = wanted.clinic_id
+        if asked_for is None and wanted.doctor_id is not None:
+            asked_for = await self._db.row("select clinic_id from doctor where id = %s", (wanted.doctor_id,), str)
+        if asked_for is not None and not caller.may_reach_clinic(asked_for):
+            raise ClinicNotYours(asked_for)
+
+    async def decide(self, caller: Caller, key: Key, **attributes: Any) -> Change[Appointment]:
         """Make a change of an appointment, and tell the watchers of its doctor-days. Raises the refusal."""
-        decided = await self._deciding.ask(request)
+        decided = await self._deciding.ask(asked(caller, key, **attributes))
         if isinstance(decided, Refused):
             raise decided
         change = decided.change
@@ -214,7 +250,7 @@ class Appointments:
             self._changed(change.result.doctor_id, change.result.date)
             if decided.vacated is not None:
                 self._changed(*decided.vacated)
-        return change
+        return change if caller.sight is None else replace(change, result=_shown(caller, change.result))
 
 
 def _place(appointment: Appointment) -> tuple[str, ...]:
@@ -223,7 +259,32 @@ def _place(appointment: Appointment) -> tuple[str, ...]:
 
 
 @cache
-def _list_statement(given: frozenset[str], states: tuple[str, ...], descending: bool) -> str:
+def _get_statement(parts: frozenset[str] | None) -> str:
+    statement = sa.select(*_selected).where(_t.id == sa.bindparam("id"))
+    return compiled(statement if parts is None else statement.where(within(parts, _t)))
+
+
+_clinic_of = compiled(sa.select(_t.clinic_id).where(_t.id == sa.bindparam("id")))
+
+
+def _refuse_notes(caller: Caller, key: Key, writes_notes: bool) -> None:
+    """Raise RoleRequired if a patient would write notes: they are the clinic's."""
+    if writes_notes and not caller.everywhere and caller.sight is not None and caller.sight.doctor_id is None:
+        raise RoleRequired(details={"method": key.method, "field": "notes"})
+
+
+def _shown(caller: Caller, appointment: Appointment) -> Appointment:
+    """The appointment as the caller may see it: notes are for the clinic, not for its patients."""
+    sight = caller.sight
+    if sight is None or sight.patient_id != appointment.patient_id or not appointment.notes:
+        return appointment
+    if sight.clinic_ids is not None or sight.doctor_id == appointment.doctor_id:
+        return appointment
+    return replace(appointment, notes="")
+
+
+@cache
+def _list_statement(given: frozenset[str], states: tuple[str, ...], descending: bool, *, restricted: bool) -> str:
     after = sa.tuple_(
         sa.bindparam("after_date", type_=sa.Date),
         sa.bindparam("after_start", type_=sa.DateTime(timezone=True)),
@@ -241,12 +302,14 @@ def _list_statement(given: frozenset[str], states: tuple[str, ...], descending: 
         "after_date": place < after if descending else place > after,
     }
     chosen = [conditions[name] for name in sorted(given & conditions.keys())]
+    if restricted:
+        chosen.append(within(given, _t))
     size = sa.bindparam("size", type_=sa.Integer)
 
     def ordered(statement: sa.Select[Any], columns: Sequence[sa.ColumnElement[Any]]) -> sa.Select[Any]:
         return statement.order_by(*(column.desc() if descending else column for column in columns)).limit(size)
 
-    if given & {"patient_id", "doctor_id", "slot_id"}:
+    if given & {"patient_id", "doctor_id", "slot_id", "sight_patient", "sight_doctor"}:
         # The list of a patient, a doctor or a slot is short: one scan that skips other states. The planner must not
         # search by state: it does not know that nearly everyone who is checked in is so today, and would read all.
         state = _t.state.concat(sa.literal_column("''"))

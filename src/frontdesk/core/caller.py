@@ -1,8 +1,10 @@
 """Who calls, and what the caller may see. Every method of the core takes the `Caller` first, reads too."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import sqlalchemy as sa
 
 ROLES = ("PATIENT", "DOCTOR", "STAFF", "ADMIN", "SERVICE", "BOARD")
 
@@ -61,10 +63,26 @@ class Sight:
     doctor_id: str | None
     """What is this doctor's own."""
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What is set, as the bind parameters of `within` are named."""
+        clinics = None if self.clinic_ids is None else list(self.clinic_ids)
+        parts = {"sight_clinics": clinics, "sight_patient": self.patient_id, "sight_doctor": self.doctor_id}
+        return {name: value for name, value in parts.items() if value is not None}
+
     def as_json(self) -> dict[str, Any]:
         """SQL's type of the same name."""
-        clinics = None if self.clinic_ids is None else list(self.clinic_ids)
-        return {"clinics": clinics, "patient": self.patient_id, "doctor": self.doctor_id}
+        return {name.removeprefix("sight_"): value for name, value in self.parts.items()}
+
+
+def within(parts: Collection[str], table: Any) -> "sa.ColumnElement[bool]":
+    """The condition that a row is in sight, by its columns clinic_id, patient_id and doctor_id."""
+    conditions = {
+        "sight_clinics": table.clinic_id == sa.any_(sa.bindparam("sight_clinics", type_=sa.ARRAY(sa.Uuid))),
+        "sight_patient": table.patient_id == sa.bindparam("sight_patient"),
+        "sight_doctor": table.doctor_id == sa.bindparam("sight_doctor"),
+    }
+    return sa.or_(sa.false(), *(condition for name, condition in conditions.items() if name in parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +92,15 @@ class Caller:
     identity: str
     sight: Sight | None = None
     """None means that the caller may reach everything."""
+
+    def may_reach_clinic(self, clinic_id: str) -> bool:
+        """Whether a role of the desk holds there."""
+        return self.sight is None or (self.sight.clinic_ids is not None and clinic_id in self.sight.clinic_ids)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether a role of the desk holds somewhere: then also for what belongs to no clinic, such as patients."""
+        return self.sight is None or self.sight.clinic_ids is not None
 
 
 ANONYMOUS = Identity("anonymous", unrestricted=True)

@@ -14,7 +14,7 @@ from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, Transaction
 from frontdesk.db.paging import Listing, Page
 from frontdesk.db.records import Records
-from frontdesk.errors import ClinicNotFound, InvalidField, TimeZoneInUse
+from frontdesk.errors import ClinicNotFound, ClinicNotYours, InvalidField, RoleRequired, TimeZoneInUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,9 @@ class Clinics:
         self._db = db
 
     async def create(self, caller: Caller, values: Mapping[str, Any], *, key: Key) -> Change[Clinic]:
-        """Open a clinic. Raises InvalidField."""
+        """Open a clinic; for administrators of every clinic. Raises InvalidField, RoleRequired."""
+        if caller.sight is not None:
+            raise RoleRequired(details={"method": key.method})
         return await records.create(self._db, key, values, _checked)
 
     async def get(self, caller: Caller, clinic_id: str) -> Clinic:
@@ -55,8 +57,16 @@ class Clinics:
     async def update(
         self, caller: Caller, clinic_id: str, changes: Mapping[str, Any], version: int | None, *, key: Key
     ) -> Change[Clinic]:
-        """Change the given columns. Raises ClinicNotFound, TimeZoneInUse, EtagMismatch, InvalidField."""
-        return await records.update(self._db, key, clinic_id, changes, version, _checked)
+        """Change the given columns.
+
+        Raises ClinicNotFound, ClinicNotYours, TimeZoneInUse, EtagMismatch, InvalidField.
+        """
+
+        def permit(clinic: Clinic) -> None:
+            if not caller.may_reach_clinic(clinic.id):
+                raise ClinicNotYours(clinic.id)
+
+        return await records.update(self._db, key, clinic_id, changes, version, _checked, permit=permit)
 
     async def list(self, caller: Caller, page: Page, *, city: str) -> Listing[Clinic]:
         """Clinics, of one city if given, the oldest first."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from datetime import date
 from typing import Any
 
+from frontdesk.core.caller import Caller
 from frontdesk.db.change import Key
 from frontdesk.errors import REFUSALS, Refused
 
@@ -11,13 +12,14 @@ Changed = Callable[[str, date], None]
 """Told after the commit which doctor-day has changed, so that its watchers are woken; losing a call costs only time."""
 
 
-def asked(key: Key, **attributes: Any) -> dict[str, Any]:
+def asked(caller: Caller, key: Key, **attributes: Any) -> dict[str, Any]:
     """One request for `decide`: the key, and attributes of SQL's type `request`. The verb is the key's method."""
     return {
         "verb": key.method,
         "caller": key.caller,
         "key": key.name,
         "fingerprint": "\\x" + key.fingerprint.hex(),
+        **({} if caller.sight is None else {"restricted": True, "sight": caller.sight.as_json()}),
         **attributes,
     }
 

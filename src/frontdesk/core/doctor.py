@@ -1,7 +1,7 @@
 """The doctors, and whether they are there on a date."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any
@@ -17,7 +17,7 @@ from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, Transaction, compiled
 from frontdesk.db.paging import Listing, Page, cut
 from frontdesk.db.records import Records
-from frontdesk.errors import CodeTaken, DoctorNotFound, LicenseTaken, Refused
+from frontdesk.errors import ClinicNotYours, CodeTaken, DoctorNotFound, LicenseTaken, Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,8 @@ class Doctors:
         self._changed = changed
 
     async def create(self, caller: Caller, values: Mapping[str, Any], *, key: Key) -> Change[Doctor]:
-        """Take a doctor on. Raises ClinicNotFound, CodeTaken, LicenseTaken."""
-        return await records.create(self._db, key, values, _in_a_clinic)
+        """Take a doctor on. Raises ClinicNotFound, ClinicNotYours, CodeTaken, LicenseTaken."""
+        return await records.create(self._db, key, values, _in_a_clinic, permit=_permit(caller))
 
     async def get(self, caller: Caller, doctor_id: str) -> Doctor:
         """Raises DoctorNotFound."""
@@ -83,9 +83,10 @@ class Doctors:
     ) -> Change[Doctor]:
         """Change the given columns. A lowered daily maximum keeps the bookings and takes no more.
 
-        Raises DoctorNotFound, ClinicNotFound, CodeTaken, LicenseTaken, EtagMismatch.
+        Raises DoctorNotFound, ClinicNotFound, ClinicNotYours, CodeTaken, LicenseTaken, EtagMismatch.
         """
-        return await records.update(self._db, key, doctor_id, changes, version, _in_a_clinic)
+        permit = _permit(caller)
+        return await records.update(self._db, key, doctor_id, changes, version, _in_a_clinic, permit=permit)
 
     async def list(self, caller: Caller, page: Page, *, specialty: str, clinic_id: str, code: str) -> Listing[Doctor]:
         """Doctors for whom every given filter holds, the oldest first."""
@@ -106,9 +107,15 @@ class Doctors:
         Raises DoctorNotFound, EtagMismatch.
         """
         request = asked(
-            key, doctor=wanted.doctor_id, date=iso(wanted.date), is_present=wanted.is_present, notes=wanted.note,
-            max_patients=wanted.max_patients, version=wanted.version,
-        )  # fmt: skip
+            caller,
+            key,
+            doctor=wanted.doctor_id,
+            date=iso(wanted.date),
+            is_present=wanted.is_present,
+            notes=wanted.note,
+            max_patients=wanted.max_patients,
+            version=wanted.version,
+        )
         change = await self._db.row(_decided, (json.dumps([request]),), _change)
         assert change is not None
         if isinstance(change, Refused):
@@ -159,6 +166,14 @@ def _change(
     if outcome != "OK":
         return refusal(outcome, subject, details)
     return Change(Availability(*day), replayed, revision, affected=affected)
+
+
+def _permit(caller: Caller) -> Callable[[Doctor], None]:
+    def permit(doctor: Doctor) -> None:
+        if not caller.may_reach_clinic(doctor.clinic_id):
+            raise ClinicNotYours(doctor.clinic_id)
+
+    return permit
 
 
 async def _in_a_clinic(tx: Transaction, current: Doctor | None, values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from frontdesk.core.appointment import Appointment, Appointments
 from frontdesk.core.caller import Caller
-from frontdesk.core.decision import asked, iso
+from frontdesk.core.decision import iso
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database
-from frontdesk.errors import DoctorNotFound
+from frontdesk.errors import ClinicNotYours, DoctorNotFound, RoleRequired
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +199,21 @@ class Queues:
         self._appointments = appointments
 
     async def get(self, caller: Caller, doctor_id: str, on: date | None) -> Queue:
-        """The queue now; `on` defaults to the clinic's today. Raises DoctorNotFound."""
+        """The queue now; `on` defaults to the clinic's today. Raises DoctorNotFound, ClinicNotYours, RoleRequired."""
+        await self.require(caller, doctor_id, "GetQueue")
         return await read_queue(self._db, doctor_id, on)
+
+    async def require(self, caller: Caller, doctor_id: str, method: str) -> None:
+        """Whether the caller may see this doctor's queues. Raises ClinicNotYours, RoleRequired."""
+        sight = caller.sight
+        if sight is None or sight.doctor_id == doctor_id:
+            return
+        clinic_id = await self._db.row("select clinic_id from doctor where id = %s", (doctor_id,), str)
+        if clinic_id is None or caller.may_reach_clinic(clinic_id):
+            return
+        if caller.everywhere:
+            raise ClinicNotYours(clinic_id)
+        raise RoleRequired(details={"method": method})
 
     async def today(self, caller: Caller, doctor_id: str) -> date:
         """The civil date in the time zone of the doctor's clinic. Raises DoctorNotFound."""
@@ -213,7 +226,7 @@ class Queues:
         self, caller: Caller, doctor_id: str, on: date | None, room: str, *, key: Key
     ) -> Change[Appointment]:
         """Call the first waiting patient to `room`. Raises DoctorNotFound, QueueEmpty."""
-        return await self._appointments.decide(asked(key, doctor=doctor_id, date=iso(on), room=room))
+        return await self._appointments.decide(caller, key, doctor=doctor_id, date=iso(on), room=room)
 
     async def change(
         self, caller: Caller, appointment_id: str, *, room: str = "", patient_id: str | None = None, key: Key
@@ -223,4 +236,4 @@ class Queues:
         `patient_id` guards a check-in. Raises AppointmentNotFound, InvalidTransition, AlreadyCheckedIn,
         PatientMismatch, NotAppointmentDate.
         """
-        return await self._appointments.decide(asked(key, appointment=appointment_id, room=room, patient=patient_id))
+        return await self._appointments.decide(caller, key, appointment=appointment_id, room=room, patient=patient_id)

@@ -102,7 +102,7 @@ class Slots:
             }
             for slot in wanted
         ]
-        return await self._decide(asked(key, new_slots=new_slots), path)
+        return await self._decide(asked(caller, key, new_slots=new_slots), path)
 
     async def get(self, caller: Caller, slot_id: str) -> Slot:
         """Raises SlotNotFound."""
@@ -133,20 +133,20 @@ class Slots:
         Raises InvalidField, SlotNotFound, SlotHasBookings, SlotInPast, SlotOverlap, EtagMismatch.
         """
         times = {name: iso(changes.get(name)) for name in ("start_time", "end_time")}
-        request = asked(key, slots=[slot_id], version=version, capacity=changes.get("capacity"), **times)
+        request = asked(caller, key, slots=[slot_id], version=version, capacity=changes.get("capacity"), **times)
         return await self._decide(request, "slot")
 
     async def block(self, caller: Caller, slot_ids: Sequence[str], why: str, *, key: Key) -> Change[Sequence[Slot]]:
         """Take slots out of booking; their bookings stay. Raises SlotNotFound."""
-        return await self._decide(asked(key, slots=[*slot_ids], reason=why))
+        return await self._decide(asked(caller, key, slots=[*slot_ids], reason=why))
 
     async def release(self, caller: Caller, slot_ids: Sequence[str], *, key: Key) -> Change[Sequence[Slot]]:
         """Open blocked slots again. Raises SlotNotFound."""
-        return await self._decide(asked(key, slots=[*slot_ids], reason=""))
+        return await self._decide(asked(caller, key, slots=[*slot_ids], reason=""))
 
     async def delete(self, caller: Caller, slot_id: str, version: int | None, *, key: Key) -> Change[Sequence[Slot]]:
         """Delete a slot without bookings. Raises SlotNotFound, SlotHasBookings, EtagMismatch."""
-        return await self._decide(asked(key, slots=[slot_id], version=version))
+        return await self._decide(asked(caller, key, slots=[slot_id], version=version))
 
     async def _decide(self, request: Mapping[str, Any], path: str = "") -> Change[Sequence[Slot]]:
         rows = await self._db.rows(_decided, (json.dumps([request]),), lambda *columns: columns)

@@ -26,6 +26,9 @@ class Record(Protocol):
 
 R = TypeVar("R", bound=Record)
 
+Permit = Callable[[R], None]
+"""Raises the refusal if the caller may not reach the record; whatever was written is undone."""
+
 Prepare = Callable[[Transaction, R | None, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 """Completes what is to be written: from the transaction, the record as it is (None if it is new) and what was given."""
 
@@ -65,20 +68,30 @@ class Records(Generic[R]):
         return made
 
     async def create(
-        self, db: Database, key: Key, values: Mapping[str, Any], prepare: Prepare[R] | None = None
+        self,
+        db: Database,
+        key: Key,
+        values: Mapping[str, Any],
+        prepare: Prepare[R] | None = None,
+        *,
+        permit: Permit[R] | None = None,
     ) -> Change[R]:
         """Create the record once, however often the key comes.
 
-        `prepare` completes the values in the transaction. Raises what it raises, IdempotencyKeyReused and the refusals
-        of `taken`.
+        `prepare` completes the values in the transaction; `permit` is asked about the record, of a replay too. Raises
+        what they raise, IdempotencyKeyReused and the refusals of `taken`.
         """
 
         async def work(tx: Transaction) -> Change[R]:
             claimed = await claim(tx, key)
             if claimed.replayed:
-                return Change(await self.get(tx, claimed.result_id), True)
-            complete = values if prepare is None else await prepare(tx, None, values)
-            return Change(await self.insert(tx, claimed.result_id, complete), False)
+                record = await self.get(tx, claimed.result_id)
+            else:
+                complete = values if prepare is None else await prepare(tx, None, values)
+                record = await self.insert(tx, claimed.result_id, complete)
+            if permit is not None:
+                permit(record)
+            return Change(record, claimed.replayed)
 
         return await self._unless_taken(db, values, work)
 
@@ -90,22 +103,30 @@ class Records(Generic[R]):
         changes: Mapping[str, Any],
         version: int | None,
         prepare: Prepare[R] | None = None,
+        *,
+        permit: Permit[R] | None = None,
     ) -> Change[R]:
         """Change these columns once, however often the key comes; `version` is the one that the record must have.
 
-        `prepare` completes the changes in the transaction, under the record's lock. Raises what it raises,
-        IdempotencyKeyReused, the table's NotFound, EtagMismatch and the refusals of `taken`.
+        `prepare` completes the changes in the transaction, under the record's lock; `permit` is asked about the record
+        before and after. Raises what they raise, IdempotencyKeyReused, the table's NotFound, EtagMismatch and the
+        refusals of `taken`.
         """
 
         async def work(tx: Transaction) -> Change[R]:
             claimed = await claim(tx, key)
             current = await self.get(tx, record_id, lock=True)
+            if permit is not None:
+                permit(current)
             if claimed.replayed:
                 return Change(current, True)
             if version is not None and version != current.version:
                 raise EtagMismatch(record_id)
             complete = changes if prepare is None else await prepare(tx, current, changes)
-            return Change(await self._changed(tx, current, complete), False)
+            changed = await self._changed(tx, current, complete)
+            if permit is not None:
+                permit(changed)
+            return Change(changed, False)
 
         return await self._unless_taken(db, changes, work)
 

@@ -25,13 +25,20 @@ begin
 
     foreach r in array v_requests loop
         d := null;
-        if r.key <> '' then
+        v_old := null;
+        if r.appointment is not null then
+            -- Its own statement, so it sees what was committed while we waited for the lock.
+            select * into v_old from appointment where id = r.appointment;
+        end if;
+        if r.restricted then
+            -- Before the key: a replay too is only for those who may see it.
+            d := access_refusal(r, v_old);
+        end if;
+        if d.outcome is null and r.key <> '' then
             d := recall(r);
         end if;
         if d.outcome is null and r.appointment is not null then
-            -- Its own statement, so it sees what was committed while we waited for the lock.
-            select * into v_old from appointment where id = r.appointment;
-            if not found then
+            if v_old.id is null then
                 d := refused('APPOINTMENT_NOT_FOUND', r.appointment);
             elsif (v_old.doctor_id, v_old.date) <> (r.from_doctor, r.from_date) then
                 raise exception 'the appointment was moved meanwhile' using errcode = 'serialization_failure';

@@ -10,13 +10,23 @@ begin
 end
 $do$;
 
+-- What a restricted caller may reach (`Sight` in core/caller.py).
+do $do$
+begin
+    if to_regtype('sight') is null then
+        create type sight as (clinics uuid[], patient uuid, doctor uuid);
+    end if;
+end
+$do$;
+
 -- One change that a caller asks for. `verb` is the name of the RPC, which the idempotency key belongs to as well. An
--- attribute that the verb has no use for is null. `locate` fills in the last four.
+-- attribute that the verb has no use for is null. `restricted`: only what `sight` reaches. `locate` fills in the last
+-- four.
 do $do$
 begin
     if to_regtype('request') is null then
         create type request as (
-            verb text, caller text, key text, fingerprint bytea, validate_only boolean,
+            verb text, caller text, key text, fingerprint bytea, validate_only boolean, restricted boolean, sight sight,
             appointment uuid, version integer, patient uuid, slot uuid, doctor uuid, date date,
             reason text, notes text, room text,
             is_present boolean, max_patients integer, slots uuid[], new_slots new_slot[],

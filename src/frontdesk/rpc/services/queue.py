@@ -118,6 +118,7 @@ class QueueServicer:
         if self._feed.watchers >= self._max_watchers:
             raise TooManyWatchers
         doctor_id, day = request.doctor_id, date_from(request, "date")
+        await self._queues.require(call.caller, doctor_id, call.method)
         resume = ResumeToken.decode(request.resume_token) if request.resume_token else None
         if resume is not None:
             if resume.doctor_id != doctor_id or (day is not None and resume.date != day):

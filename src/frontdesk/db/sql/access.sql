@@ -1,0 +1,55 @@
+-- The rows that a restricted caller may reach (`Sight` in core/caller.py): everything in his clinics, what is his own as
+-- a patient, or what is his own as a doctor.
+
+-- The refusal of somebody who reaches for something of this clinic, doctor and patient; null if he may. Staff are told
+-- that it is another clinic's. A patient is told what an unknown id is told, `p_missing` of `p_subject`, and so is a
+-- doctor, unless that is null: then he is told that it takes another role.
+create or replace function out_of_sight(
+    r request, p_clinic uuid, p_doctor uuid, p_patient uuid, p_missing text, p_subject uuid
+) returns decision language plpgsql as $$
+declare
+    s sight := r.sight;
+begin
+    if p_clinic = any (s.clinics) or p_doctor = s.doctor or p_patient = s.patient then return null; end if;
+    if s.clinics is not null then return refused('CLINIC_NOT_YOURS', p_clinic); end if;
+    if p_missing is null then return refused('ROLE_REQUIRED', null, jsonb_build_object('method', r.verb)); end if;
+    return refused(p_missing, p_subject);
+end
+$$;
+
+-- The refusal of a request by a restricted caller who may not reach what it is about; null if he may. What does not
+-- exist is left to the act. `p_old` is the appointment of the request.
+create or replace function access_refusal(r request, p_old appointment) returns decision language plpgsql as $$
+declare
+    d decision;
+    v record;
+begin
+    if r.verb = 'BookAppointment' and (r.sight).clinics is null and (r.sight).doctor is null
+       and r.patient is distinct from (r.sight).patient then
+        return refused('PATIENT_NOT_FOUND', r.patient);
+    end if;
+    if p_old.id is not null then
+        d := out_of_sight(
+            r, p_old.clinic_id, p_old.doctor_id, p_old.patient_id,
+            case when (r.sight).doctor is null or r.verb in (
+                'RescheduleAppointment', 'CancelAppointment', 'UpdateAppointment') then 'APPOINTMENT_NOT_FOUND' end,
+            p_old.id);
+        if d.outcome is not null then return d; end if;
+    end if;
+    -- The doctor-day or slot that is asked for.
+    for v in
+        select coalesce(s.clinic_id, x.clinic_id) as clinic_id, x.id as doctor_id
+        from doctor x left join slot s on s.id = r.slot where x.id = r.doctor
+        union all
+        select s.clinic_id, s.doctor_id from slot s where s.id = any (r.slots)
+        union all
+        select x.clinic_id, x.id from unnest(r.new_slots) w join doctor x on x.id = w.doctor
+    loop
+        d := out_of_sight(
+            r, v.clinic_id, v.doctor_id, coalesce(p_old.patient_id, r.patient),
+            case when (r.sight).doctor is null then 'PATIENT_NOT_FOUND' end, r.patient);
+        if d.outcome is not null then return d; end if;
+    end loop;
+    return null;
+end
+$$;
