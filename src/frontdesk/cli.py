@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,6 +54,9 @@ _Target = Annotated[
 
 def main() -> None:
     """The console's entry point."""
+    # Before any other file is opened.
+    _hold_standard_files()
+
     from frontdesk.tools.terminal import write_similar_characters
 
     write_similar_characters()
@@ -88,7 +91,9 @@ def _expected(error: Exception) -> int | None:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"frontdesk: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    # The status says it too, if nobody can read the line.
+    with suppress(OSError):
+        print(f"frontdesk: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
 
 
@@ -96,8 +101,8 @@ def _say(*lines: str) -> None:
     try:
         for text in lines:
             print(text, flush=True)
-    except BrokenPipeError:
-        # `frontdesk serve | head` keeps on serving.
+    except OSError:
+        # `frontdesk serve | head` keeps on serving, and so does one whose output is a full disk.
         _discard_output()
 
 
@@ -475,6 +480,21 @@ def _command(name: str) -> str:
     if os.sep not in relative:
         relative = os.path.join(os.curdir, relative)
     return shlex.quote(min(str(beside), relative, key=len))
+
+
+def _hold_standard_files() -> None:
+    """Open /dev/null in place of each standard file that is closed.
+
+    The next file or connection would get its number otherwise, and be written to by whoever writes to a standard file.
+    """
+    # Writing to standard error still fails, so that the log can count the lines that are lost.
+    for number, name, mode in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_WRONLY), (2, "stderr", os.O_RDONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number, which is this one.
+            os.set_inheritable(os.open(os.devnull, mode), True)
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if number == 0 else "w"))
 
 
 def _discard_output() -> None:

@@ -32,6 +32,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 
 from frontdesk.process.counts import ProcessCounts
+from frontdesk.process.log import dropped
 
 _log = structlog.get_logger("frontdesk.metrics")
 
@@ -105,6 +106,8 @@ class WorkerMetrics:
             ),
         }
         self._pool_before = dict.fromkeys(self._pool_counts, 0)
+        self._lines_dropped = _counter("log_lines_dropped", "Lines of the workers' logs that could not be written.")
+        self._lines_dropped_before = 0
         for reason in ("COMPLETED", "CANCELLED", "DRAINING"):
             self._ends.labels(reason)
         self.clock_is_real = False
@@ -122,9 +125,20 @@ class WorkerMetrics:
             self._lag.observe(lag)
 
     def sample(
-        self, *, healthy: bool, in_flight: int, watchers: int, backlog: int, age: float, pool: dict[str, int]
+        self,
+        *,
+        healthy: bool,
+        in_flight: int,
+        watchers: int,
+        backlog: int,
+        age: float,
+        pool: dict[str, int],
+        lines_dropped: int,
     ) -> None:
-        """Write the gauges. `pool` holds the statistics of psycopg_pool, `age` is in seconds."""
+        """Write the gauges, and what others have counted since the process began.
+
+        `pool` holds the statistics of psycopg_pool, `age` is in seconds.
+        """
         self._healthy.set(healthy)
         self._in_flight.set(in_flight)
         self._watchers.set(watchers)
@@ -138,6 +152,8 @@ class WorkerMetrics:
             now = pool.get(name, 0)
             counter.inc((now - self._pool_before[name]) / unit)
             self._pool_before[name] = now
+        self._lines_dropped.inc(lines_dropped - self._lines_dropped_before)
+        self._lines_dropped_before = lines_dropped
 
 
 class MethodMetrics:
@@ -288,6 +304,11 @@ class _Supervisor(Collector):
             "frontdesk_postgresql_restarts",
             "Restarts of the embedded PostgreSQL after it had died.",
             counts.postgresql_restarts,
+        )
+        yield CounterMetricFamily(
+            "frontdesk_supervisor_log_lines_dropped",
+            "Lines of the supervisor's log that could not be written.",
+            dropped(),
         )
 
 

@@ -5,6 +5,7 @@ import gc
 import random
 import resource
 import signal
+import sys
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from frontdesk.db.database import Database
 from frontdesk.errors import Refused
 from frontdesk.jobs.maintenance import clean, retention
 from frontdesk.live.feed import Feed
-from frontdesk.process.log import configure_log
+from frontdesk.process.log import capture_stderr, configure_log, dropped, failure
 from frontdesk.rpc.access import Access
 from frontdesk.rpc.pipeline import Pipeline
 from frontdesk.rpc.server import Server
@@ -118,6 +119,7 @@ class Worker:
                 backlog=self._feed.backlog,
                 age=self._feed.age,
                 pool=self._db.pool_stats(),
+                lines_dropped=dropped(),
             )
             await asyncio.sleep(SAMPLE_SECONDS)
 
@@ -148,6 +150,18 @@ def run_worker(
     With `metrics`, PROMETHEUS_MULTIPROC_DIR must be set as frontdesk.process.metrics requires.
     """
     configure_log(settings.log_level)
+    capture_stderr()
+    try:
+        _run_worker(settings, conninfo, address, reuse_port, ready, metrics)
+    except Exception as error:
+        # Not by multiprocessing, which would write the exception's text.
+        _log.critical("worker_failed", **failure(error))
+        sys.exit(1)
+
+
+def _run_worker(
+    settings: Settings, conninfo: str, address: str, reuse_port: bool, ready: Connection, metrics: "Files | None"
+) -> None:
     # Each connection is a file; the usual limit of 1,024 is meant for programs that use select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
