@@ -80,6 +80,10 @@ async def test_places_in_the_line(front: Front) -> None:
     assert await line() == [3, 1, 4]
     await front.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=ids[1]))
     assert await line() == [2, 3, 1, 4]
+    # The place after a missed call stays through park and return, too.
+    await front.queues.ParkPatient(queue_pb2.ParkPatientRequest(appointment_id=ids[0]))
+    await front.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=ids[0]))
+    assert await line() == [2, 3, 1, 4]
     states = [entry.state for entry in (await front.queue(doctor.id)).entries]
     assert states == [Entry.STATE_WAITING] * 4
 

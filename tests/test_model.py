@@ -76,7 +76,8 @@ class Visit:
     state: str = "BOOKED"
     line: str | None = None
     ticket: int = 0
-    order: tuple[int, int] = (0, 0)
+    order: int = 0
+    """The revision that gave the place in the queue."""
 
 
 @dataclass
@@ -260,8 +261,8 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             if verb == "CheckIn":
                 day.last_ticket += 1
                 visit.ticket = day.last_ticket
-            if line == "WAITING":
-                visit.order = (day.last_ticket, day.revision) if visit.line == "MISSED" else (visit.ticket, 0)
+            if verb == "CheckIn" or (line == "WAITING" and visit.line == "MISSED"):
+                visit.order = day.revision
             visit.state = state or visit.state
             visit.line = "LEFT" if verb == "CancelAppointment" and visit.line else line
             if verb == "CancelAppointment" and not visit.ticket:
