@@ -160,7 +160,7 @@ def test_an_evening_with_the_embedded_database(tmp_path: Path) -> None:
     with running(*serve) as service:
         address = service.expect(r"^frontdesk serves on (127\.0\.0\.1:\d+)$")[1]
         curl = service.expect(r"^  (.*buf curl .*)$")[1]
-        grpcurl = service.expect(r"^  (grpcurl .*)$")[1]
+        grpcurl = service.expect(r"^  (.*grpcurl .*)$")[1]
         watch = service.expect(r"^  (.*frontdesk watch .*)$")[1]
         assert f" {address} " in grpcurl
         listed = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=SECONDS)

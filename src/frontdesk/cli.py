@@ -197,7 +197,7 @@ class _FirstSteps:
             "",
             "Try:",
             f"  {_command('buf')} curl --protocol grpc --http2-prior-knowledge http://{address}/{method} -d '{{}}'",
-            f"  grpcurl -plaintext -d '{{}}' {address} {method}",
+            f"  {_command('grpcurl')} -plaintext -d '{{}}' {address} {method}",
             f"  {_this_command()} watch --target {address} --doctor {'DR-SILVA' if self._demo else 'CODE'}",
         )
 
