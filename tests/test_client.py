@@ -3,6 +3,7 @@
 import asyncio
 import json
 import pickle
+import pydoc
 import re
 import threading
 import time
@@ -266,6 +267,7 @@ def test_the_clients_offer_every_service() -> None:
             getattr(desk, name)
     assert {method.split("/")[1] for method in recorder.methods} == services_of_the_protos()
     assert issubclass(FrontdeskClient, Stubs)
+    assert "clinics" in pydoc.plain(pydoc.render_doc(FrontdeskClient))
 
 
 @pytest.mark.parametrize("caller", ["", "x" * 65, "recepção", "a\nb"])

@@ -1,6 +1,6 @@
 """The services as attributes: to add a service to both clients, add its line to `Stubs`."""
 
-from typing import Any, Generic, Protocol, TypeVar, overload
+from typing import Any, Generic, Protocol, Self, TypeVar, overload
 
 import grpc
 
@@ -35,10 +35,14 @@ class Service(Generic[SyncStub, AioStub]):
         self._name = name
 
     @overload
+    def __get__(self, stubs: None, owner: type) -> Self: ...
+    @overload
     def __get__(self, stubs: "Stubs[grpc.Channel]", owner: type) -> SyncStub: ...
     @overload
     def __get__(self, stubs: "Stubs[grpc.aio.Channel]", owner: type) -> AioStub: ...
     def __get__(self, stubs: Any, owner: type) -> Any:
+        if stubs is None:
+            return self
         # Later reads find the stub in the object and do not come here.
         stub = vars(stubs)[self._name] = self._stub(stubs._channel)
         return stub
