@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": {"errors"},
     "settings": set(),
     "db": {"errors", "tasks"},
-    "core": {"errors", "db"},
+    "core": {"errors", "tasks", "db"},
     "live": {"errors", "tasks", "db", "core"},
     "jobs": {"errors", "tasks", "db", "core", "settings"},
     "rpc": {"errors", "tasks", "db", "core", "live", "settings"},

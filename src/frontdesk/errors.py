@@ -22,9 +22,17 @@ class Refused(Exception):
         if cls.reason:
             REFUSALS[cls.reason] = cls
 
-    def __init__(self, subject: str | None = None, details: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        subject: str | None = None,
+        details: Mapping[str, object] | None = None,
+        *,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(self.__doc__)
         self.subject = subject
+        self.retry_after = retry_after
+        """Seconds until a retry can succeed, if that is known."""
         self.details = details or {}
         """More metadata by name: dates, states, counts."""
 
@@ -326,6 +334,12 @@ class Draining(Unavailable):
 
 class Exhausted(Refused):
     """The caller has reached a limit of the server."""
+
+
+class RateLimited(Exhausted):
+    """The caller has used up its calls of this minute."""
+
+    reason = "RATE_LIMITED"
 
 
 class TooManyWatchers(Exhausted):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.history import mutants
 from tests.history.check import (
     Attempt,
     Change,
@@ -441,3 +442,8 @@ def test_nothing_can_be_left_out_of_the_shortest(rule: str, spoil: Callable[[His
     for who in {(event.day, event.appointment) for event in part.events}:
         less = tuple(event for event in part.events if (event.day, event.appointment) != who)
         assert not shown(replace(part, events=less))
+
+
+def test_every_mutant_fits_the_code() -> None:
+    """Each mutant edits a text that the functions still have: making the list of mutants checks that."""
+    assert len({mutant.name for mutant in mutants.MUTANTS}) == len(mutants.MUTANTS) >= 26

@@ -32,7 +32,7 @@ SQL_FILES = (
     "time.sql", "state.sql",
     # After the tables, in the order in which they build on one another.
     "request.sql", "clinic.sql", "lock.sql", "key.sql", "change.sql", "place.sql", "appointment.sql", "queue.sql",
-    "doctor.sql", "slot.sql", "access.sql", "decide.sql",
+    "doctor.sql", "slot.sql", "limit.sql", "access.sql", "decide.sql",
 )  # fmt: skip
 _BEFORE_TABLES = 2
 

@@ -330,6 +330,17 @@ event = Table(
 )
 Index("event_create_time_idx", event.c.create_time, postgresql_using="brin")
 
+# How many calls of a subject the workers have leased in its latest minute.
+rate_window = Table(
+    "rate_window",
+    metadata,
+    Column("subject", Text, primary_key=True),
+    Column("minute", DateTime(timezone=True), nullable=False),
+    Column("used", Integer, nullable=False),
+    # By the latest lease.
+    Column("granted", Integer, nullable=False),
+)
+
 # What a caller's key did, so that it is never done twice. Ids, states and a hash of the request; no patient data.
 idempotency = Table(
     "idempotency",

@@ -1,5 +1,6 @@
 """The one table from refusals to gRPC status, with details in the form of google.rpc (AIP-193)."""
 
+import math
 from collections.abc import Sequence
 
 import grpc
@@ -73,13 +74,14 @@ def status_of(refusal: errors.Refused) -> tuple[grpc.StatusCode, str, Trailers]:
             quota = error_details_pb2.QuotaFailure.Violation(subject="server", description=text)
             details.append(error_details_pb2.QuotaFailure(violations=[quota]))
     trailers: Trailers = ()
-    for kind, seconds in _RETRY_AFTER.items():
+    for kind, usual in _RETRY_AFTER.items():
         if isinstance(refusal, kind):
+            seconds = usual if refusal.retry_after is None else refusal.retry_after
             delay = duration_pb2.Duration(nanos=int(seconds * 1e9) % 10**9, seconds=int(seconds))
             details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-            if isinstance(refusal, errors.Overloaded | errors.Draining):
+            if isinstance(refusal, errors.Overloaded | errors.Draining | errors.RateLimited):
                 # gRPC's own retries obey this one and not RetryInfo (gRFC A6).
-                trailers = (("grpc-retry-pushback-ms", str(int(seconds * 1000))),)
+                trailers = (("grpc-retry-pushback-ms", str(math.ceil(seconds * 1000))),)
     if isinstance(refusal, errors.EtagMismatch):
         # ABORTED tells the caller to read again; gRPC would repeat the stale etag, so it is told not to (gRFC A6).
         trailers = (("grpc-retry-pushback-ms", "-1"),)

@@ -143,6 +143,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED: it belongs to a clinic that is not the caller's. Example: staff of one clinic read the list of
     another.
     """
+    ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 53
+    """RESOURCE_EXHAUSTED: the caller has used up its calls of this minute. Retry after the delay in RetryInfo. Example: a
+    script that polls a list without a pause.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
@@ -272,5 +276,9 @@ that books.
 ERROR_REASON_CLINIC_NOT_YOURS: ErrorReason.ValueType  # 52
 """PERMISSION_DENIED: it belongs to a clinic that is not the caller's. Example: staff of one clinic read the list of
 another.
+"""
+ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 53
+"""RESOURCE_EXHAUSTED: the caller has used up its calls of this minute. Retry after the delay in RetryInfo. Example: a
+script that polls a list without a pause.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

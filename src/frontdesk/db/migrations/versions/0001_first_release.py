@@ -223,6 +223,14 @@ def upgrade() -> None:
         unique=True,
     )
     op.create_table(
+        "rate_window",
+        sa.Column("subject", sa.Text(), nullable=False),
+        sa.Column("minute", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("used", sa.Integer(), nullable=False),
+        sa.Column("granted", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("subject", name="rate_window_pkey"),
+    )
+    op.create_table(
         "slot",
         sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
         sa.Column("doctor_id", sa.Uuid(), nullable=False),

@@ -1,0 +1,79 @@
+"""Limits of rate, counted for all workers and replicas together, without a round trip for each call.
+
+A worker leases a block of a subject's quota of the present minute, and admits so many calls by itself. What it does not
+use of the block is lost with the minute, so a block is a hundredth of the quota. The minute is PostgreSQL's: a worker
+counts it from before it asked, so that it never admits a call with the lease of a minute that is over.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+from frontdesk.db.database import Database
+from frontdesk.errors import RateLimited
+from frontdesk.tasks import end
+
+_BLOCKS = 100
+_MOST_SUBJECTS = 100_000
+"""Subjects that a worker knows; when there are more, those whose minute is over are forgotten."""
+
+
+@dataclass(slots=True)
+class _Lease:
+    """A worker's part of a quota."""
+
+    left: int
+    ends: float
+    """When the minute is over, by the loop's clock."""
+    used_up: bool
+    """Whether the whole quota of this minute is leased."""
+
+
+class Limits:
+    """Admits calls of any subject, such as an API key, a user or an address."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._leases: dict[str, _Lease] = {}
+        self._asking: dict[str, asyncio.Task[_Lease]] = {}
+
+    async def admit(self, subject: str, limit: int) -> None:
+        """Count one call of the subject, of which `limit` a minute are admitted. Raises RateLimited."""
+        now = asyncio.get_running_loop().time
+        while True:
+            lease = self._leases.get(subject)
+            if lease is not None and lease.ends > now():
+                if lease.left > 0:
+                    lease.left -= 1
+                    return
+                if lease.used_up:
+                    raise RateLimited(retry_after=lease.ends - now())
+            await self._renew(subject, limit)
+
+    async def _renew(self, subject: str, limit: int) -> None:
+        """Lease the next block; all who need it meanwhile wait for the same one."""
+        asking = self._asking.get(subject)
+        if asking is None:
+            asking = asyncio.create_task(self._lease(subject, limit))
+            self._asking[subject] = asking
+            asking.add_done_callback(lambda _: self._asking.pop(subject, None))
+        # One who gives up leaves the others undisturbed.
+        await asyncio.shield(asking)
+
+    async def _lease(self, subject: str, limit: int) -> _Lease:
+        now = asyncio.get_running_loop().time()
+        block = max(1, limit // _BLOCKS)
+        found = await self._db.row(
+            "select granted, seconds from lease(%s, %s, %s)",
+            (subject, limit, block),
+            lambda granted, seconds: _Lease(granted, now + seconds, granted < block),
+        )
+        assert found is not None
+        if len(self._leases) >= _MOST_SUBJECTS:
+            self._leases = {name: lease for name, lease in self._leases.items() if lease.ends > now}
+        self._leases[subject] = found
+        return found
+
+    async def close(self) -> None:
+        """End what is under way."""
+        for task in [*self._asking.values()]:
+            end(task)
