@@ -1,4 +1,4 @@
-"""The line of a doctor-day: what it is at a revision, and what changed since another."""
+"""The queue of a doctor-day: at a revision, and what changed since another."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from frontdesk.errors import ClinicNotYours, DoctorNotFound, RoleRequired
 
 @dataclass(frozen=True, slots=True)
 class QueueEntry:
-    """One patient in the line."""
+    """One patient in the queue."""
 
     ticket: int
     position: int
@@ -34,7 +34,7 @@ class QueueEntry:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """The whole line of a doctor-day at one revision."""
+    """The whole queue of a doctor-day at one revision."""
 
     doctor_id: str
     date: date
@@ -54,7 +54,7 @@ class QueueChange:
     kind: str
     appointment_id: str
     entry: QueueEntry | None
-    """As this change left it; None where the line was not touched."""
+    """As this change left it; None if the queue was not touched."""
 
 
 # One statement, so one snapshot: the entries are those of the revision. The day is fenced off (offset 0), so that it is

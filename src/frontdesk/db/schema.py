@@ -222,7 +222,7 @@ Index("slot_doctor_idx", slot.c.doctor_id, slot.c.start_time, slot.c.id)
 Index("slot_clinic_idx", slot.c.clinic_id, slot.c.start_time, slot.c.id)
 Index("slot_start_idx", slot.c.start_time, slot.c.id)
 
-# A booking, the visit and its place in the line: one row, because they change together.
+# A booking, the visit and its queue entry: one row, because they change together.
 appointment = Table(
     "appointment",
     metadata,
@@ -317,7 +317,7 @@ event = Table(
     Column("revision", BigInteger, nullable=False),
     Column("kind", Text, nullable=False),
     Column("appointment_id", Uuid),
-    # The queue entry as the change left it; null where the line is not touched.
+    # The queue entry as the change left it; null if the change does not touch the queue.
     Column("queue_state", Text),
     Column("ticket", Integer),
     Column("room", Text),

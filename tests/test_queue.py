@@ -60,30 +60,30 @@ async def test_places_in_the_line(front: Front) -> None:
     doctor = await front.doctor()
     ids = [(await front.arrive(doctor.id)).appointment.id for _ in range(3)]
 
-    async def line() -> list[int]:
+    async def waiting() -> list[int]:
         entries = (await front.queue(doctor.id)).entries
         return [entry.ticket for entry in entries if entry.state == Entry.STATE_WAITING]
 
-    assert await line() == [1, 2, 3]
+    assert await waiting() == [1, 2, 3]
     await front.call_next(doctor.id)
-    assert await line() == [2, 3]
+    assert await waiting() == [2, 3]
     await front.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=ids[0]))
-    assert await line() == [1, 2, 3]
+    assert await waiting() == [1, 2, 3]
     await front.call_next(doctor.id)
     await front.queues.MarkMissed(queue_pb2.MarkMissedRequest(appointment_id=ids[0]))
     back = await front.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=ids[0]))
-    assert (back.entry.position, await line()) == (3, [2, 3, 1])
+    assert (back.entry.position, await waiting()) == (3, [2, 3, 1])
     # A patient who checks in later stays behind the one who missed the call.
     await front.arrive(doctor.id)
-    assert await line() == [2, 3, 1, 4]
+    assert await waiting() == [2, 3, 1, 4]
     await front.queues.ParkPatient(queue_pb2.ParkPatientRequest(appointment_id=ids[1]))
-    assert await line() == [3, 1, 4]
+    assert await waiting() == [3, 1, 4]
     await front.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=ids[1]))
-    assert await line() == [2, 3, 1, 4]
+    assert await waiting() == [2, 3, 1, 4]
     # The place after a missed call stays through park and return, too.
     await front.queues.ParkPatient(queue_pb2.ParkPatientRequest(appointment_id=ids[0]))
     await front.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=ids[0]))
-    assert await line() == [2, 3, 1, 4]
+    assert await waiting() == [2, 3, 1, 4]
     states = [entry.state for entry in (await front.queue(doctor.id)).entries]
     assert states == [Entry.STATE_WAITING] * 4
 
