@@ -689,3 +689,52 @@ async def test_a_burst_longer_than_what_is_kept(front: Front) -> None:
     replay = Replay(revision=first.revision)
     replay.take(await first_of(front, watching(doctor.id, first.resume_token)))
     assert Counter(kind for _, kind, _ in replay.changes) == {queue_pb2.QueueChange.KIND_AVAILABILITY: 600}
+
+
+def a_long_history(front: Front, doctor_id: str, changes: int) -> int:
+    """Repeat the changes of today in the database until there are so many more; the revision after the last."""
+    (old,) = front.sql("select count(*) from event where doctor_id = %s", doctor_id)[0]
+    front.sql(
+        "insert into event select (jsonb_populate_record(e, jsonb_build_object('revision', e.revision + n * %s,"
+        " 'create_time', e.create_time + n * interval '1 minute'))).*"
+        " from event e, generate_series(1, %s) n where e.doctor_id = %s and e.revision + n * %s <= %s",
+        old, changes // old + 1, doctor_id, old, old + 1 + changes,
+    )  # fmt: skip
+    front.sql(
+        "update doctor_day d set (revision, update_time) = (e.revision, e.create_time) from event e"
+        " where (e.doctor_id, e.date) = (d.doctor_id, d.date) and d.doctor_id = %s and e.revision = %s",
+        doctor_id, old + 1 + changes,
+    )  # fmt: skip
+    return int(old + 1 + changes)
+
+
+@pytest.mark.parametrize("patients", [0, 40], ids=["short changes", "long changes"])
+@pytest.mark.parametrize("changes", [700, 2_000, 6_000, 30_000, 100_000])
+async def test_changes_that_one_message_holds(front: Front, changes: int, patients: int) -> None:
+    """However many changes a watcher has missed, no message has more than 1 MiB.
+
+    A resumed stream and one that was open are told all of them if that fits; else they start afresh.
+    """
+    if patients:
+        doctor_id = await a_long_line(front, patients)
+    else:
+        doctor_id = (await front.doctor()).id
+        said = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor_id, date=day(today()), is_present=True)
+        await front.doctors.SetDoctorAvailability(said)
+    before = await first_of(front, watching(doctor_id))
+    stream = watch(front, watching(doctor_id))
+    assert (await stream.read()).revision == before.revision
+    last = a_long_history(front, doctor_id, changes)
+    resumed = await asyncio.gather(*(first_of(front, watching(doctor_id, before.resume_token)) for _ in range(5)))
+    message = before
+    while message.revision < last:
+        message = await stream.read()
+    stream.cancel()
+    # About 420 bytes each, and 25.
+    fits = changes < (2_500 if patients else 40_000)
+    for told in (message, *resumed):
+        assert len(told.SerializeToString()) <= 1 << 20
+        assert told.update.queue == (await front.queue(doctor_id))
+        assert told.previous_revision == (before.revision if fits else 0)
+        revisions = [change.revision for change in told.update.changes]
+        assert revisions == (list(range(before.revision + 1, last + 1)) if fits else [])

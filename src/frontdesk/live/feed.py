@@ -13,23 +13,25 @@ from frontdesk.core.queue import read_changes_of, read_queues, read_revisions
 from frontdesk.db.database import Database
 from frontdesk.errors import DatabaseUnavailable, DoctorNotFound, Refused
 from frontdesk.live.hints import Hints
-from frontdesk.live.subscription import DoctorDayKey, Render, Subscription, Topic
+from frontdesk.live.subscription import DoctorDayKey, Subscription, Topic, Updates
 from frontdesk.tasks import Background
 
 POLL_SECONDS = 0.2
 """How late a watcher sees a change if every hint of it was lost."""
 
 _READ_AT_ONCE = 32
+_MOST_CHANGES = 1_000
+"""Of a doctor-day that has changed more often since the last reading, streams read what they need."""
 _CHANNEL = "frontdesk_changed"
 
 
 class Feed:
     """The process's one tailer, and its watchers."""
 
-    def __init__(self, db: Database, render: Render, *, seen: Callable[[int], None] | None = None) -> None:
+    def __init__(self, db: Database, updates: Updates, *, seen: Callable[[int], None] | None = None) -> None:
         """`seen` is called with the `change_micros` of each change once its watchers are awake."""
         self._db = db
-        self._render = render
+        self._updates = updates
         self._seen = seen
         self._all_read_at = 0.0
         self._topics: dict[DoctorDayKey, Topic] = {}
@@ -70,7 +72,7 @@ class Feed:
             self._all_read_at = asyncio.get_running_loop().time()
         topic = self._topics.get(key)
         if topic is None:
-            topic = self._topics[key] = Topic(key, self._db, self._render, look=self._look_at)
+            topic = self._topics[key] = Topic(key, self._db, self._updates, look=self._look_at)
         self.watchers += 1
         return Subscription(topic, self._unsubscribed)
 
@@ -152,11 +154,13 @@ class Feed:
     async def _read(self, topics: Sequence[Topic], refused: dict[Topic, Refused]) -> None:
         found = await read_queues(self._db, [topic.key for topic in topics])
         queues = {(queue.doctor_id, queue.date): queue for queue in found}
-        since = [
-            (*topic.key, topic.queue.revision, queues[topic.key].revision)
-            for topic in topics
-            if topic.queue is not None and topic.key in queues and queues[topic.key].revision > topic.queue.revision
-        ]
+        since = []
+        for topic in topics:
+            known = 0 if topic.queue is None else topic.queue.revision
+            now = queues[topic.key].revision if topic.key in queues else 0
+            if 0 < known < now:
+                # The known revision as well: it shows whether this is still the same history.
+                since.append((*topic.key, known, now if now - known <= _MOST_CHANGES else known))
         changes = await read_changes_of(self._db, since) if since else {}
         for topic in topics:
             queue = queues.get(topic.key)

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import date
 from types import TracebackType
+from typing import NamedTuple, Protocol
 
 from frontdesk.core.queue import Queue, QueueChange, read_changes, with_positions
 from frontdesk.db.database import Database
@@ -13,10 +14,36 @@ from frontdesk.live.watcher import Watcher
 
 DoctorDayKey = tuple[str, date]
 
-Render = Callable[[Queue, Sequence[QueueChange], int, str], bytes]
-"""Serialise an update: the queue, the changes, the previous revision (0 = fresh start) and the resume token."""
+MOST_BYTES = 1024 * 1024
+"""The most that an update may have with its changes; if it had more, the stream starts afresh, without any."""
 
 _KEPT_CHANGES = 256
+_CHANGES_AT_ONCE = 500
+"""So many are read and serialised at once; the worker does other things in between."""
+_LEAST_BYTES = 12
+"""No change has fewer on the wire."""
+_KEPT_BYTES = 8 * MOST_BYTES
+"""Of updates that wait for further streams that start from the same revision."""
+
+
+class Updates(Protocol):
+    """Serialises updates."""
+
+    def changes(self, changes: Sequence[QueueChange]) -> bytes:
+        """A part of an update's changes."""
+        ...
+
+    def update(self, queue: Queue, changes: Sequence[bytes], previous: int, token: str) -> bytes:
+        """The update with these parts of its changes, from the revision `previous`; 0 is a fresh start."""
+        ...
+
+
+class Update(NamedTuple):
+    """What brings a stream to a revision."""
+
+    queue: Queue
+    history: int
+    message: bytes
 
 
 class Topic:
@@ -26,7 +53,7 @@ class Topic:
     """
 
     def __init__(
-        self, key: DoctorDayKey, db: Database, render: Render, *, look: Callable[[DoctorDayKey], None]
+        self, key: DoctorDayKey, db: Database, updates: Updates, *, look: Callable[[DoctorDayKey], None]
     ) -> None:
         """`look` asks the tailer to read this doctor-day soon."""
         self.key = key
@@ -35,11 +62,12 @@ class Topic:
         self.history = 0
         """Grows when the database is another than the one that was read before."""
         self._db = db
-        self._render = render
+        self._updates = updates
         self._look = look
         self._changes: deque[QueueChange] = deque(maxlen=_KEPT_CHANGES)
         self._messages: dict[int, bytes] = {}
         """Updates to the present revision by the revision they start from, each serialised once."""
+        self._reading_changes = asyncio.Lock()
         self._readers: list[asyncio.Future[None]] = []
         """Those who wait for a reading that begins after they asked."""
 
@@ -87,23 +115,61 @@ class Topic:
             watcher.wake()
         return news
 
-    async def update(self, queue: Queue, previous: int) -> bytes:
-        """The update to `queue`, the present or a recent one, from the revision `previous`; 0 is a fresh start."""
-        message = self._messages.get(previous) if self.queue is queue else None
+    async def update(self, previous: int, history: int) -> Update:
+        """The update to the present revision, from the revision `previous` of that history; 0 is a fresh start."""
+        found = self._at_hand(previous, history)
+        if found is None:
+            # One after the other: many streams that come back at once may start from the same revision.
+            async with self._reading_changes:
+                found = self._at_hand(previous, history) or await self._read_update(previous)
+        return found
+
+    def _at_hand(self, previous: int, history: int) -> Update | None:
+        """The update, if that needs no changes but those that are kept."""
+        queue = self.queue
+        assert queue is not None
+        if history != self.history or previous > queue.revision:
+            previous = 0
+        message = self._messages.get(previous)
         if message is None:
             changes: Sequence[QueueChange] = ()
-            asked = previous
             if previous:
                 changes = [change for change in self._changes if previous < change.revision <= queue.revision]
                 if len(changes) != queue.revision - previous:
-                    changes = await read_changes(self._db, *self.key, previous + 1, queue.revision)
-                if len(changes) != queue.revision - previous:
-                    # Longer ago than what is kept.
-                    previous, changes = 0, ()
-            token = ResumeToken(*self.key, queue.revision, queue.change_micros).encode()
-            message = self._render(queue, with_positions(changes, queue), previous, token)
-            if self.queue is queue:
-                self._messages[asked] = message
+                    return None
+            parts = (self._updates.changes(with_positions(changes, queue)),) if changes else ()
+            message = self._serialised(queue, parts, previous)
+        return Update(queue, self.history, message)
+
+    async def _read_update(self, previous: int) -> Update:
+        """The update with changes from the database; a fresh start if it has not all of them, or too many."""
+        queue, history = self.queue, self.history
+        assert queue is not None
+        parts: list[bytes] | None = []
+        size = 0
+        first = previous + 1
+        while parts is not None and first <= queue.revision:
+            last = min(first + _CHANGES_AT_ONCE - 1, queue.revision)
+            changes: Sequence[QueueChange] = ()
+            if size + (queue.revision - first + 1) * _LEAST_BYTES <= MOST_BYTES:
+                changes = await read_changes(self._db, *self.key, first, last)
+            if len(changes) == last - first + 1:
+                parts.append(self._updates.changes(with_positions(changes, queue)))
+                size += len(parts[-1])
+                first = last + 1
+            else:
+                parts = None
+        return Update(queue, history, self._serialised(queue, parts, previous))
+
+    def _serialised(self, queue: Queue, parts: Sequence[bytes] | None, previous: int) -> bytes:
+        """The update with these parts of its changes; a fresh start if there are none, or too many."""
+        token = ResumeToken(*self.key, queue.revision, queue.change_micros).encode()
+        message = b"" if parts is None else self._updates.update(queue, parts, previous, token)
+        if parts is None or (previous and len(message) > MOST_BYTES):
+            message = self._updates.update(queue, (), 0, token)
+        kept = self._messages
+        if self.queue is queue and sum(map(len, kept.values())) + len(message) <= _KEPT_BYTES:
+            kept[previous] = message
         return message
 
     async def was(self, token: ResumeToken, queue: Queue) -> bool:
@@ -166,9 +232,7 @@ class Subscription(Watcher):
         if resume is not None and await self._topic.was(resume, queue):
             self._sent, self._sent_micros = resume.revision, resume.change_micros
             self._sent_history = self._topic.history
-            return await self.latest()
-        self.seen()
-        return await self._update_from(0, queue)
+        return await self.latest()
 
     async def latest(self) -> bytes | None:
         """The update from what the stream was sent to the present revision; None if that is the one it was sent."""
@@ -177,12 +241,6 @@ class Subscription(Watcher):
         assert queue is not None
         if (queue.revision, queue.change_micros) == (self._sent, self._sent_micros):
             return None
-        return await self._update_from(self._sent, queue)
-
-    async def _update_from(self, previous: int, queue: Queue) -> bytes:
-        history = self._topic.history
-        if previous > queue.revision or self._sent_history != history:
-            previous = 0
-        message = await self._topic.update(queue, previous)
-        self._sent, self._sent_micros, self._sent_history = queue.revision, queue.change_micros, history
+        queue, self._sent_history, message = await self._topic.update(self._sent, self._sent_history)
+        self._sent, self._sent_micros = queue.revision, queue.change_micros
         return message

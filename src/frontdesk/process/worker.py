@@ -21,7 +21,7 @@ from frontdesk.rpc.access import Access
 from frontdesk.rpc.pipeline import Pipeline
 from frontdesk.rpc.server import Server
 from frontdesk.rpc.services import servicers
-from frontdesk.rpc.services.queue import render
+from frontdesk.rpc.services.queue import Updates
 from frontdesk.settings import Settings
 from frontdesk.tasks import Background
 
@@ -67,7 +67,7 @@ class Worker:
             direct=settings.direct_database_url,
             tracing=tracing,
         )
-        self._feed = Feed(self._db, render, seen=None if metrics is None else metrics.change_seen)
+        self._feed = Feed(self._db, Updates(), seen=None if metrics is None else metrics.change_seen)
         self._pipeline = Pipeline(
             max_in_flight=settings.max_in_flight,
             access=Access(required=False, client_certificates=settings.tls_client_ca is not None),

@@ -448,9 +448,9 @@ class WatchQueueRequest(_message.Message):
     """Required. The doctor's id."""
     resume_token: _builtins.str
     """The `resume_token` of an earlier message for this doctor-day. The stream then goes on after that message: with one
-    update that lists the changes since, or with a heartbeat if there are none. A token that is too old, or from before
-    a restore of the database, starts afresh with the whole queue. A malformed token, or one of another doctor-day, is
-    refused.
+    update that lists the changes since, or with a heartbeat if there are none. A token that is too old, from before a
+    restore of the database, or with too many changes since, starts afresh with the whole queue. A malformed token, or
+    one of another doctor-day, is refused.
     """
     @_builtins.property
     def date(self) -> _date_pb2.Date:
@@ -493,7 +493,7 @@ class QueueUpdate(_message.Message):
     @_builtins.property
     def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueChange]:
         """The changes after previous_revision up to revision, one per revision, in that order. Empty on a fresh start
-        (previous_revision 0).
+        (previous_revision 0): an update that would have more than 1 MiB with its changes is one.
         """
 
     def __init__(

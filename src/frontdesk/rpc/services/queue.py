@@ -42,16 +42,25 @@ to_queue = converter(
 _KINDS: dict[str, Any] = enum_numbers(pb.QueueChange.Kind.DESCRIPTOR)
 
 
-def render(queue: Queue, changes: Sequence[QueueChange], previous: int, token: str) -> bytes:
-    """An update as it goes on the wire, once for all its watchers."""
-    message = pb.WatchQueueResponse(
-        revision=queue.revision,
-        previous_revision=previous,
-        resume_token=token,
-        update=pb.QueueUpdate(queue=to_queue(queue), changes=map(_to_change, changes)),
-    )
-    message.server_time.GetCurrentTime()
-    return message.SerializeToString()
+class Updates:
+    """Serialises updates for the wire, each once for all its watchers."""
+
+    def changes(self, changes: Sequence[QueueChange]) -> bytes:
+        """A part of an update's changes."""
+        return pb.QueueUpdate(changes=map(_to_change, changes)).SerializeToString()
+
+    def update(self, queue: Queue, changes: Sequence[bytes], previous: int, token: str) -> bytes:
+        """The update with these parts of its changes."""
+        message = pb.WatchQueueResponse(
+            revision=queue.revision,
+            previous_revision=previous,
+            resume_token=token,
+            update=pb.QueueUpdate(queue=to_queue(queue)),
+        )
+        for part in changes:
+            message.update.MergeFromString(part)
+        message.server_time.GetCurrentTime()
+        return message.SerializeToString()
 
 
 def _to_change(change: QueueChange) -> pb.QueueChange:
