@@ -167,4 +167,5 @@ def _violation(found: Any) -> tuple[str, str]:
         path += f".{element.field_name}" if path else element.field_name
         if element.subscript is not None and element.subscript.field == "index":
             path += f"[{element.subscript.value}]"
-    return path, found.message or found.rule_id
+    # The id of a rule of a whole request is the path of the field that it is about.
+    return path or found.rule_id, found.message or found.rule_id

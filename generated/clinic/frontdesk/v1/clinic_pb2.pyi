@@ -45,7 +45,7 @@ class Clinic(_message.Message):
     time-ordered.
     """
     name: _builtins.str
-    """Required. 1 to 200 characters on one line, not only white space."""
+    """Required. 1 to 200 characters on one line, not only white space and invisible characters."""
     address: _builtins.str
     """Street address. Up to 500 characters, on any number of lines."""
     city: _builtins.str
@@ -58,7 +58,7 @@ class Clinic(_message.Message):
     """ISO 3166-1 alpha-2 code in upper case, such as BR. Unknown codes are refused."""
     phone: _builtins.str
     """E.164 in responses, such as +551130001000. A number without a country code is read as a number of `country`, and
-    refused if `country` is empty. Up to 40 characters. A number that is not valid in its country is refused.
+    refused if `country` is empty. Otherwise read and refused like the phone of a patient.
     """
     email: _builtins.str
     """E-mail address, up to 254 characters (RFC 5321)."""
@@ -293,7 +293,9 @@ class ListClinicsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     city: _builtins.str
-    """Only clinics in this city, ignoring letter case; empty means every city."""
+    """Only clinics in this city, compared like the name of a patient; not only white space and invisible characters. Empty
+    means every city.
+    """
     page_size: _builtins.int
     """The maximum number of clinics to return. 0 means 50; above 100 means 100; a negative number is refused."""
     page_token: _builtins.str

@@ -46,10 +46,10 @@ class Doctor(_message.Message):
     """
     code: _builtins.str
     """Required. The clinic's short name for this doctor, unique among all doctors (CODE_TAKEN). 1 to 50 characters on one
-    line, not only white space.
+    line, not only white space and invisible characters.
     """
     display_name: _builtins.str
-    """Required. 1 to 200 characters on one line, not only white space."""
+    """Required. 1 to 200 characters on one line, not only white space and invisible characters."""
     specialty: _builtins.str
     """Specialty, such as Cardiology. Up to 200 characters on one line."""
     license_number: _builtins.str
@@ -293,7 +293,9 @@ class ListDoctorsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     specialty: _builtins.str
-    """Only doctors with this specialty, ignoring letter case; empty means every specialty."""
+    """Only doctors with this specialty, compared like the name of a patient; not only white space and invisible
+    characters. Empty means every specialty.
+    """
     clinic_id: _builtins.str
     """Only doctors of this clinic; empty means every clinic."""
     code: _builtins.str

@@ -12,9 +12,14 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 LINE_FIELD_NUMBER: _builtins.int
 TEXT_FIELD_NUMBER: _builtins.int
+VISIBLE_FIELD_NUMBER: _builtins.int
 line: _extension_dict._ExtensionFieldDescriptor[_validate_pb2.StringRules, _builtins.bool]
 """Text on one line. Refused are control characters, line and paragraph separators, and invisible characters that
 change the direction of the text around them (Unicode TR 36).
 """
 text: _extension_dict._ExtensionFieldDescriptor[_validate_pb2.StringRules, _builtins.bool]
 """Text on any number of lines. Line feed, carriage return and tab are allowed; other control characters are refused."""
+visible: _extension_dict._ExtensionFieldDescriptor[_validate_pb2.StringRules, _builtins.bool]
+"""Text of which something can be seen, or none. Refused is text of white space and invisible characters (Unicode's
+Default_Ignorable_Code_Point) alone.
+"""

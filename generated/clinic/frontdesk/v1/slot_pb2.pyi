@@ -328,7 +328,9 @@ class ListSlotsRequest(_message.Message):
     clinic_id: _builtins.str
     """Only slots of this clinic; empty means every clinic."""
     specialty: _builtins.str
-    """Only slots of doctors with this specialty, ignoring letter case; empty means every specialty."""
+    """Only slots of doctors with this specialty, compared like the name of a patient; not only white space and invisible
+    characters. Empty means every specialty.
+    """
     available_only: _builtins.bool
     """If true, only slots that can be booked now: open, in the future, with a free place in the slot and in its
     doctor-day, and with the doctor present and both doctor and clinic active.
