@@ -46,8 +46,9 @@ def found(connection: psycopg.Connection, zone: str, doctors: int, patients: int
         (CLINIC, zone, clinics - 1),
     )
     connection.execute(
-        "insert into doctor (id, code, display_name, specialty, clinic_id, max_patients_per_day)"
-        " select bench_id(%s, i), 'B-' || i, 'Doctor ' || i, 'specialty ' || i %% 20, bench_id(%s, i %% %s), 1000"
+        "insert into doctor (id, code, display_name, specialty, specialty_key, clinic_id, max_patients_per_day)"
+        " select bench_id(%s, i), 'B-' || i, 'Doctor ' || i, 'specialty ' || i %% 20, 'specialty ' || i %% 20,"
+        " bench_id(%s, i %% %s), 1000"
         " from generate_series(0, %s) i",
         (DOCTOR, CLINIC, clinics, doctors - 1),
     )

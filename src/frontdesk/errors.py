@@ -217,6 +217,13 @@ class TimeZoneInUse(Precondition):
     resource = "clinic"
 
 
+class SamePatient(Precondition):
+    """Both ids stand for the same patient."""
+
+    reason = "SAME_PATIENT"
+    resource = "patient"
+
+
 class AlreadyExists(Refused):
     """An existing resource conflicts with the request."""
 
@@ -261,6 +268,13 @@ class LicenseTaken(AlreadyExists):
 
     reason = "LICENSE_TAKEN"
     resource = "doctor"
+
+
+class PatientAmbiguous(AlreadyExists):
+    """This person may be one of several patients; a birth date would tell."""
+
+    reason = "PATIENT_AMBIGUOUS"
+    resource = "patient"
 
 
 class PatientExists(AlreadyExists):

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tests.fuzz.requests import CANARY, Known, requests
 from tests.hostile.methods import METHODS, World
 
-_IDS = [f"0192f5d1-7a5c-7b6e-8f00-0123456789a{n}" for n in range(5)]
+_IDS = [f"0192f5d1-7a5c-7b6e-8f00-0123456789a{n}" for n in range(6)]
 _PAGE = convert.page_token(
     message_factory.GetMessageClass(METHODS["ListClinics"].input_type)(), ("1970-01-01", _IDS[0])
 )
@@ -43,7 +43,13 @@ def _read(message: Message) -> None:
     """Read tokens, dates and instants as the servicers do."""
     for field, value in message.ListFields():
         if field.name == "page_token":
-            for kinds in (convert.IDS, convert.DATES, convert.DATES_STARTS_AND_IDS, convert.INSTANTS_AND_IDS):
+            for kinds in (
+                convert.IDS,
+                convert.DATES,
+                convert.DATES_STARTS_AND_IDS,
+                convert.INSTANTS_AND_IDS,
+                convert.WORDS_AND_IDS,
+            ):
                 convert.page_from(message, *kinds)
         elif field.name == "resume_token":
             ResumeToken.decode(value)

@@ -43,7 +43,17 @@ DATES = (
 PLAUSIBLE: Mapping[str, Sequence[str]] = {
     "country": ("PE", "CL", "BR", "US"),
     "default_country": ("PE", "CL", "BR", "US", "GB"),
-    "phone": ("+5511987654321", "(11) 98765-4321", "+51987654321", "987654321", "tel:+5511987654321", "+1 800 FLOWERS"),
+    "phone": (
+        "+5511987654321",
+        "(11) 98765-4321",
+        "+51987654321",
+        "987654321",
+        "tel:+5511987654321",
+        "+1 800 FLOWERS",
+        "",
+        "\u202a+52 1 55 1234 5678\u202c",
+        "+14244172469#619",
+    ),
     "time_zone": ("UTC", "America/Lima", "Pacific/Kiritimati", "Etc/GMT+12", "localtime", "Factory", "EST5EDT"),
     "number": ("00123", "12345", "1"),
     "etag": ("1", "2", "999999999", "9999999999", "١"),

@@ -29,14 +29,14 @@ def _no_poll() -> None:
 
 
 def _changes_skipped() -> None:
-    positions = subscription.with_positions
+    positions = subscription.as_of
 
     def skipping(changes: Sequence[Any], queue: Any) -> list[Any]:
         # Of several changes in one update, drop the first.
         told: list[Any] = positions(changes, queue)
         return told[1 if len(told) > 1 else 0 :]
 
-    subscription.with_positions = skipping
+    subscription.as_of = skipping
 
 
 def _old_queue() -> None:

@@ -198,6 +198,8 @@ class World:
     patient_id: str
     slot_id: str
     appointment_id: str
+    other_patient_id: str
+    """A patient who is merged into the other by a valid request."""
 
 
 async def world(front: Front) -> World:
@@ -207,7 +209,8 @@ async def world(front: Front) -> World:
     patient = await front.patient()
     slot = await front.slot(doctor.id, noon(2))
     booked = await front.book(patient.id, doctor.id, tomorrow())
-    return World(clinic.id, doctor.id, patient.id, slot.id, booked.appointment.id)
+    other = await front.patient()
+    return World(clinic.id, doctor.id, patient.id, slot.id, booked.appointment.id, other.id)
 
 
 def noon(days: int) -> datetime:
@@ -264,6 +267,9 @@ VALID: dict[str, Callable[[World], Message]] = {
     "RegisterPatient": lambda w: patient_pb2.RegisterPatientRequest(patient=_patient()),
     "GetPatient": lambda w: patient_pb2.GetPatientRequest(patient_id=w.patient_id),
     "UpdatePatient": lambda w: patient_pb2.UpdatePatientRequest(patient=_patient(id=w.patient_id)),
+    "MergePatients": lambda w: patient_pb2.MergePatientsRequest(
+        keep_patient_id=w.patient_id, merge_patient_id=w.other_patient_id
+    ),
     "ListPatients": lambda w: patient_pb2.ListPatientsRequest(name_prefix="R", insurance=_insured()),
     "CreateDoctor": lambda w: doctor_pb2.CreateDoctorRequest(doctor=doctor_pb2.Doctor(code="X", display_name="Dr X")),
     "GetDoctor": lambda w: doctor_pb2.GetDoctorRequest(doctor_id=w.doctor_id),

@@ -136,6 +136,19 @@ async def _update_patient(front: Front) -> Scenario:
     return Scenario(named("Rosa"), named("Ana"), later, _only("id"))
 
 
+async def _merge_patients(front: Front) -> Scenario:
+    kept, merged, other = [patient.id for patient in await front.people(3)]
+
+    def of(patient_id: str) -> patient_pb2.MergePatientsRequest:
+        return patient_pb2.MergePatientsRequest(keep_patient_id=kept, merge_patient_id=patient_id)
+
+    async def later() -> None:
+        changed = patient_pb2.Patient(id=merged, given_name="Rosinha")
+        await front.patients.UpdatePatient(patient_pb2.UpdatePatientRequest(patient=changed))
+
+    return Scenario(of(merged), of(other), later, _only("id"))
+
+
 async def _create_doctor(front: Front) -> Scenario:
     def coded(code: str) -> doctor_pb2.CreateDoctorRequest:
         return doctor_pb2.CreateDoctorRequest(doctor=doctor_pb2.Doctor(code=code, display_name="Dr"))
@@ -310,6 +323,7 @@ SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "UpdateClinic": _update_clinic,
     "RegisterPatient": _register_patient,
     "UpdatePatient": _update_patient,
+    "MergePatients": _merge_patients,
     "CreateDoctor": _create_doctor,
     "UpdateDoctor": _update_doctor,
     "SetDoctorAvailability": _set_availability,

@@ -128,10 +128,10 @@ def _is_line(place: Place) -> bool:
 
 
 def test_names_are_lines() -> None:
-    """Every field with the name of a name, a code or a phone is text on one line."""
+    """Every field with the name of a name or a code is text on one line; a phone has a form of its own."""
     for name in METHODS:
         for place in places(name, is_text):
-            if place.field.name.endswith(("name", "code", "phone", "city", "specialty", "room", "allergies")):
+            if place.field.name.endswith(("name", "code", "city", "specialty", "room", "allergies")):
                 assert _is_line(place), f"{name}.{place.path}"
 
 
@@ -325,7 +325,7 @@ IMPOSSIBLE_DATES = (
 
 
 async def test_impossible_dates(front: Front) -> None:
-    """30 February is not a valid date in any request; nor is a year or a month alone."""
+    """30 February is not a valid date in any request; nor is a year or a month alone, except as a birth date."""
     here = await world(front)
     dated = [(name, place) for name in METHODS for place in places(name, is_a(DATE)) if _taken(place)]
     assert dated
@@ -335,6 +335,7 @@ async def test_impossible_dates(front: Front) -> None:
         )
         for name, place in dated
         for y, m, d in IMPOSSIBLE_DATES
+        if d or place.field.name != "birth_date" or (y, m) == (0, 0)
     )
 
 
@@ -628,7 +629,7 @@ def _ours(garbage: object) -> bool:
 
 async def test_calls_leave_no_circles(front: Front) -> None:
     """No call, whatever its answer, leaves objects for the garbage collector, which would stop all calls."""
-    here, nowhere = await world(front), World(*["0190a0b0-1111-7222-8333-444455556666"] * 5)
+    here, nowhere = await world(front), World(*["0190a0b0-1111-7222-8333-444455556666"] * 6)
     answers = Counter[str]()
     gc.collect()
     gc.set_debug(gc.DEBUG_SAVEALL)

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from frontdesk.core.caller import Caller
 from frontdesk.core.formats import e164, require_country, time_zone
+from frontdesk.core.names import folded
 from frontdesk.db import schema
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, Transaction
@@ -72,7 +73,7 @@ class Clinics:
         """Clinics, of one city if given, the oldest first."""
         filters: dict[str, tuple[sa.ColumnElement[bool], Any]] = {}
         if city:
-            filters["city"] = (sa.func.lower(schema.clinic.c.city) == sa.func.lower(sa.bindparam("city")), city)
+            filters["city"] = (schema.clinic.c.city_key == sa.bindparam("city"), folded(city))
         return await records.page(self._db, page, filters)
 
 
@@ -82,6 +83,8 @@ async def _checked(tx: Transaction, current: Clinic | None, values: Mapping[str,
     require_country(country, "clinic.country")
     if "phone" in checked:
         checked["phone"] = e164(checked["phone"], country, "clinic.phone")
+    if "city" in checked:
+        checked["city_key"] = folded(checked["city"])
     if "time_zone" in checked and (current is None or checked["time_zone"] != current.time_zone):
         await _require_zone(tx, checked["time_zone"])
         if current is not None:

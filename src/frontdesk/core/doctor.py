@@ -12,6 +12,7 @@ from frontdesk.core import clinic
 from frontdesk.core.caller import Caller
 from frontdesk.core.decision import Changed, asked, iso, refusal
 from frontdesk.core.formats import require_order
+from frontdesk.core.names import folded
 from frontdesk.db import schema
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, Transaction, compiled
@@ -72,7 +73,7 @@ class Doctors:
 
     async def create(self, caller: Caller, values: Mapping[str, Any], *, key: Key) -> Change[Doctor]:
         """Take a doctor on. Raises ClinicNotFound, ClinicNotYours, CodeTaken, LicenseTaken."""
-        return await records.create(self._db, key, values, _in_a_clinic, permit=_permit(caller))
+        return await records.create(self._db, key, values, _completed, permit=_permit(caller))
 
     async def get(self, caller: Caller, doctor_id: str) -> Doctor:
         """Raises DoctorNotFound."""
@@ -86,15 +87,14 @@ class Doctors:
         Raises DoctorNotFound, ClinicNotFound, ClinicNotYours, CodeTaken, LicenseTaken, EtagMismatch.
         """
         permit = _permit(caller)
-        return await records.update(self._db, key, doctor_id, changes, version, _in_a_clinic, permit=permit)
+        return await records.update(self._db, key, doctor_id, changes, version, _completed, permit=permit)
 
     async def list(self, caller: Caller, page: Page, *, specialty: str, clinic_id: str, code: str) -> Listing[Doctor]:
         """Doctors for whom every given filter holds, the oldest first."""
         t = schema.doctor.c
         filters: dict[str, tuple[sa.ColumnElement[bool], Any]] = {}
         if specialty:
-            same = sa.func.lower(t.specialty) == sa.func.lower(sa.bindparam("specialty"))
-            filters["specialty"] = (same, specialty)
+            filters["specialty"] = (t.specialty_key == sa.bindparam("specialty"), folded(specialty))
         if clinic_id:
             filters["clinic_id"] = (t.clinic_id == sa.bindparam("clinic_id"), clinic_id)
         if code:
@@ -176,12 +176,13 @@ def _permit(caller: Caller) -> Callable[[Doctor], None]:
     return permit
 
 
-async def _in_a_clinic(tx: Transaction, current: Doctor | None, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The values with the clinic that they name; a new doctor without one belongs to the default clinic."""
+async def _completed(tx: Transaction, current: Doctor | None, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values with what follows from them; a new doctor without a clinic belongs to the default clinic."""
+    values = dict(values)
+    if "specialty" in values:
+        values["specialty_key"] = folded(values["specialty"])
     if values.get("clinic_id"):
-        named = await clinic.records.get(tx, values["clinic_id"])
-        return {**values, "clinic_id": named.id}
-    if current is not None and "clinic_id" not in values:
-        return values
-    default = await tx.row("select id from clinic where is_default", (), str)
-    return {**values, "clinic_id": default}
+        values["clinic_id"] = (await clinic.records.get(tx, values["clinic_id"])).id
+    elif current is None or "clinic_id" in values:
+        values["clinic_id"] = await tx.row("select id from clinic where is_default", (), str)
+    return values

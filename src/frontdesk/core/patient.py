@@ -1,23 +1,23 @@
 """The patients. The same person is found again, never registered twice; a shared phone is no second record."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from datetime import date, datetime
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import sqlalchemy as sa
-from psycopg.types.json import Jsonb
-from sqlalchemy.dialects.postgresql import JSONB
 
 from frontdesk.core.caller import Caller
-from frontdesk.core.formats import e164, folded, require_country
+from frontdesk.core.decision import Changed, asked, refusal
+from frontdesk.core.formats import e164, insurance_key, require_country
+from frontdesk.core.names import folded, sought_words
 from frontdesk.db import schema
-from frontdesk.db.change import Change, Key, claim, note
-from frontdesk.db.database import Database, Transaction, compiled
-from frontdesk.db.paging import Listing, Page
+from frontdesk.db.change import Change, Key
+from frontdesk.db.database import Database
+from frontdesk.db.paging import Listing, Page, cut
 from frontdesk.db.records import Records
-from frontdesk.errors import InvalidField, PatientExists, PatientNotFound
+from frontdesk.errors import InvalidField, PatientNotFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class Patient:
     id: str
     given_name: str
     family_name: str
-    birth_date: date | None
+    birth_date: str
+    """As much as is known, in ISO 8601: 1980-05-05, 1980-05, 1980 or nothing."""
     gender: str
     phone: str
     email: str
@@ -48,56 +49,51 @@ class Registration:
     already_registered: bool
 
 
+_t = schema.patient.c
+_KEPT = _t.merged_into.is_(None)
+_COLUMNS = [field.name for field in fields(Patient)]
+_BAD_BIRTH_DATES = {
+    "BIRTH_DATE_IN_FUTURE": "is in the future",
+    "BIRTH_DATE_TOO_EARLY": "is more than 130 years ago",
+}
+
 records = Records(schema.patient, Patient, PatientNotFound)
 
-_t = schema.patient.c
-_birth = sa.bindparam("birth", type_=sa.Date)
-_same_person = compiled(
-    sa.select(_t.id)
-    .where(
-        _t.phone == sa.bindparam("phone"),
-        _t.name_key == sa.bindparam("name"),
-        sa.or_(_t.birth_date.is_(None), _birth.is_(None), _t.birth_date == _birth),
-        _t.id.is_distinct_from(sa.bindparam("but", type_=sa.Uuid)),
-    )
-    # The one with the very birth date before one that has none.
-    .order_by(sa.desc(_t.birth_date.is_not_distinct_from(_birth)), _t.id)
+_get = f"select {', '.join(_COLUMNS)} from patient where id = current_patient(%s)"
+_decided = (
+    "select d.outcome, d.subject, d.details, coalesce(d.replayed, false), coalesce(d.already_registered, false),"
+    f" coalesce(d.days, '[]'), {', '.join(f'(d.patient).{name}' for name in _COLUMNS)} from decide(%s) d"
+)
+_searched = (
+    f"select word, {', '.join(f'(patient).{name}' for name in _COLUMNS)}"
+    " from search_patients(%(words)s, %(after_word)s, %(after_id)s, %(size)s)"
 )
 
 
 class Patients:
-    """Register, find and change patients."""
+    """Register, find, change and merge patients."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, changed: Changed) -> None:
         self._db = db
+        self._changed = changed
 
     async def register(
         self, caller: Caller, values: Mapping[str, Any], country: str, *, key: Key
     ) -> Change[Registration]:
         """Find the patient, or create the record.
 
-        The same person is the same phone and the same folded name without a contradicting birth date. `country` reads
-        national numbers. Raises InvalidField.
+        The same person has the same phone, the same name as `names.folded` has it, and no contradicting birth date; a
+        found record takes a birth date that says more. `country` reads national numbers. Raises PatientAmbiguous if
+        the person may be one of several, InvalidField.
         """
-        values = _checked(values, country)
-        values |= _name_keys(values)
-
-        async def work(tx: Transaction) -> Change[Registration]:
-            claimed = await claim(tx, key)
-            if claimed.replayed:
-                before = bool(claimed.notes.get("already_registered"))
-                return Change(Registration(await records.get(tx, claimed.result_id), before), True)
-            found = await _find_person(tx, values["phone"], values["name_key"], values.get("birth_date"))
-            if found is None:
-                return Change(Registration(await records.insert(tx, claimed.result_id, values), False), False)
-            await note(tx, key, found, already_registered=True)
-            return Change(Registration(await records.get(tx, found), True), False)
-
-        return await self._db.transaction(work)
+        return await self._decide(asked(caller, key, record=_record(values, country)))
 
     async def get(self, caller: Caller, patient_id: str) -> Patient:
-        """Raises PatientNotFound."""
-        return await records.get(self._db, patient_id)
+        """The patient; of a merged record, the kept one. Raises PatientNotFound."""
+        found = await self._db.row(_get, (patient_id,), Patient)
+        if found is None:
+            raise PatientNotFound(patient_id)
+        return found
 
     async def update(
         self,
@@ -110,19 +106,19 @@ class Patients:
         key: Key,
     ) -> Change[Patient]:
         """Change the given columns. Raises PatientNotFound, PatientExists, EtagMismatch, InvalidField."""
+        record = _record(changes, country)
+        change = await self._decide(asked(caller, key, patient=patient_id, version=version, record=record))
+        return Change(change.result.patient, change.replayed)
 
-        async def prepare(tx: Transaction, current: Patient | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
-            assert current is not None
-            if not _PERSON & given.keys():
-                return given
-            merged = {name: given.get(name, getattr(current, name)) for name in _PERSON}
-            keys = _name_keys(merged)
-            other = await _find_person(tx, merged["phone"], keys["name_key"], merged["birth_date"], but=patient_id)
-            if other is not None:
-                raise PatientExists(other)
-            return {**given, **keys}
+    async def merge(self, caller: Caller, keep_id: str, merge_id: str, *, key: Key) -> Change[Patient]:
+        """Make two records of one person one; the id of the other one stands for the kept one from now on.
 
-        return await records.update(self._db, key, patient_id, _checked(changes, country), version, prepare)
+        Raises PatientNotFound, SamePatient, DuplicateBooking, PatientOverlap, InvalidField.
+        """
+        if keep_id.lower() == merge_id.lower():
+            raise InvalidField(("merge_patient_id", "is the id of the patient to keep"))
+        change = await self._decide(asked(caller, key, keep=keep_id, patient=merge_id))
+        return Change(change.result.patient, change.replayed)
 
     async def list(
         self,
@@ -134,62 +130,68 @@ class Patients:
         name_prefix: str,
         insurance: Mapping[str, str] | None,
     ) -> Listing[Patient]:
-        """Patients for whom every given filter holds, the oldest first. Raises InvalidField."""
+        """Patients for whom every given filter holds.
+
+        The oldest first; if only a name is sought, by the word of theirs that matches, then the oldest first. Raises
+        InvalidField.
+        """
         require_country(country, "default_country")
+        words = sought_words(name_prefix)
+        if name_prefix and not words:
+            raise InvalidField(("name_prefix", "has no word"))
         filters: dict[str, tuple[sa.ColumnElement[bool], Any]] = {}
         if phone:
-            filters["phone"] = (_t.phone == sa.bindparam("phone"), e164(phone, country, "phone"))
-        if name_prefix:
-            filters["name_prefix"] = (sa.or_(_begins(_t.name_key), _begins(_t.family_key)), folded(name_prefix))
+            of_phone = sa.and_(_t.phone == sa.bindparam("phone"), _t.phone != sa.literal_column("''"), _KEPT)
+            filters["phone"] = (of_phone, e164(phone, country, "phone"))
         if insurance is not None:
             require_country(insurance["country"], "insurance.country")
-            wanted = sa.cast(sa.bindparam("insurance"), JSONB)
-            filters["insurance"] = (_t.insurances.contains(wanted), Jsonb([dict(insurance)]))
+            keys = sa.bindparam("insurance", type_=_t.insurance_keys.type)
+            of_number = sa.and_(_t.insurance_keys.op("@>")(keys), _KEPT)
+            filters["insurance"] = (of_number, [insurance_key(**insurance)])
+        if not filters:
+            return await self._search(page, words)
+        if words:
+            filters["words"] = (sa.func.has_words(_t.id, sa.bindparam("words", type_=sa.ARRAY(sa.Text))), words)
         return await records.page(self._db, page, filters)
 
+    async def _search(self, page: Page, words: Sequence[str]) -> Listing[Patient]:
+        after_word, after_id = page.after or (None, None)
+        if after_word is not None and not after_word.startswith(tuple(words)):
+            raise InvalidField(("page_token", "is not a page token of this method and filter"))
+        found = await self._db.rows(
+            _searched,
+            {"words": words, "after_word": after_word, "after_id": after_id, "size": page.size + 1},
+            lambda word, *columns: (word, Patient(*columns)),
+        )
+        listing = cut(page, found, lambda row: (row[0], row[1].id))
+        return Listing([patient for _, patient in listing.items], listing.next)
 
-_PERSON = frozenset({"given_name", "family_name", "phone", "birth_date"})
-"""The columns that tell persons apart."""
+    async def _decide(self, request: Mapping[str, Any]) -> Change[Registration]:
+        answer = await self._db.row(_decided, (json.dumps([request]),), lambda *columns: columns)
+        assert answer is not None
+        outcome, subject, details, replayed, already_registered, days, *patient = answer
+        if outcome in _BAD_BIRTH_DATES:
+            raise InvalidField(("patient.birth_date", _BAD_BIRTH_DATES[outcome]))
+        if outcome != "OK":
+            raise refusal(outcome, subject, details)
+        for doctor_id, day in days:
+            self._changed(doctor_id, date.fromisoformat(day))
+        return Change(Registration(Patient(*patient), already_registered), replayed)
 
 
-def _name_keys(names: Mapping[str, Any]) -> dict[str, str]:
-    family_name = names.get("family_name", "")
-    return {"name_key": folded(names["given_name"], family_name), "family_key": folded(family_name)}
-
-
-def _begins(column: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
-    # Not LIKE: in a plan that is kept it could use no index for a parameter. These compare code points, as the indexes
-    # do, and no code point comes after U+10FFFF.
-    prefix = sa.bindparam("name_prefix", type_=sa.Text)
-    last: sa.ColumnElement[str] = sa.literal_column(r"U&'\+10FFFF'")
-    return sa.and_(column.op("~>=~")(prefix), column.op("~<=~")(sa.func.concat(prefix, last)))
-
-
-async def _find_person(
-    tx: Transaction, phone: str, name_key: str, birth_date: date | None, but: str | None = None
-) -> str | None:
-    # Locked by phone, in a statement of its own, so that two registrations of one person find each other.
-    await tx.run("select lock_all(array['phone/' || %s::text])", (phone,))
-    return await tx.row(_same_person, {"phone": phone, "name": name_key, "birth": birth_date, "but": but}, str)
-
-
-def _checked(values: Mapping[str, Any], country: str) -> dict[str, Any]:
-    checked = dict(values)
+def _record(values: Mapping[str, Any], country: str) -> dict[str, Any]:
+    """The columns as they are written, with those that follow from them. Raises InvalidField."""
+    record = dict(values)
     require_country(country, "default_country")
-    if "phone" in checked:
-        checked["phone"] = e164(checked["phone"], country, "patient.phone")
-    if "emergency_phone" in checked:
-        checked["emergency_phone"] = e164(checked["emergency_phone"], country, "patient.emergency_contact.phone")
-    for insurance in checked.get("insurances", ()):
-        require_country(insurance["country"], "patient.insurances.country")
-    if checked.get("birth_date") is not None and checked["birth_date"] > _latest_today():
-        raise InvalidField(("patient.birth_date", "is in the future"))
-    return checked
-
-
-def _latest_today() -> date:
-    # A patient belongs to no clinic, so "today" is the furthest that any civil day has come (UTC+14).
-    return datetime.now(_FURTHEST).date()
-
-
-_FURTHEST = ZoneInfo("Pacific/Kiritimati")
+    for name in ("given", "family"):
+        if f"{name}_name" in record:
+            record[f"{name}_key"] = folded(record[f"{name}_name"])
+    if "phone" in record:
+        record["phone"] = e164(record["phone"], country, "patient.phone")
+    if "emergency_phone" in record:
+        record["emergency_phone"] = e164(record["emergency_phone"], country, "patient.emergency_contact.phone")
+    if "insurances" in record:
+        for n, insurance in enumerate(record["insurances"]):
+            require_country(insurance["country"], f"patient.insurances[{n}].country")
+        record["insurance_keys"] = [insurance_key(**insurance) for insurance in record["insurances"]]
+    return record

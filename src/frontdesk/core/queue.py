@@ -162,15 +162,22 @@ async def read_revisions(db: Database, days: Sequence[tuple[str, date]]) -> dict
     return dict(found)
 
 
-def with_positions(changes: Sequence[QueueChange], queue: Queue) -> list[QueueChange]:
-    """The changes, with each entry's position as of `queue`."""
-    now = {entry.appointment_id: entry.position for entry in queue.entries}
-    return [
-        replace(change, entry=replace(change.entry, position=now.get(change.appointment_id, 0)))
-        if change.entry is not None and change.entry.state == "WAITING"
-        else change
-        for change in changes
-    ]
+def as_of(changes: Sequence[QueueChange], queue: Queue) -> list[QueueChange]:
+    """The changes, with the position and the patient that each entry has in `queue`.
+
+    A change that was read before the patient's name was corrected looks like one that was read after it.
+    """
+    now = {entry.appointment_id: entry for entry in queue.entries}
+    return [_as_of(change, now.get(change.appointment_id)) for change in changes]
+
+
+def _as_of(change: QueueChange, now: QueueEntry | None) -> QueueChange:
+    entry = change.entry
+    if entry is None or now is None:
+        return change
+    position = now.position if entry.state == "WAITING" else 0
+    entry = replace(entry, position=position, patient_id=now.patient_id, patient_name=now.patient_name)
+    return replace(change, entry=entry)
 
 
 def entry_of(a: Appointment) -> QueueEntry:

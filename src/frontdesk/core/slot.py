@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from frontdesk.core.caller import Caller
 from frontdesk.core.decision import asked, iso, refusal
+from frontdesk.core.names import folded
 from frontdesk.db import schema
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, compiled
@@ -116,7 +117,8 @@ class Slots:
         if wanted.start_time_from and wanted.start_time_to and wanted.start_time_to < wanted.start_time_from:
             raise InvalidField(("start_time_to", "is before start_time_from"))
         values = {
-            "doctor_id": wanted.doctor_id, "clinic_id": wanted.clinic_id, "specialty": wanted.specialty,
+            "doctor_id": wanted.doctor_id, "clinic_id": wanted.clinic_id,
+            "specialty": wanted.specialty and folded(wanted.specialty),
             "start_time_from": wanted.start_time_from, "start_time_to": wanted.start_time_to,
             "after_time": page.after[0] if page.after else None, "after_id": page.after[1] if page.after else None,
         }  # fmt: skip
@@ -170,7 +172,7 @@ def _list_statement(given: frozenset[str], available_only: bool) -> str:
         "specialty": sa.exists()
         .where(
             specialist.id == _s.doctor_id,
-            sa.func.lower(specialist.specialty) == sa.func.lower(sa.bindparam("specialty")),
+            specialist.specialty_key == sa.bindparam("specialty"),
         )
         .correlate(schema.slot),
         "start_time_from": _s.start_time >= sa.bindparam("start_time_from"),

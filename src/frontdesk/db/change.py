@@ -1,10 +1,8 @@
 """A change that a caller intends: the key under which it acts once, and the answer that says whether it acted now."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
-
-from psycopg.types.json import Jsonb
+from typing import Generic, TypeVar
 
 from frontdesk.db.database import Transaction
 from frontdesk.errors import IdempotencyKeyReused
@@ -45,8 +43,6 @@ class Claim:
     result_id: str
     """The id that the change's resource gets, or got at the first success."""
     replayed: bool
-    notes: Mapping[str, Any]
-    """What `note` stored at the first success."""
 
 
 async def claim(tx: Transaction, key: Key) -> Claim:
@@ -59,7 +55,7 @@ async def claim(tx: Transaction, key: Key) -> Claim:
     if not key.name:
         fresh = await tx.row("select new_id()", (), str)
         assert fresh is not None
-        return Claim(fresh, False, {})
+        return Claim(fresh, False)
     taken = await tx.row(
         "insert into idempotency (caller, method, key, fingerprint, result_id) values (%s, %s, %s, %s, new_id())"
         " on conflict do nothing returning result_id",
@@ -67,20 +63,12 @@ async def claim(tx: Transaction, key: Key) -> Claim:
         str,
     )
     if taken is not None:
-        return Claim(taken, False, {})
+        return Claim(taken, False)
     first = await tx.row(
-        "select fingerprint, result_id, snapshot from idempotency where caller = %s and method = %s and key = %s",
+        "select fingerprint, result_id from idempotency where caller = %s and method = %s and key = %s",
         (key.caller, key.method, key.name),
-        lambda fingerprint, result_id, snapshot: (bytes(fingerprint), Claim(result_id, True, snapshot or {})),
+        lambda fingerprint, result_id: (bytes(fingerprint), Claim(result_id, True)),
     )
     if first is None or first[0] != key.fingerprint:
         raise IdempotencyKeyReused
     return first[1]
-
-
-async def note(tx: Transaction, key: Key, result_id: str, **notes: Any) -> None:
-    """Let the key stand for this resource, and store what a replay answers beside it."""
-    await tx.run(
-        "update idempotency set result_id = %s, snapshot = %s where caller = %s and method = %s and key = %s",
-        (result_id, Jsonb(notes), key.caller, key.method, key.name),
-    )

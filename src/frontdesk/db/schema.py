@@ -99,6 +99,8 @@ clinic = Table(
     Column("name", Text, nullable=False),
     _text("address"),
     _text("city"),
+    # In the form in which it is compared; so is `specialty_key` of doctors.
+    _text("city_key"),
     _text("state"),
     _text("postal_code"),
     _text("country"),
@@ -110,7 +112,7 @@ clinic = Table(
     Column("is_default", Boolean, nullable=False, server_default=text("false")),
     *_versioned(),
 )
-Index("clinic_city_idx", func.lower(clinic.c.city), clinic.c.id)
+Index("clinic_city_idx", clinic.c.city_key, clinic.c.id)
 Index("clinic_default_key", clinic.c.is_default, unique=True, postgresql_where=clinic.c.is_default)
 
 patient = Table(
@@ -119,11 +121,14 @@ patient = Table(
     _id(),
     Column("given_name", Text, nullable=False),
     _text("family_name"),
-    # Given and family name, case-folded and with single spaces: what "the same name" compares.
-    Column("name_key", Text, nullable=False),
+    # The names in the form in which they are compared (`core.names.folded`); `name_key` is both, with a blank between.
+    _text("given_key"),
     _text("family_key"),
-    Column("phone", Text, nullable=False),
-    Column("birth_date", Date),
+    Column("name_key", Text, nullable=False),
+    _text("phone"),
+    # As much as is known, in ISO 8601: 1980-05-05, 1980-05, 1980 or nothing. Of two that do not contradict each other,
+    # one begins with the other.
+    _text("birth_date"),
     Column("gender", Text, nullable=False, server_default="UNSPECIFIED"),
     _text("email"),
     _text("blood_group"),
@@ -132,25 +137,43 @@ patient = Table(
     _text("emergency_phone"),
     # [{"country": "PE", "number": "00123"}]
     Column("insurances", JSONB, nullable=False, server_default=text("'[]'")),
+    # The insured numbers in the form in which they are sought, with their countries: {PE00123}.
+    Column("insurance_keys", ARRAY(Text), nullable=False, server_default=text("'{}'")),
     Column("active", Boolean, nullable=False, server_default=text("true")),
+    # The record that MergePatients kept instead of this one. Never itself a merged one: no chain has two links.
+    Column("merged_into", Uuid),
     *_versioned(),
+    CheckConstraint("birth_date ~ '^([0-9]{4}(-[0-9]{2}(-[0-9]{2})?)?)?$'", name="birth_date"),
 )
-# Behind the check that register_patient makes under the lock of the phone.
+# Behind the check that `register_patient` and `update_patient` make under the lock of the phone.
 Index(
     "patient_person_key",
     patient.c.phone,
     patient.c.name_key,
-    func.coalesce(patient.c.birth_date, text("'infinity'::date")),
+    patient.c.birth_date,
     unique=True,
+    postgresql_where=text("phone <> '' and merged_into is null"),
 )
-Index("patient_name_idx", patient.c.name_key, postgresql_ops={"name_key": "text_pattern_ops"})
-Index("patient_family_idx", patient.c.family_key, postgresql_ops={"family_key": "text_pattern_ops"})
+# By which the person of a merged record is found again.
 Index(
-    "patient_insurances_idx",
-    patient.c.insurances,
-    postgresql_using="gin",
-    postgresql_ops={"insurances": "jsonb_path_ops"},
+    "patient_merged_person_idx",
+    patient.c.phone,
+    patient.c.name_key,
+    postgresql_where=text("merged_into is not null"),
 )
+Index("patient_merged_into_idx", patient.c.merged_into, postgresql_where=text("merged_into is not null"))
+Index("patient_insurance_keys_idx", patient.c.insurance_keys, postgresql_using="gin")
+
+# The words of the names by which patients are sought (`sql/patient.sql`, name_words). Merged records have none.
+patient_word = Table(
+    "patient_word",
+    metadata,
+    # By code point, so that a range of it is a prefix whatever the locale of the database is.
+    Column("word", Text(collation="C"), nullable=False),
+    Column("patient_id", Uuid, nullable=False),
+    PrimaryKeyConstraint("word", "patient_id"),
+)
+Index("patient_word_patient_idx", patient_word.c.patient_id, patient_word.c.word)
 
 doctor = Table(
     "doctor",
@@ -159,6 +182,7 @@ doctor = Table(
     Column("code", Text, nullable=False, unique=True),
     Column("display_name", Text, nullable=False),
     _text("specialty"),
+    _text("specialty_key"),
     _text("license_number"),
     _text("qualifications"),
     Column("experience_years", Integer, nullable=False, server_default="0"),
@@ -170,7 +194,7 @@ doctor = Table(
 )
 Index("doctor_license_number_key", doctor.c.license_number, unique=True, postgresql_where=text("license_number <> ''"))
 Index("doctor_clinic_idx", doctor.c.clinic_id, doctor.c.id)
-Index("doctor_specialty_idx", func.lower(doctor.c.specialty), doctor.c.id)
+Index("doctor_specialty_idx", doctor.c.specialty_key, doctor.c.id)
 
 # What is known of a doctor-day beyond its appointments. No row means: nothing has happened, revision 1.
 doctor_day = Table(

@@ -7,7 +7,7 @@ from datetime import date
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
-from frontdesk.core.queue import Queue, QueueChange, read_changes, with_positions
+from frontdesk.core.queue import Queue, QueueChange, as_of, read_changes
 from frontdesk.db.database import Database
 from frontdesk.live.tokens import ResumeToken
 from frontdesk.live.watcher import Watcher
@@ -137,7 +137,7 @@ class Topic:
                 changes = [change for change in self._changes if previous < change.revision <= queue.revision]
                 if len(changes) != queue.revision - previous:
                     return None
-            parts = (self._updates.changes(with_positions(changes, queue)),) if changes else ()
+            parts = (self._updates.changes(as_of(changes, queue)),) if changes else ()
             message = self._serialised(queue, parts, previous)
         return Update(queue, self.history, message)
 
@@ -154,7 +154,7 @@ class Topic:
             if size + (queue.revision - first + 1) * _LEAST_BYTES <= MOST_BYTES:
                 changes = await read_changes(self._db, *self.key, first, last)
             if len(changes) == last - first + 1:
-                parts.append(self._updates.changes(with_positions(changes, queue)))
+                parts.append(self._updates.changes(as_of(changes, queue)))
                 size += len(parts[-1])
                 first = last + 1
             else:

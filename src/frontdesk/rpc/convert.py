@@ -210,7 +210,15 @@ def _instant(text: str) -> datetime:
     return found
 
 
+def _word(text: str) -> str:
+    if "\0" in text:
+        raise ValueError
+    text.encode()
+    return text
+
+
 IDS = (uuid.UUID,)
+WORDS_AND_IDS = (_word, uuid.UUID)
 DATES = (date.fromisoformat,)
 DATES_STARTS_AND_IDS = (
     date.fromisoformat,

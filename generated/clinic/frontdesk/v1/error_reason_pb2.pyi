@@ -133,6 +133,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     time zone. The metadata has their counts as `slots` and `appointments`. Example: giving a clinic with a full
     calendar another zone.
     """
+    ERROR_REASON_PATIENT_AMBIGUOUS: _ErrorReason.ValueType  # 40
+    """ALREADY_EXISTS: several patients have this name and phone, and the birth date given does not tell which is meant. The
+    metadata has up to 20 of their ids as `patient_ids`, separated by commas. Example: registering the son without a
+    birth date after his father of the same name.
+    """
+    ERROR_REASON_SAME_PATIENT: _ErrorReason.ValueType  # 41
+    """FAILED_PRECONDITION: both ids stand for the same patient. Example: merging two records that were merged before."""
     ERROR_REASON_CREDENTIALS_REQUIRED: _ErrorReason.ValueType  # 50
     """UNAUTHENTICATED: the method needs credentials. Example: a call without a token to a server beyond loopback."""
     ERROR_REASON_ROLE_REQUIRED: _ErrorReason.ValueType  # 51
@@ -267,6 +274,13 @@ ERROR_REASON_TIME_ZONE_IN_USE: ErrorReason.ValueType  # 39
 time zone. The metadata has their counts as `slots` and `appointments`. Example: giving a clinic with a full
 calendar another zone.
 """
+ERROR_REASON_PATIENT_AMBIGUOUS: ErrorReason.ValueType  # 40
+"""ALREADY_EXISTS: several patients have this name and phone, and the birth date given does not tell which is meant. The
+metadata has up to 20 of their ids as `patient_ids`, separated by commas. Example: registering the son without a
+birth date after his father of the same name.
+"""
+ERROR_REASON_SAME_PATIENT: ErrorReason.ValueType  # 41
+"""FAILED_PRECONDITION: both ids stand for the same patient. Example: merging two records that were merged before."""
 ERROR_REASON_CREDENTIALS_REQUIRED: ErrorReason.ValueType  # 50
 """UNAUTHENTICATED: the method needs credentials. Example: a call without a token to a server beyond loopback."""
 ERROR_REASON_ROLE_REQUIRED: ErrorReason.ValueType  # 51

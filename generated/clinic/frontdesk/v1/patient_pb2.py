@@ -30,7 +30,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.type import date_pb2 as google_dot_type_dot_date__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!clinic/frontdesk/v1/patient.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\"J\n\x10\x45mergencyContact\x12\x1a\n\x04name\x18\x01 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12\x1a\n\x05phone\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18(\x88\xb5\x18\x01\"\x85\x02\n\tInsurance\x12\"\n\x07\x63ountry\x18\x01 \x01(\tB\x11\xbaH\x0er\x0c\x32\n^[A-Z]{2}$\x12\x39\n\x06number\x18\x02 \x01(\tB)\xbaH&r$2\"^[0-9A-Za-z][-0-9A-Za-z ./]{0,49}$:\x98\x01\xbaH\x94\x01\x1a\x91\x01\n\x10insurance.number\x12\x37\x61n insured number of PE or CL is exactly 5 ASCII digits\x1a\x44!(this.country in [\'PE\', \'CL\']) || this.number.matches(\'^[0-9]{5}$\')\"\xd9\x05\n\x07Patient\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12 \n\ngiven_name\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12!\n\x0b\x66\x61mily_name\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12%\n\nbirth_date\x18\x04 \x01(\x0b\x32\x11.google.type.Date\x12\x35\n\x06gender\x18\x05 \x01(\x0e\x32\x1b.clinic.frontdesk.v1.GenderB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1a\n\x05phone\x18\x06 \x01(\tB\x0b\xbaH\x08r\x06\x18(\x88\xb5\x18\x01\x12\x1c\n\x05\x65mail\x18\x07 \x01(\tB\r\xbaH\nr\x05\x18\xfe\x01`\x01\xd8\x01\x01\x12?\n\x0b\x62lood_group\x18\x08 \x01(\tB*\xbaH\'r\"R\x02\x41+R\x02\x41-R\x02\x42+R\x02\x42-R\x03\x41\x42+R\x03\x41\x42-R\x02O+R\x02O-\xd8\x01\x01\x12(\n\tallergies\x18\t \x03(\tB\x15\xbaH\x12\x92\x01\x0f\x10\x64\"\x0br\t\x10\x01\x18\xc8\x01\x88\xb5\x18\x01\x12@\n\x11\x65mergency_contact\x18\n \x01(\x0b\x32%.clinic.frontdesk.v1.EmergencyContact\x12\x8d\x01\n\ninsurances\x18\x0b \x03(\x0b\x32\x1e.clinic.frontdesk.v1.InsuranceBY\xbaHV\x92\x01\x02\x10\x14\xba\x01N\n\x12patient.insurances\x12\x17one insurance a country\x1a\x1fthis.map(i, i.country).unique()\x12\x13\n\x06\x61\x63tive\x18\x0c \x01(\x08H\x00\x88\x01\x01\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x0f \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x42\t\n\x07_active\"\xab\x02\n\x16RegisterPatientRequest\x12\x35\n\x07patient\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.PatientB\x06\xbaH\x03\xc8\x01\x01\x12-\n\x0f\x64\x65\x66\x61ult_country\x18\x02 \x01(\tB\x14\xbaH\x11r\x0c\x32\n^[A-Z]{2}$\xd8\x01\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:~\xbaH{\x1ay\n\x10patient.required\x12!given_name and phone are required\x1a\x42this.patient.given_name.matches(\'\\\\S\') && this.patient.phone != \'\'\"v\n\x17RegisterPatientResponse\x12-\n\x07patient\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Patient\x12\x1a\n\x12\x61lready_registered\x18\x02 \x01(\x08\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"1\n\x11GetPatientRequest\x12\x1c\n\npatient_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"C\n\x12GetPatientResponse\x12-\n\x07patient\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Patient\"\xde\x04\n\x14UpdatePatientRequest\x12\x35\n\x07patient\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.PatientB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12-\n\x0f\x64\x65\x66\x61ult_country\x18\x04 \x01(\tB\x14\xbaH\x11r\x0c\x32\n^[A-Z]{2}$\xd8\x01\x01\x12+\n\x0fidempotency_key\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:\xe6\x02\xbaH\xe2\x02\x1a;\n\npatient.id\x12\x16patient.id is required\x1a\x15this.patient.id != \'\'\x1a\x9e\x01\n\x12patient.given_name\x12\x1cgiven_name cannot be cleared\x1aj!this.update_mask.paths.exists(p, p == \'*\' || p == \'given_name\') || this.patient.given_name.matches(\'\\\\S\')\x1a\x81\x01\n\rpatient.phone\x12\x17phone cannot be cleared\x1aW!this.update_mask.paths.exists(p, p == \'*\' || p == \'phone\') || this.patient.phone != \'\'\"X\n\x15UpdatePatientResponse\x12-\n\x07patient\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Patient\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\x85\x03\n\x13ListPatientsRequest\x12\x1a\n\x05phone\x18\x01 \x01(\tB\x0b\xbaH\x08r\x06\x18(\x88\xb5\x18\x01\x12-\n\x0f\x64\x65\x66\x61ult_country\x18\x02 \x01(\tB\x14\xbaH\x11r\x0c\x32\n^[A-Z]{2}$\xd8\x01\x01\x12!\n\x0bname_prefix\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12\x31\n\tinsurance\x18\x04 \x01(\x0b\x32\x1e.clinic.frontdesk.v1.Insurance\x12\x1a\n\tpage_size\x18\x05 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x06 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$:\x88\x01\xbaH\x84\x01\x1a\x81\x01\n\x0fpatients.filter\x12+phone, name_prefix or insurance is required\x1a\x41this.phone != \'\' || this.name_prefix != \'\' || has(this.insurance)\"_\n\x14ListPatientsResponse\x12.\n\x08patients\x18\x01 \x03(\x0b\x32\x1c.clinic.frontdesk.v1.Patient\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*j\n\x06Gender\x12\x16\n\x12GENDER_UNSPECIFIED\x10\x00\x12\x11\n\rGENDER_FEMALE\x10\x01\x12\x0f\n\x0bGENDER_MALE\x10\x02\x12\x10\n\x0cGENDER_OTHER\x10\x03\x12\x12\n\x0eGENDER_UNKNOWN\x10\x04\x32\xe0\x03\n\x0ePatientService\x12x\n\x0fRegisterPatient\x12+.clinic.frontdesk.v1.RegisterPatientRequest\x1a,.clinic.frontdesk.v1.RegisterPatientResponse\"\n\xd2\xb5\x18\x06\x18\x02 \x02(\x02\x12m\n\nGetPatient\x12&.clinic.frontdesk.v1.GetPatientRequest\x1a\'.clinic.frontdesk.v1.GetPatientResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12t\n\rUpdatePatient\x12).clinic.frontdesk.v1.UpdatePatientRequest\x1a*.clinic.frontdesk.v1.UpdatePatientResponse\"\x0c\xd2\xb5\x18\x08\x08\x01\x18\x02 \x02(\x02\x12o\n\x0cListPatients\x12(.clinic.frontdesk.v1.ListPatientsRequest\x1a).clinic.frontdesk.v1.ListPatientsResponse\"\n\xd2\xb5\x18\x06\x18\x02 \x02(\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!clinic/frontdesk/v1/patient.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\"J\n\x10\x45mergencyContact\x12\x1e\n\x04name\x18\x01 \x01(\tB\x10\xbaH\rr\x0b\x18\xc8\x01\x88\xb5\x18\x01\x98\xb5\x18\x01\x12\x16\n\x05phone\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18(\"\x85\x02\n\tInsurance\x12\"\n\x07\x63ountry\x18\x01 \x01(\tB\x11\xbaH\x0er\x0c\x32\n^[A-Z]{2}$\x12\x39\n\x06number\x18\x02 \x01(\tB)\xbaH&r$2\"^[0-9A-Za-z][-0-9A-Za-z ./]{0,49}$:\x98\x01\xbaH\x94\x01\x1a\x91\x01\n\x10insurance.number\x12\x37\x61n insured number of PE or CL is exactly 5 ASCII digits\x1a\x44!(this.country in [\'PE\', \'CL\']) || this.number.matches(\'^[0-9]{5}$\')\"\xdd\x05\n\x07Patient\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12$\n\ngiven_name\x18\x02 \x01(\tB\x10\xbaH\rr\x0b\x18\xc8\x01\x88\xb5\x18\x01\x98\xb5\x18\x01\x12%\n\x0b\x66\x61mily_name\x18\x03 \x01(\tB\x10\xbaH\rr\x0b\x18\xc8\x01\x88\xb5\x18\x01\x98\xb5\x18\x01\x12%\n\nbirth_date\x18\x04 \x01(\x0b\x32\x11.google.type.Date\x12\x35\n\x06gender\x18\x05 \x01(\x0e\x32\x1b.clinic.frontdesk.v1.GenderB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x16\n\x05phone\x18\x06 \x01(\tB\x07\xbaH\x04r\x02\x18(\x12\x1c\n\x05\x65mail\x18\x07 \x01(\tB\r\xbaH\nr\x05\x18\xfe\x01`\x01\xd8\x01\x01\x12?\n\x0b\x62lood_group\x18\x08 \x01(\tB*\xbaH\'r\"R\x02\x41+R\x02\x41-R\x02\x42+R\x02\x42-R\x03\x41\x42+R\x03\x41\x42-R\x02O+R\x02O-\xd8\x01\x01\x12(\n\tallergies\x18\t \x03(\tB\x15\xbaH\x12\x92\x01\x0f\x10\x64\"\x0br\t\x10\x01\x18\xc8\x01\x88\xb5\x18\x01\x12@\n\x11\x65mergency_contact\x18\n \x01(\x0b\x32%.clinic.frontdesk.v1.EmergencyContact\x12\x8d\x01\n\ninsurances\x18\x0b \x03(\x0b\x32\x1e.clinic.frontdesk.v1.InsuranceBY\xbaHV\x92\x01\x02\x10\x14\xba\x01N\n\x12patient.insurances\x12\x17one insurance a country\x1a\x1fthis.map(i, i.country).unique()\x12\x13\n\x06\x61\x63tive\x18\x0c \x01(\x08H\x00\x88\x01\x01\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x0f \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x42\t\n\x07_active\"\x88\x02\n\x16RegisterPatientRequest\x12\x35\n\x07patient\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.PatientB\x06\xbaH\x03\xc8\x01\x01\x12-\n\x0f\x64\x65\x66\x61ult_country\x18\x02 \x01(\tB\x14\xbaH\x11r\x0c\x32\n^[A-Z]{2}$\xd8\x01\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:[\xbaHX\x1aV\n\x12patient.given_name\x12\x0bis required\x1a\x33!has(this.patient) || this.patient.given_name != \'\'\"v\n\x17RegisterPatientResponse\x12-\n\x07patient\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Patient\x12\x1a\n\x12\x61lready_registered\x18\x02 \x01(\x08\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"1\n\x11GetPatientRequest\x12\x1c\n\npatient_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"C\n\x12GetPatientResponse\x12-\n\x07patient\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Patient\"\xd1\x03\n\x14UpdatePatientRequest\x12\x35\n\x07patient\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.PatientB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12-\n\x0f\x64\x65\x66\x61ult_country\x18\x04 \x01(\tB\x14\xbaH\x11r\x0c\x32\n^[A-Z]{2}$\xd8\x01\x01\x12+\n\x0fidempotency_key\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:\xd9\x01\xbaH\xd5\x01\x1a\x46\n\npatient.id\x12\x0bis required\x1a+!has(this.patient) || this.patient.id != \'\'\x1a\x8a\x01\n\x12patient.given_name\x12\x11\x63\x61nnot be cleared\x1a\x61!this.update_mask.paths.exists(p, p == \'*\' || p == \'given_name\') || this.patient.given_name != \'\'\"X\n\x15UpdatePatientResponse\x12-\n\x07patient\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Patient\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\x8a\x01\n\x14MergePatientsRequest\x12!\n\x0fkeep_patient_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\"\n\x10merge_patient_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"X\n\x15MergePatientsResponse\x12-\n\x07patient\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Patient\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\xff\x02\n\x13ListPatientsRequest\x12\x16\n\x05phone\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18(\x12-\n\x0f\x64\x65\x66\x61ult_country\x18\x02 \x01(\tB\x14\xbaH\x11r\x0c\x32\n^[A-Z]{2}$\xd8\x01\x01\x12%\n\x0bname_prefix\x18\x03 \x01(\tB\x10\xbaH\rr\x0b\x18\xc8\x01\x88\xb5\x18\x01\x98\xb5\x18\x01\x12\x31\n\tinsurance\x18\x04 \x01(\x0b\x32\x1e.clinic.frontdesk.v1.Insurance\x12\x1a\n\tpage_size\x18\x05 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x06 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$:\x82\x01\xbaH\x7f\x1a}\n\x0bname_prefix\x12+phone, name_prefix or insurance is required\x1a\x41this.phone != \'\' || this.name_prefix != \'\' || has(this.insurance)\"_\n\x14ListPatientsResponse\x12.\n\x08patients\x18\x01 \x03(\x0b\x32\x1c.clinic.frontdesk.v1.Patient\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*j\n\x06Gender\x12\x16\n\x12GENDER_UNSPECIFIED\x10\x00\x12\x11\n\rGENDER_FEMALE\x10\x01\x12\x0f\n\x0bGENDER_MALE\x10\x02\x12\x10\n\x0cGENDER_OTHER\x10\x03\x12\x12\n\x0eGENDER_UNKNOWN\x10\x04\x32\xd4\x04\n\x0ePatientService\x12x\n\x0fRegisterPatient\x12+.clinic.frontdesk.v1.RegisterPatientRequest\x1a,.clinic.frontdesk.v1.RegisterPatientResponse\"\n\xd2\xb5\x18\x06\x18\x02 \x02(\x02\x12m\n\nGetPatient\x12&.clinic.frontdesk.v1.GetPatientRequest\x1a\'.clinic.frontdesk.v1.GetPatientResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12t\n\rUpdatePatient\x12).clinic.frontdesk.v1.UpdatePatientRequest\x1a*.clinic.frontdesk.v1.UpdatePatientResponse\"\x0c\xd2\xb5\x18\x08\x08\x01\x18\x02 \x02(\x02\x12r\n\rMergePatients\x12).clinic.frontdesk.v1.MergePatientsRequest\x1a*.clinic.frontdesk.v1.MergePatientsResponse\"\n\xd2\xb5\x18\x06\x18\x02 \x02(\x02\x12o\n\x0cListPatients\x12(.clinic.frontdesk.v1.ListPatientsRequest\x1a).clinic.frontdesk.v1.ListPatientsResponse\"\n\xd2\xb5\x18\x06\x18\x02 \x02(\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,9 +38,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'clinic.frontdesk.v1.patient
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EMERGENCYCONTACT'].fields_by_name['name']._loaded_options = None
-  _globals['_EMERGENCYCONTACT'].fields_by_name['name']._serialized_options = b'\272H\tr\007\030\310\001\210\265\030\001'
+  _globals['_EMERGENCYCONTACT'].fields_by_name['name']._serialized_options = b'\272H\rr\013\030\310\001\210\265\030\001\230\265\030\001'
   _globals['_EMERGENCYCONTACT'].fields_by_name['phone']._loaded_options = None
-  _globals['_EMERGENCYCONTACT'].fields_by_name['phone']._serialized_options = b'\272H\010r\006\030(\210\265\030\001'
+  _globals['_EMERGENCYCONTACT'].fields_by_name['phone']._serialized_options = b'\272H\004r\002\030('
   _globals['_INSURANCE'].fields_by_name['country']._loaded_options = None
   _globals['_INSURANCE'].fields_by_name['country']._serialized_options = b'\272H\016r\0142\n^[A-Z]{2}$'
   _globals['_INSURANCE'].fields_by_name['number']._loaded_options = None
@@ -50,13 +50,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PATIENT'].fields_by_name['id']._loaded_options = None
   _globals['_PATIENT'].fields_by_name['id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_PATIENT'].fields_by_name['given_name']._loaded_options = None
-  _globals['_PATIENT'].fields_by_name['given_name']._serialized_options = b'\272H\tr\007\030\310\001\210\265\030\001'
+  _globals['_PATIENT'].fields_by_name['given_name']._serialized_options = b'\272H\rr\013\030\310\001\210\265\030\001\230\265\030\001'
   _globals['_PATIENT'].fields_by_name['family_name']._loaded_options = None
-  _globals['_PATIENT'].fields_by_name['family_name']._serialized_options = b'\272H\tr\007\030\310\001\210\265\030\001'
+  _globals['_PATIENT'].fields_by_name['family_name']._serialized_options = b'\272H\rr\013\030\310\001\210\265\030\001\230\265\030\001'
   _globals['_PATIENT'].fields_by_name['gender']._loaded_options = None
   _globals['_PATIENT'].fields_by_name['gender']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_PATIENT'].fields_by_name['phone']._loaded_options = None
-  _globals['_PATIENT'].fields_by_name['phone']._serialized_options = b'\272H\010r\006\030(\210\265\030\001'
+  _globals['_PATIENT'].fields_by_name['phone']._serialized_options = b'\272H\004r\002\030('
   _globals['_PATIENT'].fields_by_name['email']._loaded_options = None
   _globals['_PATIENT'].fields_by_name['email']._serialized_options = b'\272H\nr\005\030\376\001`\001\330\001\001'
   _globals['_PATIENT'].fields_by_name['blood_group']._loaded_options = None
@@ -74,7 +74,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERPATIENTREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
   _globals['_REGISTERPATIENTREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
   _globals['_REGISTERPATIENTREQUEST']._loaded_options = None
-  _globals['_REGISTERPATIENTREQUEST']._serialized_options = b'\272H{\032y\n\020patient.required\022!given_name and phone are required\032Bthis.patient.given_name.matches(\'\\\\S\') && this.patient.phone != \'\''
+  _globals['_REGISTERPATIENTREQUEST']._serialized_options = b'\272HX\032V\n\022patient.given_name\022\013is required\0323!has(this.patient) || this.patient.given_name != \'\''
   _globals['_GETPATIENTREQUEST'].fields_by_name['patient_id']._loaded_options = None
   _globals['_GETPATIENTREQUEST'].fields_by_name['patient_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_UPDATEPATIENTREQUEST'].fields_by_name['patient']._loaded_options = None
@@ -86,51 +86,63 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATEPATIENTREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
   _globals['_UPDATEPATIENTREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
   _globals['_UPDATEPATIENTREQUEST']._loaded_options = None
-  _globals['_UPDATEPATIENTREQUEST']._serialized_options = b'\272H\342\002\032;\n\npatient.id\022\026patient.id is required\032\025this.patient.id != \'\'\032\236\001\n\022patient.given_name\022\034given_name cannot be cleared\032j!this.update_mask.paths.exists(p, p == \'*\' || p == \'given_name\') || this.patient.given_name.matches(\'\\\\S\')\032\201\001\n\rpatient.phone\022\027phone cannot be cleared\032W!this.update_mask.paths.exists(p, p == \'*\' || p == \'phone\') || this.patient.phone != \'\''
+  _globals['_UPDATEPATIENTREQUEST']._serialized_options = b'\272H\325\001\032F\n\npatient.id\022\013is required\032+!has(this.patient) || this.patient.id != \'\'\032\212\001\n\022patient.given_name\022\021cannot be cleared\032a!this.update_mask.paths.exists(p, p == \'*\' || p == \'given_name\') || this.patient.given_name != \'\''
+  _globals['_MERGEPATIENTSREQUEST'].fields_by_name['keep_patient_id']._loaded_options = None
+  _globals['_MERGEPATIENTSREQUEST'].fields_by_name['keep_patient_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_MERGEPATIENTSREQUEST'].fields_by_name['merge_patient_id']._loaded_options = None
+  _globals['_MERGEPATIENTSREQUEST'].fields_by_name['merge_patient_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_MERGEPATIENTSREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
+  _globals['_MERGEPATIENTSREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
   _globals['_LISTPATIENTSREQUEST'].fields_by_name['phone']._loaded_options = None
-  _globals['_LISTPATIENTSREQUEST'].fields_by_name['phone']._serialized_options = b'\272H\010r\006\030(\210\265\030\001'
+  _globals['_LISTPATIENTSREQUEST'].fields_by_name['phone']._serialized_options = b'\272H\004r\002\030('
   _globals['_LISTPATIENTSREQUEST'].fields_by_name['default_country']._loaded_options = None
   _globals['_LISTPATIENTSREQUEST'].fields_by_name['default_country']._serialized_options = b'\272H\021r\0142\n^[A-Z]{2}$\330\001\001'
   _globals['_LISTPATIENTSREQUEST'].fields_by_name['name_prefix']._loaded_options = None
-  _globals['_LISTPATIENTSREQUEST'].fields_by_name['name_prefix']._serialized_options = b'\272H\tr\007\030\310\001\210\265\030\001'
+  _globals['_LISTPATIENTSREQUEST'].fields_by_name['name_prefix']._serialized_options = b'\272H\rr\013\030\310\001\210\265\030\001\230\265\030\001'
   _globals['_LISTPATIENTSREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTPATIENTSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
   _globals['_LISTPATIENTSREQUEST'].fields_by_name['page_token']._loaded_options = None
   _globals['_LISTPATIENTSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\017r\r\030\200\0102\010^[ -~]*$'
   _globals['_LISTPATIENTSREQUEST']._loaded_options = None
-  _globals['_LISTPATIENTSREQUEST']._serialized_options = b'\272H\204\001\032\201\001\n\017patients.filter\022+phone, name_prefix or insurance is required\032Athis.phone != \'\' || this.name_prefix != \'\' || has(this.insurance)'
+  _globals['_LISTPATIENTSREQUEST']._serialized_options = b'\272H\177\032}\n\013name_prefix\022+phone, name_prefix or insurance is required\032Athis.phone != \'\' || this.name_prefix != \'\' || has(this.insurance)'
   _globals['_PATIENTSERVICE'].methods_by_name['RegisterPatient']._loaded_options = None
   _globals['_PATIENTSERVICE'].methods_by_name['RegisterPatient']._serialized_options = b'\322\265\030\006\030\002 \002(\002'
   _globals['_PATIENTSERVICE'].methods_by_name['GetPatient']._loaded_options = None
   _globals['_PATIENTSERVICE'].methods_by_name['GetPatient']._serialized_options = b'\322\265\030\n\010\001\020\001\030\002 \002(\002'
   _globals['_PATIENTSERVICE'].methods_by_name['UpdatePatient']._loaded_options = None
   _globals['_PATIENTSERVICE'].methods_by_name['UpdatePatient']._serialized_options = b'\322\265\030\010\010\001\030\002 \002(\002'
+  _globals['_PATIENTSERVICE'].methods_by_name['MergePatients']._loaded_options = None
+  _globals['_PATIENTSERVICE'].methods_by_name['MergePatients']._serialized_options = b'\322\265\030\006\030\002 \002(\002'
   _globals['_PATIENTSERVICE'].methods_by_name['ListPatients']._loaded_options = None
   _globals['_PATIENTSERVICE'].methods_by_name['ListPatients']._serialized_options = b'\322\265\030\006\030\002 \002(\002'
-  _globals['_GENDER']._serialized_start=3047
-  _globals['_GENDER']._serialized_end=3153
+  _globals['_GENDER']._serialized_start=3100
+  _globals['_GENDER']._serialized_end=3206
   _globals['_EMERGENCYCONTACT']._serialized_start=245
   _globals['_EMERGENCYCONTACT']._serialized_end=319
   _globals['_INSURANCE']._serialized_start=322
   _globals['_INSURANCE']._serialized_end=583
   _globals['_PATIENT']._serialized_start=586
-  _globals['_PATIENT']._serialized_end=1315
-  _globals['_REGISTERPATIENTREQUEST']._serialized_start=1318
-  _globals['_REGISTERPATIENTREQUEST']._serialized_end=1617
-  _globals['_REGISTERPATIENTRESPONSE']._serialized_start=1619
-  _globals['_REGISTERPATIENTRESPONSE']._serialized_end=1737
-  _globals['_GETPATIENTREQUEST']._serialized_start=1739
-  _globals['_GETPATIENTREQUEST']._serialized_end=1788
-  _globals['_GETPATIENTRESPONSE']._serialized_start=1790
-  _globals['_GETPATIENTRESPONSE']._serialized_end=1857
-  _globals['_UPDATEPATIENTREQUEST']._serialized_start=1860
-  _globals['_UPDATEPATIENTREQUEST']._serialized_end=2466
-  _globals['_UPDATEPATIENTRESPONSE']._serialized_start=2468
-  _globals['_UPDATEPATIENTRESPONSE']._serialized_end=2556
-  _globals['_LISTPATIENTSREQUEST']._serialized_start=2559
-  _globals['_LISTPATIENTSREQUEST']._serialized_end=2948
-  _globals['_LISTPATIENTSRESPONSE']._serialized_start=2950
-  _globals['_LISTPATIENTSRESPONSE']._serialized_end=3045
-  _globals['_PATIENTSERVICE']._serialized_start=3156
-  _globals['_PATIENTSERVICE']._serialized_end=3636
+  _globals['_PATIENT']._serialized_end=1319
+  _globals['_REGISTERPATIENTREQUEST']._serialized_start=1322
+  _globals['_REGISTERPATIENTREQUEST']._serialized_end=1586
+  _globals['_REGISTERPATIENTRESPONSE']._serialized_start=1588
+  _globals['_REGISTERPATIENTRESPONSE']._serialized_end=1706
+  _globals['_GETPATIENTREQUEST']._serialized_start=1708
+  _globals['_GETPATIENTREQUEST']._serialized_end=1757
+  _globals['_GETPATIENTRESPONSE']._serialized_start=1759
+  _globals['_GETPATIENTRESPONSE']._serialized_end=1826
+  _globals['_UPDATEPATIENTREQUEST']._serialized_start=1829
+  _globals['_UPDATEPATIENTREQUEST']._serialized_end=2294
+  _globals['_UPDATEPATIENTRESPONSE']._serialized_start=2296
+  _globals['_UPDATEPATIENTRESPONSE']._serialized_end=2384
+  _globals['_MERGEPATIENTSREQUEST']._serialized_start=2387
+  _globals['_MERGEPATIENTSREQUEST']._serialized_end=2525
+  _globals['_MERGEPATIENTSRESPONSE']._serialized_start=2527
+  _globals['_MERGEPATIENTSRESPONSE']._serialized_end=2615
+  _globals['_LISTPATIENTSREQUEST']._serialized_start=2618
+  _globals['_LISTPATIENTSREQUEST']._serialized_end=3001
+  _globals['_LISTPATIENTSRESPONSE']._serialized_start=3003
+  _globals['_LISTPATIENTSRESPONSE']._serialized_end=3098
+  _globals['_PATIENTSERVICE']._serialized_start=3209
+  _globals['_PATIENTSERVICE']._serialized_end=3805
 # @@protoc_insertion_point(module_scope)

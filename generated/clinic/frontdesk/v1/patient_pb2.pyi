@@ -63,11 +63,9 @@ class EmergencyContact(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     PHONE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Up to 200 characters on one line."""
+    """Up to 200 characters on one line, not only white space and invisible characters."""
     phone: _builtins.str
-    """E.164 in responses. A number without a country code is read like the patient's own phone. Up to 40 characters. A
-    number that is not valid in its country is refused.
-    """
+    """E.164 in responses. Read and refused like the patient's own phone."""
     def __init__(
         self,
         *,
@@ -94,7 +92,7 @@ class Insurance(_message.Message):
     """Required. ISO 3166-1 alpha-2 code in upper case, such as PE. Unknown codes are refused."""
     number: _builtins.str
     """Required. In PE and CL exactly 5 ASCII digits. Elsewhere 1 to 50 ASCII letters, digits, spaces and `-./`, starting
-    with a letter or digit.
+    with a letter or digit. Stored as typed; ListPatients ignores letter case, spaces and `-./`.
     """
     def __init__(
         self,
@@ -136,15 +134,18 @@ class Patient(_message.Message):
     time-ordered.
     """
     given_name: _builtins.str
-    """Required. 1 to 200 characters on one line, not only white space."""
+    """Required. 1 to 200 characters on one line, not only white space and invisible characters."""
     family_name: _builtins.str
-    """Up to 200 characters on one line. Empty for a person without a family name."""
+    """Up to 200 characters on one line, not only white space and invisible characters. Empty for a person without a family
+    name.
+    """
     gender: Global___Gender.ValueType
     """GENDER_UNSPECIFIED means not given. Unknown numbers are refused."""
     phone: _builtins.str
-    """Required. E.164 in responses, such as +551130001000. A number without a country code is read as a number of
-    `default_country` in the request. Up to 40 characters. A number that is not valid in its country is refused. A
-    household may share one phone.
+    """E.164 in responses, such as +551130001000; empty for a person without a phone. A number without a country code is
+    read as a number of `default_country` in the request. Up to 40 characters, of which invisible ones do not count. A
+    number that is not valid in its country is refused, and so is one with an extension, however it is written. Prefixes
+    that are no longer dialled, such as 044, 045, 01 and 1 in Mexico, are left out. A household may share one phone.
     """
     email: _builtins.str
     """E-mail address, up to 254 characters."""
@@ -156,7 +157,8 @@ class Patient(_message.Message):
     """Output only. Changes with every change of the patient."""
     @_builtins.property
     def birth_date(self) -> _date_pb2.Date:
-        """A full date; absent means unknown. A date later than today is refused; today is the latest date in any time zone
+        """A full date, a year and month (day 0), or a year (month and day 0), and answered as it was given; absent means
+        unknown. A date later than today or more than 130 years ago is refused; today is the latest date in any time zone
         (UTC+14).
         """
 
@@ -398,6 +400,69 @@ class UpdatePatientResponse(_message.Message):
 Global___UpdatePatientResponse: _TypeAlias = UpdatePatientResponse  # noqa: Y015
 
 @_typing.final
+class MergePatientsRequest(_message.Message):
+    """Request of MergePatients."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEEP_PATIENT_ID_FIELD_NUMBER: _builtins.int
+    MERGE_PATIENT_ID_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    keep_patient_id: _builtins.str
+    """Required. The id of the patient to keep."""
+    merge_patient_id: _builtins.str
+    """Required. The id of the patient to merge into the kept one. Another id than keep_patient_id; an id that was merged
+    before stands for the record that was kept then.
+    """
+    idempotency_key: _builtins.str
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
+    """
+    def __init__(
+        self,
+        *,
+        keep_patient_id: _builtins.str = ...,
+        merge_patient_id: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "keep_patient_id", b"keep_patient_id", "merge_patient_id", b"merge_patient_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergePatientsRequest: _TypeAlias = MergePatientsRequest  # noqa: Y015
+
+@_typing.final
+class MergePatientsResponse(_message.Message):
+    """Response of MergePatients."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATIENT_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """True if an earlier call with the same key made the change. The response then has the patient as it is now."""
+    @_builtins.property
+    def patient(self) -> Global___Patient:
+        """The kept patient after the merge."""
+
+    def __init__(
+        self,
+        *,
+        patient: Global___Patient | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["patient", b"patient"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["patient", b"patient", "replayed", b"replayed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergePatientsResponse: _TypeAlias = MergePatientsResponse  # noqa: Y015
+
+@_typing.final
 class ListPatientsRequest(_message.Message):
     """Request of ListPatients."""
 
@@ -410,11 +475,14 @@ class ListPatientsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     phone: _builtins.str
-    """Only patients with this phone: in E.164, or a number of `default_country`; empty means every phone."""
+    """Only patients with this phone, read and refused like that of a patient; empty means every phone."""
     default_country: _builtins.str
     """ISO 3166-1 alpha-2 code of the country for a phone without a country code. If empty, such a phone is refused."""
     name_prefix: _builtins.str
-    """Only patients whose full name or family name starts with this text, ignoring letter case; empty means every name."""
+    """Only patients in whose name each word of this text begins a word, or a part of one after a hyphen or an apostrophe:
+    `mar`, `ana sou` and `Souza, Ana` find Ana María de Souza. Compared as names are. Not only white space, commas and
+    invisible characters; empty means every name.
+    """
     page_size: _builtins.int
     """The maximum number of patients to return. 0 means 50; above 100 means 100; a negative number is refused."""
     page_token: _builtins.str
@@ -423,7 +491,7 @@ class ListPatientsRequest(_message.Message):
     """
     @_builtins.property
     def insurance(self) -> Global___Insurance:
-        """Only patients with this insured number; absent means every number."""
+        """Only patients with this insured number, ignoring letter case, spaces and `-./` in it; absent means every number."""
 
     def __init__(
         self,

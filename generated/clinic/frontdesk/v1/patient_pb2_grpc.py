@@ -28,6 +28,13 @@ if _version_not_supported:
 class PatientServiceStub:
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
 
+    Two names are the same if they differ only in letter case (i, I, ı and İ are one letter), in accents and
+    strokes of Latin, Greek and Cyrillic letters (José and Jose, Łukasz and Lukasz), in the kind of apostrophes,
+    hyphens and white space, in invisible characters, or in variants that Unicode calls compatible (NFKC), such as full
+    width. In other scripts a mark makes another letter. Names are stored as they were typed.
+
+    After MergePatients the id of the merged record stands for the kept one in every request.
+
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
@@ -52,6 +59,11 @@ class PatientServiceStub:
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_patient__pb2.UpdatePatientRequest.SerializeToString,
                 response_deserializer=clinic_dot_frontdesk_dot_v1_dot_patient__pb2.UpdatePatientResponse.FromString,
                 _registered_method=True)
+        self.MergePatients = channel.unary_unary(
+                '/clinic.frontdesk.v1.PatientService/MergePatients',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_patient__pb2.MergePatientsRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_patient__pb2.MergePatientsResponse.FromString,
+                _registered_method=True)
         self.ListPatients = channel.unary_unary(
                 '/clinic.frontdesk.v1.PatientService/ListPatients',
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_patient__pb2.ListPatientsRequest.SerializeToString,
@@ -62,13 +74,22 @@ class PatientServiceStub:
 class PatientServiceServicer:
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
 
+    Two names are the same if they differ only in letter case (i, I, ı and İ are one letter), in accents and
+    strokes of Latin, Greek and Cyrillic letters (José and Jose, Łukasz and Lukasz), in the kind of apostrophes,
+    hyphens and white space, in invisible characters, or in variants that Unicode calls compatible (NFKC), such as full
+    width. In other scripts a mark makes another letter. Names are stored as they were typed.
+
+    After MergePatients the id of the merged record stands for the kept one in every request.
+
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def RegisterPatient(self, request, context):
-        """Registers a patient, or finds the record of the same person. The same person has the same phone (E.164) and the
-        same full name (ignoring letter case and extra white space); if both birth dates are known, they are equal too. A
-        found record stays unchanged; use UpdatePatient to change it.
+        """Registers a patient, or finds the record of the same person. The same person has the same phone (E.164), the same
+        full name, and no contradicting birth date: what both dates say (year, month, day) is equal. A record without a
+        birth date, or with a year or month alone, takes the date that says more; nothing else of a found record changes.
+        Without a phone nobody is found, and a record is created. Errors: PATIENT_AMBIGUOUS if several records match, because
+        the request says less about the birth date than they do.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -82,16 +103,29 @@ class PatientServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdatePatient(self, request, context):
-        """Changes the fields of a patient that the mask names. Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS
-        if the change would make this a second record of one person.
+        """Changes the fields of a patient that the mask names. A new name is a revision of every doctor-day in whose queue the
+        patient stands (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS if the change would make
+        this a second record of one person.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MergePatients(self, request, context):
+        """Makes two records of one person one. All appointments of the merged record move to the kept one, which also takes
+        what it lacks: phone, birth date, gender, e-mail, blood group and emergency contact, further allergies, and
+        insurances of other countries. The merged record is not listed any more. Each live appointment that moves is a
+        revision of its doctor-day (KIND_UPDATED). Nothing moves if live appointments of both collide. Errors:
+        PATIENT_NOT_FOUND, DUPLICATE_BOOKING, PATIENT_OVERLAP, and SAME_PATIENT if both ids stand for one record already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListPatients(self, request, context):
-        """Lists the patients that match every filter that is set, oldest record first. At least one filter is required,
-        because nobody needs the data of all patients at once.
+        """Lists the patients that match every filter that is set, oldest record first; if only name_prefix is set, by the word
+        of the name that matches, then oldest first. At least one filter is required, because nobody needs the data of all
+        patients at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,6 +149,11 @@ def add_PatientServiceServicer_to_server(servicer, server):
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_patient__pb2.UpdatePatientRequest.FromString,
                     response_serializer=clinic_dot_frontdesk_dot_v1_dot_patient__pb2.UpdatePatientResponse.SerializeToString,
             ),
+            'MergePatients': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergePatients,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_patient__pb2.MergePatientsRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_patient__pb2.MergePatientsResponse.SerializeToString,
+            ),
             'ListPatients': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPatients,
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_patient__pb2.ListPatientsRequest.FromString,
@@ -130,6 +169,13 @@ def add_PatientServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class PatientService:
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
+
+    Two names are the same if they differ only in letter case (i, I, ı and İ are one letter), in accents and
+    strokes of Latin, Greek and Cyrillic letters (José and Jose, Łukasz and Lukasz), in the kind of apostrophes,
+    hyphens and white space, in invisible characters, or in variants that Unicode calls compatible (NFKC), such as full
+    width. In other scripts a mark makes another letter. Names are stored as they were typed.
+
+    After MergePatients the id of the merged record stands for the kept one in every request.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
@@ -205,6 +251,33 @@ class PatientService:
             '/clinic.frontdesk.v1.PatientService/UpdatePatient',
             clinic_dot_frontdesk_dot_v1_dot_patient__pb2.UpdatePatientRequest.SerializeToString,
             clinic_dot_frontdesk_dot_v1_dot_patient__pb2.UpdatePatientResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergePatients(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.PatientService/MergePatients',
+            clinic_dot_frontdesk_dot_v1_dot_patient__pb2.MergePatientsRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_patient__pb2.MergePatientsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -29,6 +29,13 @@ GRPC_VERSION: str
 class PatientServiceStub:
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
 
+    Two names are the same if they differ only in letter case (i, I, ı and İ are one letter), in accents and
+    strokes of Latin, Greek and Cyrillic letters (José and Jose, Łukasz and Lukasz), in the kind of apostrophes,
+    hyphens and white space, in invisible characters, or in variants that Unicode calls compatible (NFKC), such as full
+    width. In other scripts a mark makes another letter. Names are stored as they were typed.
+
+    After MergePatients the id of the merged record stands for the kept one in every request.
+
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
@@ -37,47 +44,83 @@ class PatientServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PatientServiceAsyncStub: ...
     RegisterPatient: _grpc.UnaryUnaryMultiCallable[_patient_pb2.RegisterPatientRequest, _patient_pb2.RegisterPatientResponse]
-    """Registers a patient, or finds the record of the same person. The same person has the same phone (E.164) and the
-    same full name (ignoring letter case and extra white space); if both birth dates are known, they are equal too. A
-    found record stays unchanged; use UpdatePatient to change it.
+    """Registers a patient, or finds the record of the same person. The same person has the same phone (E.164), the same
+    full name, and no contradicting birth date: what both dates say (year, month, day) is equal. A record without a
+    birth date, or with a year or month alone, takes the date that says more; nothing else of a found record changes.
+    Without a phone nobody is found, and a record is created. Errors: PATIENT_AMBIGUOUS if several records match, because
+    the request says less about the birth date than they do.
     """
     GetPatient: _grpc.UnaryUnaryMultiCallable[_patient_pb2.GetPatientRequest, _patient_pb2.GetPatientResponse]
     """Gets a patient. Errors: PATIENT_NOT_FOUND."""
     UpdatePatient: _grpc.UnaryUnaryMultiCallable[_patient_pb2.UpdatePatientRequest, _patient_pb2.UpdatePatientResponse]
-    """Changes the fields of a patient that the mask names. Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS
-    if the change would make this a second record of one person.
+    """Changes the fields of a patient that the mask names. A new name is a revision of every doctor-day in whose queue the
+    patient stands (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS if the change would make
+    this a second record of one person.
+    """
+    MergePatients: _grpc.UnaryUnaryMultiCallable[_patient_pb2.MergePatientsRequest, _patient_pb2.MergePatientsResponse]
+    """Makes two records of one person one. All appointments of the merged record move to the kept one, which also takes
+    what it lacks: phone, birth date, gender, e-mail, blood group and emergency contact, further allergies, and
+    insurances of other countries. The merged record is not listed any more. Each live appointment that moves is a
+    revision of its doctor-day (KIND_UPDATED). Nothing moves if live appointments of both collide. Errors:
+    PATIENT_NOT_FOUND, DUPLICATE_BOOKING, PATIENT_OVERLAP, and SAME_PATIENT if both ids stand for one record already.
     """
     ListPatients: _grpc.UnaryUnaryMultiCallable[_patient_pb2.ListPatientsRequest, _patient_pb2.ListPatientsResponse]
-    """Lists the patients that match every filter that is set, oldest record first. At least one filter is required,
-    because nobody needs the data of all patients at once.
+    """Lists the patients that match every filter that is set, oldest record first; if only name_prefix is set, by the word
+    of the name that matches, then oldest first. At least one filter is required, because nobody needs the data of all
+    patients at once.
     """
 
 @_typing.type_check_only
 class PatientServiceAsyncStub(PatientServiceStub):
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
 
+    Two names are the same if they differ only in letter case (i, I, ı and İ are one letter), in accents and
+    strokes of Latin, Greek and Cyrillic letters (José and Jose, Łukasz and Lukasz), in the kind of apostrophes,
+    hyphens and white space, in invisible characters, or in variants that Unicode calls compatible (NFKC), such as full
+    width. In other scripts a mark makes another letter. Names are stored as they were typed.
+
+    After MergePatients the id of the merged record stands for the kept one in every request.
+
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterPatient: _aio.UnaryUnaryMultiCallable[_patient_pb2.RegisterPatientRequest, _patient_pb2.RegisterPatientResponse]  # type: ignore[assignment]
-    """Registers a patient, or finds the record of the same person. The same person has the same phone (E.164) and the
-    same full name (ignoring letter case and extra white space); if both birth dates are known, they are equal too. A
-    found record stays unchanged; use UpdatePatient to change it.
+    """Registers a patient, or finds the record of the same person. The same person has the same phone (E.164), the same
+    full name, and no contradicting birth date: what both dates say (year, month, day) is equal. A record without a
+    birth date, or with a year or month alone, takes the date that says more; nothing else of a found record changes.
+    Without a phone nobody is found, and a record is created. Errors: PATIENT_AMBIGUOUS if several records match, because
+    the request says less about the birth date than they do.
     """
     GetPatient: _aio.UnaryUnaryMultiCallable[_patient_pb2.GetPatientRequest, _patient_pb2.GetPatientResponse]  # type: ignore[assignment]
     """Gets a patient. Errors: PATIENT_NOT_FOUND."""
     UpdatePatient: _aio.UnaryUnaryMultiCallable[_patient_pb2.UpdatePatientRequest, _patient_pb2.UpdatePatientResponse]  # type: ignore[assignment]
-    """Changes the fields of a patient that the mask names. Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS
-    if the change would make this a second record of one person.
+    """Changes the fields of a patient that the mask names. A new name is a revision of every doctor-day in whose queue the
+    patient stands (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS if the change would make
+    this a second record of one person.
+    """
+    MergePatients: _aio.UnaryUnaryMultiCallable[_patient_pb2.MergePatientsRequest, _patient_pb2.MergePatientsResponse]  # type: ignore[assignment]
+    """Makes two records of one person one. All appointments of the merged record move to the kept one, which also takes
+    what it lacks: phone, birth date, gender, e-mail, blood group and emergency contact, further allergies, and
+    insurances of other countries. The merged record is not listed any more. Each live appointment that moves is a
+    revision of its doctor-day (KIND_UPDATED). Nothing moves if live appointments of both collide. Errors:
+    PATIENT_NOT_FOUND, DUPLICATE_BOOKING, PATIENT_OVERLAP, and SAME_PATIENT if both ids stand for one record already.
     """
     ListPatients: _aio.UnaryUnaryMultiCallable[_patient_pb2.ListPatientsRequest, _patient_pb2.ListPatientsResponse]  # type: ignore[assignment]
-    """Lists the patients that match every filter that is set, oldest record first. At least one filter is required,
-    because nobody needs the data of all patients at once.
+    """Lists the patients that match every filter that is set, oldest record first; if only name_prefix is set, by the word
+    of the name that matches, then oldest first. At least one filter is required, because nobody needs the data of all
+    patients at once.
     """
 
 class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
     """Manages the patients of all clinics. A phone number does not identify a person: a household may share one.
+
+    Two names are the same if they differ only in letter case (i, I, ı and İ are one letter), in accents and
+    strokes of Latin, Greek and Cyrillic letters (José and Jose, Łukasz and Lukasz), in the kind of apostrophes,
+    hyphens and white space, in invisible characters, or in variants that Unicode calls compatible (NFKC), such as full
+    width. In other scripts a mark makes another letter. Names are stored as they were typed.
+
+    After MergePatients the id of the merged record stands for the kept one in every request.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
@@ -88,9 +131,11 @@ class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _patient_pb2.RegisterPatientRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_patient_pb2.RegisterPatientResponse, _abc.Awaitable[_patient_pb2.RegisterPatientResponse]]:
-        """Registers a patient, or finds the record of the same person. The same person has the same phone (E.164) and the
-        same full name (ignoring letter case and extra white space); if both birth dates are known, they are equal too. A
-        found record stays unchanged; use UpdatePatient to change it.
+        """Registers a patient, or finds the record of the same person. The same person has the same phone (E.164), the same
+        full name, and no contradicting birth date: what both dates say (year, month, day) is equal. A record without a
+        birth date, or with a year or month alone, takes the date that says more; nothing else of a found record changes.
+        Without a phone nobody is found, and a record is created. Errors: PATIENT_AMBIGUOUS if several records match, because
+        the request says less about the birth date than they do.
         """
 
     @_abc_1.abstractmethod
@@ -107,8 +152,22 @@ class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _patient_pb2.UpdatePatientRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_patient_pb2.UpdatePatientResponse, _abc.Awaitable[_patient_pb2.UpdatePatientResponse]]:
-        """Changes the fields of a patient that the mask names. Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS
-        if the change would make this a second record of one person.
+        """Changes the fields of a patient that the mask names. A new name is a revision of every doctor-day in whose queue the
+        patient stands (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS if the change would make
+        this a second record of one person.
+        """
+
+    @_abc_1.abstractmethod
+    def MergePatients(
+        self,
+        request: _patient_pb2.MergePatientsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_patient_pb2.MergePatientsResponse, _abc.Awaitable[_patient_pb2.MergePatientsResponse]]:
+        """Makes two records of one person one. All appointments of the merged record move to the kept one, which also takes
+        what it lacks: phone, birth date, gender, e-mail, blood group and emergency contact, further allergies, and
+        insurances of other countries. The merged record is not listed any more. Each live appointment that moves is a
+        revision of its doctor-day (KIND_UPDATED). Nothing moves if live appointments of both collide. Errors:
+        PATIENT_NOT_FOUND, DUPLICATE_BOOKING, PATIENT_OVERLAP, and SAME_PATIENT if both ids stand for one record already.
         """
 
     @_abc_1.abstractmethod
@@ -117,8 +176,9 @@ class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _patient_pb2.ListPatientsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_patient_pb2.ListPatientsResponse, _abc.Awaitable[_patient_pb2.ListPatientsResponse]]:
-        """Lists the patients that match every filter that is set, oldest record first. At least one filter is required,
-        because nobody needs the data of all patients at once.
+        """Lists the patients that match every filter that is set, oldest record first; if only name_prefix is set, by the word
+        of the name that matches, then oldest first. At least one filter is required, because nobody needs the data of all
+        patients at once.
         """
 
 def add_PatientServiceServicer_to_server(servicer: PatientServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,10 @@ declare
     d decision;
     v record;
 begin
-    if r.verb = 'BookAppointment' and (r.sight).clinics is null and (r.sight).doctor is null
+    if (r.sight).patient is not null then
+        r.sight := ((r.sight).clinics, coalesce(current_patient((r.sight).patient), (r.sight).patient), (r.sight).doctor);
+    end if;
+    if r.verb in ('BookAppointment', 'UpdatePatient') and (r.sight).clinics is null and (r.sight).doctor is null
        and r.patient is distinct from (r.sight).patient then
         return refused('PATIENT_NOT_FOUND', r.patient);
     end if;

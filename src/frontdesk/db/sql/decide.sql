@@ -14,6 +14,7 @@ declare
     v_requests request[];
     r request;
     v_old appointment;
+    v_locks text[];
     d decision;
 begin
     v_requests := array(select locate(q) from json_populate_recordset(null::request, p_requests) q);
@@ -40,10 +41,17 @@ begin
         if d.outcome is null and r.appointment is not null then
             if v_old.id is null then
                 d := refused('APPOINTMENT_NOT_FOUND', r.appointment);
-            elsif (v_old.doctor_id, v_old.date) <> (r.from_doctor, r.from_date) then
+            elsif (v_old.doctor_id, v_old.date, v_old.patient_id) <> (r.from_doctor, r.from_date, r.from_patient) then
                 raise exception 'the appointment was moved meanwhile' using errcode = 'serialization_failure';
             elsif r.version <> v_old.version then
                 d := refused('ETAG_MISMATCH', v_old.id);
+            end if;
+        end if;
+        if d.outcome is null and r.locks is not null then
+            v_locks := r.locks;
+            r := locate(r);
+            if not r.locks <@ v_locks then
+                raise exception 'the patient was changed meanwhile' using errcode = 'serialization_failure';
             end if;
         end if;
         if d.outcome is null then
@@ -59,6 +67,9 @@ begin
                 when 'BlockSlots' then set_slots_state(r)
                 when 'ReleaseSlots' then set_slots_state(r)
                 when 'DeleteSlot' then delete_slot(r)
+                when 'RegisterPatient' then register_patient(r)
+                when 'UpdatePatient' then update_patient(r)
+                when 'MergePatients' then merge_patients(r)
                 else change_visit(r, v_old)
             end;
             if r.key <> '' and d.outcome = 'OK' and r.validate_only is not true then

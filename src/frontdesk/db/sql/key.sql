@@ -17,6 +17,7 @@ begin
         d.appointment := jsonb_populate_record(d.appointment, v_first.snapshot);
     else
         d := jsonb_populate_record(d, v_first.snapshot);
+        select p into d.patient from patient p where p.id = current_patient((d.patient).id);
     end if;
     d.outcome := 'OK';
     d.replayed := true;
@@ -27,7 +28,7 @@ end
 $$;
 
 -- Store what the key did: of an appointment all that a later change may overwrite, and no text of the patient; of slots
--- and days everything, since a slot may be deleted.
+-- and days everything, since a slot may be deleted; of a patient the id.
 --
 -- It is the last write of the transaction: a twin that holds another lock waits here, then starts again, and finds this
 -- answer. Refusals are not stored.
@@ -35,9 +36,13 @@ create or replace function remember(r request, d decision) returns void language
 begin
     insert into idempotency (caller, method, key, fingerprint, result_id, snapshot, revision, vacated_revision)
     values (r.caller, r.verb, r.key, r.fingerprint, (d.appointment).id,
-            case when (d.appointment).id is null
-                then jsonb_build_object('day', d.day, 'slots', d.slots, 'affected', d.affected)
-                else to_jsonb(d.appointment) - '{id,patient_id,reason,notes,cancel_reason,create_time}'::text[] end,
+            case
+                when (d.appointment).id is not null
+                then to_jsonb(d.appointment) - '{id,patient_id,reason,notes,cancel_reason,create_time}'::text[]
+                when (d.patient).id is not null
+                then jsonb_build_object('patient', jsonb_build_object('id', (d.patient).id),
+                                        'already_registered', d.already_registered)
+                else jsonb_build_object('day', d.day, 'slots', d.slots, 'affected', d.affected) end,
             d.revision, d.vacated_revision)
     on conflict do nothing;
     if not found then

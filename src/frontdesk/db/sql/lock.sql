@@ -1,4 +1,4 @@
--- The locks of a decision: doctor-days, and patients whose visits must not overlap.
+-- The locks of a decision: doctor-days, and patients, whose visits must not overlap and whose records may be merged.
 
 -- The day as a number: a date as text depends on the session's DateStyle, and all sessions must lock the same name.
 create or replace function doctor_day_name(p_doctor uuid, p_date date) returns text language sql immutable
@@ -34,6 +34,12 @@ $$;
 -- An appointment and a slot may be moved before we hold their locks; whoever decides about them checks that afterwards.
 create or replace function locate(r request) returns request language plpgsql as $$
 begin
+    if r.record is not null or r.keep is not null then
+        return locate_patient(r);
+    end if;
+    if r.verb = 'BookAppointment' then
+        r.patient := coalesce((select p.merged_into from patient p where p.id = r.patient), r.patient);
+    end if;
     if r.slot is not null then
         select doctor_id, date into r.doctor, r.date from slot where id = r.slot;
     elsif r.doctor is not null and r.date is null then
@@ -65,7 +71,10 @@ create or replace function lock_names(r request) returns text[] language plpgsql
 declare
     v_names text[] := array[doctor_day_name(r.doctor, r.date), doctor_day_name(r.from_doctor, r.from_date)];
 begin
-    if r.verb = 'RescheduleAppointment' or r.verb = 'BookAppointment' and r.slot is not null then
+    if r.locks is not null then
+        return r.locks;
+    end if;
+    if r.verb in ('BookAppointment', 'RescheduleAppointment') then
         v_names := v_names || ('patient/' || coalesce(r.from_patient, r.patient));
     elsif r.slots is not null then
         if r.start_time is not null then

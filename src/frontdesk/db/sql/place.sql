@@ -1,4 +1,4 @@
--- Is there a place for this patient in that slot or doctor-day? Ask under the lock of the doctor-day and, for a slot, of
+-- Is there a place for this patient in that slot or doctor-day? Ask under the locks of the doctor-day and of
 -- the patient. Answers OK with a place, or why not. `p_moving` is the appointment that would give up its own place; a
 -- move within its doctor-day or slot takes no further place of it.
 create or replace function find_place(
@@ -19,8 +19,8 @@ begin
         end if;
     end if;
     -- A slot belongs to its clinic, also when its doctor has moved to another one.
-    select p.active as patient_active, d.id as doctor_id, d.active as doctor_active, c.id as clinic_id,
-           c.active as clinic_active, (p_now at time zone c.time_zone)::date as today,
+    select p.active as patient_active, p.merged_into, d.id as doctor_id, d.active as doctor_active,
+           c.id as clinic_id, c.active as clinic_active, (p_now at time zone c.time_zone)::date as today,
            coalesce(day.is_present, true) as is_present,
            coalesce(day.max_patients, d.max_patients_per_day) as capacity
     into v
@@ -31,6 +31,9 @@ begin
     left join doctor_day day on day.doctor_id = p_doctor and day.date = p_date;
 
     subject := p_patient;
+    if v.merged_into is not null then
+        raise exception 'the patient was merged meanwhile' using errcode = 'serialization_failure';
+    end if;
     if v.patient_active is null then outcome := 'PATIENT_NOT_FOUND'; return; end if;
     if not v.patient_active then outcome := 'PATIENT_INACTIVE'; return; end if;
 

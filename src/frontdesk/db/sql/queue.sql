@@ -14,7 +14,9 @@ declare
     v_now timestamptz := moment();
     v_change record;
 begin
-    if r.patient <> p_old.patient_id then return refused('PATIENT_MISMATCH', p_old.id); end if;
+    if r.patient <> p_old.patient_id and current_patient(r.patient) is distinct from p_old.patient_id then
+        return refused('PATIENT_MISMATCH', p_old.id);
+    end if;
     if r.verb = 'CheckIn' and p_old.state in ('CHECKED_IN', 'IN_CONSULTATION') then
         return refused('ALREADY_CHECKED_IN', p_old.id);
     end if;

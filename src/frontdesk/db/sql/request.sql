@@ -21,7 +21,7 @@ $do$;
 
 -- One change that a caller asks for. `verb` is the name of the RPC, which the idempotency key belongs to as well. An
 -- attribute that the verb has no use for is null. `restricted`: only what `sight` reaches. `locate` fills in the last
--- four.
+-- four before `keep`, and `locks`.
 do $do$
 begin
     if to_regtype('request') is null then
@@ -31,7 +31,8 @@ begin
             reason text, notes text, room text,
             is_present boolean, max_patients integer, slots uuid[], new_slots new_slot[],
             capacity integer, start_time timestamptz, end_time timestamptz,
-            from_doctor uuid, from_date date, from_patient uuid, from_dates date[]
+            from_doctor uuid, from_date date, from_patient uuid, from_dates date[],
+            keep uuid, record jsonb, locks text[]
         );
     end if;
 end
@@ -39,7 +40,8 @@ $do$;
 
 -- The answer. `outcome` is OK or the reason of a refusal, `subject` the id that the refusal is about, `details` more of
 -- its metadata. The rest is the change: the appointment, day or slots after it; the revision of its doctor-day, and of
--- the one that a reschedule left; the place in the queue; and the appointments that it concerns.
+-- the one that a reschedule left; the place in the queue; the appointments that it concerns; the patient, and the
+-- doctor-days that changed with the patient ([[doctor, date], …]).
 do $do$
 begin
     if to_regtype('decision') is null then
@@ -47,7 +49,8 @@ begin
             outcome text, subject uuid, details jsonb, replayed boolean,
             revision bigint, vacated_revision bigint, vacated_doctor uuid, vacated_date date,
             "position" integer, patient_name text,
-            appointment appointment, day doctor_day, slots slot[], affected uuid[]
+            appointment appointment, day doctor_day, slots slot[], affected uuid[],
+            patient patient, already_registered boolean, days jsonb
         );
     end if;
 end

@@ -24,7 +24,7 @@ def servicers(db: Database, feed: Feed, *, max_watchers: int) -> Sequence[Servic
     appointments = Appointments(db, feed.changed)
     return (
         ClinicServicer(Clinics(db)),
-        PatientServicer(Patients(db)),
+        PatientServicer(Patients(db, feed.changed)),
         DoctorServicer(Doctors(db, feed.changed)),
         SlotServicer(Slots(db)),
         AppointmentServicer(appointments),

@@ -1,16 +1,20 @@
 """clinic.frontdesk.v1.PatientService."""
 
+from datetime import date
 from typing import Any
+
+from google.type.date_pb2 import Date
 
 from clinic.frontdesk.v1 import patient_pb2 as pb
 from frontdesk.core.patient import Patient, Patients
+from frontdesk.errors import InvalidField
 from frontdesk.rpc.convert import (
     EVERY_FIELD,
     IDS,
+    WORDS_AND_IDS,
     active_from,
     changes_from,
     converter,
-    date_from,
     key_of,
     page_from,
     page_token,
@@ -26,7 +30,28 @@ def _emergency_contact(patient: Patient) -> pb.EmergencyContact | None:
     return pb.EmergencyContact(name=patient.emergency_name, phone=patient.emergency_phone)
 
 
-to_patient = converter(pb.Patient, Patient, emergency_contact=_emergency_contact)
+def _birth_date(patient: Patient) -> Date | None:
+    """As much of the date as is known; the rest of it is 0."""
+    if not patient.birth_date:
+        return None
+    return Date(**dict(zip(("year", "month", "day"), map(int, patient.birth_date.split("-")), strict=False)))
+
+
+to_patient = converter(pb.Patient, Patient, emergency_contact=_emergency_contact, birth_date=_birth_date)
+
+
+def _birth_column(patient: pb.Patient) -> dict[str, str]:
+    if not patient.HasField("birth_date"):
+        return {"birth_date": ""}
+    given = patient.birth_date
+    known = [part for part in (given.year, given.month, given.day) if part]
+    try:
+        text = date(given.year, given.month or 1, given.day or 1).isoformat()
+        if given.day and not given.month:
+            raise ValueError
+    except ValueError:
+        raise InvalidField(("patient.birth_date", "is not a date, a year and month, or a year")) from None
+    return {"birth_date": text[: (4, 7, 10)[len(known) - 1]]}
 
 
 def _emergency_columns(patient: pb.Patient) -> dict[str, str]:
@@ -46,7 +71,7 @@ _WRITABLE = writable(
     "phone",
     "email",
     "blood_group",
-    birth_date=lambda patient: {"birth_date": date_from(patient, "birth_date", "patient.")},
+    birth_date=_birth_column,
     gender=lambda patient: {"gender": pb.Gender.Name(patient.gender).removeprefix("GENDER_")},
     allergies=lambda patient: {"allergies": list(patient.allergies)},
     emergency_contact=_emergency_columns,
@@ -90,11 +115,18 @@ class PatientServicer:
         )
         return pb.UpdatePatientResponse(patient=to_patient(change.result), replayed=change.replayed)
 
+    async def MergePatients(self, request: pb.MergePatientsRequest, call: Call) -> pb.MergePatientsResponse:
+        change = await self._patients.merge(
+            call.caller, request.keep_patient_id, request.merge_patient_id, key=key_of(request, call)
+        )
+        return pb.MergePatientsResponse(patient=to_patient(change.result), replayed=change.replayed)
+
     async def ListPatients(self, request: pb.ListPatientsRequest, call: Call) -> pb.ListPatientsResponse:
         insurance = request.insurance
+        by_name = not request.phone and not request.HasField("insurance")
         found = await self._patients.list(
             call.caller,
-            page_from(request, *IDS),
+            page_from(request, *(WORDS_AND_IDS if by_name else IDS)),
             phone=request.phone,
             country=request.default_country,
             name_prefix=request.name_prefix,

@@ -103,6 +103,7 @@ def upgrade() -> None:
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("address", sa.Text(), server_default="", nullable=False),
         sa.Column("city", sa.Text(), server_default="", nullable=False),
+        sa.Column("city_key", sa.Text(), server_default="", nullable=False),
         sa.Column("state", sa.Text(), server_default="", nullable=False),
         sa.Column("postal_code", sa.Text(), server_default="", nullable=False),
         sa.Column("country", sa.Text(), server_default="", nullable=False),
@@ -116,7 +117,7 @@ def upgrade() -> None:
         sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
         sa.PrimaryKeyConstraint("id", name="clinic_pkey"),
     )
-    op.create_index("clinic_city_idx", "clinic", [sa.literal_column("lower(city)"), "id"], unique=False)
+    op.create_index("clinic_city_idx", "clinic", ["city_key", "id"], unique=False)
     op.create_index("clinic_default_key", "clinic", ["is_default"], unique=True, postgresql_where="is_default")
     op.create_table(
         "doctor_day",
@@ -183,10 +184,11 @@ def upgrade() -> None:
         sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
         sa.Column("given_name", sa.Text(), nullable=False),
         sa.Column("family_name", sa.Text(), server_default="", nullable=False),
-        sa.Column("name_key", sa.Text(), nullable=False),
+        sa.Column("given_key", sa.Text(), server_default="", nullable=False),
         sa.Column("family_key", sa.Text(), server_default="", nullable=False),
-        sa.Column("phone", sa.Text(), nullable=False),
-        sa.Column("birth_date", sa.Date(), nullable=True),
+        sa.Column("name_key", sa.Text(), nullable=False),
+        sa.Column("phone", sa.Text(), server_default="", nullable=False),
+        sa.Column("birth_date", sa.Text(), server_default="", nullable=False),
         sa.Column("gender", sa.Text(), server_default="UNSPECIFIED", nullable=False),
         sa.Column("email", sa.Text(), server_default="", nullable=False),
         sa.Column("blood_group", sa.Text(), server_default="", nullable=False),
@@ -196,32 +198,44 @@ def upgrade() -> None:
         sa.Column(
             "insurances", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'[]'"), nullable=False
         ),
+        sa.Column("insurance_keys", sa.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False),
         sa.Column("active", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column("merged_into", sa.Uuid(), nullable=True),
         sa.Column("version", sa.Integer(), server_default="1", nullable=False),
         sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
         sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.CheckConstraint("birth_date ~ '^([0-9]{4}(-[0-9]{2}(-[0-9]{2})?)?)?$'", name="patient_birth_date_check"),
         sa.PrimaryKeyConstraint("id", name="patient_pkey"),
     )
+    op.create_index("patient_insurance_keys_idx", "patient", ["insurance_keys"], unique=False, postgresql_using="gin")
     op.create_index(
-        "patient_family_idx", "patient", ["family_key"], unique=False, postgresql_ops={"family_key": "text_pattern_ops"}
-    )
-    op.create_index(
-        "patient_insurances_idx",
+        "patient_merged_into_idx",
         "patient",
-        ["insurances"],
+        ["merged_into"],
         unique=False,
-        postgresql_using="gin",
-        postgresql_ops={"insurances": "jsonb_path_ops"},
+        postgresql_where=sa.text("merged_into is not null"),
     )
     op.create_index(
-        "patient_name_idx", "patient", ["name_key"], unique=False, postgresql_ops={"name_key": "text_pattern_ops"}
+        "patient_merged_person_idx",
+        "patient",
+        ["phone", "name_key"],
+        unique=False,
+        postgresql_where=sa.text("merged_into is not null"),
     )
     op.create_index(
         "patient_person_key",
         "patient",
-        ["phone", "name_key", sa.literal_column("coalesce(birth_date, 'infinity'::date)")],
+        ["phone", "name_key", "birth_date"],
         unique=True,
+        postgresql_where=sa.text("phone <> '' and merged_into is null"),
     )
+    op.create_table(
+        "patient_word",
+        sa.Column("word", sa.Text(collation="C"), nullable=False),
+        sa.Column("patient_id", sa.Uuid(), nullable=False),
+        sa.PrimaryKeyConstraint("word", "patient_id", name="patient_word_pkey"),
+    )
+    op.create_index("patient_word_patient_idx", "patient_word", ["patient_id", "word"], unique=False)
     op.create_table(
         "rate_window",
         sa.Column("subject", sa.Text(), nullable=False),
@@ -264,6 +278,7 @@ def upgrade() -> None:
         sa.Column("code", sa.Text(), nullable=False),
         sa.Column("display_name", sa.Text(), nullable=False),
         sa.Column("specialty", sa.Text(), server_default="", nullable=False),
+        sa.Column("specialty_key", sa.Text(), server_default="", nullable=False),
         sa.Column("license_number", sa.Text(), server_default="", nullable=False),
         sa.Column("qualifications", sa.Text(), server_default="", nullable=False),
         sa.Column("experience_years", sa.Integer(), server_default="0", nullable=False),
@@ -286,7 +301,7 @@ def upgrade() -> None:
         unique=True,
         postgresql_where=sa.text("license_number <> ''"),
     )
-    op.create_index("doctor_specialty_idx", "doctor", [sa.literal_column("lower(specialty)"), "id"], unique=False)
+    op.create_index("doctor_specialty_idx", "doctor", ["specialty_key", "id"], unique=False)
 
     op.execute(
         sa.text("insert into clinic (name, time_zone, is_default) values ('Default clinic', :zone, true)").bindparams(
