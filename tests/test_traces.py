@@ -120,10 +120,10 @@ async def test_callers_that_share_a_statement(traced: Front, spans: Spans) -> No
 
 async def test_statements_of_a_transaction(traced: Front, spans: Spans) -> None:
     """Each statement of a call has its own span in the call's trace."""
-    await traced.patient()
-    names = [span.name for span in spans.below(spans.call("PatientService/RegisterPatient"))]
+    await traced.clinic()
+    names = [span.name for span in spans.below(spans.call("ClinicService/CreateClinic"))]
     assert len(names) >= 2
-    assert "INSERT patient" in names
+    assert "INSERT clinic" in names
 
 
 async def test_whose_fault_it_was(traced: Front, spans: Spans) -> None:
