@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from frontdesk.core.caller import Caller, within
+from frontdesk.core.caller import Caller, current_patient, within
 from frontdesk.core.decision import Changed, asked, iso, refusal
 from frontdesk.core.formats import require_order
 from frontdesk.db import schema
@@ -292,9 +292,8 @@ def _list_statement(given: frozenset[str], states: tuple[str, ...], descending: 
     )
     sort_key = (_t.date, sa.func.coalesce(_t.start_time, schema.FIRST), _t.id)
     place = sa.tuple_(*sort_key)
-    patient = sa.bindparam("patient_id", type_=sa.Uuid)
     conditions: dict[str, sa.ColumnElement[bool]] = {
-        "patient_id": _t.patient_id == sa.select(sa.func.current_patient(patient)).scalar_subquery(),
+        "patient_id": _t.patient_id == current_patient("patient_id"),
         "doctor_id": _t.doctor_id == sa.bindparam("doctor_id"),
         "clinic_id": _t.clinic_id == sa.bindparam("clinic_id"),
         "slot_id": _t.slot_id == sa.bindparam("slot_id"),

@@ -75,11 +75,16 @@ class Sight:
         return {name.removeprefix("sight_"): value for name, value in self.parts.items()}
 
 
+def current_patient(name: str) -> "sa.ScalarSelect[Any]":
+    """The record that the id in this bind parameter stands for: after a merge, the kept one."""
+    return sa.select(sa.func.current_patient(sa.bindparam(name, type_=sa.Uuid))).scalar_subquery()
+
+
 def within(parts: Collection[str], table: Any) -> "sa.ColumnElement[bool]":
     """The condition that a row is in sight, by its columns clinic_id, patient_id and doctor_id."""
     conditions = {
         "sight_clinics": table.clinic_id == sa.any_(sa.bindparam("sight_clinics", type_=sa.ARRAY(sa.Uuid))),
-        "sight_patient": table.patient_id == sa.bindparam("sight_patient"),
+        "sight_patient": table.patient_id == current_patient("sight_patient"),
         "sight_doctor": table.doctor_id == sa.bindparam("sight_doctor"),
     }
     return sa.or_(sa.false(), *(condition for name, condition in conditions.items() if name in parts))

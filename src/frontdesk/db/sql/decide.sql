@@ -31,6 +31,13 @@ begin
             -- Its own statement, so it sees what was committed while we waited for the lock.
             select * into v_old from appointment where id = r.appointment;
         end if;
+        if r.locks is not null then
+            v_locks := r.locks;
+            r := locate(r);
+            if not r.locks <@ v_locks then
+                raise exception 'the patient was changed meanwhile' using errcode = 'serialization_failure';
+            end if;
+        end if;
         if r.restricted then
             -- Before the key: a replay too is only for those who may see it.
             d := access_refusal(r, v_old);
@@ -45,13 +52,6 @@ begin
                 raise exception 'the appointment was moved meanwhile' using errcode = 'serialization_failure';
             elsif r.version <> v_old.version then
                 d := refused('ETAG_MISMATCH', v_old.id);
-            end if;
-        end if;
-        if d.outcome is null and r.locks is not null then
-            v_locks := r.locks;
-            r := locate(r);
-            if not r.locks <@ v_locks then
-                raise exception 'the patient was changed meanwhile' using errcode = 'serialization_failure';
             end if;
         end if;
         if d.outcome is null then
