@@ -225,6 +225,7 @@ class Service:
         self, log: Path, database_url: str, *, workers: int = 1, source: Path | None = None, **settings: str
     ) -> None:
         """`source` has the package `frontdesk` to run; `settings` are FRONTDESK_* in lower case."""
+        settings.setdefault("listen", "127.0.0.1:0")
         environment = {f"FRONTDESK_{name.upper()}": value for name, value in settings.items()}
         if source is not None:
             environment["PYTHONPATH"] = os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])
@@ -232,7 +233,7 @@ class Service:
         self.log = log
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "frontdesk.cli", "serve", "--listen", "127.0.0.1:0", "--workers", str(workers)],
+                [sys.executable, "-m", "frontdesk.cli", "serve", "--workers", str(workers)],
                 env=self.environment,
                 stdout=subprocess.PIPE,
                 stderr=stream,
@@ -241,7 +242,7 @@ class Service:
         assert self.process.stdout is not None
         said = self.process.stdout.readline()
         assert "serves on" in said, log.read_text()
-        self.port = int(said.rpartition(":")[2])
+        self.port = 0 if "unix:" in said else int(said.rpartition(":")[2])
 
     def workers(self) -> list[int]:
         """The process ids of the workers."""

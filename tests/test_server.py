@@ -178,7 +178,7 @@ def test_loopback_only_without_credentials(listen: str) -> None:
     with pytest.raises(SettingsError, match="only loopback"):
         Settings.load(listen=listen)
     for local in ("127.0.0.1:1", "[::1]:1", "localhost:1", "127.8.9.10:1"):
-        assert Settings.load(listen=local).loopback
+        assert Settings.load(listen=local).address.loopback
 
 
 async def test_drain(conninfo: str, settings: Settings) -> None:

@@ -21,17 +21,18 @@ WIRE = {"grpc", "grpc_status", "grpc_health", "grpc_reflection", "clinic", "buf"
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "addresses": set(),
     "tasks": {"errors"},
-    "settings": set(),
+    "settings": {"addresses"},
     "db": {"errors", "tasks"},
     "core": {"errors", "tasks", "db"},
     "live": {"errors", "tasks", "db", "core"},
     "jobs": {"errors", "tasks", "db", "core", "settings"},
     "rpc": {"errors", "tasks", "db", "core", "live", "settings"},
-    "process": {"errors", "tasks", "db", "core", "live", "jobs", "rpc", "settings"},
+    "process": {"errors", "tasks", "db", "core", "live", "jobs", "rpc", "settings", "addresses"},
     "client": set(),
     "tools": {"client"},
-    "cli": {"errors", "db", "core", "jobs", "process", "client", "tools", "settings"},
+    "cli": {"errors", "db", "core", "jobs", "process", "client", "tools", "settings", "addresses"},
 }
 """The packages and modules directly below frontdesk, with those that each may import."""
 

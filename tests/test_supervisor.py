@@ -1,5 +1,6 @@
 """The supervisor, with a stand-in for the gRPC worker: a socket that answers with its process id."""
 
+import fcntl
 import json
 import os
 import selectors
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -19,7 +21,8 @@ import psycopg
 import pytest
 import structlog
 
-from frontdesk.process.ports import ClaimError, claim
+from frontdesk.addresses import Address, parse
+from frontdesk.process.claims import ClaimError, TcpClaim
 from frontdesk.process.supervisor import supervise
 from frontdesk.settings import Settings, SettingsError
 from tests.waiting import wait_for
@@ -27,26 +30,23 @@ from tests.waiting import wait_for
 # --- Code of the processes under test ---
 
 
-def worker(settings: Settings, conninfo: str, address: str, reuse_port: bool, ready: Connection) -> None:
-    """Serve until SIGTERM, then drain for as long as the file `drain` says."""
-    told_to_stop, stop = socket.socketpair()
-    signal.signal(signal.SIGTERM, lambda *_: stop.send(b"x"))
+def worker(
+    settings: Settings, conninfo: str, address: str, reuse_port: bool, ready: Connection, handover: Connection
+) -> None:
+    """Serve until told to stop, then drain for as long as the file `drain` says."""
+    signal.signal(signal.SIGTERM, lambda *_: handover.send(None))
+    while (settings.data_dir.parent / "hesitate").exists():
+        time.sleep(0.01)
     if refusal := (settings.data_dir.parent / "refuse").exists():
         ready.send("the worker does not want to")
     if refusal or (settings.data_dir.parent / "crash").exists():
         sys.exit(3)
-    host, _, port = address.rpartition(":")
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    server = socket.socket(family)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(reuse_port))
-    server.bind((host.strip("[]"), int(port)))
-    server.listen()
-    ready.send(server.getsockname()[1])
+    server = listener(address, reuse_port)
+    ready.send(1 if server.family == socket.AF_UNIX else server.getsockname()[1])
     with selectors.DefaultSelector() as selector:
         selector.register(server, selectors.EVENT_READ)
-        selector.register(told_to_stop, selectors.EVENT_READ)
-        while told_to_stop not in [key.fileobj for key, _ in selector.select()]:
+        selector.register(handover, selectors.EVENT_READ)
+        while handover not in [key.fileobj for key, _ in selector.select()]:
             client, _ = server.accept()
             client.sendall(f"{os.getpid()} {conninfo}\n".encode())
             client.close()
@@ -58,6 +58,21 @@ def worker(settings: Settings, conninfo: str, address: str, reuse_port: bool, re
     if settings.database_url is None:
         with psycopg.connect(conninfo) as connection:
             connection.execute("INSERT INTO said VALUES ('drained')")
+
+
+def listener(address: str, reuse_port: bool) -> socket.socket:
+    """A socket that listens there."""
+    host, _, port = address.rpartition(":")
+    if host == "unix":
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(port)
+    else:
+        server = socket.socket(socket.AF_INET6 if host.startswith("[") else socket.AF_INET)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(reuse_port))
+        server.bind((host.strip("[]"), int(port)))
+    server.listen()
+    return server
 
 
 def migrate(conninfo: str) -> None:
@@ -78,7 +93,9 @@ def announce(line: str) -> None:
 def serve() -> int:
     settings = Settings.load(**json.loads(sys.argv[1]))
     log = (settings.data_dir.parent / "log").open("a", buffering=1)
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(log))
+    structlog.configure(
+        processors=[structlog.processors.JSONRenderer()], logger_factory=structlog.PrintLoggerFactory(log)
+    )
     return supervise(
         settings,
         worker=worker,
@@ -111,13 +128,12 @@ class Service:
             start_new_session=True,
         )
 
-    def serves(self) -> tuple[str, int]:
+    def serves(self) -> Address:
         """Wait for the line with the address."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("frontdesk serves on "), self.said()
-        host, _, port = line.removeprefix("frontdesk serves on ").strip().rpartition(":")
-        return host.strip("[]"), int(port)
+        return parse(line.removeprefix("frontdesk serves on ").strip())
 
     def ends(self) -> int:
         return self.process.wait(30)
@@ -164,10 +180,19 @@ def conninfo(directory: Path) -> str:
     return f"host={directory}/data/postgres port=5432 user=frontdesk dbname=frontdesk"
 
 
-def call(at: tuple[str, int]) -> tuple[int, str] | None:
+def connect(at: Address) -> socket.socket:
+    if not at.path:
+        return socket.create_connection((at.host, at.port), timeout=5)
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(5)
+    client.connect(at.path)
+    return client
+
+
+def call(at: Address) -> tuple[int, str] | None:
     """A worker's answer: its process id and its conninfo. None if no worker serves."""
     try:
-        with socket.create_connection(at, timeout=5) as client:
+        with connect(at) as client:
             text = client.makefile().readline()
     except OSError:
         return None
@@ -175,7 +200,7 @@ def call(at: tuple[str, int]) -> tuple[int, str] | None:
     return (int(pid), rest) if pid else None
 
 
-def workers(at: tuple[str, int], many: int) -> set[int]:
+def workers(at: Address, many: int) -> set[int]:
     """The process ids of `many` workers, once that many answer."""
     seen: set[int] = set()
 
@@ -253,27 +278,27 @@ def test_addresses(service: Callable[..., Service], host: str, many: int) -> Non
             pytest.skip("no IPv6 here")
     one = service(listen=f"{host}:0", database_url=NOWHERE, workers=many)
     at = one.serves()
-    assert at[0] == host.strip("[]")
+    assert at.host == host.strip("[]")
     assert len(workers(at, many)) == many
 
 
 @pytest.mark.parametrize("many", [1, 2])
 def test_a_served_port_is_refused(service: Callable[..., Service], many: int) -> None:
     one = service(database_url=NOWHERE, workers=many)
-    host, port = one.serves()
-    first = workers((host, port), many)
+    at = one.serves()
+    first = workers(at, many)
     for second_many in (1, 2):
-        second = service(listen=f"{host}:{port}", database_url=NOWHERE, workers=second_many)
+        second = service(listen=str(at), database_url=NOWHERE, workers=second_many)
         assert second.ends() == 1
-        assert second.said() == f"frontdesk: --listen {host}:{port}: in use by another process\n"
-    assert workers((host, port), many) == first
+        assert second.said() == f"frontdesk: --listen {at}: in use by another process\n"
+    assert workers(at, many) == first
 
 
 def test_a_port_that_was_just_served_is_taken_again(service: Callable[..., Service]) -> None:
     # The server closes first, so its connections stay in TIME_WAIT.
     at = None
     for many in (1, 2, 1):
-        one = service(listen=f"127.0.0.1:{at[1] if at else 0}", database_url=NOWHERE, workers=many)
+        one = service(listen=str(at or "127.0.0.1:0"), database_url=NOWHERE, workers=many)
         at = one.serves()
         assert call(at)
         one.process.terminate()
@@ -281,10 +306,10 @@ def test_a_port_that_was_just_served_is_taken_again(service: Callable[..., Servi
 
 
 def test_a_claimed_port_is_open_to_so_reuseport_only() -> None:
-    claims = claim("127.0.0.1", 0)
-    port = claims[0].getsockname()[1]
+    claim = TcpClaim(Address("127.0.0.1", 0))
+    port = claim.address.port
     with pytest.raises(ClaimError, match="in use"):
-        claim("127.0.0.1", port)
+        TcpClaim(Address("127.0.0.1", port))
     with socket.socket() as one, socket.socket() as two:
         for server in (one, two):
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -293,8 +318,7 @@ def test_a_claimed_port_is_open_to_so_reuseport_only() -> None:
         # The supervisor binds the port without listening, so no connection is lost there.
         for _ in range(20):
             socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    for one in claims:
-        one.close()
+    claim.close()
 
 
 def test_a_served_directory_is_refused(service: Callable[..., Service]) -> None:
@@ -343,6 +367,158 @@ def test_a_killed_worker_is_replaced_on_the_same_port(service: Callable[..., Ser
     one.process.send_signal(signal.SIGINT)
     assert one.ends() == 0
     assert (one.directory / "log").read_text().count("worker_died") == 2
+
+
+def events(service: Service) -> list[str]:
+    """The names of the lines in the supervisor's log."""
+    # The last line may still be in the making.
+    text = (service.directory / "log").read_text().rpartition("\n")[0]
+    return [str(json.loads(line)["event"]) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("many", [1, 2])
+@pytest.mark.parametrize("where", ["TCP", "unix"])
+def test_a_worker_leaves_once_its_successor_listens(
+    service: Callable[..., Service], directory: Path, many: int, where: str
+) -> None:
+    """A worker that somebody stops serves on until another listens in its place."""
+    if where == "unix" and many == 2:
+        pytest.skip("a Unix socket has one worker")
+    one = service(listen="127.0.0.1:0" if where == "TCP" else f"unix:{directory}/s", workers=many, database_url=NOWHERE)
+    at = one.serves()
+    before = workers(at, many)
+    (directory / "hesitate").touch()
+    leaving = min(before)
+    os.kill(leaving, signal.SIGTERM)
+    # The successor is there, and does not listen yet.
+    wait_for(lambda: len(processes(one) - before) == 1)
+    assert workers(at, many) == before
+    (directory / "hesitate").unlink()
+    until_gone({leaving})
+    after = workers(at, many)
+    assert len(after - before) == 1
+    wait_for(lambda: "worker_replaced" in events(one))
+    assert "worker_died" not in events(one)
+    one.process.terminate()
+    assert one.ends() == 0
+    assert not list(directory.glob("s*"))
+
+
+def processes(one: Service) -> set[int]:
+    """The worker processes, listening or not."""
+    return {
+        pid
+        for pid in children(one.process.pid)
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes() and runs(pid)
+    }
+
+
+def test_a_leaving_worker_waits_for_a_successor_that_does_not_die(
+    service: Callable[..., Service], directory: Path
+) -> None:
+    """As long as no successor can serve, a worker that somebody stops goes on; a second signal ends it."""
+    one = service(database_url=NOWHERE)
+    at = one.serves()
+    (leaving,) = workers(at, 1)
+    (directory / "refuse").touch()
+    os.kill(leaving, signal.SIGTERM)
+    wait_for(lambda: events(one).count("worker_died") >= 2)
+    assert workers(at, 1) == {leaving}
+    (directory / "refuse").unlink()
+    until_gone({leaving})
+    workers(at, 1)
+    assert one.process.poll() is None
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix:"])
+def test_sighup_replaces_all_workers(service: Callable[..., Service], directory: Path, listen: str) -> None:
+    """SIGHUP replaces the workers one after another, and every connection meanwhile finds one that listens."""
+    unix = listen == "unix:"
+    one = service(listen=f"unix:{directory}/s" if unix else listen, workers=1 if unix else 3, database_url=NOWHERE)
+    at = one.serves()
+    before = workers(at, 1 if unix else 3)
+    one.process.send_signal(signal.SIGHUP)
+    answered = 0
+    while any(runs(pid) for pid in before):
+        # A connection in the queue of a socket that closes is reset, and tried again by every gRPC client.
+        try:
+            with connect(at) as client:
+                client.makefile().readline()
+        except ConnectionResetError:
+            continue
+        answered += 1
+    assert answered > 10
+    after = workers(at, len(before))
+    assert not after & before
+    wait_for(lambda: events(one).count("worker_replaced") == len(before))
+    workers_events = [event for event in events(one) if event.startswith("worker_")]
+    assert workers_events[len(before) :] == ["worker_leaves", "worker_serves", "worker_replaced"] * len(before)
+    one.process.terminate()
+    assert one.ends() == 0
+
+
+def test_a_stale_socket_is_replaced_and_a_served_one_refused(service: Callable[..., Service], directory: Path) -> None:
+    """A socket that a killed service left is taken over; one that is served, by whatever program, is refused."""
+    listen = f"unix:{directory}/s"
+    for _ in range(2):
+        one = service(listen=listen, database_url=NOWHERE)
+        at = one.serves()
+        (pid,) = workers(at, 1)
+        second = service(listen=listen, database_url=NOWHERE)
+        assert second.ends() == 1
+        assert second.said() == f"frontdesk: --listen {listen}: in use by another process\n"
+        assert workers(at, 1) == {pid}
+        one.process.kill()
+        until_gone({pid})
+        assert Path(at.path).is_socket()
+    Path(at.path).unlink()
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.bind(at.path)
+        stranger.listen()
+        other = service(listen=listen, database_url=NOWHERE)
+        assert other.ends() == 1
+        assert "in use by another process" in other.said()
+    Path(at.path).unlink()
+    Path(at.path).write_text("kept")
+    other = service(listen=listen, database_url=NOWHERE)
+    assert other.ends() == 1
+    assert other.said() == f"frontdesk: --listen {listen}: exists and is not a socket\n"
+    assert Path(at.path).read_text() == "kept"
+
+
+@pytest.mark.parametrize("place", ["nowhere/s", "file/s"])
+def test_a_socket_nowhere(service: Callable[..., Service], directory: Path, place: str) -> None:
+    """A directory that does not exist is named in one line."""
+    (directory / "file").touch()
+    one = service(listen=f"unix:{directory}/{place}", database_url=NOWHERE)
+    assert one.ends() == 1
+    assert one.said().startswith(f"frontdesk: --listen unix:{directory}/{place}: ")
+    assert one.said().count("\n") == 1
+
+
+def test_a_terminal_that_closes_ends_the_service(service: Callable[..., Service], directory: Path) -> None:
+    """SIGHUP from a terminal that has gone stops the service, as every program in it."""
+    main, terminal = os.openpty()
+    given = json.dumps({"listen": "127.0.0.1:0", "data_dir": str(directory / "data"), "database_url": NOWHERE})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.test_supervisor", given],
+        cwd=Path(__file__).parents[1],
+        stdin=terminal,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(terminal)
+    with process:
+        assert process.stdout is not None
+        assert b"serves on" in process.stdout.readline()
+        os.close(main)
+        assert process.wait(30) == 0
+
+
+def take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def test_a_worker_that_fails_later_is_tried_again(service: Callable[..., Service], directory: Path) -> None:

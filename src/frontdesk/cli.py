@@ -7,6 +7,7 @@ not have gRPC.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -41,14 +42,17 @@ class Failure(Exception):
 
 
 # As text: `Settings` checks the values and reports an error in one line.
-_Listen = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Address to serve on; port 0 takes a free one.")]
+_Listen = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT|unix:PATH", help="Address to serve on; port 0 takes a free one.")
+]
 _DataDir = Annotated[str | None, typer.Option(metavar="DIR", help="Directory of the embedded PostgreSQL.")]
 _DatabaseUrl = Annotated[
     str | None, typer.Option(metavar="URL", help="A PostgreSQL to use instead of the embedded one.")
 ]
 _Workers = Annotated[str | None, typer.Option(metavar="N", help="Processes that share the port.")]
 _Target = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", help="The service; default: FRONTDESK_LISTEN or 127.0.0.1:50051.")
+    str | None,
+    typer.Option(metavar="HOST:PORT|unix:PATH", help="The service; default: FRONTDESK_LISTEN or 127.0.0.1:50051."),
 ]
 
 
@@ -164,14 +168,15 @@ class _FirstSteps:
     def __init__(self, settings: "Settings", *, demo: bool) -> None:
         self._settings = settings
         self._demo = demo
+        self._doctor = "DR-SILVA" if demo else "CODE"
         self._filling: subprocess.Popen[bytes] | None = None
         self._ended = False
         self._lock = threading.Lock()
 
     def announce(self, line: str) -> None:
-        """Print the line, which ends with the address, and the rest; does not wait for the demo."""
+        """Print the line, and the rest; does not wait for the demo."""
         _say(line)
-        address = line.rpartition(" ")[2]
+        address = line.removeprefix("frontdesk serves on ")
         if self._demo:
             # In a thread, because the supervisor must go on.
             threading.Thread(target=self._fill, args=(address,), name="demo", daemon=True).start()
@@ -193,12 +198,17 @@ class _FirstSteps:
         if self._settings.tls_cert is not None or not self._settings.serves_reflection:
             return
         method = "clinic.frontdesk.v1.DoctorService/ListDoctors"
+        buf, grpcurl, host = "", "", shlex.quote(address)
+        if address.startswith("unix:"):
+            path = shlex.quote(address.removeprefix("unix:"))
+            buf, grpcurl, host = f"--unix-socket {path} ", "-unix ", path
+        url = f"http://{'localhost' if buf else address}/{method}"
         _say(
             "",
             "Try:",
-            f"  {_command('buf')} curl --protocol grpc --http2-prior-knowledge http://{address}/{method} -d '{{}}'",
-            f"  {_command('grpcurl')} -plaintext -d '{{}}' {address} {method}",
-            f"  {_this_command()} watch --target {address} --doctor {'DR-SILVA' if self._demo else 'CODE'}",
+            f"  {_command('buf')} curl --protocol grpc --http2-prior-knowledge {buf}{url} -d '{{}}'",
+            f"  {_command('grpcurl')} -plaintext {grpcurl}-d '{{}}' {host} {method}",
+            f"  {_this_command()} watch --target {shlex.quote(address)} --doctor {self._doctor}",
         )
 
     def end(self) -> None:
@@ -426,14 +436,22 @@ def _settings(**given: str | None) -> "Settings":
 
 
 def _target(given: str | None) -> str:
-    if given:
-        return given
+    """The address of the service; by default that of a service on this machine with the same settings."""
+    from frontdesk.addresses import parse
     from frontdesk.settings import SettingsError
 
-    settings = _settings()
-    if settings.port == 0:
+    if given:
+        # gRPC has other forms of targets, each with a scheme.
+        if re.match("(dns|ipv4|ipv6|unix-abstract|xds):", given):
+            return given
+        try:
+            return str(parse(given))
+        except ValueError as error:
+            raise typer.BadParameter(f"{error}.", param_hint="'--target'") from None
+    address = _settings().address.local
+    if not address.path and address.port == 0:
         raise SettingsError("--target is needed: FRONTDESK_LISTEN has port 0, which is any free port")
-    return settings.listen
+    return str(address)
 
 
 def _migrate(conninfo: str, settings: "Settings") -> str:

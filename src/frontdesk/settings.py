@@ -3,7 +3,6 @@
 This module and `frontdesk.cli` are the only readers of the environment and of argv.
 """
 
-import ipaddress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +13,8 @@ from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from frontdesk.addresses import Address, parse
 
 
 class SettingsError(Exception):
@@ -26,7 +27,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FRONTDESK_", frozen=True, extra="forbid", env_ignore_empty=True)
 
     listen: str = "127.0.0.1:50051"
-    """HOST:PORT to serve on; port 0 takes a free one. Without TLS client certificates only loopback is accepted."""
+    """HOST:PORT or unix:PATH to serve on; port 0 takes a free one. Beyond loopback it needs TLS client certificates."""
     data_dir: Path = Field(default_factory=lambda: platformdirs.user_data_path("frontdesk"))
     """Directory of the embedded PostgreSQL; unused when `database_url` is set."""
     database_url: str | None = None
@@ -91,15 +92,10 @@ class Settings(BaseSettings):
             message = first["msg"].removeprefix("Value error, ")
             raise SettingsError(f"{label}: {message}" if first["loc"] else message) from None
 
-    @field_validator("listen", "metrics_listen")
+    @field_validator("listen")
     @classmethod
-    def _check_listen(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        host, colon, port = value.rpartition(":")
-        if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-            raise ValueError(f"{value!r} is not HOST:PORT with a port from 0 to 65535")
-        return value
+    def _check_listen(cls, value: str) -> str:
+        return str(parse(value))
 
     @field_validator("database_url", "direct_database_url")
     @classmethod
@@ -115,9 +111,14 @@ class Settings(BaseSettings):
     @field_validator("metrics_listen")
     @classmethod
     def _check_metrics_listen(cls, value: str | None) -> str | None:
-        if value is not None and not _is_loopback(_host(value)):
-            raise ValueError(f"{value}: the page of metrics has no credentials, so only loopback is served")
-        return value
+        if value is None:
+            return None
+        address = parse(value)
+        if address.path:
+            raise ValueError("is not HOST:PORT")
+        if not address.loopback:
+            raise ValueError(f"{address}: the page of metrics has no credentials, so only loopback is served")
+        return str(address)
 
     @field_validator("traces")
     @classmethod
@@ -157,7 +158,11 @@ class Settings(BaseSettings):
             raise ValueError("FRONTDESK_POOLER and FRONTDESK_DIRECT_DATABASE_URL need FRONTDESK_DATABASE_URL")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("FRONTDESK_TLS_CLIENT_CA needs FRONTDESK_TLS_CERT")
-        if not self.loopback and self.tls_client_ca is None:
+        if self.address.path and self.workers > 1:
+            raise ValueError(
+                f"--listen {self.listen}: a Unix socket has one worker, because its connections are not spread"
+            )
+        if not self.address.loopback and self.tls_client_ca is None:
             raise ValueError(
                 f"--listen {self.listen}: without credentials (FRONTDESK_TLS_CERT, FRONTDESK_TLS_KEY, "
                 "FRONTDESK_TLS_CLIENT_CA) only loopback is served"
@@ -165,37 +170,14 @@ class Settings(BaseSettings):
         return self
 
     @property
-    def host(self) -> str:
-        """The host of `listen`, without the brackets of an IPv6 address."""
-        return _host(self.listen)
-
-    @property
-    def port(self) -> int:
-        """The port of `listen`."""
-        return int(self.listen.rpartition(":")[2])
-
-    @property
-    def loopback(self) -> bool:
-        """Whether only this machine can reach `listen`."""
-        return _is_loopback(self.host)
+    def address(self) -> Address:
+        """`listen`, read."""
+        return parse(self.listen)
 
     @property
     def serves_reflection(self) -> bool:
         """Whether the server answers reflection."""
-        return self.loopback if self.reflection == "auto" else self.reflection == "on"
-
-
-def _host(listen: str) -> str:
-    return listen.rpartition(":")[0].strip("[]")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+        return self.address.loopback if self.reflection == "auto" else self.reflection == "on"
 
 
 def _is_installed(module: str) -> bool:

@@ -1,6 +1,8 @@
-"""Worker processes, as the supervisor sees them: start one, poll it, reap it."""
+"""Worker processes, as the supervisor sees them: start one, poll it, tell it to stop, reap it."""
 
+import contextlib
 import ctypes
+import enum
 import multiprocessing
 import os
 import signal
@@ -8,8 +10,9 @@ import time
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from typing import Any
+
+from frontdesk.addresses import Address
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
 _LONG_LIFE = 30.0
@@ -21,17 +24,12 @@ class Backoff:
 
     def __init__(self) -> None:
         self._delay = _FIRST_DELAY
-        self._started = 0.0
         self.due = 0.0
 
-    def started(self) -> None:
-        """The process was started now."""
-        self._started = time.monotonic()
-
-    def died(self) -> None:
-        """The process died now."""
+    def died(self, started: float) -> None:
+        """A process that was started at this monotonic time has died now."""
         now = time.monotonic()
-        if now - self._started >= _LONG_LIFE:
+        if now - started >= _LONG_LIFE:
             self._delay = _FIRST_DELAY
         self.due = now + self._delay
         self._delay = min(2 * self._delay, _LONGEST_DELAY)
@@ -41,75 +39,108 @@ class WorkerFailure(Exception):
     """A worker cannot be started, or has ended; the message is one line that says why."""
 
 
-class WorkerPlace:
-    """The place of one worker: its process, and each process that replaces it."""
+class State(enum.Enum):
+    """The life of a worker, in order."""
 
-    def __init__(self, number: int) -> None:
+    STARTING = enum.auto()
+    SERVING = enum.auto()
+    """It listens."""
+    LEAVING = enum.auto()
+    """It serves until a successor does."""
+    STOPPING = enum.auto()
+    """It was told to stop, and drains."""
+
+
+class WorkerProcess:
+    """One process that serves `address`. No other worker that runs at the same time has its number."""
+
+    def __init__(self, number: int, address: Address) -> None:
         self.number = number
-        self.process: SpawnProcess | None = None
-        self.ready: Connection | None = None
-        self.serves = False
-        self.backoff = Backoff()
+        self.address = address
+        self.state = State.STARTING
+        self.started = time.monotonic()
+        self.deadline = 0.0
+        """The monotonic time at which a worker that is told to stop must have ended."""
 
     def start(self, target: Callable[..., None], task: dict[str, Any]) -> None:
-        """Run `target` with `task`, and `ready` to report on, in a process. Raises WorkerFailure."""
+        """Run `target` with `task`, `ready` and `handover` in a process. Raises WorkerFailure."""
         spawn = multiprocessing.get_context("spawn")
-        self.ready, theirs = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=_run, args=(os.getpid(), target, {**task, "ready": theirs}))
-        # A Ctrl-C must not hit a worker that is not yet able to ignore it, so it is started with SIGINT blocked. The
-        # tracker that multiprocessing starts with the first process unblocks it, so that goes before.
-        resource_tracker.ensure_running()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        pipes: list[Connection] = []
         try:
-            process.start()
-        except OSError as error:
-            raise WorkerFailure(f"a worker cannot be started: {error.strerror}") from None
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            # Only the worker holds it now, so that its end is seen.
-            theirs.close()
-        self.process = process
-        self.backoff.started()
-
-    def poll(self) -> int | None:
-        """The port that the worker serves, if it has reported it since the last poll.
-
-        Raises WorkerFailure if the worker has ended or cannot serve.
-        """
-        process = self.process
-        assert process is not None
-        port = None
-        if self.ready is not None and self.ready.poll():
+            self._ready, ready = spawn.Pipe(duplex=False)
+            pipes += [self._ready, ready]
+            self._handover, handover = spawn.Pipe()
+            pipes += [self._handover, handover]
+            task = {**task, "ready": ready, "handover": handover}
+            self.process = spawn.Process(target=_run, args=(os.getpid(), target, task))
+            # A Ctrl-C must not hit a worker that is not yet able to ignore it, so it is started with SIGINT blocked.
+            # The tracker that multiprocessing starts with the first process unblocks it, so that goes before.
+            resource_tracker.ensure_running()
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                report: int | str | None = self.ready.recv()
-            except EOFError:
-                report = None
-                # Its status says more, and comes a moment later.
-                process.join(timeout=1)
-            self.ready.close()
-            self.ready = None
-            if not isinstance(report, int):
-                raise WorkerFailure(
-                    report or f"worker {process.pid} ended with status {process.exitcode} before it served"
-                )
-            self.serves = True
-            port = report
-        if process.exitcode is not None:
-            raise WorkerFailure(f"worker {process.pid} ended with status {process.exitcode}")
-        return port
+                self.process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        except OSError as error:
+            for pipe in pipes:
+                pipe.close()
+            raise WorkerFailure(f"a worker cannot be started: {error.strerror}") from None
+        # Only the worker holds these ends now, so that its end is seen.
+        ready.close()
+        handover.close()
+
+    @property
+    def waits_on(self) -> list[Any]:
+        """Objects that become ready when `poll` has something to report."""
+        pipes = [pipe for pipe in (self._ready, self._handover) if not pipe.closed]
+        return [self.process.sentinel, *pipes]
+
+    def poll(self) -> None:
+        """Bring `state` up to date. Raises WorkerFailure if the worker has ended or cannot serve."""
+        if not self._ready.closed and self._ready.poll():
+            self._receive_ready()
+        if not self._handover.closed and self._handover.poll():
+            try:
+                # Somebody has told the worker to stop.
+                self._handover.recv()
+                if self.state is State.SERVING:
+                    self.state = State.LEAVING
+            except (EOFError, OSError):
+                self._handover.close()
+        if self.process.exitcode is not None:
+            raise WorkerFailure(f"worker {self.process.pid} ended with status {self.process.exitcode}")
+
+    def _receive_ready(self) -> None:
+        try:
+            report: int | str | None = self._ready.recv()
+        except (EOFError, OSError):
+            report = None
+            # Its status says more, and comes a moment later.
+            self.process.join(timeout=1)
+        self._ready.close()
+        if not isinstance(report, int):
+            raise WorkerFailure(
+                report or f"worker {self.process.pid} ended with status {self.process.exitcode} before it served"
+            )
+        self.state = State.SERVING
+
+    def stop(self, seconds: float) -> None:
+        """Tell the worker to stop. It may drain, and must have ended after so many seconds."""
+        self.state = State.STOPPING
+        self.deadline = time.monotonic() + seconds
+        with contextlib.suppress(OSError):
+            self._handover.send(None)
+        self.process.terminate()
 
     def reap(self) -> None:
-        """Collect a process that has ended or is of no use, so that another can take its place."""
-        if self.process is not None:
-            # One that has reported why it cannot serve is about to end.
-            self.process.join(timeout=1)
-            self.process.kill()
-            self.process.join()
-            self.process.close()
-        if self.ready is not None:
-            self.ready.close()
-        self.process = self.ready = None
-        self.serves = False
+        """Collect a process that has ended or cannot serve."""
+        # One that has reported why it cannot serve is about to end.
+        self.process.join(timeout=1)
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        self._ready.close()
+        self._handover.close()
 
 
 def _run(parent: int, target: Callable[..., None], task: dict[str, Any]) -> None:
@@ -117,6 +148,8 @@ def _run(parent: int, target: Callable[..., None], task: dict[str, Any]) -> None
     # A terminal sends Ctrl-C to all its processes; the supervisor alone says when a worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # SIGHUP is for the supervisor alone; a terminal that closes sends it to all.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # A supervisor that was killed leaves no orphan; one that was killed before this line is told by the parent's id.
     if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) == 0 and os.getppid() != parent:
         return

@@ -4,7 +4,7 @@ The supervisor itself serves nothing and imports no gRPC: gRPC objects must not 
 """
 
 import errno
-import socket
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from frontdesk.process.children import Backoff, WorkerFailure, WorkerPlace
+from frontdesk.process.children import Backoff, State, WorkerFailure, WorkerProcess
+from frontdesk.process.claims import Claim, ClaimError, claim
 from frontdesk.process.counts import ProcessCounts
-from frontdesk.process.ports import ClaimError, claim
 from frontdesk.process.postgres import EmbeddedError, EmbeddedPostgres
-from frontdesk.process.signals import StopSignals
+from frontdesk.process.signals import Signals
 from frontdesk.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -49,26 +49,30 @@ def supervise(
     `worker` is an importable function. It is called in each worker process, by keyword, with
 
     - `settings`; `conninfo`, a libpq string;
-    - `address`, the HOST:PORT to bind, and `reuse_port`, whether to bind it with SO_REUSEPORT (only then may it be);
-    - `ready`, a Connection to send one message on: the bound port (int) once it serves, or one line (str) that says why
-      it cannot;
+    - `address`, the HOST:PORT or unix:PATH to bind, and `reuse_port`, whether to bind it with SO_REUSEPORT;
+    - `ready`, a Connection to send one message on: the bound port (int) once it listens, or one line (str) that says
+      why it cannot;
+    - `handover`, a Connection. A message on it, or its end, tells the worker to stop. On a SIGTERM without one the
+      worker sends a message and goes on until it is told to stop, or gets a second SIGTERM: the supervisor starts a
+      successor first, so that there is always a worker that listens;
     - with `settings.metrics_listen`, `metrics`: the frontdesk.process.metrics.Files in which it measures.
 
-    It serves until SIGTERM, then drains within `settings.drain_seconds` and returns. SIGINT does not reach it.
+    A worker that is told to stop drains within `settings.drain_seconds` and returns. SIGINT does not reach it.
     `announce` is called once all workers serve, with the line that says where.
 
-    A first signal drains; a second one ends the workers at once. PostgreSQL is shut down properly in both cases.
-    The status is 0 after a signal and 1 when the service could not start, with one line about it on stderr. Any other
-    exception of `migrate` or `check_schema` passes through, after everything has ended.
+    A first SIGTERM or SIGINT drains; a second one ends the workers at once. PostgreSQL is shut down properly in both
+    cases. SIGHUP replaces all workers, one after another. The status is 0 after a signal and 1 when the service could
+    not start, with one line about it on stderr. Any other exception of `migrate` or `check_schema` passes through,
+    after everything has ended.
     """
-    with StopSignals() as signals:
+    with Signals() as signals:
         supervisor = _Supervisor(settings, worker, signals)
         try:
             supervisor.prepare(migrate, check_schema)
             supervisor.run(announce)
         except (EmbeddedError, SettingsError, StartError) as error:
             # After a signal to stop, a failed start is not a failure.
-            if not signals.count:
+            if not signals.stops:
                 sys.stderr.write(f"frontdesk: {error}\n")
                 return 1
         finally:
@@ -77,18 +81,22 @@ def supervise(
 
 
 class _Supervisor:
-    def __init__(self, settings: Settings, worker: Callable[..., None], signals: StopSignals) -> None:
+    def __init__(self, settings: Settings, worker: Callable[..., None], signals: Signals) -> None:
         self._settings = settings
         self._target = worker
         self._signals = signals
-        self._places = [WorkerPlace(number) for number in range(settings.workers)]
-        self._reuse_port = settings.workers > 1
-        self._host = settings.listen.rpartition(":")[0]
-        self._port = settings.port
-        self._claims: list[socket.socket] = []
+        self._workers: list[WorkerProcess] = []
+        self._worker_backoff = Backoff()
+        self._deaths = 0
+        """Dead workers that have not been replaced yet."""
+        self._outdated: list[WorkerProcess] = []
+        """Workers that SIGHUP is still to replace."""
+        self._reloads = 0
+        self._claim: Claim | None = None
         self._postgres: EmbeddedPostgres | None = None
         self._postgres_backoff = Backoff()
-        self._postgres_was_alive = False
+        self._postgres_started: float | None = None
+        """The monotonic time of the start of the PostgreSQL that runs; None after its death."""
         self._conninfo = ""
         self._announced = False
         self._counts = ProcessCounts(settings.workers)
@@ -96,76 +104,66 @@ class _Supervisor:
 
     def prepare(self, migrate: Callable[[str], object], check_schema: Callable[[str], None]) -> None:
         """Claim the port and get the database ready. Raises EmbeddedError, StartError and the two functions' errors."""
-        self._claim_port()
+        try:
+            self._claim = claim(self._settings.address)
+        except ClaimError as error:
+            raise StartError(f"--listen {self._settings.listen}: {error}") from None
         self._open_metrics()
         if self._settings.database_url is not None:
             self._conninfo = self._settings.database_url
             check_schema(self._conninfo)
             return
-        # Each worker's pool, its listening connection and the like, and a migration or an operator's psql besides.
-        connections = max(300, self._settings.workers * (self._settings.pool_size + 4) + 20)
+        # Each worker's pool, its listening connection and the like; a successor's; and a migration or an operator's
+        # psql besides.
+        connections = max(300, (self._settings.workers + 1) * (self._settings.pool_size + 4) + 20)
         self._postgres = EmbeddedPostgres(self._settings.data_dir, max_connections=connections)
         self._postgres.start(self._told_to_stop)
-        self._postgres_was_alive = True
-        self._postgres_backoff.started()
+        self._postgres_started = time.monotonic()
         self._conninfo = self._postgres.conninfo
         migrate(self._conninfo)
 
     def run(self, announce: Callable[[str], None]) -> None:
         """Keep everything running until a signal. Raises StartError when a worker fails before all have served."""
+        assert self._claim is not None
         while not self._told_to_stop():
             self._tend_postgres()
-            for place in self._places:
-                self._tend(place)
-            if not self._announced and all(place.serves for place in self._places):
+            for worker in list(self._workers):
+                self._poll(worker)
+            self._start_missing()
+            self._replace()
+            if not self._announced and self._all_serve():
                 self._announced = True
-                announce(f"frontdesk serves on {self._host}:{self._port}")
+                announce(f"frontdesk serves on {self._claim.address}")
             self._wait()
 
     def end(self) -> None:
         """End the workers, gently at first, and then PostgreSQL."""
         # After a failed start the first signal is already an impatient one.
-        patience = max(1, self._signals.count)
-        for place in self._places:
-            if place.process is not None:
-                place.process.terminate()
-        deadline = time.monotonic() + self._settings.drain_seconds + _DRAIN_MARGIN
-        while running := [w.process for w in self._places if w.process is not None and w.process.is_alive()]:
-            seconds = deadline - time.monotonic()
-            if seconds <= 0 or self._signals.count > patience:
-                for process in running:
-                    _log.warning("worker_killed", pid=process.pid)
-                    process.kill()
-                    process.join()
+        patience = max(1, self._signals.stops)
+        for worker in self._workers:
+            worker.stop(self._stop_seconds)
+        while running := [worker for worker in self._workers if worker.process.is_alive()]:
+            seconds = max(worker.deadline for worker in running) - time.monotonic()
+            if seconds <= 0 or self._signals.stops > patience:
+                for worker in running:
+                    self._kill(worker)
                 break
-            self._signals.wait([process.sentinel for process in running], seconds)
+            self._signals.wait([worker.process.sentinel for worker in running], seconds)
+        for worker in self._workers:
+            worker.reap()
         if self._postgres is not None:
             self._postgres.stop()
         if self._metrics is not None:
             self._metrics.close()
-        self._release_port()
+        if self._claim is not None:
+            self._claim.close()
 
     def _told_to_stop(self) -> bool:
-        return self._signals.count > 0
+        return self._signals.stops > 0
 
-    def _claim_port(self) -> None:
-        """Check that no other process serves our address; with several workers, hold it. Raises StartError."""
-        # A single worker finds a free port by itself and reports it.
-        if self._port == 0 and not self._reuse_port:
-            return
-        try:
-            self._claims = claim(self._settings.host, self._port)
-        except ClaimError as error:
-            raise StartError(f"--listen {self._settings.listen}: {error}") from None
-        self._port = self._claims[0].getsockname()[1]
-        if not self._reuse_port:
-            # The worker binds it, alone.
-            self._release_port()
-
-    def _release_port(self) -> None:
-        for held in self._claims:
-            held.close()
-        self._claims = []
+    @property
+    def _stop_seconds(self) -> float:
+        return self._settings.drain_seconds + _DRAIN_MARGIN
 
     def _open_metrics(self) -> None:
         """Raises StartError."""
@@ -187,72 +185,143 @@ class _Supervisor:
         postgres = self._postgres
         if postgres is None or postgres.alive:
             return
-        if self._postgres_was_alive:
-            self._postgres_was_alive = False
-            self._postgres_backoff.died()
+        if self._postgres_started is not None:
+            self._postgres_backoff.died(self._postgres_started)
+            self._postgres_started = None
             _log.error("postgresql_died")
         if time.monotonic() < self._postgres_backoff.due:
             return
+        began = time.monotonic()
         try:
             postgres.start(self._told_to_stop)
         except EmbeddedError as error:
-            self._postgres_backoff.died()
+            self._postgres_backoff.died(began)
             if not self._told_to_stop():
                 _log.error("postgresql_not_started", reason=str(error))
             return
-        self._postgres_was_alive = True
-        self._postgres_backoff.started()
+        self._postgres_started = time.monotonic()
         self._counts.postgresql_restarts += 1
         _log.info("postgresql_started_again", pid=postgres.pid)
 
-    def _tend(self, place: WorkerPlace) -> None:
-        """Start, poll or reap the worker, as is due. Raises StartError until all have served."""
+    def _poll(self, worker: WorkerProcess) -> None:
+        """Learn what a worker does, and reap it if it has ended. Raises StartError until all have served."""
+        before = worker.state
         try:
-            if place.process is None:
-                if time.monotonic() >= place.backoff.due:
-                    self._start(place)
-            elif (port := place.poll()) is not None:
-                self._port = port
-                self._counts.workers_serving += 1
-                _log.info("worker_serves", worker=place.number, pid=place.process.pid)
+            worker.poll()
         except WorkerFailure as failure:
             if not self._announced:
                 raise StartError(str(failure)) from None
-            _log.error("worker_died", worker=place.number, reason=str(failure))
-            self._reap(place)
+            if worker.state is State.STOPPING:
+                _log.info("worker_replaced", worker=worker.number)
+            else:
+                _log.error("worker_died", worker=worker.number, reason=str(failure))
+                self._worker_backoff.died(worker.started)
+                # The successor of one that leaves is not a restart.
+                self._deaths += worker.state is not State.LEAVING
+            self._remove(worker)
+            return
+        if before is State.STARTING and worker.state is not before:
+            self._lead_clients_to(worker)
+        elif worker.state is State.STOPPING and time.monotonic() > worker.deadline:
+            self._kill(worker)
+        self._counts.workers_serving = self._serving()
 
-    def _start(self, place: WorkerPlace) -> None:
-        """Raises WorkerFailure."""
+    def _lead_clients_to(self, worker: WorkerProcess) -> None:
+        """Raises StartError until all have served."""
+        assert self._claim is not None
+        try:
+            self._claim.worker_listens(worker.address)
+        except ClaimError as error:
+            if not self._announced:
+                raise StartError(f"--listen {self._settings.listen}: {error}") from None
+            _log.error("worker_unreachable", worker=worker.number, reason=str(error))
+            self._worker_backoff.died(worker.started)
+            worker.stop(self._stop_seconds)
+            return
+        _log.info("worker_serves", worker=worker.number, pid=worker.process.pid)
+
+    def _start_missing(self) -> None:
+        """Start the workers that are missing, and the successors of those that leave."""
+        if time.monotonic() >= self._worker_backoff.due:
+            for _ in range(self._missing()):
+                self._start()
+
+    def _start(self) -> None:
+        """Raises StartError until all have served."""
+        assert self._claim is not None
+        taken = {worker.number for worker in self._workers}
+        number = next(number for number in itertools.count() if number not in taken)
+        worker = WorkerProcess(number, self._claim.worker_address())
         task: dict[str, Any] = {
             "settings": self._settings,
             "conninfo": self._conninfo,
-            "address": f"{self._host}:{self._port}",
-            "reuse_port": self._reuse_port,
+            "address": str(worker.address),
+            "reuse_port": not worker.address.path,
         }
         if self._metrics is not None:
-            task["metrics"] = self._metrics.files(place.number)
-        place.start(self._target, task)
-        if self._announced:
+            task["metrics"] = self._metrics.files(number)
+        try:
+            worker.start(self._target, task)
+        except WorkerFailure as failure:
+            if not self._announced:
+                raise StartError(str(failure)) from None
+            _log.error("worker_not_started", reason=str(failure))
+            self._worker_backoff.died(worker.started)
+            return
+        self._workers.append(worker)
+        if self._deaths:
+            self._deaths -= 1
             self._counts.worker_restarts += 1
 
-    def _reap(self, place: WorkerPlace) -> None:
-        self._counts.workers_serving -= place.serves
-        place.reap()
+    def _replace(self) -> None:
+        """Let workers go whose successors listen, and after SIGHUP let the next one leave."""
+        if self._signals.reloads > self._reloads:
+            self._reloads = self._signals.reloads
+            self._outdated = list(self._workers)
+            _log.info("reload", workers=len(self._outdated))
+        if self._all_serve():
+            for worker in self._workers:
+                if worker.state is State.LEAVING:
+                    worker.stop(self._stop_seconds)
+            self._counts.workers_serving = self._serving()
+        # One after another: the last one has ended before the next one leaves.
+        while self._outdated and all(worker.state is State.SERVING for worker in self._workers):
+            worker = self._outdated.pop(0)
+            if worker in self._workers:
+                worker.state = State.LEAVING
+                _log.info("worker_leaves", worker=worker.number)
+                self._start_missing()
+
+    def _all_serve(self) -> bool:
+        """Whether as many workers as configured serve, those not counted that leave."""
+        return sum(worker.state is State.SERVING for worker in self._workers) >= self._settings.workers
+
+    def _missing(self) -> int:
+        staying = sum(worker.state in (State.STARTING, State.SERVING) for worker in self._workers)
+        return max(0, self._settings.workers - staying)
+
+    def _serving(self) -> int:
+        return sum(worker.state in (State.SERVING, State.LEAVING) for worker in self._workers)
+
+    def _kill(self, worker: WorkerProcess) -> None:
+        _log.warning("worker_killed", pid=worker.process.pid)
+        worker.process.kill()
+        worker.process.join()
+
+    def _remove(self, worker: WorkerProcess) -> None:
+        worker.reap()
+        self._workers.remove(worker)
+        self._counts.workers_serving = self._serving()
         if self._metrics is not None:
-            self._metrics.worker_ended(place.number)
-        place.backoff.died()
+            self._metrics.worker_ended(worker.number)
 
     def _wait(self) -> None:
         """Wait until there may be something to do."""
         now = time.monotonic()
         # PostgreSQL was started without multiprocessing, so its end is polled.
         dues = [] if self._postgres is None else [now + _POSTGRES_POLL]
-        children: list[Any] = []
-        for place in self._places:
-            if place.process is None:
-                dues.append(place.backoff.due)
-                continue
-            children.append(place.process.sentinel)
-            if place.ready is not None:
-                children.append(place.ready)
-        self._signals.wait(children, max(0.0, min(dues) - now) if dues else None)
+        if self._missing():
+            dues.append(self._worker_backoff.due)
+        dues += [worker.deadline for worker in self._workers if worker.state is State.STOPPING]
+        others = [one for worker in self._workers for one in worker.waits_on]
+        self._signals.wait(others, max(0.0, min(dues) - now) if dues else None)

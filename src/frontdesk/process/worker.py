@@ -144,15 +144,19 @@ def run_worker(
     reuse_port: bool,
     ready: Connection,
     metrics: "Files | None" = None,
+    handover: Connection | None = None,
 ) -> None:
-    """The whole life of a worker process, until SIGTERM. Sends its port to `ready`, or one line why it cannot start.
+    """The whole life of a worker process. Sends its port to `ready`, or one line why it cannot start.
+
+    It lives until SIGTERM. With `handover` it lives until that has a message, or ends, or until a second SIGTERM; on
+    the first one it sends a message there.
 
     With `metrics`, PROMETHEUS_MULTIPROC_DIR must be set as frontdesk.process.metrics requires.
     """
     configure_log(settings.log_level)
     capture_stderr()
     try:
-        _run_worker(settings, conninfo, address, reuse_port, ready, metrics)
+        _run_worker(settings, conninfo, address, reuse_port, ready, metrics, handover)
     except Exception as error:
         # Not by multiprocessing, which would write the exception's text.
         _log.critical("worker_failed", **failure(error))
@@ -160,7 +164,13 @@ def run_worker(
 
 
 def _run_worker(
-    settings: Settings, conninfo: str, address: str, reuse_port: bool, ready: Connection, metrics: "Files | None"
+    settings: Settings,
+    conninfo: str,
+    address: str,
+    reuse_port: bool,
+    ready: Connection,
+    metrics: "Files | None",
+    handover: Connection | None,
 ) -> None:
     # Each connection is a file; the usual limit of 1,024 is meant for programs that use select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -183,14 +193,15 @@ def _run_worker(
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 500, 1000)
-    uvloop.run(_serve(address, ready, settings, conninfo, reuse_port=reuse_port, **measures))
+    uvloop.run(_serve(address, ready, handover, settings, conninfo, reuse_port=reuse_port, **measures))
     if exporter is not None:
         exporter.close()
 
 
-async def _serve(address: str, ready: Connection, settings: Settings, conninfo: str, **more: Any) -> None:
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+async def _serve(
+    address: str, ready: Connection, handover: Connection | None, settings: Settings, conninfo: str, **more: Any
+) -> None:
+    stop = _stop_event(handover)
     worker = Worker(settings, conninfo, **more)
     try:
         port = await worker.start(address)
@@ -202,3 +213,33 @@ async def _serve(address: str, ready: Connection, settings: Settings, conninfo: 
     _log.info("serving", port=port)
     await stop.wait()
     await worker.stop()
+
+
+def _stop_event(handover: Connection | None) -> asyncio.Event:
+    """Set once this worker is to stop."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    if handover is None:
+        loop.add_signal_handler(signal.SIGTERM, stop.set)
+        return stop
+    asked = False
+
+    def sigterm() -> None:
+        nonlocal asked
+        if asked:
+            stop.set()
+            return
+        asked = True
+        try:
+            handover.send(None)
+        except OSError:
+            # The supervisor was killed.
+            stop.set()
+
+    def told() -> None:
+        loop.remove_reader(handover.fileno())
+        stop.set()
+
+    loop.add_signal_handler(signal.SIGTERM, sigterm)
+    loop.add_reader(handover.fileno(), told)
+    return stop

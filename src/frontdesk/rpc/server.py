@@ -73,9 +73,9 @@ class Server:
             else:
                 port = self._server.add_secure_port(address, credentials)
         except RuntimeError:
-            raise OSError(f"cannot listen on {address}: is it taken?") from None
+            raise OSError(f"cannot listen on {address}") from None
         if port == 0:
-            raise OSError(f"cannot listen on {address}: is it taken?")
+            raise OSError(f"cannot listen on {address}")
         await self._server.start()
         return port
 
