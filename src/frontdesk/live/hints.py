@@ -30,7 +30,7 @@ class Hints:
     ) -> None:
         """`heard` is called with the hints of another process; `connected` when we begin to listen.
 
-        What was hinted before `connected` has been lost.
+        Hints from before `connected` are lost.
         """
         self._db = db
         self._channel = channel

@@ -39,7 +39,7 @@ class Updates(Protocol):
 
 
 class Update(NamedTuple):
-    """What brings a stream to a revision."""
+    """A message that brings a stream to a revision of a history."""
 
     queue: Queue
     history: int

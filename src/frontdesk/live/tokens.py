@@ -17,7 +17,7 @@ def pack(*parts: str | int) -> str:
 
 
 def unpack(text: str) -> Any:
-    """What was packed. Raises ValueError if the text is not what `pack` makes; the parts may still be of any type."""
+    """The packed parts. Raises ValueError if the text is not what `pack` makes; the parts may still be of any type."""
     try:
         return json.loads(base64.b64decode(text, altchars=b"-_", validate=True))
     except (binascii.Error, RecursionError) as error:
