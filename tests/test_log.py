@@ -103,6 +103,25 @@ async def test_a_log_that_cannot_be_written(conninfo: str, closed: str) -> None:
         await until_true(lambda: asyncio.to_thread(lambda: service.dropped() >= 24))
 
 
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_standard_files_are_held(tmp_path: Path, closed: str) -> None:
+    """No file or connection gets the number of a standard file that was closed, here or in a process started here."""
+    told = tmp_path / "told"
+    program = f"""
+import os, sys
+from frontdesk import cli
+cli._hold_standard_files()
+print("text", flush=True)
+print("text", file=sys.stderr, flush=True)
+with open({str(told)!r}, "w") as told:
+    for number in range(3):
+        print(os.readlink(f"/proc/self/fd/{{number}}"), os.get_inheritable(number), file=told)
+"""
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", program]
+    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    assert told.read_text() == "/dev/null True\n" * 3
+
+
 async def test_a_log_whose_reader_has_gone(conninfo: str) -> None:
     """If nobody reads standard error any more, calls are answered as before and the service ends well."""
     reading, writing = os.pipe()

@@ -505,14 +505,18 @@ def _hold_standard_files() -> None:
 
     The next file or connection would get its number otherwise, and be written to by whoever writes to a standard file.
     """
+    closed = []
     # Writing to standard error still fails, so that the log can count the lines that are lost.
-    for number, name, mode in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_WRONLY), (2, "stderr", os.O_RDONLY)):
+    for number, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_RDONLY)):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number, which is this one.
-            os.set_inheritable(os.open(os.devnull, mode), True)
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if number == 0 else "w"))
+            # It gets the lowest free number, which is this one.
+            os.set_inheritable(os.open(os.devnull, flags), True)
+            closed.append(number)
+    for number in closed:
+        name, mode = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))[number]
+        setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def _discard_output() -> None:
