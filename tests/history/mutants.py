@@ -115,10 +115,16 @@ MUTANTS = (
         # because a batch takes its locks before it reads.
         "a move during the wait for the lock goes unnoticed",
         replace(CROWD, doctors=3, moves=0.5, capacity=(4, 6)),
+        # The visit is changed where it was read before the lock.
         _edited(
             "decide",
-            ("<> (r.from_doctor, r.from_date) then", "<> (r.from_doctor, r.from_date) and false then"),
+            ("<> (r.from_doctor, r.from_date, r.from_patient) then", "is distinct from null and false then"),
             (_LOCKS, f"{_LOCKS}\n    perform pg_sleep(0.01);"),
+            (
+                "            d := case r.verb",
+                "            v_old.doctor_id := coalesce(r.from_doctor, v_old.doctor_id);\n"
+                "            v_old.date := coalesce(r.from_date, v_old.date);\n            d := case r.verb",
+            ),
         ),
         changed="no-batches",
     ),
