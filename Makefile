@@ -23,7 +23,7 @@ run: install ## Serve a demo clinic on FRONTDESK_LISTEN (127.0.0.1:50051), with 
 	$(BIN)/frontdesk serve --listen $(LISTEN) --data-dir $(DATA) --demo
 
 test: install ## Run the tests against real servers and a real PostgreSQL
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install format lint types buf generated $(if $(SKIP_TESTS),,test) ## Run everything that CI requires (SKIP_TESTS=1: without the tests)
 
