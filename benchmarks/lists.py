@@ -1,4 +1,4 @@
-"""Measure how the time of a list grows with the data: the same pages from few and from many appointments."""
+"""Measure how the time of a list grows with the data: the same pages from few and from many rows."""
 
 import statistics
 import time
@@ -18,8 +18,9 @@ from benchmarks.bulk import without_indexes
 from benchmarks.load import Loaded, unary_client
 from benchmarks.people import CLINIC, CLINICS, DOCTOR, PATIENT, SLOT, make_id
 from benchmarks.stage import Child, Stage
-from clinic.frontdesk.v1 import appointment_pb2, slot_pb2
+from clinic.frontdesk.v1 import appointment_pb2, patient_pb2, slot_pb2
 from frontdesk.core import appointment as appointments
+from frontdesk.core import patient as patients
 from frontdesk.core import slot as slots
 from frontdesk.db.database import compiled
 from frontdesk.db.schema import VISIT_STATES, appointment
@@ -31,8 +32,17 @@ PAGE = 20
 CALLS = 40
 _RARE = 15
 """Patients in consultation now, for any number of appointments."""
+_GIVEN_NAMES, _FAMILY_NAMES = 2_000, 20_000
+"""Different names. The n-th is about n times as rare as the first."""
 _SLOT_DAYS = 10
 _SLOTS_A_DAY = 8
+
+
+_ANSWERS: dict[str, Any] = {
+    "ListAppointments": appointment_pb2.ListAppointmentsResponse,
+    "ListPatients": patient_pb2.ListPatientsResponse,
+    "ListSlots": slot_pb2.ListSlotsResponse,
+}
 
 
 @dataclass
@@ -69,7 +79,7 @@ def measure(stage: Stage, *, few: int, many: int, progress: Callable[[str], None
             Child(unary_client) as client,
             psycopg.connect(conninfo, autocommit=True) as connection,
         ):
-            for shape in _shapes(day):
+            for shape in (*_shapes(day), *_searches(connection)):
                 progress(f"{shape.name}, {rows:,} appointments")
                 found[rows][shape.name] = _time(client, server.port, connection, shape)
         stage.drop(name)
@@ -100,6 +110,8 @@ def _load(connection: psycopg.Connection, rows: int, day: date, zone: str) -> No
     patients = max(1_000, rows // 5)
     people.found(connection, zone, DOCTORS, patients)
     connection.execute("update doctor set max_patients_per_day = 10")
+    connection.execute(_MAKE_NAME)
+    _load_named(connection, rows)
     with without_indexes(connection, "appointment"):
         # A doctor's n-th appointment is on the (n mod DAYS)-th day back; 20 % no-shows, 7 % cancelled, 0.1 % left.
         connection.execute(
@@ -159,6 +171,32 @@ def _load(connection: psycopg.Connection, rows: int, day: date, zone: str) -> No
         """,
         (PATIENT, patients, day, _SLOTS_A_DAY // 2),
     )
+
+
+def _load_named(connection: psycopg.Connection, rows: int) -> None:
+    """As many patients as appointments, with names of which some are frequent and most are rare."""
+    with without_indexes(connection, "patient"), without_indexes(connection, "patient_word"):
+        connection.execute(
+            """
+            insert into patient (given_name, family_name, given_key, family_key, name_key, phone, insurance_keys)
+            select given, family, given, family, given || ' ' || family, '+55119' || lpad(i::text, 8, '0'),
+                   array['LK' || lpad(i::text, 9, '0') || 'V']
+            from generate_series(1, %(rows)s::bigint) i,
+                 lateral (select bench_name('g', power(%(given)s::integer, random() + i * 0)) as given,
+                                 bench_name('f', power(%(family)s::integer, random() + i * 0)) as family) a
+            """,
+            {"rows": rows, "given": _GIVEN_NAMES, "family": _FAMILY_NAMES},
+        )
+        connection.execute(
+            "insert into patient_word (word, patient_id) select w, p.id from patient p, name_words(p.name_key) w"
+        )
+
+
+_MAKE_NAME = """
+create function bench_name(p_kind text, p_n double precision) returns text language sql immutable as $$
+    select translate(left(md5(p_kind || floor(p_n)), 7), '0123456789', 'ghijklmnop')
+$$
+"""
 
 
 def _wire(day: date) -> Date:
@@ -228,6 +266,32 @@ def _shapes(day: date) -> Iterator[Shape]:
                + timedelta(days=3))  # fmt: skip
 
 
+def _searches(connection: psycopg.Connection) -> Iterator[Shape]:
+    """Searches for people. Every answer but those for one person is a full page."""
+    common = "select bench_name('g', 1), bench_name('f', 1), bench_name('g', 2), bench_name('f', %s)"
+    row = connection.execute(common, (_FAMILY_NAMES // 8,)).fetchone()
+    assert row is not None
+    given, family, other, rare = row
+    method = "/clinic.frontdesk.v1.PatientService/ListPatients"
+
+    def named(name: str, *words: str) -> Shape:
+        request = patient_pb2.ListPatientsRequest(name_prefix=", ".join(words), page_size=PAGE)
+        params = {"words": sorted(words), "after_word": None, "after_id": None, "size": PAGE + 1}
+        return Shape(name, method, request, lambda: patients._searched, params)
+
+    yield named("patients by a letter", given[0])
+    yield named("patients by a frequent name", family)
+    yield named("patients by two frequent names", family, given)
+    yield named("patients by two frequent names that nobody has", given, other)
+    yield named("patients by a rare and a frequent name", rare, given)
+    insured = patient_pb2.ListPatientsRequest(insurance=patient_pb2.Insurance(country="LK", number="000 007 777 v"))
+    statement = (
+        f"select {', '.join(patients._COLUMNS)} from patient"
+        " where insurance_keys @> array['LK000007777V'] and merged_into is null order by id limit %(size)s"
+    )
+    yield Shape("a patient by insured number", method, insured, lambda: statement, {"size": PAGE + 1})
+
+
 def _time(client: Child, port: int, connection: psycopg.Connection, shape: Shape) -> dict[str, Any]:
     """The median milliseconds per call through the service, and PostgreSQL's own time and plan."""
 
@@ -248,10 +312,8 @@ def _time(client: Child, port: int, connection: psycopg.Connection, shape: Shape
     done = load(request, CALLS)
     if done.refused:
         return {"ms": None, "rows": 0, "execution_ms": None, "plan": "", "refused": done.refused}
-    answer: Any = (
-        appointment_pb2.ListAppointmentsResponse if "Appointments" in shape.method else slot_pb2.ListSlotsResponse
-    ).FromString(done.last)
-    rows = len(answer.appointments if "Appointments" in shape.method else answer.slots)
+    answer = _ANSWERS[shape.method.rpartition("/")[2]].FromString(done.last)
+    rows = len(getattr(answer, answer.DESCRIPTOR.fields[0].name))
     explained = connection.execute(f"explain (analyze, buffers, format json) {shape.statement()}".encode(), params)
     plan: dict[str, Any] = (explained.fetchone() or [[{}]])[0][0]
     return {

@@ -275,32 +275,44 @@ $$;
 -- The patients who have all these words, of which none begins another: by the word of theirs that the rarest one begins,
 -- then by id, each patient once. The next page begins after a word and an id.
 --
--- In the order of the index, so the cost is that of a page however many there are. Several words are looked for among
--- the patients of the rarest one.
+-- In the order of the index, so the cost is that of a page however many patients there are. Several words are looked for
+-- among the patients of the rarest one.
 create or replace function search_patients(p_words text[], p_after_word text, p_after_id uuid, p_size integer)
 returns table (word text, patient patient) language plpgsql stable rows 50
     set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 declare
-    v_first text collate "C" := p_words[1];
+    v_words text[] := p_words;
+    v_first text collate "C";
     v_last text collate "C";
+    v_second text collate "C";
+    v_second_last text collate "C";
 begin
     if cardinality(p_words) > 1 then
-        select q into v_first from unnest(p_words) q
-        order by not starts_with(p_after_word, q),
-                 (select count(*) from (select from patient_word w
-                                        where w.word >= q collate "C" and w.word < q || U&'\+10FFFF' collate "C"
-                                        limit 1000) few),
-                 q
-        limit 1;
+        v_words := array(
+            select q from unnest(p_words) q
+            -- A later page goes on with the word that the first one began with.
+            order by starts_with(p_after_word, q) desc,
+                     (select count(*) from (select from patient_word w
+                                            where w.word >= q collate "C" and w.word < q || U&'\+10FFFF' collate "C"
+                                            limit 5000) few),
+                     q);
     end if;
+    v_first := v_words[1];
     v_last := v_first || U&'\+10FFFF';
+    v_second := coalesce(v_words[2], v_first);
+    v_second_last := v_second || U&'\+10FFFF';
     return query
         select w.word, p from patient_word w join patient p on p.id = w.patient_id
-        where w.word >= v_first and w.word < v_last
-          and (w.word, w.patient_id) > (coalesce(p_after_word, '') collate "C", coalesce(p_after_id, '00000000-0000-0000-0000-000000000000'))
+        where (w.word, w.patient_id) > (coalesce(p_after_word collate "C", v_first),
+                                        coalesce(p_after_id, '00000000-0000-0000-0000-000000000000'))
+          and w.word < v_last
           and not exists (
               select from patient_word o where o.patient_id = w.patient_id and o.word >= v_first and o.word < w.word)
-          and (cardinality(p_words) = 1 or has_words(w.patient_id, p_words))
+          -- Most patients without all of the words lack the second one, and this is the cheaper way to see it.
+          and exists (
+              select from patient_word o
+              where o.patient_id = w.patient_id and o.word >= v_second and o.word < v_second_last offset 0)
+          and (cardinality(v_words) <= 2 or has_words(w.patient_id, v_words[3:]))
         order by w.word, w.patient_id limit p_size;
 end
 $$;
