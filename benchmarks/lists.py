@@ -23,7 +23,7 @@ from frontdesk.core import appointment as appointments
 from frontdesk.core import patient as patients
 from frontdesk.core import slot as slots
 from frontdesk.db.database import compiled
-from frontdesk.db.schema import VISIT_STATES, appointment
+from frontdesk.db.schema import VISIT_STATES, appointment, patient
 
 DOCTORS = 300
 DAYS = 1_000
@@ -285,11 +285,10 @@ def _searches(connection: psycopg.Connection) -> Iterator[Shape]:
     yield named("patients by two frequent names that nobody has", given, other)
     yield named("patients by a rare and a frequent name", rare, given)
     insured = patient_pb2.ListPatientsRequest(insurance=patient_pb2.Insurance(country="LK", number="000 007 777 v"))
-    statement = (
-        f"select {', '.join(patients._COLUMNS)} from patient"
-        " where insurance_keys @> array['LK000007777V'] and merged_into is null order by id limit %(size)s"
-    )
-    yield Shape("a patient by insured number", method, insured, lambda: statement, {"size": PAGE + 1})
+    size = sa.bindparam("size", type_=sa.Integer)
+    statement = sa.select(patient).where(patients._OF_NUMBER).order_by(patient.c.id).limit(size)
+    params = {"insurance": ["LK000007777V"], "size": PAGE + 1}
+    yield Shape("a patient by insured number", method, insured, lambda: compiled(statement), params)
 
 
 def _time(client: Child, port: int, connection: psycopg.Connection, shape: Shape) -> dict[str, Any]:

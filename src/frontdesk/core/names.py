@@ -42,18 +42,10 @@ def folded(*names: str) -> str:
     text = " ".join(names)
     if text.isascii():
         return " ".join(text.lower().translate(_plain).split())[:_LONGEST]
-    text = unicodedata.normalize("NFKD", text.translate(_plain)).casefold()
-    text = unicodedata.normalize("NFKD", text).translate(_plain)
-    kept = []
-    bare = False
-    for character in text:
-        if not unicodedata.category(character).startswith("M"):
-            base = _base(character)
-            bare = base is not None
-            kept.append(base or character)
-        elif not bare:
-            kept.append(character)
-    return " ".join(unicodedata.normalize("NFC", "".join(kept)).split())[:_LONGEST]
+    # Folding a letter may make one that has to be taken apart again.
+    for _ in range(2):
+        text = _bare(unicodedata.normalize("NFKD", text.translate(_plain)).translate(_plain)).casefold()
+    return " ".join(unicodedata.normalize("NFC", text).split())[:_LONGEST]
 
 
 def sought_words(prefix: str) -> Sequence[str]:
@@ -92,6 +84,20 @@ class _Plain(_Visible):
 
 _visible = _Visible()
 _plain = _Plain()
+
+
+def _bare(text: str) -> str:
+    """The decomposed text without the marks of Latin, Greek and Cyrillic letters."""
+    kept = []
+    bare = False
+    for character in text:
+        if not unicodedata.category(character).startswith("M"):
+            base = _base(character)
+            bare = base is not None
+            kept.append(base or character)
+        elif not bare:
+            kept.append(character)
+    return "".join(kept)
 
 
 @cache
