@@ -209,7 +209,7 @@ class QueueChange(_message.Message):
         KIND_MOVED_OUT: QueueChange._Kind.ValueType  # 4
         """An appointment was moved from this doctor-day to another."""
         KIND_UPDATED: QueueChange._Kind.ValueType  # 5
-        """An appointment's reason or notes were changed."""
+        """An appointment's reason or notes were changed, or its patient's name, or its patient by MergePatients."""
         KIND_NO_SHOW: QueueChange._Kind.ValueType  # 6
         """An appointment was marked as no-show."""
         KIND_CHECKED_IN: QueueChange._Kind.ValueType  # 7
@@ -247,7 +247,7 @@ class QueueChange(_message.Message):
     KIND_MOVED_OUT: QueueChange.Kind.ValueType  # 4
     """An appointment was moved from this doctor-day to another."""
     KIND_UPDATED: QueueChange.Kind.ValueType  # 5
-    """An appointment's reason or notes were changed."""
+    """An appointment's reason or notes were changed, or its patient's name, or its patient by MergePatients."""
     KIND_NO_SHOW: QueueChange.Kind.ValueType  # 6
     """An appointment was marked as no-show."""
     KIND_CHECKED_IN: QueueChange.Kind.ValueType  # 7
@@ -284,8 +284,8 @@ class QueueChange(_message.Message):
     """The id of the changed appointment; empty for KIND_AVAILABILITY."""
     @_builtins.property
     def entry(self) -> Global___QueueEntry:
-        """The entry as this change left it, but with its position in the queue of this update; absent if the change did not
-        touch the queue.
+        """The entry as this change left it, but with its position and its patient's name in the queue of this update; absent
+        if the change did not touch the queue.
         """
 
     @_builtins.property
