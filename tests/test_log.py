@@ -217,7 +217,7 @@ async def main():
     await asyncio.sleep(0)
 
 configure_log("info")
-capture_stderr()
+forward_stderr()
 warnings.warn("an old way")
 os.write(2, b"plain text\\nE1126 14:38:24.989379   18480 chttp2_transport.cc:1435] too many pings\\n")
 logging.getLogger("psycopg.pool").warning("error connecting in %r: %s", "pool-1", "connection refused")
@@ -253,9 +253,9 @@ def test_room_is_bounded() -> None:
             """
 import sys, structlog
 from frontdesk.process import log
-log.MOST_WAITING = 100
 log.configure_log("info")
-for n in range(10_000):
+log.forward_stderr()
+for n in range(30_000):
     structlog.get_logger().info("line", n=n)
 print(log.dropped(), flush=True)
 sys.stdin.read()
@@ -272,18 +272,19 @@ sys.stdin.read()
     read: list[bytes] = []
     reader = threading.Thread(target=lambda: read.extend(iter(lambda: os.read(reading, 65536), b"")))
     reader.start()
-    wait_for(lambda: b"".join(read).count(b"\n") == 10_000 - dropped)
+    wait_for(lambda: b"".join(read).count(b"\n") == 30_000 - dropped)
     process.stdin.close()
     assert process.wait(SOON) == 0
     process.stdout.close()
     reader.join(SOON)
     os.close(reading)
-    assert dropped > 9000
+    assert dropped > 10_000
     numbers = [json.loads(line)["n"] for line in b"".join(read).splitlines()]
     assert numbers == sorted(numbers)
 
 
-def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forward", ["log.forward_stderr()", ""], ids=["forwarded", "written directly"])
+def test_a_file_that_may_not_grow(tmp_path: Path, forward: str) -> None:
     """A line that was cut off at a limit of the file's size spoils none of those that come when there is room again."""
     path = tmp_path / "log"
     with path.open("wb") as log:
@@ -291,12 +292,13 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
             [
                 sys.executable,
                 "-c",
-                """
+                f"""
 import resource, structlog, time
 from frontdesk.process import log
 _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
 log.configure_log("info")
+{forward}
 logger = structlog.get_logger()
 for n in range(20):
     logger.info("line", n=n)

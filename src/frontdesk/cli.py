@@ -135,10 +135,11 @@ def serve(
     if demo and settings.tls_cert is not None and settings.client_ca is None:
         raise typer.BadParameter("needs FRONTDESK_CLIENT_CA, since this service has TLS.", param_hint="'--demo'")
 
-    from frontdesk.process.log import configure_log
+    from frontdesk.process.log import configure_log, forward_stderr
     from frontdesk.process.supervisor import supervise
 
     configure_log(settings.log_level)
+    forward_stderr()
     first_steps = _FirstSteps(settings, demo=demo)
     try:
         return supervise(

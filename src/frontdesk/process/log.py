@@ -1,10 +1,12 @@
 """The log: one JSON object a line on standard error.
 
-The log never delays, fails or ends anything else. A thread of its own writes the lines. A line that cannot be written
-is dropped and counted, and so is one that finds no room because nobody reads the lines before it.
+The log never delays, fails or ends anything else. `frontdesk serve` puts a pipe in place of standard error, for itself
+and its workers. Writing into it never waits; a thread of the supervisor reads it and writes the lines to the true
+standard error, and waits there alone. A line that finds no room or cannot be written is dropped and counted.
 """
 
 import atexit
+import fcntl
 import logging
 import os
 import re
@@ -14,19 +16,17 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from queue import SimpleQueue
 from typing import Any
 
 import structlog
 
-MOST_WAITING = 10_000
-"""Lines that may wait to be written: those of some seconds of a busy worker."""
-
 LAST_SECONDS = 0.5
-"""How long a process that ends waits for its last lines to be written."""
+"""How long the supervisor waits at its end for the last lines to be written."""
 
+_ROOM_BYTES = 1024 * 1024
+"""Of the pipe: some 4,000 lines, if the system allows so much."""
 _GATHER_SECONDS = 0.01
-"""The thread waits so long for further lines, so that a busy worker wakes it less often."""
+"""The thread pauses so long, so that it is not woken for each line."""
 _PIECE_BYTES = select.PIPE_BUF
 """The most that a pipe takes in one piece, so that the lines of several processes do not mix."""
 
@@ -36,82 +36,30 @@ _OBJECT = re.compile(r"[<({\[\"'\n]")
 """Where a text begins to show an object."""
 _GRPC_LINE = re.compile(r"([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (.*)")
 _GRPC_LEVELS = {"I": logging.INFO, "W": logging.WARNING, "E": logging.ERROR, "F": logging.CRITICAL}
-_LONGEST_LINE = 8192
 
 _library_log = structlog.get_logger("frontdesk.library")
 
 
-class _Writer:
-    """Writes lines to standard error, from a thread of its own."""
+class _Output:
+    """A file that takes lines, or does not."""
 
-    def __init__(self) -> None:
-        try:
-            # A copy, because `capture_stderr` puts something else in its place.
-            self._file = os.dup(2)
-        except OSError:
-            self._file = -1
-        self._lines: SimpleQueue[str | threading.Event] = SimpleQueue()
-        self._torn = False
-        """Whether the last line that was written was cut off."""
-        self._counting = threading.Lock()
+    def __init__(self, file: int) -> None:
+        self.file = file
         self.dropped = 0
-        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
-        # Without a thread the room is soon used up, and every further line is dropped.
-        with suppress(RuntimeError):
-            self._thread.start()
+        """The lines that it did not take."""
+        self._torn = False
+        """Whether it took only a part of its last line."""
 
-    def write(self, line: str) -> None:
-        """Write the line soon, or drop it."""
-        if self._lines.qsize() >= MOST_WAITING:
-            self._drop(1)
-        else:
-            self._lines.put(line)
-
-    def flush(self, seconds: float) -> None:
-        """Wait until the lines of this moment are written, at most so many seconds."""
-        if self._thread.is_alive():
-            written = threading.Event()
-            self._lines.put(written)
-            written.wait(seconds)
-
-    def _drop(self, lines: int) -> None:
-        with self._counting:
-            self.dropped += lines
-
-    def _run(self) -> None:
-        while True:
-            taken = [self._lines.get()]
-            if isinstance(taken[0], str):
-                time.sleep(_GATHER_SECONDS)
-            taken += [self._lines.get_nowait() for _ in range(self._lines.qsize())]
-            piece: list[bytes] = []
-            for one in taken:
-                line = one.encode(errors="replace") + b"\n" if isinstance(one, str) else b""
-                if piece and (not line or sum(map(len, piece)) + len(line) > _PIECE_BYTES):
-                    self._write_piece(piece)
-                    piece = []
-                if isinstance(one, str):
-                    piece.append(line)
-                else:
-                    one.set()
-            if piece:
-                self._write_piece(piece)
-
-    def _write_piece(self, lines: list[bytes]) -> None:
-        # After a line that was cut off the next one begins on a line of its own.
+    def write(self, lines: list[bytes]) -> None:
+        """Write these lines, each with its end, at once."""
+        # After a part of a line the next one begins on a line of its own.
         data = left = (b"\n" if self._torn else b"") + b"".join(lines)
         try:
             while left:
-                try:
-                    left = left[os.write(self._file, left) :]
-                except BlockingIOError:
-                    # Somebody who shares the file has made it non-blocking; this thread can wait.
-                    ready = select.poll()
-                    ready.register(self._file, select.POLLOUT)
-                    ready.poll()
+                left = left[os.write(self.file, left) :]
         except OSError:
-            # The disk is full, the reader has gone, or there is no such file.
-            self._drop(min(left.count(b"\n"), len(lines)))
+            # There is no room now, the disk is full, the reader has gone, or the file is closed.
+            self.dropped += min(left.count(b"\n"), len(lines))
         if written := data[: len(data) - len(left)]:
             self._torn = not written.endswith(b"\n")
 
@@ -119,8 +67,26 @@ class _Writer:
 class _Logger:
     """The last step of structlog."""
 
-    def __init__(self, writer: _Writer) -> None:
-        self.debug = self.info = self.warning = self.error = self.critical = writer.write
+    def __init__(self) -> None:
+        self.debug = self.info = self.warning = self.error = self.critical = self._write
+
+    def _write(self, line: str) -> None:
+        _stderr.write([line.encode(errors="replace") + b"\n"])
+
+
+class _Render:
+    """Makes a line that a pipe takes in one piece."""
+
+    def __init__(self) -> None:
+        self._json = structlog.processors.JSONRenderer()
+
+    def __call__(self, logger: Any, name: str, event: Any) -> str:
+        line = str(self._json(logger, name, event))
+        if len(line) >= _PIECE_BYTES:
+            # The last frames of a place say most.
+            short = {key: _cut(value[-8:] if isinstance(value, list) else [value]) for key, value in event.items()}
+            line = str(self._json(logger, name, short))
+        return line
 
 
 class _FromLogging(logging.Handler):
@@ -140,8 +106,60 @@ class _FromLogging(logging.Handler):
             _library_log.log(level, record.name, said=text.strip(), **more)
 
 
-_writer: _Writer | None = None
-_capture: threading.Thread | None = None
+class _Forwarder:
+    """A pipe in place of standard error, and the thread that writes its lines to the true one."""
+
+    def __init__(self) -> None:
+        """Raises OSError or RuntimeError, and then has changed nothing."""
+        self.true = _Output(os.dup(2))
+        self._source, sink = os.pipe()
+        os.set_blocking(sink, False)
+        with suppress(OSError):
+            fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, _ROOM_BYTES)
+        self._rest = b""
+        self._ends = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+        os.dup2(sink, 2)
+        os.close(sink)
+
+    def end(self) -> None:
+        """Give standard error back, once the lines of this moment are written or LAST_SECONDS are over."""
+        self._ends = True
+        # To end the thread's wait.
+        with suppress(OSError):
+            os.write(2, b"\n")
+        self._thread.join(LAST_SECONDS)
+        os.dup2(self.true.file, 2)
+
+    def _run(self) -> None:
+        readable, writable = select.poll(), select.poll()
+        readable.register(self._source, select.POLLIN)
+        writable.register(self.true.file, select.POLLOUT)
+        while not self._ends or readable.poll(0):
+            lines = (self._rest + os.read(self._source, _ROOM_BYTES)).split(b"\n")
+            # A text without an end is written in parts.
+            self._rest = lines.pop() if len(lines[-1]) < _PIECE_BYTES else b""
+            piece: list[bytes] = []
+            for line in lines:
+                if not _is_ours(line):
+                    # It comes back through the pipe.
+                    _log_text(line.decode(errors="replace"))
+                    continue
+                if sum(map(len, piece)) + len(line) >= _PIECE_BYTES:
+                    # If somebody has made the file non-blocking, this thread can wait all the same.
+                    writable.poll()
+                    self.true.write(piece)
+                    piece = []
+                piece.append(line + b"\n")
+            if piece:
+                writable.poll()
+                self.true.write(piece)
+            time.sleep(_GATHER_SECONDS)
+
+
+_stderr = _Output(2)
+_forwarder: _Forwarder | None = None
 
 
 def configure_log(level: str) -> None:
@@ -149,17 +167,13 @@ def configure_log(level: str) -> None:
 
     No line tells anything of a patient: of an exception it has the type and the place, and never the text.
     """
-    global _writer
-    if _writer is None:
-        _writer = _Writer()
-        atexit.register(_end)
-    logger = _Logger(_writer)
     number = logging.getLevelNamesMapping()[level.upper()]
+    logger = _Logger()
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(),
+            _Render(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=lambda *_: logger,
@@ -172,28 +186,22 @@ def configure_log(level: str) -> None:
     sys.unraisablehook = _exception_ignored
 
 
-def capture_stderr() -> None:
-    """Turn any other text that this process writes to standard error into lines of the log; gRPC's core writes some.
+def forward_stderr() -> None:
+    """Let nothing wait for standard error any more, and make all of it JSON; gRPC's core writes plain text there.
 
-    Call it after `configure_log`, in a process that starts no others: their standard error would be captured too.
+    It holds for this process and for those that it starts afterwards. Lines of a command that fails, `frontdesk: …`,
+    stay as they are.
     """
-    global _capture
-    try:
-        source, sink = os.pipe()
-    except OSError:
-        return
-    # A text that finds no room is lost; nothing waits for the log.
-    os.set_blocking(sink, False)
-    os.dup2(sink, 2)
-    os.close(sink)
-    _capture = threading.Thread(target=_forward, args=(source,), name="stderr", daemon=True)
-    with suppress(RuntimeError):
-        _capture.start()
+    global _forwarder
+    # Without a further thread or file the service would not come far, and says why on standard error as it is.
+    with suppress(OSError, RuntimeError):
+        _forwarder = _Forwarder()
+        atexit.register(_forwarder.end)
 
 
 def dropped() -> int:
-    """How many lines of this process's log were not written."""
-    return 0 if _writer is None else _writer.dropped
+    """How many lines of the log this process has dropped."""
+    return _stderr.dropped + (_forwarder.true.dropped if _forwarder is not None else 0)
 
 
 def failure(error: BaseException) -> dict[str, Any]:
@@ -205,18 +213,17 @@ def failure(error: BaseException) -> dict[str, Any]:
     }
 
 
-def _forward(source: int) -> None:
-    rest = b""
-    while data := os.read(source, 65536):
-        *lines, rest = (rest + data).split(b"\n")
-        if len(rest) > _LONGEST_LINE:
-            lines, rest = [*lines, rest], b""
-        for line in lines:
-            _forward_line(line.decode(errors="replace"))
-    _forward_line(rest.decode(errors="replace"))
+def _cut(values: list[Any]) -> Any:
+    """The values as texts of a length that leaves room for the others of a line."""
+    texts = [str(value)[:200] for value in values]
+    return texts if len(texts) > 1 else texts[0]
 
 
-def _forward_line(line: str) -> None:
+def _is_ours(line: bytes) -> bool:
+    return line.startswith((b"{", b"frontdesk: "))
+
+
+def _log_text(line: str) -> None:
     if found := _GRPC_LINE.fullmatch(line):
         _library_log.log(_GRPC_LEVELS[found[1]], "grpc", said=found[2])
     elif line.strip():
@@ -231,12 +238,3 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
 def _exception_ignored(args: Any) -> None:
     if args.exc_value is not None:
         _library_log.error("exception_ignored", **failure(args.exc_value))
-
-
-def _end() -> None:
-    if _capture is not None and _capture.is_alive():
-        # The pipe has no other writer, so this ends the thread.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        _capture.join(LAST_SECONDS)
-    if _writer is not None:
-        _writer.flush(LAST_SECONDS)

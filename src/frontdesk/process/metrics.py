@@ -40,6 +40,7 @@ PATH = "/metrics"
 
 _LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _LAGS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_LINES_DROPPED = "log_lines_dropped"
 _REQUEST_SECONDS = 10.0
 """A client that connects and then sends nothing holds a thread no longer than this."""
 
@@ -106,7 +107,7 @@ class WorkerMetrics:
             ),
         }
         self._pool_before = dict.fromkeys(self._pool_counts, 0)
-        self._lines_dropped = _counter("log_lines_dropped", "Lines of the workers' logs that could not be written.")
+        self._lines_dropped = _counter(_LINES_DROPPED, "Lines of the log that could not be written.")
         self._lines_dropped_before = 0
         for reason in ("COMPLETED", "CANCELLED", "DRAINING"):
             self._ends.labels(reason)
@@ -274,6 +275,9 @@ class _Workers(Collector):
         for metric in sorted(merged, key=lambda metric: metric.name):
             # The files do not hold the unit.
             metric.unit = "seconds" if metric.name.endswith("_seconds") else ""
+            if metric.name == f"frontdesk_{_LINES_DROPPED}":
+                # The supervisor, whose process this is, writes the lines of all.
+                metric.samples = [sample._replace(value=sample.value + dropped()) for sample in metric.samples]
             yield metric
 
 
@@ -304,11 +308,6 @@ class _Supervisor(Collector):
             "frontdesk_postgresql_restarts",
             "Restarts of the embedded PostgreSQL after it had died.",
             counts.postgresql_restarts,
-        )
-        yield CounterMetricFamily(
-            "frontdesk_supervisor_log_lines_dropped",
-            "Lines of the supervisor's log that could not be written.",
-            dropped(),
         )
 
 

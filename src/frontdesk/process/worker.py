@@ -16,7 +16,7 @@ from frontdesk.db.database import Database
 from frontdesk.errors import Refused
 from frontdesk.jobs.maintenance import clean, retention
 from frontdesk.live.feed import Feed
-from frontdesk.process.log import capture_stderr, configure_log, dropped, failure
+from frontdesk.process.log import configure_log, dropped, failure
 from frontdesk.rpc.access import Access
 from frontdesk.rpc.pipeline import Pipeline
 from frontdesk.rpc.server import Server
@@ -154,7 +154,6 @@ def run_worker(
     With `metrics`, PROMETHEUS_MULTIPROC_DIR must be set as frontdesk.process.metrics requires.
     """
     configure_log(settings.log_level)
-    capture_stderr()
     try:
         _run_worker(settings, conninfo, address, reuse_port, ready, metrics, handover)
     except Exception as error:
