@@ -22,6 +22,7 @@ from frontdesk.process.postgres import EmbeddedPostgres
 from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
 from tests.clinic import Front
+from tests.identities import add_administrator
 
 _numbers = itertools.count(1)
 
@@ -58,7 +59,10 @@ def template(postgres: str) -> Iterator[str]:
     with psycopg.connect(postgres, autocommit=True) as admin:
         admin.execute(f"drop database if exists {TEMPLATE}")
         admin.execute(f"create database {TEMPLATE}")
-    migrate(make_conninfo(postgres, dbname=TEMPLATE))
+    conninfo = make_conninfo(postgres, dbname=TEMPLATE)
+    migrate(conninfo)
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        add_administrator(connection)
     yield TEMPLATE
     with psycopg.connect(postgres, autocommit=True) as admin:
         admin.execute(f"drop database {TEMPLATE} with (force)")

@@ -170,7 +170,7 @@ def test_an_evening_with_the_embedded_database(tmp_path: Path) -> None:
     console_script = Path(sys.executable).with_name("frontdesk")
     serve = [str(console_script), "serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path / "d"), "--demo"]
     with running(*serve) as service:
-        address = service.expect(r"^frontdesk serves on (127\.0\.0\.1:\d+)$")[1]
+        address = service.expect(r"^frontdesk \(access: open\) serves on (127\.0\.0\.1:\d+)$")[1]
         curl = service.expect(r"^  (.*buf curl .*)$")[1]
         grpcurl = service.expect(r"^  (.*grpcurl .*)$")[1]
         watch = service.expect(r"^  (.*frontdesk watch .*)$")[1]
@@ -221,7 +221,7 @@ def test_a_database_of_ones_own(postgres: str) -> None:
         assert frontdesk("migrate", "--database-url", url).returncode == 0
         serve = ["serve", "--listen", "127.0.0.1:0", "--database-url", url, "--workers", "2"]
         with running(*FRONTDESK, *serve) as service:
-            address = service.expect(r"^frontdesk serves on (.*)$")[1]
+            address = service.expect(r"^frontdesk \(access: open\) serves on (.*)$")[1]
             suggested = service.expect(r"^  (.* watch .*)$")[1]
             assert suggested == f"{shlex.join(FRONTDESK)} watch --target {address} --doctor CODE"
             with SyncFrontdeskClient(address) as desk:

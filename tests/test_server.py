@@ -173,12 +173,17 @@ def _nothing() -> Any:
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "192.168.1.1:1", "clinic.example:1"])
-def test_loopback_only_without_credentials(listen: str) -> None:
-    """Without client certificates, only loopback addresses are served."""
-    with pytest.raises(SettingsError, match="only loopback"):
+def test_beyond_loopback(listen: str) -> None:
+    """Beyond loopback calls need credentials, and these need TLS, of the service or of a proxy beside it."""
+    with pytest.raises(SettingsError, match="FRONTDESK_TLS_CERT"):
         Settings.load(listen=listen)
+    with pytest.raises(SettingsError, match="FRONTDESK_ACCESS=open"):
+        Settings.load(listen=listen, access="open", plaintext="on")
+    assert Settings.load(listen=listen, plaintext="on").access_mode == "required"
     for local in ("127.0.0.1:1", "[::1]:1", "localhost:1", "127.8.9.10:1"):
         assert Settings.load(listen=local).address.loopback
+        assert Settings.load(listen=local).access_mode == "open"
+        assert Settings.load(listen=local, access="required").access_mode == "required"
 
 
 async def test_drain(conninfo: str, settings: Settings) -> None:

@@ -132,8 +132,8 @@ class Service:
         """Wait for the line with the address."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line.startswith("frontdesk serves on "), self.said()
-        return parse(line.removeprefix("frontdesk serves on ").strip())
+        assert line.startswith("frontdesk (access: open) serves on "), self.said()
+        return parse(line.removeprefix("frontdesk (access: open) serves on ").strip())
 
     def ends(self) -> int:
         return self.process.wait(30)

@@ -13,11 +13,11 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from frontdesk.db.database import Database
     from frontdesk.settings import Settings
     from frontdesk.tools.terminal import Terminal
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="frontdesk",
@@ -177,7 +180,7 @@ class _FirstSteps:
     def announce(self, line: str) -> None:
         """Print the line, and the rest; does not wait for the demo."""
         _say(line)
-        address = line.removeprefix("frontdesk serves on ")
+        address = line.partition(" serves on ")[2]
         if self._demo:
             # In a thread, because the supervisor must go on.
             threading.Thread(target=self._fill, args=(address,), name="demo", daemon=True).start()
@@ -196,7 +199,11 @@ class _FirstSteps:
             self._suggest(address)
 
     def _suggest(self, address: str) -> None:
-        if self._settings.tls_cert is not None or not self._settings.serves_reflection:
+        if (
+            self._settings.tls_cert is not None
+            or self._settings.access_mode == "required"
+            or not self._settings.serves_reflection
+        ):
             return
         method = "clinic.frontdesk.v1.DoctorService/ListDoctors"
         buf, grpcurl, host = "", "", shlex.quote(address)
@@ -399,12 +406,154 @@ def health(target: _Target = None) -> int:
     target = _target(target)
     with sync_channel(target, _credentials(), options=()) as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+            check = health_pb2_grpc.HealthStub(channel).Check
+            answer, call = check.with_call(health_pb2.HealthCheckRequest(), timeout=2)
         except grpc.RpcError:
             raise Failure(f"no frontdesk answers at {target}") from None
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    _say(status)
+    access = dict(call.trailing_metadata()).get("frontdesk-access", "")
+    _say(f"{status} (access: {access})" if access else status)
     return 0 if status == "SERVING" else 1
+
+
+keys = typer.Typer(help="Manage API keys, in the database of a service that runs or does not.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Option(metavar="NAME", help="Tells people which program has the key.")],
+    role: Annotated[list[str], typer.Option(metavar="ROLE", help="SERVICE, STAFF, BOARD or ADMIN; may be repeated.")],
+    clinic: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="A clinic where the roles hold; default: all clinics.")
+    ] = None,
+    days: Annotated[float | None, typer.Option(metavar="DAYS", help="How long it is valid; default: for ever.")] = None,
+    requests_per_minute: Annotated[int, typer.Option(metavar="N", help="Its limit of calls, 1 to 100,000.")] = 100,
+    data_dir: _DataDir = None,
+    database_url: _DatabaseUrl = None,
+) -> None:
+    """Create an API key and print it. This is the only time: the service keeps a hash of it."""
+    import datetime
+    import uuid
+
+    from frontdesk.core.access import KEY_ROLES, ApiKeys
+    from frontdesk.core.caller import OPERATOR
+    from frontdesk.db.change import Key
+
+    for given in role:
+        if given not in KEY_ROLES:
+            raise typer.BadParameter(f"{given!r} is none of {', '.join(KEY_ROLES)}.", param_hint="'--role'")
+    for given in clinic or ():
+        try:
+            uuid.UUID(given)
+        except ValueError:
+            raise typer.BadParameter(f"{given!r} is not an id.", param_hint="'--clinic'") from None
+    if not name.strip() or len(name) > 200 or not name.isprintable():
+        raise typer.BadParameter("is not a name of 1 to 200 characters.", param_hint="'--name'")
+    if not 1 <= requests_per_minute <= 100_000:
+        raise typer.BadParameter("is not between 1 and 100,000.", param_hint="'--requests-per-minute'")
+    if days is not None and not 0 < days <= 36_600:
+        raise typer.BadParameter("is not between 0 and 36,600.", param_hint="'--days'")
+    values = {
+        "name": name,
+        "roles": sorted(set(role)),
+        "clinic_ids": sorted({given.lower() for given in clinic or ()}),
+        "expire_time": days and datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days),
+        "requests_per_minute": requests_per_minute,
+    }
+    key = Key(OPERATOR.identity, "CreateApiKey")
+    made = _in_database(data_dir, database_url, lambda db: ApiKeys(db).create(OPERATOR, values, key=key))
+    _say(made.result.credentials)
+
+
+@keys.command("list")
+def list_keys(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> None:
+    """List the API keys, without their secrets."""
+    from rich.table import Table
+
+    from frontdesk.core.access import ApiKey, ApiKeys
+    from frontdesk.core.caller import OPERATOR
+    from frontdesk.db.database import Database
+    from frontdesk.db.paging import Page
+
+    async def every(db: Database) -> list[ApiKey]:
+        found: list[ApiKey] = []
+        page = Page(100)
+        while True:
+            listing = await ApiKeys(db).list(OPERATOR, page, active_only=False)
+            found += listing.items
+            if listing.next is None:
+                return found
+            page = Page(100, listing.next)
+
+    table = Table("Id", "Name", "Roles", "Clinics", "Expires", "Revoked", box=None)
+    for one in _in_database(data_dir, database_url, every):
+        expires, revoked = (
+            time.isoformat(" ", "minutes") if time else "" for time in (one.expire_time, one.revoke_time)
+        )
+        table.add_row(one.id, one.name, " ".join(one.roles), " ".join(one.clinic_ids) or "all", expires, revoked)
+    with _terminal() as terminal:
+        # Not narrower than this, so that the ids can be copied.
+        terminal.width = max(terminal.width, 120)
+        terminal.print(table)
+
+
+@keys.command("revoke")
+def revoke_key(
+    api_key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id, from `frontdesk keys list`.")],
+    data_dir: _DataDir = None,
+    database_url: _DatabaseUrl = None,
+) -> None:
+    """Revoke an API key for good; a running service refuses it within 5 s."""
+    import uuid
+
+    from frontdesk.core.access import ApiKeys
+    from frontdesk.core.caller import OPERATOR
+    from frontdesk.db.change import Key
+
+    try:
+        known = str(uuid.UUID(api_key_id))
+    except ValueError:
+        raise typer.BadParameter(f"{api_key_id!r} is not an id.", param_hint="'ID'") from None
+    key = Key(OPERATOR.identity, "RevokeApiKey")
+    _in_database(data_dir, database_url, lambda db: ApiKeys(db).revoke(OPERATOR, known, key=key))
+    _say(f"revoked {known}")
+
+
+def _in_database(data_dir: str | None, database_url: str | None, work: Callable[["Database"], Awaitable[T]]) -> T:
+    """Do the work in the service's database, whether the service runs or not."""
+    import asyncio
+
+    from frontdesk.db.database import Database
+    from frontdesk.errors import Refused
+    from frontdesk.process.log import configure_log
+
+    settings = _settings(data_dir=data_dir, database_url=database_url)
+    configure_log(settings.log_level)
+
+    async def once(conninfo: str) -> T:
+        db = Database(conninfo, pool_size=1, pooled=settings.pooler == "transaction")
+        await db.open()
+        try:
+            return await work(db)
+        finally:
+            await db.close()
+
+    try:
+        if settings.database_url is not None:
+            _check_database(settings.database_url, settings)
+            return asyncio.run(once(settings.database_url))
+        from frontdesk.process.postgres import EmbeddedError, joined
+
+        try:
+            with joined(settings.data_dir) as (conninfo, started):
+                if started:
+                    _migrate(conninfo, settings)
+                return asyncio.run(once(conninfo))
+        except EmbeddedError as error:
+            raise Failure(str(error)) from None
+    except Refused as error:
+        raise Failure(str(error)) from None
 
 
 def _credentials() -> "grpc.ChannelCredentials | None":

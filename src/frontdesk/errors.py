@@ -101,6 +101,13 @@ class AppointmentNotFound(NotFound):
     resource = "appointment"
 
 
+class ApiKeyNotFound(NotFound):
+    """The API key does not exist."""
+
+    reason = "API_KEY_NOT_FOUND"
+    resource = "api_key"
+
+
 class Precondition(Refused):
     """The present state of a resource does not allow the change."""
 
@@ -292,6 +299,18 @@ class CredentialsRequired(Unauthenticated):
     """The method needs credentials."""
 
     reason = "CREDENTIALS_REQUIRED"
+
+
+class CredentialsInvalid(Unauthenticated):
+    """The credentials are not valid, or no longer."""
+
+    reason = "CREDENTIALS_INVALID"
+
+
+class CredentialsExpired(Unauthenticated):
+    """The credentials have expired, or their rights have changed; refresh them and repeat the call."""
+
+    reason = "CREDENTIALS_EXPIRED"
 
 
 class PermissionDenied(Refused):

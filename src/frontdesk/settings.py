@@ -27,7 +27,11 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FRONTDESK_", frozen=True, extra="forbid", env_ignore_empty=True)
 
     listen: str = "127.0.0.1:50051"
-    """HOST:PORT or unix:PATH to serve on; port 0 takes a free one. Beyond loopback it needs TLS client certificates."""
+    """HOST:PORT or unix:PATH to serve on; port 0 takes a free one."""
+    access: Literal["open", "required"] | None = None
+    """Whether calls need credentials; not set: `open` on loopback, `required` beyond it, where `open` is refused."""
+    plaintext: Literal["on", "off"] = "off"
+    """`on` serves beyond loopback without TLS, because a proxy beside the service ends it."""
     data_dir: Path = Field(default_factory=lambda: platformdirs.user_data_path("frontdesk"))
     """Directory of the embedded PostgreSQL; unused when `database_url` is set."""
     database_url: str | None = None
@@ -62,7 +66,8 @@ class Settings(BaseSettings):
     tls_key: Path | None = None
     """PEM file of the server's private key."""
     tls_client_ca: Path | None = None
-    """PEM file of the authority that signs client certificates; if set, every client must present one (mTLS)."""
+    """PEM file of the authority that signs client certificates; if set, every client must present one (mTLS),
+    which makes it a service of all clinics unless it brings other credentials."""
     client_ca: Path | None = None
     """PEM file of the authority that signed the service's certificate; if set, `watch`, `demo` and `health` use TLS."""
     client_cert: Path | None = None
@@ -162,10 +167,12 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"--listen {self.listen}: a Unix socket has one worker, because its connections are not spread"
             )
-        if not self.address.loopback and self.tls_client_ca is None:
+        if not self.address.loopback and self.access == "open":
+            raise ValueError(f"FRONTDESK_ACCESS=open: beyond loopback (--listen {self.listen}) calls need credentials")
+        if not self.address.loopback and self.tls_cert is None and self.plaintext == "off":
             raise ValueError(
-                f"--listen {self.listen}: without credentials (FRONTDESK_TLS_CERT, FRONTDESK_TLS_KEY, "
-                "FRONTDESK_TLS_CLIENT_CA) only loopback is served"
+                f"--listen {self.listen}: beyond loopback FRONTDESK_TLS_CERT and FRONTDESK_TLS_KEY are needed, or "
+                "FRONTDESK_PLAINTEXT=on if a proxy beside the service ends TLS"
             )
         return self
 
@@ -173,6 +180,11 @@ class Settings(BaseSettings):
     def address(self) -> Address:
         """`listen`, read."""
         return parse(self.listen)
+
+    @property
+    def access_mode(self) -> Literal["open", "required"]:
+        """Whether calls need credentials."""
+        return self.access or ("open" if self.address.loopback else "required")
 
     @property
     def serves_reflection(self) -> bool:

@@ -275,7 +275,7 @@ class Served(Service):
             )
         assert self.process.stdout is not None
         said = self.process.stdout.readline()
-        if not said.startswith("frontdesk serves on "):
+        if " serves on " not in said:
             self.end()
             raise RuntimeError(f"the service did not start: {said}{self.log.read_text()[-2000:]}")
         self.port = int(said.rpartition(":")[2])

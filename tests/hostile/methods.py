@@ -18,17 +18,20 @@ from google.type.date_pb2 import Date
 from grpc_tools import protoc  # type: ignore[import-untyped]
 
 from clinic.frontdesk.v1 import (
+    access_pb2,
     appointment_pb2,
     clinic_pb2,
     doctor_pb2,
     error_reason_pb2,
     patient_pb2,
+    policy_pb2,
     queue_pb2,
     slot_pb2,
 )
 from tests.clinic import Front, day, details, today, tomorrow
+from tests.identities import ADMIN, Metadata, create_key
 
-_FILES = (clinic_pb2, patient_pb2, doctor_pb2, slot_pb2, appointment_pb2, queue_pb2)
+_FILES = (clinic_pb2, patient_pb2, doctor_pb2, slot_pb2, appointment_pb2, queue_pb2, access_pb2)
 
 METHODS: dict[str, MethodDescriptor] = {
     method.name: method
@@ -65,11 +68,22 @@ def request_class(name: str) -> Any:
     return message_factory.GetMessageClass(METHODS[name].input_type)
 
 
+def credentials_for(name: str) -> Metadata:
+    """The metadata that the method needs on a server with open access."""
+    return ADMIN if METHODS[name].GetOptions().Extensions[policy_pb2.policy].always else ()
+
+
 def raw(front: Front, name: str) -> Callable[..., Any]:
     """The method as a function of bytes that returns a message; for a stream, its first message."""
     response = message_factory.GetMessageClass(METHODS[name].output_type)
     if name not in STREAMS:
-        return front.channel.unary_unary(path_of(name), response_deserializer=response.FromString)
+        unary: Any = front.channel.unary_unary(path_of(name), response_deserializer=response.FromString)
+
+        def made(request: bytes, *, metadata: Metadata = (), **options: Any) -> Any:
+            given = any(key == "x-api-key" for key, _ in metadata)
+            return unary(request, metadata=metadata if given else (*credentials_for(name), *metadata), **options)
+
+        return made
     stream: Any = front.channel.unary_stream(path_of(name), response_deserializer=response.FromString)
 
     async def first(request: bytes, **options: Any) -> Any:
@@ -153,7 +167,7 @@ def is_enum(field: FieldDescriptor) -> bool:
 
 def is_id(field: FieldDescriptor) -> bool:
     """Whether the field is the id of a resource."""
-    return is_text(field) and (field.name in ("id", "slot_ids") or field.name.endswith("_id"))
+    return is_text(field) and (field.name in ("id", "slot_ids", "clinic_ids") or field.name.endswith("_id"))
 
 
 def is_a(full_name: str) -> Callable[[FieldDescriptor], bool]:
@@ -200,6 +214,7 @@ class World:
     appointment_id: str
     other_patient_id: str
     """A patient who is merged into the other by a valid request."""
+    api_key_id: str
 
 
 async def world(front: Front) -> World:
@@ -210,7 +225,8 @@ async def world(front: Front) -> World:
     slot = await front.slot(doctor.id, noon(2))
     booked = await front.book(patient.id, doctor.id, tomorrow())
     other = await front.patient()
-    return World(clinic.id, doctor.id, patient.id, slot.id, booked.appointment.id, other.id)
+    key = await create_key(front, "BOARD")
+    return World(clinic.id, doctor.id, patient.id, slot.id, booked.appointment.id, other.id, key.api_key.id)
 
 
 def noon(days: int) -> datetime:
@@ -249,6 +265,10 @@ def _doctor_day(w: World) -> appointment_pb2.DoctorDay:
 
 def _clinic(**fields: Any) -> clinic_pb2.Clinic:
     return clinic_pb2.Clinic(name="Clinic", time_zone="America/Lima", country="PE", phone="+5116101234", **fields)
+
+
+def _api_key(**fields: Any) -> access_pb2.ApiKey:
+    return access_pb2.ApiKey(name="kiosk", roles=[policy_pb2.ROLE_SERVICE], requests_per_minute=5, **fields)
 
 
 def _of_appointment(name: str) -> Callable[[World], Message]:
@@ -313,6 +333,9 @@ VALID: dict[str, Callable[[World], Message]] = {
     "ParkPatient": _of_appointment("ParkPatient"),
     "MarkMissed": _of_appointment("MarkMissed"),
     "LeaveQueue": _of_appointment("LeaveQueue"),
+    "CreateApiKey": lambda w: access_pb2.CreateApiKeyRequest(api_key=_api_key(clinic_ids=[w.clinic_id])),
+    "ListApiKeys": lambda w: access_pb2.ListApiKeysRequest(),
+    "RevokeApiKey": lambda w: access_pb2.RevokeApiKeyRequest(api_key_id=w.api_key_id),
 }
 """For every method a request that breaks no rule."""
 

@@ -11,11 +11,21 @@ import psycopg
 import pytest
 from google.protobuf.message import Message
 
-from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, patient_pb2, queue_pb2, slot_pb2
+from clinic.frontdesk.v1 import (
+    access_pb2,
+    appointment_pb2,
+    clinic_pb2,
+    doctor_pb2,
+    patient_pb2,
+    policy_pb2,
+    queue_pb2,
+    slot_pb2,
+)
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today, tomorrow
-from tests.hostile.methods import MUTATIONS, call, manners, noon, request_class, slot_at
+from tests.hostile.methods import MUTATIONS, call, credentials_for, manners, noon, request_class, slot_at
 from tests.hostile.wire import Line, serving
+from tests.identities import bearing, create_key
 from tests.waiting import until
 
 KEY = "the same intention"
@@ -318,6 +328,23 @@ async def _call_next(front: Front) -> Scenario:
     return Scenario(to("1"), to("2"), later)
 
 
+async def _create_api_key(front: Front) -> Scenario:
+    def named(name: str) -> access_pb2.CreateApiKeyRequest:
+        wanted = access_pb2.ApiKey(name=name, roles=[policy_pb2.ROLE_BOARD])
+        return access_pb2.CreateApiKeyRequest(api_key=wanted)
+
+    async def later() -> None:
+        ((made,),) = front.sql("select id::text from api_key where name = 'A'")
+        await call(front, "RevokeApiKey", access_pb2.RevokeApiKeyRequest(api_key_id=made))
+
+    return Scenario(named("A"), named("B"), later, _only("id"))
+
+
+async def _revoke_api_key(front: Front) -> Scenario:
+    first, second = [(await create_key(front, "BOARD")).api_key.id for _ in range(2)]
+    return Scenario(access_pb2.RevokeApiKeyRequest(api_key_id=first), access_pb2.RevokeApiKeyRequest(api_key_id=second))
+
+
 SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "CreateClinic": _create_clinic,
     "UpdateClinic": _update_clinic,
@@ -347,6 +374,8 @@ SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "ParkPatient": _visit("ParkPatient", "CheckIn", "CallNext", later="ReturnToLine"),
     "MarkMissed": _visit("MarkMissed", "CheckIn", "CallNext", later="ReturnToLine"),
     "LeaveQueue": _visit("LeaveQueue", "CheckIn", later="GetAppointment"),
+    "CreateApiKey": _create_api_key,
+    "RevokeApiKey": _revoke_api_key,
 }
 
 
@@ -368,10 +397,13 @@ def bare(answer: Any) -> Any:
     copy = type(answer)()
     copy.CopyFrom(answer)
     copy.ClearField("replayed")
+    if hasattr(copy, "key"):
+        # A replay leaves secrets out.
+        copy.ClearField("key")
     return copy
 
 
-TABLES = ("clinic", "patient", "doctor", "slot", "appointment", "event", "idempotency")
+TABLES = ("clinic", "patient", "doctor", "slot", "appointment", "event", "idempotency", "api_key")
 
 
 def rows(front: Front) -> Counter[str]:
@@ -428,7 +460,9 @@ async def test_twins(front: Front, name: str) -> None:
     assert all(bare(answer) == bare(answers[0]) for answer in answers)
     assert rows(front) - before == one
     others: list[Any] = []
-    kiosk = (("frontdesk-caller", "kiosk-7"),)
+    # Where credentials are needed, these name the caller; elsewhere the caller names itself.
+    own = bearing((await create_key(front, "ADMIN")).key) if credentials_for(name) else ()
+    kiosk = (("frontdesk-caller", "kiosk-7"), *own)
     again = await outcome(keep(call(front, name, keyed(together), metadata=kiosk), others))
     assert again not in ("IDEMPOTENCY_KEY_REUSED", "INTERNAL")
     assert not any(answer.replayed for answer in others)

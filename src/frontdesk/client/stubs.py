@@ -4,6 +4,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar, overload
 
 import grpc
 
+from clinic.frontdesk.v1.access_pb2_grpc import AccessServiceStub
 from clinic.frontdesk.v1.appointment_pb2_grpc import AppointmentServiceStub
 from clinic.frontdesk.v1.clinic_pb2_grpc import ClinicServiceStub
 from clinic.frontdesk.v1.doctor_pb2_grpc import DoctorServiceStub
@@ -57,6 +58,7 @@ class Stubs(Generic[ChannelT]):
     slots = Service(SlotServiceStub)
     appointments = Service(AppointmentServiceStub)
     queues = Service(QueueServiceStub)
+    access = Service(AccessServiceStub)
 
     def __init__(self, channel: ChannelT) -> None:
         self._channel: ChannelT = channel

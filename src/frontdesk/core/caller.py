@@ -24,6 +24,8 @@ class Identity:
     doctor_id: str | None = None
     unrestricted: bool = False
     """Without credentials in the mode `open`: no rule of access applies."""
+    requests_per_minute: int | None = None
+    """The limit of an API key; None leaves it to the kind of identity."""
     callers: dict[str, "Caller | None"] = field(default_factory=dict, compare=False, repr=False)
     """What the identity may by the name of a policy; filled in as it calls."""
 
@@ -109,3 +111,6 @@ class Caller:
 
 
 ANONYMOUS = Identity("anonymous", unrestricted=True)
+
+OPERATOR = Caller("operator")
+"""Somebody at the command line with access to the database."""

@@ -382,3 +382,33 @@ idempotency = Table(
     PrimaryKeyConstraint("caller", "method", "key"),
 )
 Index("idempotency_create_time_idx", idempotency.c.create_time, postgresql_using="brin")
+
+# The credentials of programs. The secret is not here, only its hash.
+api_key = Table(
+    "api_key",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False),
+    # SHA-256 of the secret, which is as long as the hash: no salt, no slow hash.
+    Column("secret_hash", LargeBinary, nullable=False),
+    Column("roles", ARRAY(Text), nullable=False),
+    # Empty means every clinic.
+    Column("clinic_ids", ARRAY(Uuid), nullable=False, server_default=text("'{}'")),
+    _instant("expire_time"),
+    _instant("revoke_time"),
+    Column("requests_per_minute", Integer, nullable=False, server_default="100"),
+    *_versioned(),
+    CheckConstraint("roles <@ '{SERVICE,STAFF,BOARD,ADMIN}'::text[] and roles <> '{}'", name="roles"),
+    CheckConstraint("requests_per_minute between 1 and 100000", name="requests_per_minute"),
+)
+
+# Whose credentials or rights have changed (keys/ID): what each worker asks for every second, to forget what it has
+# cached. The transaction's id orders them: a reader goes on from the oldest transaction that still ran when it looked.
+access_change = Table(
+    "access_change",
+    metadata,
+    Column("transaction", BigInteger, nullable=False, server_default=text("(pg_current_xact_id()::text)::bigint")),
+    Column("subject", Text, nullable=False),
+    Column("create_time", DateTime(timezone=True), nullable=False, server_default=text("moment()")),
+    PrimaryKeyConstraint("transaction", "subject"),
+)

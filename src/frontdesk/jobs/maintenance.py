@@ -22,6 +22,11 @@ delete from event where ctid = any (array(
     where create_time < moment() - make_interval(secs => %s)
       and date < (moment() - make_interval(secs => %s))::date limit %s for update skip locked))
 """
+# Workers ask for these every second, and judge everything anew when they could not for ten minutes.
+_access_changes = """
+delete from access_change where ctid = any (array(
+    select ctid from access_change where create_time < moment() - interval '1 hour' limit %s for update skip locked))
+"""
 
 
 def retention(settings: Settings) -> dict[str, float]:
@@ -48,6 +53,7 @@ async def clean(db: Database, *, keep_keys_seconds: float, keep_events_seconds: 
     """
     keys = await _delete_in_batches(db, _keys, (keep_keys_seconds, BATCH))
     events = await _delete_in_batches(db, _events, (keep_events_seconds, keep_events_seconds, BATCH))
+    await _delete_in_batches(db, _access_changes, (BATCH,))
     return Removed(keys, events)
 
 

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -39,7 +39,7 @@ from frontdesk.process.postgres_programs import (
     this_user,
 )
 
-__all__ = ["NAME", "EmbeddedError", "EmbeddedPostgres"]
+__all__ = ["NAME", "EmbeddedError", "EmbeddedPostgres", "joined"]
 
 NAME = "frontdesk"
 """The database, the superuser role, and the user name map."""
@@ -54,6 +54,39 @@ _ORPHAN_SECONDS = 5.0
 _POLL_SECONDS = 0.01
 
 _log = structlog.get_logger("frontdesk.postgres")
+
+
+class _InUse(EmbeddedError):
+    """Another process owns the data directory."""
+
+
+@contextlib.contextmanager
+def joined(data_dir: Path) -> Iterator[tuple[str, bool]]:
+    """Connect beside a service that runs: how to reach the data directory's PostgreSQL, and whether it was started.
+
+    It is started if none runs, and then ends with the block. Raises EmbeddedError.
+    """
+    embedded = EmbeddedPostgres(data_dir)
+    try:
+        embedded.start()
+    except _InUse:
+        pass
+    else:
+        try:
+            yield embedded.conninfo, True
+        finally:
+            embedded.stop()
+        return
+    cluster = os.path.join(os.path.abspath(data_dir), "postgres")
+    try:
+        held = os.open(cluster, os.O_PATH | os.O_DIRECTORY)
+    except OSError as error:
+        raise EmbeddedError(f"{cluster}: {error.strerror}") from error
+    try:
+        # The short name of the open directory, as below.
+        yield make_conninfo(host=f"/proc/{os.getpid()}/fd/{held}", port=5432, dbname=NAME, user=NAME), False
+    finally:
+        os.close(held)
 
 
 class EmbeddedPostgres:
@@ -162,7 +195,7 @@ class EmbeddedPostgres:
         except BlockingIOError:
             owner = os.pread(lock, 32, 0).decode(errors="replace").strip()
             os.close(lock)
-            raise EmbeddedError(f"{self._dir} is in use by frontdesk process {owner or 'of unknown id'}") from None
+            raise _InUse(f"{self._dir} is in use by frontdesk process {owner or 'of unknown id'}") from None
         except BaseException:
             os.close(lock)
             raise

@@ -133,7 +133,8 @@ class _Supervisor:
             self._replace()
             if not self._announced and self._all_serve():
                 self._announced = True
-                announce(f"frontdesk serves on {self._claim.address}")
+                access = self._settings.access_mode
+                announce(f"frontdesk (access: {access}) serves on {self._claim.address}")
             self._wait()
 
     def end(self) -> None:

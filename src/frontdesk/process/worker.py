@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import uvloop
 
+from frontdesk.core.credential import Credentials
 from frontdesk.db.database import Database
 from frontdesk.errors import Refused
 from frontdesk.jobs.maintenance import clean, retention
@@ -68,9 +69,14 @@ class Worker:
             tracing=tracing,
         )
         self._feed = Feed(self._db, Updates(), seen=None if metrics is None else metrics.change_seen)
+        self._credentials = Credentials(self._db)
         self._pipeline = Pipeline(
             max_in_flight=settings.max_in_flight,
-            access=Access(required=False, client_certificates=settings.tls_client_ca is not None),
+            access=Access(
+                self._credentials,
+                required=settings.access_mode == "required",
+                client_certificates=settings.tls_client_ca is not None,
+            ),
             metrics=metrics,
             tracing=tracing,
         )
@@ -87,6 +93,7 @@ class Worker:
         await self._check_database()
         self._background.start(self._keep_checking)
         self._background.start(self._keep_clean)
+        self._background.start(self._credentials.follow)
         if self._metrics is not None:
             self._background.start(self._keep_measuring)
         return port

@@ -11,7 +11,8 @@ from google.protobuf.descriptor import MethodDescriptor
 
 from clinic.frontdesk.v1 import policy_pb2
 from frontdesk.core.caller import ANONYMOUS, Caller, Identity
-from frontdesk.errors import CredentialsRequired, RoleRequired
+from frontdesk.core.credential import Credentials
+from frontdesk.errors import CredentialsInvalid, CredentialsRequired, RoleRequired
 
 _MOST_LABEL = 64
 _MOST_NAME = 200
@@ -29,31 +30,44 @@ class Policy:
             if field.enum_type is not None
         }
         self.without_credentials: bool = said.without_credentials
+        self.always: bool = said.always
 
 
 class Access:
     """Judges calls by their credentials."""
 
-    def __init__(self, *, required: bool, client_certificates: bool) -> None:
+    def __init__(self, credentials: Credentials, *, required: bool, client_certificates: bool) -> None:
         """`required`: calls without credentials are refused, unless their method needs none. `client_certificates`: a
-        certificate is a credential.
+        certificate is a credential, for calls that bring no other.
         """
+        self._credentials = credentials
         self._required = required
         self._client_certificates = client_certificates
         self._services: dict[str, Identity] = {}
 
     async def identify(self, context: grpc.aio.ServicerContext[Any, Any], policy: Policy) -> Identity:
-        """Whose call it is. Raises CredentialsRequired."""
+        """Whose call it is. Raises CredentialsRequired, CredentialsInvalid, CredentialsExpired."""
+        given: str | None = None
+        label = ""
+        # Keys that end in -bin have bytes; these have text.
+        metadata: Any = context.invocation_metadata() or ()
+        for key, value in metadata:
+            if key == "authorization" or key == "x-api-key":
+                # Two are refused, because proxies and we might choose differently.
+                if given is not None and not policy.without_credentials:
+                    raise CredentialsInvalid
+                given = value if key == "x-api-key" else _bearer(value)
+            elif key == "frontdesk-caller" and not label:
+                label = value[:_MOST_LABEL]
+        if given is not None and not policy.without_credentials:
+            return await self._credentials.identity(given)
         if self._client_certificates and (name := _certified_name(context)):
             if name not in self._services:
                 self._services[name] = Identity(f"services/{name}", frozenset({"SERVICE"}))
             return self._services[name]
-        if self._required and not policy.without_credentials:
+        if (self._required or policy.always) and not policy.without_credentials:
             raise CredentialsRequired
-        for key, value in context.invocation_metadata() or ():
-            if key == "frontdesk-caller" and isinstance(value, str):
-                return Identity("name:" + value[:_MOST_LABEL], unrestricted=True)
-        return ANONYMOUS
+        return Identity("name:" + label, unrestricted=True) if label else ANONYMOUS
 
     def admit(self, identity: Identity, policy: Policy) -> Caller:
         """The identity as the caller of the method. Raises RoleRequired."""
@@ -62,6 +76,12 @@ class Access:
         if caller is None or not (policy.scopes or policy.without_credentials):
             raise RoleRequired(details={"method": policy.method})
         return caller
+
+
+def _bearer(value: str) -> str:
+    scheme, _, token = value.partition(" ")
+    # Not of another scheme, nor empty: no credentials of ours look so.
+    return token if scheme.lower() == "bearer" else ""
 
 
 def _certified_name(context: grpc.aio.ServicerContext[Any, Any]) -> str:

@@ -25,7 +25,9 @@ class Health:
     server from stopping.
     """
 
-    def __init__(self, services: Iterable[str]) -> None:
+    def __init__(self, services: Iterable[str], access: str) -> None:
+        """`access` is the mode, which answers to Check name in their trailers as `frontdesk-access`."""
+        self._trailers = (("frontdesk-access", access),)
         self._services = {"", *services}
         self._status: int = health_pb2.HealthCheckResponse.NOT_SERVING
         self._watchers: set[Watcher] = set()
@@ -51,6 +53,7 @@ class Health:
     async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         if request.service not in self._services:
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+        context.set_trailing_metadata(self._trailers)
         return health_pb2.HealthCheckResponse(status=self._status)
 
     async def List(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:

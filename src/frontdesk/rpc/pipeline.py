@@ -136,11 +136,11 @@ class Pipeline:
                     raise Overloaded
                 if self.draining:
                     raise Draining
-                identity = await self._access.identify(context, policy)
-                caller = self._access.admit(identity, policy)
-                request = request_from(raw, kind)
                 remaining = context.time_remaining()
                 with Timeout(DEADLINE_SECONDS if remaining is None else min(remaining, DEADLINE_SECONDS)):
+                    identity = await self._access.identify(context, policy)
+                    caller = self._access.admit(identity, policy)
+                    request = request_from(raw, kind)
                     response = await behaviour(request, Call(context, caller, account.name))
                 account.close("OK", started, identity)
                 return response.SerializeToString()
@@ -171,7 +171,8 @@ class Pipeline:
             try:
                 if self.draining:
                     raise Draining
-                identity = await self._access.identify(context, policy)
+                with Timeout(DEADLINE_SECONDS):
+                    identity = await self._access.identify(context, policy)
                 caller = self._access.admit(identity, policy)
                 await behaviour(request_from(raw, kind), Call(context, caller, account.name))
                 account.close("OK", started, identity, end="DRAINING" if self.draining else "COMPLETED")

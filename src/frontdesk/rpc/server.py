@@ -58,7 +58,7 @@ class Server:
         self._feed = feed
         self._server = grpc.aio.server(options=options(settings, reuse_port=reuse_port))
         self._server.add_generic_rpc_handlers(tuple(pipeline.handlers))
-        self._health = Health(pipeline.services)
+        self._health = Health(pipeline.services, settings.access_mode)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._reflection = Reflection((*pipeline.services, health.SERVICE)) if settings.serves_reflection else None
         if self._reflection is not None:

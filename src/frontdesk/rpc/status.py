@@ -52,7 +52,7 @@ def status_of(refusal: errors.Refused) -> tuple[grpc.StatusCode, str, Trailers]:
     info = error_details_pb2.ErrorInfo(reason=refusal.reason, domain=DOMAIN, metadata=refusal.metadata)
     details: list[Message] = [info]
     text = str(refusal)
-    resource_type = f"clinic.frontdesk.v1.{refusal.resource.capitalize()}" if refusal.resource else ""
+    resource_type = f"clinic.frontdesk.v1.{refusal.resource.title().replace('_', '')}" if refusal.resource else ""
     match refusal:
         case errors.InvalidField():
             details.append(_bad_request(refusal.violations))

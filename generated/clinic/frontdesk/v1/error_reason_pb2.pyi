@@ -154,6 +154,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED: the caller has used up its calls of this minute. Retry after the delay in RetryInfo. Example: a
     script that polls a list without a pause.
     """
+    ERROR_REASON_CREDENTIALS_INVALID: _ErrorReason.ValueType  # 54
+    """UNAUTHENTICATED: the credentials are not valid, no longer valid, or two at once. New ones are needed. Example: a
+    revoked API key.
+    """
+    ERROR_REASON_CREDENTIALS_EXPIRED: _ErrorReason.ValueType  # 55
+    """UNAUTHENTICATED: the credentials have expired, or their rights have changed. Refresh the token and repeat the call.
+    Example: an access token after 15 min.
+    """
+    ERROR_REASON_API_KEY_NOT_FOUND: _ErrorReason.ValueType  # 56
+    """NOT_FOUND: the API key does not exist. Example: RevokeApiKey with a mistyped api_key_id."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
@@ -295,4 +305,14 @@ ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 53
 """RESOURCE_EXHAUSTED: the caller has used up its calls of this minute. Retry after the delay in RetryInfo. Example: a
 script that polls a list without a pause.
 """
+ERROR_REASON_CREDENTIALS_INVALID: ErrorReason.ValueType  # 54
+"""UNAUTHENTICATED: the credentials are not valid, no longer valid, or two at once. New ones are needed. Example: a
+revoked API key.
+"""
+ERROR_REASON_CREDENTIALS_EXPIRED: ErrorReason.ValueType  # 55
+"""UNAUTHENTICATED: the credentials have expired, or their rights have changed. Refresh the token and repeat the call.
+Example: an access token after 15 min.
+"""
+ERROR_REASON_API_KEY_NOT_FOUND: ErrorReason.ValueType  # 56
+"""NOT_FOUND: the API key does not exist. Example: RevokeApiKey with a mistyped api_key_id."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

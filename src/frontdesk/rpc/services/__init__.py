@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from frontdesk.core.access import ApiKeys
 from frontdesk.core.appointment import Appointments
 from frontdesk.core.clinic import Clinics
 from frontdesk.core.doctor import Doctors
@@ -11,6 +12,7 @@ from frontdesk.core.slot import Slots
 from frontdesk.db.database import Database
 from frontdesk.live.feed import Feed
 from frontdesk.rpc.pipeline import Servicer
+from frontdesk.rpc.services.access import AccessServicer
 from frontdesk.rpc.services.appointment import AppointmentServicer
 from frontdesk.rpc.services.clinic import ClinicServicer
 from frontdesk.rpc.services.doctor import DoctorServicer
@@ -29,4 +31,5 @@ def servicers(db: Database, feed: Feed, *, max_watchers: int) -> Sequence[Servic
         SlotServicer(Slots(db)),
         AppointmentServicer(appointments),
         QueueServicer(Queues(db, appointments), feed, max_watchers=max_watchers),
+        AccessServicer(ApiKeys(db)),
     )

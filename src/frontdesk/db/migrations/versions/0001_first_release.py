@@ -1,4 +1,4 @@
-"""Everything of the first release: clinics, patients, doctors, their days, slots, appointments, events, keys."""
+"""Everything of the first release: clinics, patients, doctors, days, slots, appointments, events, keys, access."""
 
 import sqlalchemy as sa
 from alembic import context, op
@@ -13,6 +13,37 @@ def upgrade() -> None:
     # every server has.
     op.execute("create type uuidrange as range (subtype = uuid)")
 
+    op.create_table(
+        "access_change",
+        sa.Column(
+            "transaction",
+            sa.BigInteger(),
+            server_default=sa.text("(pg_current_xact_id()::text)::bigint"),
+            nullable=False,
+        ),
+        sa.Column("subject", sa.Text(), nullable=False),
+        sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.PrimaryKeyConstraint("transaction", "subject", name="access_change_pkey"),
+    )
+    op.create_table(
+        "api_key",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("secret_hash", sa.LargeBinary(), nullable=False),
+        sa.Column("roles", postgresql.ARRAY(sa.Text()), nullable=False),
+        sa.Column("clinic_ids", postgresql.ARRAY(sa.Uuid()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column("expire_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("revoke_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("requests_per_minute", sa.Integer(), server_default="100", nullable=False),
+        sa.Column("version", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.CheckConstraint(
+            "roles <@ '{SERVICE,STAFF,BOARD,ADMIN}'::text[] and roles <> '{}'", name="api_key_roles_check"
+        ),
+        sa.CheckConstraint("requests_per_minute between 1 and 100000", name="api_key_requests_per_minute_check"),
+        sa.PrimaryKeyConstraint("id", name="api_key_pkey"),
+    )
     op.create_table(
         "appointment",
         sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),

@@ -1,0 +1,152 @@
+"""Whose credentials a call brings. They are judged once and kept, because each judgement is a round trip.
+
+A change of credentials or rights is a row of `access_change`, written in the change's own transaction (`changed`). Each
+worker asks for them every second and forgets what they concern, so a revocation reaches every worker within seconds
+although a call with known credentials asks nobody.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from frontdesk.core.caller import Identity
+from frontdesk.db.database import Database, Transaction
+from frontdesk.errors import CredentialsExpired, CredentialsInvalid
+
+POLL_SECONDS = 1.0
+"""Seconds between two looks at `access_change`."""
+_STALE_SECONDS = 3.0
+"""Seconds without a look after which a call looks by itself first."""
+_LOST_SECONDS = 600.0
+"""Seconds without a look after which everything is judged anew: rows of `access_change` are deleted after an hour."""
+_MOST_KEPT = 20_000
+
+KEY_PREFIX = "fdk_"
+_KEY = re.compile("fdk_([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})_([-_0-9A-Za-z]{43})")
+
+_changes = """
+select pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
+       array(select distinct subject from access_change where transaction >= %s)
+"""
+_api_key = """
+select secret_hash, roles, clinic_ids, requests_per_minute, revoke_time is not null,
+       extract(epoch from expire_time - moment())::float8
+from api_key where id = %s
+"""
+
+
+async def changed(tx: Transaction, subject: str) -> None:
+    """Tell every worker that credentials or rights of the subject (keys/ID) have changed, once this is committed."""
+    await tx.run("insert into access_change (subject) values (%s) on conflict do nothing", (subject,))
+
+
+def hash_of(secret: str) -> bytes:
+    """The form in which a secret of 256 bits is stored. Of its text: two texts may stand for the same bits."""
+    return hashlib.sha256(secret.encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    identity: Identity
+    until: float | None
+    """When the credentials expire, by `time.monotonic`."""
+    subjects: tuple[str, ...]
+    """Whose changes end this judgement."""
+
+
+class Credentials:
+    """The identities of one worker's callers, by their credentials."""
+
+    def __init__(self, db: Database, clock: Callable[[], float] = time.monotonic) -> None:
+        self._db = db
+        self._clock = clock
+        self._known: dict[bytes, _Judged] = {}
+        self._by_subject: dict[str, set[bytes]] = {}
+        self._next: int | None = None
+        """The transaction from which on changes are not yet known."""
+        self._looked = float("-inf")
+        self._looks = 0
+
+    async def follow(self) -> None:
+        """Look for changes for ever. Raises DatabaseUnavailable."""
+        while True:
+            await self._look()
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def identity(self, given: str) -> Identity:
+        """The identity that the credentials prove. Raises CredentialsInvalid, CredentialsExpired."""
+        now = self._clock()
+        if now - self._looked > _STALE_SECONDS:
+            await self._look()
+        digest = hashlib.sha256(given.encode()).digest()
+        known = self._known.get(digest)
+        if known is None:
+            looks = self._looks
+            known = await self._judge(given)
+            # If there was a look meanwhile, it may have told of a change that this judgement has not seen.
+            if looks == self._looks:
+                self._keep(digest, known)
+        if known.until is not None and known.until <= now:
+            self._forget(digest)
+            raise CredentialsExpired
+        return known.identity
+
+    async def _judge(self, given: str) -> _Judged:
+        if given.startswith(KEY_PREFIX):
+            return await self._judge_key(given)
+        raise CredentialsInvalid
+
+    async def _judge_key(self, given: str) -> _Judged:
+        parts = _KEY.fullmatch(given)
+        if parts is None:
+            raise CredentialsInvalid
+        key_id, secret = parts.groups()
+        row = await self._db.row(_api_key, (key_id,), lambda *columns: columns)
+        if row is None:
+            raise CredentialsInvalid
+        stored, roles, clinic_ids, requests_per_minute, revoked, seconds = row
+        if not hmac.compare_digest(bytes(stored), hash_of(secret)) or revoked:
+            raise CredentialsInvalid
+        if seconds is not None and seconds <= 0:
+            raise CredentialsExpired
+        name = f"keys/{key_id}"
+        identity = Identity(name, frozenset(roles), tuple(clinic_ids), requests_per_minute=requests_per_minute)
+        return _Judged(identity, None if seconds is None else self._clock() + seconds, (name,))
+
+    async def _look(self) -> None:
+        asked = self._clock()
+        found: tuple[int, list[str]] | None = await self._db.row(
+            _changes, (self._next,), lambda oldest, subjects: (oldest, subjects)
+        )
+        assert found is not None
+        oldest, subjects = found
+        # An older one than before: the database was restored.
+        if self._next is None or oldest < self._next or asked - self._looked > _LOST_SECONDS:
+            self._known.clear()
+            self._by_subject.clear()
+        for subject in subjects:
+            for digest in self._by_subject.pop(subject, ()):
+                self._known.pop(digest, None)
+        self._next = oldest
+        self._looked = asked
+        self._looks += 1
+
+    def _keep(self, digest: bytes, judged: _Judged) -> None:
+        if len(self._known) >= _MOST_KEPT:
+            self._forget(next(iter(self._known)))
+        self._known[digest] = judged
+        for subject in judged.subjects:
+            self._by_subject.setdefault(subject, set()).add(digest)
+
+    def _forget(self, digest: bytes) -> None:
+        judged = self._known.pop(digest, None)
+        for subject in () if judged is None else judged.subjects:
+            others: Any = self._by_subject.get(subject, set())
+            others.discard(digest)
+            if not others:
+                self._by_subject.pop(subject, None)
