@@ -90,6 +90,7 @@ class Day:
     kinds: list[str] = field(default_factory=list)
 
 
+BIRTH_DATES = ["", "1980", "1980-05", "1980-05-06", "1980-05-07", "1981-01-01"]
 CAPACITY = 3
 SLOTS = [(0, 10, 0, 1), (0, 10, 30, 2), (1, 10, 15, 1), (1, 11, 0, 2)]
 """The doctor, hour, minute and capacity of each slot of half an hour."""
@@ -124,6 +125,12 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                 ).patient.id
                 for n in range(6)
             ]
+            self.key = key
+            self.records = list(range(6))
+            """By patient the one whose record is kept."""
+            self.names = [f"{key} {n}" for n in range(6)]
+            self.people: list[tuple[str, str]] = []
+            """Id and birth date of those who share one name and phone."""
             wanted = []
             for doctor, hour, minute, capacity in SLOTS:
                 slot = slot_pb2.Slot(doctor_id=self.doctors[doctor], capacity=capacity)
@@ -181,6 +188,7 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             self.booked(request, patient, SLOTS[slot][0], slot)
 
         def booked(self, request: pb.BookAppointmentRequest, patient: int, doctor: int, slot: int | None) -> None:
+            patient = self.records[patient]
             expected = self.place(patient, doctor, slot)
             answer, reason = attempt(lambda: client.appointments.BookAppointment(request))
             if answer is None:
@@ -268,6 +276,78 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             if verb == "CancelAppointment" and not visit.ticket:
                 visit.line = None
 
+        @rule(keep=st.integers(0, 5), other=st.integers(4, 5))
+        def merge(self, keep: int, other: int) -> None:
+            request = patient_pb2.MergePatientsRequest(
+                keep_patient_id=self.patients[keep], merge_patient_id=self.patients[other]
+            )
+            answer, reason = attempt(lambda: client.patients.MergePatients(request))
+            kept, merged = self.records[keep], self.records[other]
+            if keep == other:
+                assert reason == "INVALID_FIELD"
+                return
+            if kept == merged:
+                assert reason == "SAME_PATIENT"
+                return
+            theirs, ours = (
+                [v for v in self.visits if v.patient == patient and v.state in LIVE] for patient in (merged, kept)
+            )
+            if {v.doctor for v in theirs} & {v.doctor for v in ours}:
+                assert reason == "DUPLICATE_BOOKING"
+                return
+            starts = [
+                [SLOTS[v.slot][1] * 60 + SLOTS[v.slot][2] for v in each if v.slot is not None]
+                for each in (theirs, ours)
+            ]
+            if any(abs(one - other) < 30 for one in starts[0] for other in starts[1]):
+                assert reason == "PATIENT_OVERLAP"
+                return
+            assert answer is not None, reason
+            assert answer.patient.id == self.patients[kept]
+            for visit in theirs:
+                self.changed(visit.doctor, "UPDATED")
+            for visit in self.visits:
+                visit.patient = kept if visit.patient == merged else visit.patient
+            self.records = [kept if record == merged else record for record in self.records]
+
+        @rule(patient=st.integers(0, 5), name=st.sampled_from(["Ana", "ANA", "Eva"]))
+        def correct_the_name(self, patient: int, name: str) -> None:
+            name = f"{name} {self.key} {self.records[patient]}"
+            changed = patient_pb2.Patient(id=self.patients[patient], given_name=name)
+            client.patients.UpdatePatient(patient_pb2.UpdatePatientRequest(patient=changed))
+            record = self.records[patient]
+            if self.names[record] != name:
+                self.names[record] = name
+                for visit in self.visits:
+                    if visit.patient == record and visit.state in ("CHECKED_IN", "IN_CONSULTATION"):
+                        self.changed(visit.doctor, "UPDATED")
+
+        @rule(name=st.sampled_from(["João", "JOAO", "joa\u0303o\u200b"]), born=st.sampled_from(BIRTH_DATES))
+        def register(self, name: str, born: str) -> None:
+            person = patient_pb2.Patient(given_name=f"{name} {self.key}", phone="+442079460958")
+            for part, value in zip(("year", "month", "day"), born.split("-"), strict=False):
+                setattr(person.birth_date, part, int(value or 0))
+            if not born:
+                person.ClearField("birth_date")
+            request = patient_pb2.RegisterPatientRequest(patient=person)
+            answer, reason = attempt(lambda: client.patients.RegisterPatient(request))
+            found = [n for n, (_, known) in enumerate(self.people) if known.startswith(born) or born.startswith(known)]
+            if len(found) > 1:
+                assert reason == "PATIENT_AMBIGUOUS"
+                return
+            assert answer is not None, reason
+            assert answer.already_registered == bool(found)
+            if not found:
+                assert answer.patient.id not in [person_id for person_id, _ in self.people]
+                self.people.append((answer.patient.id, born))
+            else:
+                person_id, known = self.people[found[0]]
+                assert answer.patient.id == person_id
+                self.people[found[0]] = (person_id, max(known, born, key=len))
+            date = answer.patient.birth_date
+            shown = "-".join(f"{part:02}" for part in (date.year, date.month, date.day) if part)
+            assert shown == dict(self.people)[answer.patient.id]
+
         # Invariants
 
         def line(self, doctor: int) -> list[Visit]:
@@ -285,8 +365,14 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                 for state in IN_LINE[1:]:
                     expected += sorted((v for v in mine if v.line == state), key=lambda v: v.ticket)
                 names = queue_pb2.QueueEntry.State
-                shown = [(e.appointment_id, e.ticket, names.Name(e.state)) for e in queue.entries]
-                assert shown == [(v.id, v.ticket, f"STATE_{v.line}") for v in expected]
+                shown = [
+                    (e.appointment_id, e.ticket, names.Name(e.state), e.patient_id, e.patient_name)
+                    for e in queue.entries
+                ]
+                assert shown == [
+                    (v.id, v.ticket, f"STATE_{v.line}", self.patients[v.patient], self.names[v.patient])
+                    for v in expected
+                ]
                 waiting = len(self.line(doctor))
                 assert [e.position for e in queue.entries] == [
                     *range(1, waiting + 1),
@@ -296,9 +382,15 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
         def teardown(self) -> None:
             for doctor, day in enumerate(self.days):
                 self.the_history_replays(self.doctors[doctor], doctor, day)
+            for patient, record in enumerate(self.records):
+                known = client.patients.GetPatient(
+                    patient_pb2.GetPatientRequest(patient_id=self.patients[patient])
+                ).patient
+                assert (known.id, known.given_name) == (self.patients[record], self.names[record])
             for visit in self.visits:
                 got = client.appointments.GetAppointment(pb.GetAppointmentRequest(appointment_id=visit.id)).appointment
                 assert pb.Appointment.State.Name(got.state) == f"STATE_{visit.state}"
+                assert got.patient_id == self.patients[visit.patient]
                 assert (got.number, got.slot_id) == (
                     visit.number,
                     "" if visit.slot is None else self.slots[visit.slot],
