@@ -199,7 +199,7 @@ def test_lines_of_others() -> None:
     """Warnings, failed threads, ignored exceptions and plain text become JSON, and tell nothing of a patient."""
     lines, _ = logged(
         """
-import asyncio, gc, logging, os, threading, warnings
+import asyncio, gc, logging, os, subprocess, sys, threading, warnings
 
 def fail(of):
     raise ValueError(f"{of} Ana")
@@ -228,8 +228,10 @@ thread.start()
 thread.join()
 Resource()
 asyncio.run(main())
+subprocess.run([sys.executable, "-c", "import os; os.write(2, b'last words'); os.abort()"])
 """
     )
+    assert lines.pop()["said"] == "last words"
     found = {line["event"]: line for line in lines}
     assert found["py.warnings"]["said"].endswith("UserWarning: an old way")
     assert found["stderr"]["said"] == "plain text"
