@@ -21,7 +21,8 @@ ADMIN_KEY = f"fdk_{_ADMINISTRATOR}_{_SECRET}"
 def add_administrator(connection: psycopg.Connection[Any]) -> None:
     """Add the API key of all tests to a database."""
     connection.execute(
-        "insert into api_key (id, name, secret_hash, roles) values (%s, 'tests', %s, '{ADMIN}')",
+        "insert into api_key (id, name, secret_hash, roles, requests_per_minute)"
+        " values (%s, 'tests', %s, '{ADMIN}', 100000)",
         (_ADMINISTRATOR, hash_of(_SECRET)),
     )
 
@@ -44,6 +45,7 @@ def stub(front: Front, channel: grpc.aio.Channel | None = None) -> Any:
 async def create_key(front: Front, *roles: str, by: Metadata = ADMIN, **fields: Any) -> access_pb2.CreateApiKeyResponse:
     """A new API key."""
     wanted = access_pb2.ApiKey(name="a program", roles=[policy_pb2.Role.Value(f"ROLE_{role}") for role in roles])
+    fields.setdefault("requests_per_minute", 100_000)
     for name, value in fields.items():
         if isinstance(value, Timestamp):
             getattr(wanted, name).CopyFrom(value)

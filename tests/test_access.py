@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from frontdesk.settings import Settings
 from tests.clinic import Front, details, outcome, reason_of, refusal, tomorrow
 from tests.hostile.wire import serving
 from tests.identities import ADMIN, ADMIN_KEY, Metadata, bearing, create_key, stub
+from tests.test_limits import early_in_a_minute
 from tests.waiting import SOON, until
 
 UNKNOWN = "01900000-0000-7000-8000-00000000ffff"
@@ -339,3 +341,24 @@ async def test_keys_of_the_embedded_database(tmp_path: Path) -> None:
     service.terminate()
     await service.wait()
     assert key[4:40] in (await run("keys", "list", *at))[1]
+
+
+async def test_calls_of_a_key_are_limited(front: Front, conninfo: str, settings: Settings) -> None:
+    """Two workers together admit as many calls of a key a minute as it may make, and say when to retry the others."""
+    key = bearing((await create_key(front, "STAFF", requests_per_minute=20)).key)
+    await early_in_a_minute()
+    async with serving(settings, conninfo) as (_, other):
+        both = (front, other)
+        outcomes = await asyncio.gather(*(clinics(both[n % 2], *key) for n in range(60)))
+        assert Counter(outcomes) == {"OK": 20, "RATE_LIMITED": 40}
+        error = await refusal(other.clinics.ListClinics(clinic_pb2.ListClinicsRequest(), metadata=key))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        found = details(error)
+        assert 0 < found["RetryInfo"].retry_delay.ToMilliseconds() <= 60_000
+        assert found["QuotaFailure"].violations
+        pushback = dict(error.trailing_metadata() or ())["grpc-retry-pushback-ms"]
+        assert 0 < int(pushback) <= 60_000
+        # The refusal comes before the role is judged, and other keys are not concerned.
+        board = front.patients.ListPatients(patient_pb2.ListPatientsRequest(), metadata=key)
+        assert await outcome(board) == "RATE_LIMITED"
+        assert await clinics(front, *ADMIN) == "OK"

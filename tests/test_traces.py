@@ -44,8 +44,9 @@ class Spans:
     def all(self) -> Sequence[ReadableSpan]:
         return self.exporter.get_finished_spans()
 
-    def call(self, method: str) -> ReadableSpan:
-        """The span of the one call of this method."""
+    async def call(self, method: str) -> ReadableSpan:
+        """The span of the one call of this method, which may end a moment after its answer has come."""
+        await until(lambda: any(span.name == METHOD + method for span in self.all()))
         (found,) = (span for span in self.all() if span.name == METHOD + method)
         return found
 
@@ -77,7 +78,7 @@ async def test_a_call_and_its_statements(traced: Front, spans: Spans) -> None:
     spans.exporter.clear()
     request = queue_pb2.CheckInRequest(appointment_id=booked.appointment.id)
     await traced.queues.CheckIn(request, metadata=[TRACEPARENT, ("tracestate", "patient=zuleika")])
-    call = spans.call("QueueService/CheckIn")
+    call = await spans.call("QueueService/CheckIn")
     assert call.context is not None
     assert call.parent is not None
     assert (f"{call.context.trace_id:032x}", f"{call.parent.span_id:016x}") == (TRACE, PARENT)
@@ -121,7 +122,7 @@ async def test_callers_that_share_a_statement(traced: Front, spans: Spans) -> No
 async def test_statements_of_a_transaction(traced: Front, spans: Spans) -> None:
     """Each statement of a call has its own span in the call's trace."""
     await traced.clinic()
-    names = [span.name for span in spans.below(spans.call("ClinicService/CreateClinic"))]
+    names = [span.name for span in spans.below(await spans.call("ClinicService/CreateClinic"))]
     assert len(names) >= 2
     assert "INSERT clinic" in names
 
@@ -133,7 +134,7 @@ async def test_whose_fault_it_was(traced: Front, spans: Spans) -> None:
     await traced.book(patient.id, doctor.id, reason="vertigo")
     spans.exporter.clear()
     await refusal(traced.book(patient.id, doctor.id, reason="vertigo"))
-    call = spans.call("AppointmentService/BookAppointment")
+    call = await spans.call("AppointmentService/BookAppointment")
     assert call.status.status_code is StatusCode.UNSET
     assert call.attributes is not None
     assert call.attributes["rpc.response.status_code"] == "ALREADY_EXISTS"
@@ -144,7 +145,7 @@ async def test_whose_fault_it_was(traced: Front, spans: Spans) -> None:
     other = await traced.patient(given_name="Quirina", phone="+5511912345679")
     error = await refusal(traced.book(other.id, doctor.id, reason="vertigo"))
     assert error.code() == grpc.StatusCode.INTERNAL
-    call = spans.call("AppointmentService/BookAppointment")
+    call = await spans.call("AppointmentService/BookAppointment")
     assert call.status.status_code is StatusCode.ERROR
     assert call.attributes is not None
     assert call.attributes["error.type"] == "INTERNAL"
@@ -169,7 +170,7 @@ async def test_a_stream_is_one_span(traced: Front, spans: Spans) -> None:
     assert not [span for span in spans.all() if span.name.endswith("WatchQueue")]
     watch.cancel()
     await until(lambda: any(span.name.endswith("WatchQueue") for span in spans.all()))
-    call = spans.call("QueueService/WatchQueue")
+    call = await spans.call("QueueService/WatchQueue")
     assert call.context is not None
     assert f"{call.context.trace_id:032x}" == TRACE
     assert call.attributes is not None
@@ -180,7 +181,7 @@ async def test_a_stream_is_one_span(traced: Front, spans: Spans) -> None:
 async def test_callers_that_do_not_trace(traced: Front, spans: Spans) -> None:
     """A call without a valid traceparent starts a trace; one that is not sampled leaves no span."""
     await traced.clinic()
-    assert spans.call("ClinicService/CreateClinic").parent is None
+    assert (await spans.call("ClinicService/CreateClinic")).parent is None
     spans.exporter.clear()
     for header in ("nonsense", f"00-{TRACE}-{'0' * 16}-01", f"ff-{TRACE}-{PARENT}-01", "x" * 5000):
         await refusal(traced.queues.GetQueue(queue_pb2.GetQueueRequest(), metadata=[("traceparent", header)]))

@@ -13,6 +13,7 @@ import structlog
 import uvloop
 
 from frontdesk.core.credential import Credentials
+from frontdesk.core.limit import Limits
 from frontdesk.db.database import Database
 from frontdesk.errors import Refused
 from frontdesk.jobs.maintenance import clean, retention
@@ -70,10 +71,12 @@ class Worker:
         )
         self._feed = Feed(self._db, Updates(), seen=None if metrics is None else metrics.change_seen)
         self._credentials = Credentials(self._db)
+        self._limits = Limits(self._db)
         self._pipeline = Pipeline(
             max_in_flight=settings.max_in_flight,
             access=Access(
                 self._credentials,
+                self._limits,
                 required=settings.access_mode == "required",
                 client_certificates=settings.tls_client_ca is not None,
             ),
@@ -103,6 +106,7 @@ class Worker:
         await self._background.close()
         await (self._server.drain() if drain else self._server.stop())
         await self._feed.close()
+        await self._limits.close()
         await self._db.close()
 
     async def _keep_checking(self) -> None:

@@ -12,6 +12,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from clinic.frontdesk.v1 import policy_pb2
 from frontdesk.core.caller import ANONYMOUS, Caller, Identity
 from frontdesk.core.credential import Credentials
+from frontdesk.core.limit import Limits
 from frontdesk.errors import CredentialsInvalid, CredentialsRequired, RoleRequired
 
 _MOST_LABEL = 64
@@ -36,17 +37,21 @@ class Policy:
 class Access:
     """Judges calls by their credentials."""
 
-    def __init__(self, credentials: Credentials, *, required: bool, client_certificates: bool) -> None:
+    def __init__(self, credentials: Credentials, limits: Limits, *, required: bool, client_certificates: bool) -> None:
         """`required`: calls without credentials are refused, unless their method needs none. `client_certificates`: a
         certificate is a credential, for calls that bring no other.
         """
         self._credentials = credentials
+        self._limits = limits
         self._required = required
         self._client_certificates = client_certificates
         self._services: dict[str, Identity] = {}
 
     async def identify(self, context: grpc.aio.ServicerContext[Any, Any], policy: Policy) -> Identity:
-        """Whose call it is. Raises CredentialsRequired, CredentialsInvalid, CredentialsExpired."""
+        """Whose call it is; counts it.
+
+        Raises CredentialsRequired, CredentialsInvalid, CredentialsExpired, RateLimited.
+        """
         given: str | None = None
         label = ""
         # Keys that end in -bin have bytes; these have text.
@@ -60,7 +65,10 @@ class Access:
             elif key == "frontdesk-caller" and not label:
                 label = value[:_MOST_LABEL]
         if given is not None and not policy.without_credentials:
-            return await self._credentials.identity(given)
+            identity = await self._credentials.identity(given)
+            if identity.requests_per_minute is not None:
+                await self._limits.admit(identity.name, identity.requests_per_minute)
+            return identity
         if self._client_certificates and (name := _certified_name(context)):
             if name not in self._services:
                 self._services[name] = Identity(f"services/{name}", frozenset({"SERVICE"}))
