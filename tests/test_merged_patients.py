@@ -14,6 +14,7 @@ from clinic.frontdesk.v1 import appointment_pb2, queue_pb2
 from clinic.frontdesk.v1 import patient_pb2 as pb
 from frontdesk.settings import Settings
 from tests.clinic import Front, details, outcome, reason_of, refusal, soon, today, tomorrow
+from tests.hostile.methods import call, request_class
 from tests.hostile.wire import serving
 
 NOBODY = "0190a0b0-1111-7222-8333-444455556666"
@@ -123,6 +124,28 @@ async def test_a_name_changes_once_for_a_key(front: Front) -> None:
     answers = await asyncio.gather(*(front.patients.UpdatePatient(request) for _ in range(20)))
     assert Counter(answer.replayed for answer in answers) == {True: 19, False: 1}
     assert (await front.queue(doctor.id)).revision == entry.revision + 1
+
+
+async def test_a_name_that_changes_while_the_queue_moves(front: Front) -> None:
+    """The last change of an entry that watchers are told of is what it is, whatever happened at the same time."""
+    doctor = await front.doctor(max_patients_per_day=100)
+    for n in range(12):
+        entry = await front.arrive(doctor.id)
+        patient_id, appointment_id = entry.appointment.patient_id, entry.appointment.id
+        other = await front.patient()
+        for verb in ("ParkPatient", "ReturnToLine", "StartAppointment", "CompleteAppointment"):
+            calls = [call(front, verb, request_class(verb)(appointment_id=appointment_id))]
+            calls += [update(front, patient_id, given_name=f"{n} {verb} {m}") for m in range(6)]
+            if verb == "ReturnToLine":
+                calls.append(merge(front, other.id, patient_id))
+            await asyncio.gather(*calls)
+            told = front.sql(
+                "select queue_state from event where appointment_id = %s order by revision desc limit 1", appointment_id
+            )
+            assert told == front.sql("select queue_state from appointment where id = %s", appointment_id)
+    revisions = front.sql("select revision from event where doctor_id = %s order by 1", doctor.id)
+    assert revisions == [(revision,) for revision in range(2, len(revisions) + 2)]
+    assert (await front.queue(doctor.id)).revision == len(revisions) + 1
 
 
 async def test_everything_moves_to_the_kept_record(front: Front) -> None:
