@@ -148,6 +148,35 @@ async def test_a_name_that_changes_while_the_queue_moves(front: Front) -> None:
     assert (await front.queue(doctor.id)).revision == len(revisions) + 1
 
 
+async def test_a_name_that_changes_during_check_in(front: Front, conninfo: str, settings: Settings) -> None:
+    """Whoever watches, a revision shows one queue, also if the patient comes while the name is corrected."""
+    doctor = await front.doctor(max_patients_per_day=200)
+    shown: dict[int, list[queue_pb2.Queue]] = {}
+    people = await front.people(40)
+    booked = [(await front.book(person.id, doctor.id)).appointment.id for person in people]
+
+    async def watch(desk: Front) -> None:
+        seen = 0
+        async with watching(desk, doctor.id) as stream:
+            while seen < last:
+                message = await stream.read()
+                seen = message.revision
+                shown.setdefault(seen, []).append(message.update.queue)
+
+    last = 2**63
+    async with serving(settings, conninfo) as (_, beside):
+        watches = [asyncio.create_task(watch(desk)) for desk in (front, beside)]
+        for person, appointment_id in zip(people, booked, strict=True):
+            renamed = [update(desk, person.id, family_name=f"Of {n}") for n, desk in enumerate((front, beside))]
+            await asyncio.gather(front.check_in(appointment_id), *renamed)
+            queue = await front.queue(doctor.id)
+            shown.setdefault(queue.revision, []).append(queue)
+        last = (await front.queue(doctor.id)).revision + 1
+        await update(front, people[0].id, family_name="Of all")
+        await asyncio.wait_for(asyncio.gather(*watches), 20)
+    assert [revision for revision, queues in shown.items() if any(queue != queues[0] for queue in queues)] == []
+
+
 async def test_everything_moves_to_the_kept_record(front: Front) -> None:
     """Appointments and history move; the merged id answers with the kept record wherever an id is taken."""
     doctor = await front.doctor()

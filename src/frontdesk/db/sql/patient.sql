@@ -8,21 +8,25 @@ create or replace function current_patient(p_id uuid) returns uuid language sql 
     select coalesce(p.merged_into, p.id) from patient p where p.id = p_id
 $$;
 
+-- Find the records of a request about a patient, and name its locks. A corrected name shows in the queues in which the
+-- patient stands; the lock of the day of every live appointment keeps the patient from coming to another one meanwhile.
 create or replace function locate_patient(r request) returns request language plpgsql as $$
+declare
+    v_renamed boolean := r.record ?| array['given_name', 'family_name'];
 begin
     r.patient := coalesce(current_patient(r.patient), r.patient);
     r.keep := coalesce(current_patient(r.keep), r.keep);
     r.locks := array(
         select 'patient/' || id from unnest(array[r.patient, r.keep]) id where id is not null
         union
-        select 'phone/' || phone from patient where id in (r.patient, r.keep)
+        select 'phone/' || phone from patient
+        where id in (r.patient, r.keep) and phone <> ''
+          and (r.keep is not null or v_renamed or r.record ?| array['phone', 'birth_date'])
         union
         select 'phone/' || (r.record ->> 'phone') where r.record ->> 'phone' <> ''
         union
-        -- A merge moves the live appointments; a corrected name shows in the queues.
         select doctor_day_name(a.doctor_id, a.date) from appointment a
-        where a.patient_id = r.patient and is_live(a.state)
-          and (r.verb = 'MergePatients' or a.ticket is not null and r.record ?| array['given_name', 'family_name']));
+        where a.patient_id = r.patient and is_live(a.state) and (r.keep is not null or v_renamed));
     return r;
 end
 $$;
