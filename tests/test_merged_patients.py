@@ -90,9 +90,12 @@ async def test_a_corrected_name_is_a_revision(front: Front, conninfo: str, setti
                 before.appointment.id,
             )
             assert change.entry == queue.entries[0]
-    # A day on which nobody sees the name is not touched.
+    # Who waits for the patient today is told as well; another day is not touched.
+    assert (await front.queue(expected.id)).revision == 3
+    assert front.sql("select kind, queue_state from event where doctor_id = %s and revision = 3", expected.id) == [
+        ("UPDATED", None)
+    ]
     assert (await front.queue(later.id, tomorrow())).revision == 2
-    assert (await front.queue(expected.id)).revision == 2
 
 
 async def test_what_is_no_new_name_is_no_revision(front: Front) -> None:

@@ -319,7 +319,7 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             if self.names[record] != name:
                 self.names[record] = name
                 for visit in self.visits:
-                    if visit.patient == record and visit.state in ("CHECKED_IN", "IN_CONSULTATION"):
+                    if visit.patient == record and visit.state in LIVE:
                         self.changed(visit.doctor, "UPDATED")
 
         @rule(name=st.sampled_from(["João", "JOAO", "joa\u0303o\u200b"]), born=st.sampled_from(BIRTH_DATES))

@@ -104,8 +104,8 @@ class PatientServiceServicer:
 
     def UpdatePatient(self, request, context):
         """Changes the fields of a patient that the mask names. A new name is a revision of every doctor-day in whose queue the
-        patient stands (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS if the change would make
-        this a second record of one person.
+        patient stands or has a booking for the clinic's today (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and
+        PATIENT_EXISTS if the change would make this a second record of one person.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

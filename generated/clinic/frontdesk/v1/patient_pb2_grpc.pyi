@@ -54,8 +54,8 @@ class PatientServiceStub:
     """Gets a patient. Errors: PATIENT_NOT_FOUND."""
     UpdatePatient: _grpc.UnaryUnaryMultiCallable[_patient_pb2.UpdatePatientRequest, _patient_pb2.UpdatePatientResponse]
     """Changes the fields of a patient that the mask names. A new name is a revision of every doctor-day in whose queue the
-    patient stands (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS if the change would make
-    this a second record of one person.
+    patient stands or has a booking for the clinic's today (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and
+    PATIENT_EXISTS if the change would make this a second record of one person.
     """
     MergePatients: _grpc.UnaryUnaryMultiCallable[_patient_pb2.MergePatientsRequest, _patient_pb2.MergePatientsResponse]
     """Makes two records of one person one. All appointments of the merged record move to the kept one, which also takes
@@ -96,8 +96,8 @@ class PatientServiceAsyncStub(PatientServiceStub):
     """Gets a patient. Errors: PATIENT_NOT_FOUND."""
     UpdatePatient: _aio.UnaryUnaryMultiCallable[_patient_pb2.UpdatePatientRequest, _patient_pb2.UpdatePatientResponse]  # type: ignore[assignment]
     """Changes the fields of a patient that the mask names. A new name is a revision of every doctor-day in whose queue the
-    patient stands (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS if the change would make
-    this a second record of one person.
+    patient stands or has a booking for the clinic's today (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and
+    PATIENT_EXISTS if the change would make this a second record of one person.
     """
     MergePatients: _aio.UnaryUnaryMultiCallable[_patient_pb2.MergePatientsRequest, _patient_pb2.MergePatientsResponse]  # type: ignore[assignment]
     """Makes two records of one person one. All appointments of the merged record move to the kept one, which also takes
@@ -153,8 +153,8 @@ class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_patient_pb2.UpdatePatientResponse, _abc.Awaitable[_patient_pb2.UpdatePatientResponse]]:
         """Changes the fields of a patient that the mask names. A new name is a revision of every doctor-day in whose queue the
-        patient stands (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS if the change would make
-        this a second record of one person.
+        patient stands or has a booking for the clinic's today (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and
+        PATIENT_EXISTS if the change would make this a second record of one person.
         """
 
     @_abc_1.abstractmethod

@@ -130,8 +130,8 @@ begin
 end
 $$;
 
--- Change the columns of `record`. A new name is a revision of each doctor-day in whose queue the patient stands: a
--- watcher shows the name.
+-- Change the columns of `record`. A new name is a revision of each doctor-day in whose queue the patient stands, or is
+-- expected today: watchers show the name.
 create or replace function update_patient(r request) returns decision language plpgsql as $$
 declare
     d decision;
@@ -180,7 +180,9 @@ begin
     end if;
     if (v_new.given_name, v_new.family_name) <> (v_old.given_name, v_old.family_name) then
         for a in
-            select * from appointment x where x.patient_id = v_old.id and is_live(x.state) and x.ticket is not null
+            select x.* from appointment x join clinic c on c.id = x.clinic_id
+            where x.patient_id = v_old.id and is_live(x.state)
+              and (x.ticket is not null or x.date = (v_now at time zone c.time_zone)::date)
         loop
             d := with_change_of(d, a, v_now);
         end loop;
