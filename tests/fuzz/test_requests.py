@@ -28,7 +28,7 @@ from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, today
 from tests.fuzz.requests import CANARY, METADATA, Known, requests
-from tests.hostile.methods import LISTS, METHODS, STREAMS, VALID, call, noon, path_of, world
+from tests.hostile.methods import LISTS, METHODS, STREAMS, VALID, call, credentials_for, noon, path_of, world
 
 OK = "OK"
 ANSWERS = {
@@ -207,7 +207,8 @@ def test_hostile_requests(service: Service) -> None:
         method = data.draw(st.sampled_from(sorted(METHODS)), "method")
         raw = data.draw(requests(method, service.known), "request")
         del service.logged[:]
-        status, answer = service.ask(method, raw, data.draw(METADATA, "metadata"))
+        metadata = (*data.draw(METADATA, "metadata"), *credentials_for(method))
+        status, answer = service.ask(method, raw, metadata)
         answers[method, status] += 1
         if status != OK:
             assert not faults(status, answer)
