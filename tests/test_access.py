@@ -21,8 +21,7 @@ from frontdesk.settings import Settings
 from tests.clinic import Front, details, outcome, reason_of, refusal, tomorrow
 from tests.hostile.wire import serving
 from tests.identities import ADMIN, ADMIN_KEY, Metadata, bearing, create_key, stub
-from tests.test_limits import early_in_a_minute
-from tests.waiting import SOON, until
+from tests.waiting import SOON, early_in_a_minute, until
 
 UNKNOWN = "01900000-0000-7000-8000-00000000ffff"
 

@@ -3,13 +3,13 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime
 
 import pytest
 
 from frontdesk.core.limit import Limits
 from frontdesk.db.database import Database
 from frontdesk.errors import RateLimited
+from tests.waiting import early_in_a_minute
 
 
 @pytest.fixture
@@ -24,13 +24,6 @@ async def replicas(conninfo: str) -> AsyncIterator[Sequence[Limits]]:
         await worker.close()
     for database in databases:
         await database.close()
-
-
-async def early_in_a_minute() -> None:
-    """Until the present minute lasts longer than a test."""
-    second = datetime.now(UTC).second
-    if second > 40:
-        await asyncio.sleep(61 - second)
 
 
 async def admitted(workers: Sequence[Limits], subject: str, limit: int, calls: int) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -32,3 +33,10 @@ def wait_for(condition: Callable[[], T], seconds: float = SOON) -> T:
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
     return value
+
+
+async def early_in_a_minute() -> None:
+    """Until the present minute lasts longer than a test."""
+    second = datetime.now(UTC).second
+    if second > 40:
+        await asyncio.sleep(61 - second)

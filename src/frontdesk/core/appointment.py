@@ -237,8 +237,8 @@ class Appointments:
         asked_for = wanted.clinic_id
         if asked_for is None and wanted.doctor_id is not None:
             asked_for = await self._db.row("select clinic_id from doctor where id = %s", (wanted.doctor_id,), str)
-        if asked_for is not None and not caller.may_reach_clinic(asked_for):
-            raise ClinicNotYours(asked_for)
+        if asked_for is not None:
+            caller.require_clinic(asked_for)
 
     async def decide(self, caller: Caller, key: Key, **attributes: Any) -> Change[Appointment]:
         """Make a change of an appointment, and tell the watchers of its doctor-days. Raises the refusal."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-ROLES = ("PATIENT", "DOCTOR", "STAFF", "ADMIN", "SERVICE", "BOARD")
+from frontdesk.errors import ClinicNotYours
 
 ALL, OWN = "ALL", "OWN"
 
@@ -103,6 +103,11 @@ class Caller:
     def may_reach_clinic(self, clinic_id: str) -> bool:
         """Whether a role of the desk holds there."""
         return self.sight is None or (self.sight.clinic_ids is not None and clinic_id in self.sight.clinic_ids)
+
+    def require_clinic(self, clinic_id: str) -> None:
+        """Raise ClinicNotYours unless a role of the desk holds there."""
+        if not self.may_reach_clinic(clinic_id):
+            raise ClinicNotYours(clinic_id)
 
     @property
     def everywhere(self) -> bool:

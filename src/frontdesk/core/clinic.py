@@ -1,6 +1,6 @@
 """The clinics, whose time zones decide what today is."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -15,7 +15,7 @@ from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, Transaction
 from frontdesk.db.paging import Listing, Page
 from frontdesk.db.records import Records
-from frontdesk.errors import ClinicNotFound, ClinicNotYours, InvalidField, RoleRequired, TimeZoneInUse
+from frontdesk.errors import ClinicNotFound, InvalidField, RoleRequired, TimeZoneInUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,7 @@ class Clinics:
 
         Raises ClinicNotFound, ClinicNotYours, TimeZoneInUse, EtagMismatch, InvalidField.
         """
-
-        def permit(clinic: Clinic) -> None:
-            if not caller.may_reach_clinic(clinic.id):
-                raise ClinicNotYours(clinic.id)
-
-        return await records.update(self._db, key, clinic_id, changes, version, _checked, permit=permit)
+        return await records.update(self._db, key, clinic_id, changes, version, _checked, permit=_permit(caller))
 
     async def list(self, caller: Caller, page: Page, *, city: str) -> Listing[Clinic]:
         """Clinics, of one city if given, the oldest first."""
@@ -75,6 +70,10 @@ class Clinics:
         if city:
             filters["city"] = (schema.clinic.c.city_key == sa.bindparam("city"), folded(city))
         return await records.page(self._db, page, filters)
+
+
+def _permit(caller: Caller) -> Callable[[Clinic], None]:
+    return lambda clinic: caller.require_clinic(clinic.id)
 
 
 async def _checked(tx: Transaction, current: Clinic | None, values: Mapping[str, Any]) -> Mapping[str, Any]:

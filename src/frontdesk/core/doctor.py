@@ -18,7 +18,7 @@ from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, Transaction, compiled
 from frontdesk.db.paging import Listing, Page, cut
 from frontdesk.db.records import Records
-from frontdesk.errors import ClinicNotYours, CodeTaken, DoctorNotFound, LicenseTaken, Refused
+from frontdesk.errors import CodeTaken, DoctorNotFound, LicenseTaken, Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +169,7 @@ def _change(
 
 
 def _permit(caller: Caller) -> Callable[[Doctor], None]:
-    def permit(doctor: Doctor) -> None:
-        if not caller.may_reach_clinic(doctor.clinic_id):
-            raise ClinicNotYours(doctor.clinic_id)
-
-    return permit
+    return lambda doctor: caller.require_clinic(doctor.clinic_id)
 
 
 async def _completed(tx: Transaction, current: Doctor | None, values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,11 +10,8 @@ from collections.abc import Callable, Sequence
 from frontdesk.db.database import Database
 from frontdesk.tasks import Background
 
-LONGEST_HINT = 48
-"""Characters of a hint. It has no blanks."""
-
 _PAUSE_SECONDS = 0.02
-_HINTS_A_MESSAGE = 150  # a payload holds 8,000 bytes
+_HINTS_A_MESSAGE = 150  # of at most 48 characters each, without blanks; a payload holds 8,000 bytes
 
 
 class Hints:
