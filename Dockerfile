@@ -15,7 +15,9 @@ FROM python:3.12-slim-bookworm
 # Without a database URL the image runs the embedded PostgreSQL, which needs an account with a name.
 RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/frontdesk frontdesk
 COPY --from=build /opt/frontdesk /opt/frontdesk
-ENV PATH=/opt/frontdesk/bin:$PATH PYTHONUNBUFFERED=1 FRONTDESK_DATA_DIR=/var/lib/frontdesk/data
+# The health check needs no certificate of its own on this port; open it to the probes of an orchestrator if you like.
+ENV PATH=/opt/frontdesk/bin:$PATH PYTHONUNBUFFERED=1 FRONTDESK_DATA_DIR=/var/lib/frontdesk/data \
+    FRONTDESK_HEALTH_LISTEN=127.0.0.1:50052
 USER frontdesk
 VOLUME /var/lib/frontdesk
 EXPOSE 50051

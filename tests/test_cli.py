@@ -147,7 +147,7 @@ def test_nobody_there(command: list[str], unused_tcp_port: int) -> None:
     """If the service cannot be reached, the command prints one line."""
     done = frontdesk(*command, "--target", f"127.0.0.1:{unused_tcp_port}")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"frontdesk: no frontdesk answers at 127.0.0.1:{unused_tcp_port}\n"
+    assert done.stderr == f"frontdesk: no frontdesk answers at 127.0.0.1:{unused_tcp_port}: connection refused\n"
 
 
 @pytest.mark.parametrize("command", ["migrate", "serve"])

@@ -525,4 +525,4 @@ def test_the_command_finds_nobody(unused_tcp_port: int) -> None:
     """If the service cannot be reached, the command prints one line."""
     done = command("--target", f"127.0.0.1:{unused_tcp_port}")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"frontdesk: no frontdesk answers at 127.0.0.1:{unused_tcp_port}\n"
+    assert done.stderr == f"frontdesk: no frontdesk answers at 127.0.0.1:{unused_tcp_port}: connection refused\n"

@@ -21,10 +21,10 @@ import psycopg
 import pytest
 import structlog
 
-from frontdesk.addresses import Address, parse
 from frontdesk.process.claims import ClaimError, TcpClaim
 from frontdesk.process.supervisor import supervise
 from frontdesk.settings import Settings, SettingsError
+from frontdesk.settings.addresses import Address, parse
 from tests.waiting import wait_for
 
 # --- Code of the processes under test ---
@@ -35,11 +35,11 @@ def worker(
 ) -> None:
     """Serve until told to stop, then drain for as long as the file `drain` says."""
     signal.signal(signal.SIGTERM, lambda *_: handover.send(None))
-    while (settings.data_dir.parent / "hesitate").exists():
+    while (settings.embedded_dir.parent / "hesitate").exists():
         time.sleep(0.01)
-    if refusal := (settings.data_dir.parent / "refuse").exists():
+    if refusal := (settings.embedded_dir.parent / "refuse").exists():
         ready.send("the worker does not want to")
-    if refusal or (settings.data_dir.parent / "crash").exists():
+    if refusal or (settings.embedded_dir.parent / "crash").exists():
         sys.exit(3)
     server = listener(address, reuse_port)
     ready.send(1 if server.family == socket.AF_UNIX else server.getsockname()[1])
@@ -50,8 +50,8 @@ def worker(
             client, _ = server.accept()
             client.sendall(f"{os.getpid()} {conninfo}\n".encode())
             client.close()
-    drain = settings.data_dir.parent / "drain"
-    (settings.data_dir.parent / f"draining-{os.getpid()}").touch()
+    drain = settings.embedded_dir.parent / "drain"
+    (settings.embedded_dir.parent / f"draining-{os.getpid()}").touch()
     while drain.exists():
         time.sleep(0.01)
     # PostgreSQL is still available during the drain.
@@ -92,7 +92,7 @@ def announce(line: str) -> None:
 
 def serve() -> int:
     settings = Settings.load(**json.loads(sys.argv[1]))
-    log = (settings.data_dir.parent / "log").open("a", buffering=1)
+    log = (settings.embedded_dir.parent / "log").open("a", buffering=1)
     structlog.configure(
         processors=[structlog.processors.JSONRenderer()], logger_factory=structlog.PrintLoggerFactory(log)
     )

@@ -8,26 +8,27 @@ not have gRPC.
 
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
 if TYPE_CHECKING:
     import datetime
 
-    import grpc
-
     from frontdesk.db.database import Database
     from frontdesk.settings import Settings
+    from frontdesk.tools.diagnosis import Tls
     from frontdesk.tools.terminal import Terminal
 
 T = TypeVar("T")
@@ -38,6 +39,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+_UNEXPECTED_WITH_URL = {
+    *("PGHOSTADDR", "PGSERVICE", "PGAPPNAME"),
+    *("PGOPTIONS", "PGTZ", "PGDATESTYLE", "PGCLIENTENCODING", "PGGEQO"),
+}
+"""Variables of libpq that would override the URL or change the session."""
+
+
+_FEWEST_FILES = 32
 
 
 class Failure(Exception):
@@ -81,12 +92,21 @@ def run(arguments: list[str]) -> int:
         return 130
     except typer.TyperException as error:
         said = getattr(error, "format_message", error.__str__)().rstrip(".")
-        return _fail(f"{said}; see `frontdesk --help`", 2)
+        return _fail(f"{_without_secrets(said, arguments)}; see `frontdesk --help`", 2)
     except Exception as error:
         status = _expected(error)
-        if status is None:
-            raise
-        return _fail(str(error), status)
+        return _fail(_surprise(error), 1) if status is None else _fail(str(error), status)
+    finally:
+        _flush_output()
+
+
+def _without_secrets(said: str, arguments: list[str]) -> str:
+    """The message up to the first argument that it quotes, if one of them may be a part of a database's URL."""
+    values = [argument.partition("=")[2] if argument.startswith("--") else argument for argument in arguments]
+    if not any(re.search("[@=]|://", value) for value in values):
+        return said
+    harmless = re.match(r"""(?:[^('"]|\(s\)|'--[\w-]+')*""", said)
+    return harmless[0].rstrip(" :") if harmless else ""
 
 
 def _expected(error: Exception) -> int | None:
@@ -95,6 +115,20 @@ def _expected(error: Exception) -> int | None:
     from frontdesk.settings import SettingsError
 
     return 2 if isinstance(error, SettingsError) else None
+
+
+def _surprise(error: Exception) -> str:
+    """One line about an error that no command expects."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return f"{where}{error.strerror}"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, ImportError):
+        return f"a part of the installation cannot be loaded: {error}"
+    # Not its text, which may quote a patient.
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {place.filename}:{place.lineno}; this is a bug of frontdesk, please report it"
 
 
 def _fail(message: str, status: int) -> int:
@@ -120,6 +154,10 @@ def _frontdesk(
     if version_:
         _say(f"frontdesk {version('frontdesk')}")
         raise typer.Exit
+    _raise_file_limit()
+    if context.invoked_subcommand != "serve":
+        # A client's one line is enough; gRPC's core would write its own beside it.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if context.invoked_subcommand is None:
         _say(context.get_help())
         raise typer.Exit(2)
@@ -134,7 +172,7 @@ def serve(
     demo: Annotated[bool, typer.Option("--demo", help="Create a small clinic once it serves.")] = False,
 ) -> int:
     """Serve until SIGTERM or Ctrl-C; running calls may finish."""
-    settings = _settings(listen=listen, data_dir=data_dir, database_url=database_url, workers=workers)
+    settings = _database_settings(listen=listen, data_dir=data_dir, database_url=database_url, workers=workers)
     if demo and settings.tls_cert is not None and settings.client_ca is None:
         raise typer.BadParameter("needs FRONTDESK_CLIENT_CA, since this service has TLS.", param_hint="'--demo'")
 
@@ -144,12 +182,21 @@ def serve(
     configure_log(settings.log_level)
     forward_stderr()
     first_steps = _FirstSteps(settings, demo=demo)
+
+    def prepare(conninfo: str) -> None:
+        _migrate(conninfo, settings)
+        _warn_of_other_zones(conninfo)
+
+    def check(conninfo: str) -> None:
+        _check_database(conninfo, settings)
+        _warn_of_other_zones(conninfo)
+
     try:
         return supervise(
             settings,
             worker=_worker,
-            migrate=lambda conninfo: _migrate(conninfo, settings),
-            check_schema=lambda conninfo: _check_database(conninfo, settings),
+            migrate=prepare,
+            check_schema=check,
             announce=first_steps.announce,
         )
     finally:
@@ -179,8 +226,10 @@ class _FirstSteps:
 
     def announce(self, line: str) -> None:
         """Print the line, and the rest; does not wait for the demo."""
+        from frontdesk.settings.addresses import parse
+
         _say(line)
-        address = line.partition(" serves on ")[2]
+        address = str(parse(line.partition(" serves on ")[2]).local)
         if self._demo:
             # In a thread, because the supervisor must go on.
             threading.Thread(target=self._fill, args=(address,), name="demo", daemon=True).start()
@@ -233,7 +282,7 @@ def migrate(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> Non
     """Bring the database's schema up to date. `serve` does this itself for the embedded PostgreSQL."""
     from frontdesk.process.log import configure_log
 
-    settings = _settings(data_dir=data_dir, database_url=database_url)
+    settings = _database_settings(data_dir=data_dir, database_url=database_url)
     configure_log(settings.log_level)
     if settings.database_url is not None:
         line = _migrate(settings.direct_database_url or settings.database_url, settings)
@@ -241,7 +290,7 @@ def migrate(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> Non
         from frontdesk.process.postgres import EmbeddedError, EmbeddedPostgres
 
         try:
-            with EmbeddedPostgres(settings.data_dir) as postgres:
+            with EmbeddedPostgres(settings.embedded_dir) as postgres:
                 line = _migrate(postgres.conninfo, settings)
         except EmbeddedError as error:
             raise Failure(str(error)) from None
@@ -256,8 +305,10 @@ def maintain(database_url: _DatabaseUrl = None) -> None:
     from frontdesk.db.database import Database
     from frontdesk.errors import Refused
     from frontdesk.jobs.maintenance import clean, retention
+    from frontdesk.process.log import configure_log
 
-    settings = _settings(database_url=database_url)
+    settings = _database_settings(database_url=database_url)
+    configure_log(settings.log_level)
     if settings.database_url is None:
         raise typer.BadParameter(
             "is needed: a running service cleans its embedded PostgreSQL itself.", param_hint="'--database-url'"
@@ -277,6 +328,8 @@ def maintain(database_url: _DatabaseUrl = None) -> None:
         _say(asyncio.run(once(settings.database_url)))
     except Refused as error:
         raise Failure(str(error)) from None
+    except TimeoutError:
+        raise Failure("a deletion took too long: run it again when the database is less busy") from None
 
 
 @contextmanager
@@ -304,7 +357,7 @@ def demo(target: _Target = None) -> None:
     from frontdesk.tools.demo import CALLER, fill
 
     target = _target(target)
-    with _refusals(target), SyncFrontdeskClient(target, credentials=_credentials(), caller=CALLER) as client:
+    with _refusals(target), SyncFrontdeskClient(target, **_connection(_settings()), caller=CALLER) as client:
         days = fill(client, datetime.datetime.now(datetime.UTC))
     table = Table("Doctor", "Id", "Name", "Here", "Expected", box=None)
     for day in days:
@@ -349,7 +402,7 @@ async def _watch(target: str, doctor: str, day: "datetime.date | None", terminal
     from frontdesk.client import FrontdeskClient
     from frontdesk.tools.board import UnknownDoctor, follow
 
-    async with FrontdeskClient(target, credentials=_credentials(), caller="frontdesk-watch") as client:
+    async with FrontdeskClient(target, **_connection(_settings()), caller="frontdesk-watch") as client:
         try:
             await follow(client, doctor, day, terminal)
         except UnknownDoctor as error:
@@ -386,7 +439,7 @@ async def _conform(target: str, only: list[str], patience: float) -> int:
     with _terminal() as terminal:
         # rich shows the status on a terminal only; this spinner is one in ASCII.
         with terminal.status("checking", spinner="line") as status:
-            async for result in conform(target, credentials=_credentials(), only=only, patience=patience):
+            async for result in conform(target, **_connection(_settings()), only=only, patience=patience):
                 results.append(result)
                 status.update(f"{result.check.name}: {result.verdict}")
         # Not narrower than this, so that the names can be copied.
@@ -403,13 +456,22 @@ def health(target: _Target = None) -> int:
 
     from frontdesk.client.channel import sync_channel
 
-    target = _target(target)
-    with sync_channel(target, _credentials(), options=()) as channel:
+    settings = _settings()
+    connection: dict[str, Any] = {}
+    if target is None and settings.health_address is not None and settings.health_address.port:
+        # It speaks no TLS.
+        target, tls = str(settings.health_address.local), None
+    else:
+        target, tls, connection = _target(target), _tls(settings), _connection(settings)
+    with sync_channel(target, options=(), **connection) as channel:
         try:
             check = health_pb2_grpc.HealthStub(channel).Check
             answer, call = check.with_call(health_pb2.HealthCheckRequest(), timeout=2)
-        except grpc.RpcError:
-            raise Failure(f"no frontdesk answers at {target}") from None
+        except grpc.RpcError as error:
+            code = cast(Any, error).code()
+            if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise Failure(f"{target} answers {code.name}, and not with its health") from None
+            raise Failure(_nobody_answers(target, tls)) from None
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     access = dict(call.trailing_metadata()).get("frontdesk-access", "")
     _say(f"{status} (access: {access})" if access else status)
@@ -528,7 +590,7 @@ def _in_database(data_dir: str | None, database_url: str | None, work: Callable[
     from frontdesk.errors import Refused
     from frontdesk.process.log import configure_log
 
-    settings = _settings(data_dir=data_dir, database_url=database_url)
+    settings = _database_settings(data_dir=data_dir, database_url=database_url)
     configure_log(settings.log_level)
 
     async def once(conninfo: str) -> T:
@@ -546,7 +608,7 @@ def _in_database(data_dir: str | None, database_url: str | None, work: Callable[
         from frontdesk.process.postgres import EmbeddedError, joined
 
         try:
-            with joined(settings.data_dir) as (conninfo, started):
+            with joined(settings.embedded_dir) as (conninfo, started):
                 if started:
                     _migrate(conninfo, settings)
                 return asyncio.run(once(conninfo))
@@ -556,15 +618,36 @@ def _in_database(data_dir: str | None, database_url: str | None, work: Callable[
         raise Failure(str(error)) from None
 
 
-def _credentials() -> "grpc.ChannelCredentials | None":
-    """Credentials for a service with TLS; None for plain text."""
-    settings = _settings()
+def _connection(settings: "Settings") -> dict[str, Any]:
+    """The arguments of a client for a connection as the settings ask for: with TLS, or in plain text."""
     if settings.client_ca is None:
-        return None
+        return {}
     import grpc
 
     own = [path.read_bytes() if path else None for path in (settings.client_key, settings.client_cert)]
-    return grpc.ssl_channel_credentials(settings.client_ca.read_bytes(), *own)
+    credentials = grpc.ssl_channel_credentials(settings.client_ca.read_bytes(), *own)
+    return {"credentials": credentials, "server_name": settings.client_server_name}
+
+
+def _tls(settings: "Settings") -> "Tls | None":
+    from frontdesk.tools.diagnosis import Tls
+
+    if settings.client_ca is None:
+        return None
+    return Tls(settings.client_ca, settings.client_cert, settings.client_key, settings.client_server_name)
+
+
+def _nobody_answers(target: str, tls: "Tls | None") -> str:
+    """One line, with the cause if it can be found out."""
+    from frontdesk.settings.addresses import parse
+    from frontdesk.tools.diagnosis import why
+
+    cause = ""
+    # Other forms of targets are gRPC's own business.
+    with suppress(ValueError):
+        address = parse(target)
+        cause = why(address.host, address.port, address.path, tls)
+    return f"no frontdesk answers at {target}" + (f": {cause}" if cause else "")
 
 
 @contextmanager
@@ -575,7 +658,7 @@ def _refusals(target: str) -> Iterator[None]:
         yield
     except FrontdeskError as error:
         if error.code.name == "UNAVAILABLE" and not error.reason:
-            raise Failure(f"no frontdesk answers at {target}") from error
+            raise Failure(_nobody_answers(target, _tls(_settings()))) from error
         raise Failure(f"{target} answers {error}") from error
 
 
@@ -585,10 +668,27 @@ def _settings(**given: str | None) -> "Settings":
     return Settings.load(**given)
 
 
+def _database_settings(**given: str | None) -> "Settings":
+    """The settings of a command that uses the database.
+
+    libpq reads variables of its own. For the embedded PostgreSQL none of them is meant. With a URL, those for the
+    address, for authentication, TLS and timeouts fill in what it does not say, and all others are dropped: they would
+    lead to another server than the URL says, or change the session.
+    """
+    settings = _settings(**given)
+    if settings.database_url is None:
+        # Not later: without it, nothing can be done.
+        _ = settings.embedded_dir
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        if settings.database_url is None or name in _UNEXPECTED_WITH_URL:
+            del os.environ[name]
+    return settings
+
+
 def _target(given: str | None) -> str:
     """The address of the service; by default that of a service on this machine with the same settings."""
-    from frontdesk.addresses import parse
     from frontdesk.settings import SettingsError
+    from frontdesk.settings.addresses import parse
 
     if given:
         # gRPC has other forms of targets, each with a scheme.
@@ -626,6 +726,16 @@ def _check_database(conninfo: str, settings: "Settings") -> None:
         raise Failure(str(error)) from None
 
 
+def _warn_of_other_zones(conninfo: str) -> None:
+    import psycopg
+
+    from frontdesk.db.zones import warn_of_other_rules
+
+    # The service starts without the comparison too.
+    with suppress(psycopg.Error):
+        warn_of_other_rules(conninfo)
+
+
 def _module() -> list[str]:
     return [sys.executable, "-m", "frontdesk.cli"]
 
@@ -650,6 +760,15 @@ def _command(name: str) -> str:
     return shlex.quote(min(str(beside), relative, key=len))
 
 
+def _raise_file_limit() -> None:
+    """Allow as many open files as this user may have. Raises Failure if that is fewer than gRPC needs, which aborts."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < _FEWEST_FILES:
+        raise Failure(f"the limit of {hard} open files is too low: see `ulimit -n`")
+
+
 def _hold_standard_files() -> None:
     """Open /dev/null in place of each standard file that is closed.
 
@@ -667,6 +786,15 @@ def _hold_standard_files() -> None:
     for number in closed:
         name, mode = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))[number]
         setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def _flush_output() -> None:
+    """Write what is left now, because Python's own attempt at the end would print a traceback."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _discard_output()
 
 
 def _discard_output() -> None:

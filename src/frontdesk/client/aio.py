@@ -22,7 +22,8 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
     """The service, for asyncio. Create it inside the running loop; close it, or use it as a context manager.
 
     `target` is HOST:PORT or another gRPC target, or a channel of your own, which stays yours to close and to configure
-    (`CHANNEL_OPTIONS`). Without `credentials` the connection is in plain text. `caller` is the name under which this
+    (`CHANNEL_OPTIONS`). Without `credentials` the connection is in plain text. `server_name` is the name that
+    the server's certificate must have, by default the host of `target`. `caller` is the name under which this
     program is logged and its idempotency keys are kept (1 to 64 printable ASCII characters, else ValueError).
     `timeout` is in seconds, for each unary call that is given none; None leaves it to the server (10 s an attempt).
 
@@ -34,6 +35,7 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
         target: str | grpc.aio.Channel,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str | None = None,
         caller: str | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
     ) -> None:
@@ -41,7 +43,7 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
         self._owned: grpc.aio.Channel | None = None
         self._closed = asyncio.Event()
         if isinstance(target, str):
-            target = self._owned = aio_channel(target, credentials)
+            target = self._owned = aio_channel(target, credentials, server_name=server_name)
         super().__init__(cast(grpc.aio.Channel, _Channel(target, defaults)))
 
     async def __aenter__(self) -> Self:

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import grpc
 
-SERVICE_CONFIG = files("frontdesk.client").joinpath("service_config.json").read_text()
+SERVICE_CONFIG = files("frontdesk.client").joinpath("service_config.json").read_text(encoding="utf-8")
 """gRPC's retries, as JSON that a client in any language takes: of calls that end as UNAVAILABLE, ABORTED, or CANCELLED
 by the server.
 
@@ -40,26 +40,40 @@ _LOCAL_NAMES = {"localhost", "localhost.localdomain", "ip6-localhost", "ip6-loop
 
 
 def aio_channel(
-    target: str, credentials: grpc.ChannelCredentials | None = None, options: Options = CHANNEL_OPTIONS
+    target: str,
+    credentials: grpc.ChannelCredentials | None = None,
+    options: Options = CHANNEL_OPTIONS,
+    *,
+    server_name: str | None = None,
 ) -> grpc.aio.Channel:
     """A channel for asyncio; in plain text without `credentials`.
 
+    `server_name` is the name that the server's certificate must have, by default the host of `target`.
+
     A proxy that the environment names (`http_proxy` …) is not used for loopback.
     """
-    options = _past_proxies(target, options)
+    options = _past_proxies(target, _expecting(server_name, options))
     if credentials is None:
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, credentials, options=options)
 
 
 def sync_channel(
-    target: str, credentials: grpc.ChannelCredentials | None = None, options: Options = CHANNEL_OPTIONS
+    target: str,
+    credentials: grpc.ChannelCredentials | None = None,
+    options: Options = CHANNEL_OPTIONS,
+    *,
+    server_name: str | None = None,
 ) -> grpc.Channel:
     """A channel for synchronous callers; otherwise like `aio_channel`."""
-    options = _past_proxies(target, options)
+    options = _past_proxies(target, _expecting(server_name, options))
     if credentials is None:
         return grpc.insecure_channel(target, options=options)
     return grpc.secure_channel(target, credentials, options=options)
+
+
+def _expecting(server_name: str | None, options: Options) -> Options:
+    return options if server_name is None else [*options, ("grpc.ssl_target_name_override", server_name)]
 
 
 def _past_proxies(target: str, options: Options) -> Options:

@@ -32,6 +32,7 @@ class SyncFrontdeskClient(Stubs[grpc.Channel]):
         target: str | grpc.Channel,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str | None = None,
         caller: str | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
     ) -> None:
@@ -39,7 +40,7 @@ class SyncFrontdeskClient(Stubs[grpc.Channel]):
         self._owned: grpc.Channel | None = None
         self._closed = threading.Event()
         if isinstance(target, str):
-            target = self._owned = sync_channel(target, credentials)
+            target = self._owned = sync_channel(target, credentials, server_name=server_name)
         super().__init__(cast(grpc.Channel, _Channel(target, defaults)))
 
     def __enter__(self) -> Self:

@@ -82,7 +82,7 @@ def _config() -> Config:
 
 
 def _functions() -> tuple[list[str], str]:
-    texts = [files("frontdesk.db").joinpath("sql", name).read_text() for name in SQL_FILES]
+    texts = [files("frontdesk.db").joinpath("sql", name).read_text(encoding="utf-8") for name in SQL_FILES]
     return texts, hashlib.sha256("".join(texts).encode()).hexdigest()
 
 

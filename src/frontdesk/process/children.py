@@ -12,7 +12,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
-from frontdesk.addresses import Address
+from frontdesk.settings.addresses import Address
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
 _LONG_LIFE = 30.0

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Protocol
 
-from frontdesk.addresses import Address
+from frontdesk.settings.addresses import Address
 
 
 class ClaimError(Exception):

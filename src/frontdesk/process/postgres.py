@@ -227,7 +227,7 @@ class EmbeddedPostgres:
             initdb = start_program(command, fresh, account, installed, signal.SIGKILL, subprocess.PIPE)
             output = initdb.communicate()[1].decode(errors="replace")
             if initdb.returncode != 0:
-                raise EmbeddedError(f"{self._cluster}: cannot be initialized: {failure_in(output)}")
+                raise EmbeddedError(f"{self._cluster}: cannot be initialized: {failure_in(output, initdb.returncode)}")
             self._admit_only_this_user(fresh, account)
             fresh.rename(self._cluster)
             _sync(self._dir)
@@ -236,7 +236,7 @@ class EmbeddedPostgres:
 
     def _check_version(self) -> None:
         """Raise EmbeddedError unless these binaries can run the cluster."""
-        version = (self._cluster / "PG_VERSION").read_text().strip()
+        version = (self._cluster / "PG_VERSION").read_text(errors="replace").strip()
         if version != MAJOR:
             raise EmbeddedError(
                 f"{self._cluster} was made by PostgreSQL {version}, this is PostgreSQL {MAJOR}: dump it with the old "
@@ -253,7 +253,7 @@ class EmbeddedPostgres:
             fresh = cluster / f"{file}.new"
             fresh.unlink(missing_ok=True)
             fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with open(fd, "w") as stream:
+            with open(fd, "w", encoding="utf-8") as stream:
                 stream.write(text)
                 if account is not None:
                     os.fchown(fd, account.uid, account.gid)
@@ -310,7 +310,9 @@ class EmbeddedPostgres:
                 with open(self._log_path, "rb") as stream:
                     stream.seek(before)
                     output = stream.read().decode(errors="replace")
-                raise EmbeddedError(f"{self._cluster}: PostgreSQL did not start: {failure_in(output)}")
+                assert self._server is not None
+                reason = failure_in(output, self._server.returncode)
+                raise EmbeddedError(f"{self._cluster}: PostgreSQL did not start: {reason}")
             if give_up():
                 raise EmbeddedError(f"{self._cluster}: PostgreSQL was not waited for")
             if time.monotonic() > deadline:
@@ -321,7 +323,7 @@ class EmbeddedPostgres:
                 if not connection.execute("SELECT FROM pg_database WHERE datname = %s", [NAME]).rowcount:
                     connection.execute(f"CREATE DATABASE {NAME}")
         except psycopg.Error as error:
-            raise EmbeddedError(f"{self._cluster}: PostgreSQL refuses us: {failure_in(str(error))}") from error
+            raise EmbeddedError(f"{self._cluster}: PostgreSQL refuses us: {failure_in(str(error), 0)}") from error
 
     def _is_ready(self) -> bool:
         lines = self._postmaster_file()

@@ -143,14 +143,18 @@ def servers_in(cluster: Path) -> list[int]:
     return found
 
 
-def failure_in(output: str) -> str:
-    """The line of a PostgreSQL program's output that says why it failed."""
+def failure_in(output: str, status: int) -> str:
+    """Why a program of PostgreSQL failed: the line of its output that says so, or else the signal that ended it."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    for line in reversed(lines):
+    for line in lines:
         for mark in ("PANIC:", "FATAL:", "initdb: error:"):
-            if mark in line:
+            # Others may have asked while it started; what follows the first failure is its consequence.
+            if mark in line and "the database system is" not in line:
                 return line.partition(mark)[2].strip()
-    return lines[-1] if lines else "it gave no reason"
+    if status < 0:
+        # The kernel limits the size of files with SIGXFSZ, and memory with SIGKILL.
+        return f"{signal.Signals(-status).name} ended it"
+    return lines[-1] if lines else f"it ended with status {status} and gave no reason"
 
 
 def start_program(

@@ -18,6 +18,7 @@ from frontdesk.process.counts import ProcessCounts
 from frontdesk.process.postgres import EmbeddedError, EmbeddedPostgres
 from frontdesk.process.signals import Signals
 from frontdesk.settings import Settings, SettingsError
+from frontdesk.settings.addresses import Address
 
 if TYPE_CHECKING:
     from frontdesk.process.metrics import MetricsPage
@@ -50,6 +51,7 @@ def supervise(
 
     - `settings`; `conninfo`, a libpq string;
     - `address`, the HOST:PORT or unix:PATH to bind, and `reuse_port`, whether to bind it with SO_REUSEPORT;
+    - with `settings.health_listen`, `health_address`, the HOST:PORT of that, to bind likewise;
     - `ready`, a Connection to send one message on: the bound port (int) once it listens, or one line (str) that says
       why it cannot;
     - `handover`, a Connection. A message on it, or its end, tells the worker to stop. On a SIGTERM without one the
@@ -93,6 +95,7 @@ class _Supervisor:
         """Workers that SIGHUP is still to replace."""
         self._reloads = 0
         self._claim: Claim | None = None
+        self._health_claim: Claim | None = None
         self._postgres: EmbeddedPostgres | None = None
         self._postgres_backoff = Backoff()
         self._postgres_started: float | None = None
@@ -104,10 +107,10 @@ class _Supervisor:
 
     def prepare(self, migrate: Callable[[str], object], check_schema: Callable[[str], None]) -> None:
         """Claim the port and get the database ready. Raises EmbeddedError, StartError and the two functions' errors."""
-        try:
-            self._claim = claim(self._settings.address)
-        except ClaimError as error:
-            raise StartError(f"--listen {self._settings.listen}: {error}") from None
+        self._claim = _claim("--listen", self._settings.address)
+        if self._settings.health_address is not None:
+            self._health_claim = _claim("FRONTDESK_HEALTH_LISTEN", self._settings.health_address)
+            _log.info("health", address=str(self._health_claim.address))
         self._open_metrics()
         if self._settings.database_url is not None:
             self._conninfo = self._settings.database_url
@@ -116,7 +119,7 @@ class _Supervisor:
         # Each worker's pool, its listening connection and the like; a successor's; and a migration or an operator's
         # psql besides.
         connections = max(300, (self._settings.workers + 1) * (self._settings.pool_size + 4) + 20)
-        self._postgres = EmbeddedPostgres(self._settings.data_dir, max_connections=connections)
+        self._postgres = EmbeddedPostgres(self._settings.embedded_dir, max_connections=connections)
         self._postgres.start(self._told_to_stop)
         self._postgres_started = time.monotonic()
         self._conninfo = self._postgres.conninfo
@@ -156,8 +159,9 @@ class _Supervisor:
             self._postgres.stop()
         if self._metrics is not None:
             self._metrics.close()
-        if self._claim is not None:
-            self._claim.close()
+        for held in (self._claim, self._health_claim):
+            if held is not None:
+                held.close()
 
     def _told_to_stop(self) -> bool:
         return self._signals.stops > 0
@@ -259,6 +263,8 @@ class _Supervisor:
             "address": str(worker.address),
             "reuse_port": not worker.address.path,
         }
+        if self._health_claim is not None:
+            task["health_address"] = str(self._health_claim.worker_address())
         if self._metrics is not None:
             task["metrics"] = self._metrics.files(number)
         try:
@@ -326,3 +332,11 @@ class _Supervisor:
         dues += [worker.deadline for worker in self._workers if worker.state is State.STOPPING]
         others = [one for worker in self._workers for one in worker.waits_on]
         self._signals.wait(others, max(0.0, min(dues) - now) if dues else None)
+
+
+def _claim(setting: str, address: Address) -> Claim:
+    """Raises StartError."""
+    try:
+        return claim(address)
+    except ClaimError as error:
+        raise StartError(f"{setting} {address}: {error}") from None

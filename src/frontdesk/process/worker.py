@@ -88,11 +88,14 @@ class Worker:
         self._server = Server(settings, self._pipeline, self._feed, reuse_port=reuse_port)
         self._background = Background()
 
-    async def start(self, address: str) -> int:
-        """Connect and serve; the port. Raises OSError if the address cannot be served."""
+    async def start(self, address: str, health_address: str | None = None) -> int:
+        """Connect and serve; the port. Raises OSError if an address cannot be served.
+
+        `health_address` is that of the settings' `health_listen`, with a port that is not 0.
+        """
         await self._db.open()
         self._feed.start()
-        port = await self._server.start(address)
+        port = await self._server.start(address, health_address)
         await self._check_database()
         self._background.start(self._keep_checking)
         self._background.start(self._keep_clean)
@@ -156,6 +159,7 @@ def run_worker(
     ready: Connection,
     metrics: "Files | None" = None,
     handover: Connection | None = None,
+    health_address: str | None = None,
 ) -> None:
     """The whole life of a worker process. Sends its port to `ready`, or one line why it cannot start.
 
@@ -166,7 +170,7 @@ def run_worker(
     """
     configure_log(settings.log_level)
     try:
-        _run_worker(settings, conninfo, address, reuse_port, ready, metrics, handover)
+        _run_worker(settings, conninfo, address, reuse_port, ready, metrics, handover, health_address)
     except Exception as error:
         # Not by multiprocessing, which would write the exception's text.
         _log.critical("worker_failed", **failure(error))
@@ -181,6 +185,7 @@ def _run_worker(
     ready: Connection,
     metrics: "Files | None",
     handover: Connection | None,
+    health_address: str | None,
 ) -> None:
     # Each connection is a file; the usual limit of 1,024 is meant for programs that use select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -203,18 +208,29 @@ def _run_worker(
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 500, 1000)
-    uvloop.run(_serve(address, ready, handover, settings, conninfo, reuse_port=reuse_port, **measures))
+    uvloop.run(_serve(address, health_address, ready, handover, settings, conninfo, reuse_port=reuse_port, **measures))
     if exporter is not None:
         exporter.close()
 
 
 async def _serve(
-    address: str, ready: Connection, handover: Connection | None, settings: Settings, conninfo: str, **more: Any
+    address: str,
+    health_address: str | None,
+    ready: Connection,
+    handover: Connection | None,
+    settings: Settings,
+    conninfo: str,
+    **more: Any,
 ) -> None:
     stop = _stop_event(handover)
+    try:
+        settings.check_files()
+    except ValueError as error:
+        ready.send(str(error))
+        return
     worker = Worker(settings, conninfo, **more)
     try:
-        port = await worker.start(address)
+        port = await worker.start(address, health_address)
     except OSError as error:
         ready.send(str(error))
         await worker.stop(drain=False)

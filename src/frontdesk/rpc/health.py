@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from frontdesk.live.watcher import Watcher
 from frontdesk.tasks import Timeout
@@ -16,6 +16,10 @@ WRITE_SECONDS = 30.0
 """How long a watcher may leave a message unread once gRPC takes no more for it."""
 
 _LOOK_SECONDS = 3600.0
+
+
+PROBES = 100
+"""Calls that the port for probes handles at once."""
 
 
 class Health:
@@ -85,3 +89,39 @@ class Health:
             raise asyncio.CancelledError from None
         finally:
             self._watchers.discard(watcher)
+
+
+class HealthPort:
+    """A server of nothing but health, in plain text, for probes that have no client certificate."""
+
+    def __init__(self, health: Health, *, reuse_port: bool) -> None:
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", int(reuse_port)),
+                # Anybody may connect.
+                ("grpc.max_receive_message_length", 4096),
+                ("grpc.max_metadata_size", 4096),
+                ("grpc.absolute_max_metadata_size", 8192),
+                ("grpc.max_concurrent_streams", 4),
+                ("grpc.max_connection_idle_ms", 60_000),
+                ("grpc.max_connection_age_ms", 10 * 60_000),
+                ("grpc.max_connection_age_grace_ms", 1_000),
+            ],
+            maximum_concurrent_rpcs=PROBES,
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
+
+    async def start(self, address: str) -> int:
+        """Serve on `address`; the port. Raises OSError if it cannot be served."""
+        try:
+            port: int = self._server.add_insecure_port(address)
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise OSError(f"cannot listen on {address}")
+        await self._server.start()
+        return port
+
+    async def stop(self) -> None:
+        """Stop at once."""
+        await self._server.stop(0)

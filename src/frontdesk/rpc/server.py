@@ -7,7 +7,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from frontdesk.live.feed import Feed
 from frontdesk.rpc import health
-from frontdesk.rpc.health import Health
+from frontdesk.rpc.health import Health, HealthPort
 from frontdesk.rpc.pipeline import Pipeline
 from frontdesk.rpc.reflection import Reflection
 from frontdesk.settings import Settings
@@ -60,12 +60,16 @@ class Server:
         self._server.add_generic_rpc_handlers(tuple(pipeline.handlers))
         self._health = Health(pipeline.services, settings.access_mode)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._health_port = HealthPort(self._health, reuse_port=reuse_port) if settings.health_listen else None
         self._reflection = Reflection((*pipeline.services, health.SERVICE)) if settings.serves_reflection else None
         if self._reflection is not None:
             self._server.add_generic_rpc_handlers(self._reflection.handlers)
 
-    async def start(self, address: str) -> int:
-        """Serve on `address`; the port that it got. Raises OSError if the address is taken."""
+    async def start(self, address: str, health_address: str | None = None) -> int:
+        """Serve on `address`, and health alone on the other if the settings ask for it; the port.
+
+        Raises OSError if one of them cannot be served.
+        """
         try:
             credentials = _credentials(self._settings)
             if credentials is None:
@@ -76,6 +80,8 @@ class Server:
             raise OSError(f"cannot listen on {address}") from None
         if port == 0:
             raise OSError(f"cannot listen on {address}")
+        if self._health_port is not None:
+            await self._health_port.start(health_address or str(self._settings.health_address))
         await self._server.start()
         return port
 
@@ -92,10 +98,16 @@ class Server:
             self._reflection.drain()
         # The watchers' closing messages and the running calls go out within the grace; stop() does not tell handlers.
         await self._server.stop(self._settings.drain_seconds)
+        await self._stop_health_port()
 
     async def stop(self) -> None:
         """Stop at once."""
         await self._server.stop(0)
+        await self._stop_health_port()
+
+    async def _stop_health_port(self) -> None:
+        if self._health_port is not None:
+            await self._health_port.stop()
 
 
 def _credentials(settings: Settings) -> grpc.ServerCredentials | None:

@@ -48,6 +48,7 @@ async def conform(
     target: str,
     *,
     credentials: grpc.ChannelCredentials | None = None,
+    server_name: str | None = None,
     only: Sequence[str] = (),
     patience: float = DEFAULT_PATIENCE,
 ) -> AsyncGenerator[Result]:
@@ -60,7 +61,8 @@ async def conform(
 
     def connect(options: Options) -> grpc.aio.Channel:
         # Without gRPC's pool of connections, so that a second channel has a second connection.
-        return aio_channel(target, credentials, [*options, ("grpc.use_local_subchannel_pool", 1)])
+        own = [*options, ("grpc.use_local_subchannel_pool", 1)]
+        return aio_channel(target, credentials, own, server_name=server_name)
 
     desk = Desk(connect, patience)
     async with desk.channel:

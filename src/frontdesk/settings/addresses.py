@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 from dataclasses import dataclass
 
 LONGEST_PATH = 100
@@ -50,7 +51,7 @@ def parse(text: str) -> Address:
     if text.startswith("unix:"):
         return _parse_path(text.removeprefix("unix:"))
     # A database URL in the wrong variable has a password.
-    shown = "is" if "@" in text or "=" in text else f"{text!r} is"
+    shown = "is" if re.search("[@=]|://", text) else f"{text!r} is"
     host, _, port = text.rpartition(":")
     if not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{shown} not HOST:PORT, with a port from 0 to 65535, or unix:PATH")
@@ -70,7 +71,10 @@ def _parse_path(path: str) -> Address:
     # unix:///PATH is gRPC's other form; in unix://PATH it reads a host.
     if path.startswith("//") and not path.startswith("///"):
         raise ValueError("is not unix:PATH or unix:///PATH")
-    path = os.path.abspath("/" + path.lstrip("/") if path.startswith("//") else path) if path else ""
+    try:
+        path = os.path.abspath("/" + path.lstrip("/") if path.startswith("//") else path) if path else ""
+    except FileNotFoundError:
+        raise ValueError("is a path below the working directory, which has been deleted") from None
     if not path or path == "/" or "\0" in path:
         raise ValueError("is not unix:PATH")
     if len(os.fsencode(path)) > LONGEST_PATH:

@@ -1,6 +1,6 @@
 """The operator's settings, from the environment (``FRONTDESK_*``) or the command line.
 
-This module and `frontdesk.cli` are the only readers of the environment and of argv.
+This package and `frontdesk.cli` are the only readers of the environment and of argv.
 """
 
 from importlib.util import find_spec
@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from zoneinfo import available_timezones
 
 import platformdirs
-from psycopg import ProgrammingError
-from psycopg.conninfo import conninfo_to_dict
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from frontdesk.addresses import Address, parse
+from frontdesk.settings.addresses import Address, parse
+from frontdesk.settings.certificates import check_certificates, check_pair, read
+from frontdesk.settings.database_url import check_database_url
 
 
 class SettingsError(Exception):
@@ -32,8 +32,8 @@ class Settings(BaseSettings):
     """Whether calls need credentials; not set: `open` on loopback, `required` beyond it, where `open` is refused."""
     plaintext: Literal["on", "off"] = "off"
     """`on` serves beyond loopback without TLS, because a proxy beside the service ends it."""
-    data_dir: Path = Field(default_factory=lambda: platformdirs.user_data_path("frontdesk"))
-    """Directory of the embedded PostgreSQL; unused when `database_url` is set."""
+    data_dir: Path | None = None
+    """Directory of the embedded PostgreSQL; by default below the user's data directory. See `embedded_dir`."""
     database_url: str | None = None
     """A PostgreSQL 15 or newer to use instead of the embedded one, as a libpq URL or key=value string."""
     pooler: Literal["none", "transaction"] = "none"
@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     """Hours for which an idempotency key is kept."""
     keep_events_days: Annotated[float, Field(ge=1, le=36_600)] = 90.0
     """Days after its date for which the changes of a doctor-day are kept, for watchers that resume."""
+    health_listen: str | None = None
+    """HOST:PORT of a second port, in plain text and open to all, that answers gRPC health and nothing else. For probes
+    that have no client certificate, like those of Kubernetes; port 0 takes a free one."""
     tls_cert: Path | None = None
     """PEM file of the server's certificate chain; needs `tls_key`."""
     tls_key: Path | None = None
@@ -70,6 +73,8 @@ class Settings(BaseSettings):
     which makes it a service of all clinics unless it brings other credentials."""
     client_ca: Path | None = None
     """PEM file of the authority that signed the service's certificate; if set, `watch`, `demo` and `health` use TLS."""
+    client_server_name: str | None = None
+    """Name that the service's certificate must have; by default the host of the address. Needs `client_ca`."""
     client_cert: Path | None = None
     """PEM file of the certificate that they present to the service; needs `client_key`."""
     client_key: Path | None = None
@@ -106,12 +111,18 @@ class Settings(BaseSettings):
     @classmethod
     def _check_url(cls, value: str | None) -> str | None:
         if value is not None:
-            try:
-                conninfo_to_dict(value)
-            except ProgrammingError:
-                # libpq's own message may quote the password.
-                raise ValueError("is not a PostgreSQL URL or key=value string") from None
+            check_database_url(value)
         return value
+
+    @field_validator("health_listen")
+    @classmethod
+    def _check_health_listen(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        address = parse(value)
+        if address.path:
+            raise ValueError("is not HOST:PORT")
+        return str(address)
 
     @field_validator("metrics_listen")
     @classmethod
@@ -141,14 +152,18 @@ class Settings(BaseSettings):
             raise ValueError(f"{value!r} is not an IANA time zone")
         return value
 
-    @field_validator("tls_cert", "tls_key", "tls_client_ca", "client_ca", "client_cert", "client_key")
+    @field_validator("tls_cert", "tls_client_ca", "client_ca", "client_cert")
     @classmethod
-    def _check_file(cls, value: Path | None) -> Path | None:
+    def _check_certificates(cls, value: Path | None) -> Path | None:
         if value is not None:
-            try:
-                value.read_bytes()
-            except OSError as error:
-                raise ValueError(f"{value}: {error.strerror}") from None
+            check_certificates(value)
+        return value
+
+    @field_validator("tls_key", "client_key")
+    @classmethod
+    def _check_key(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            read(value)
         return value
 
     @model_validator(mode="after")
@@ -157,8 +172,11 @@ class Settings(BaseSettings):
             raise ValueError("FRONTDESK_TLS_CERT and FRONTDESK_TLS_KEY go together")
         if (self.client_cert is None) != (self.client_key is None):
             raise ValueError("FRONTDESK_CLIENT_CERT and FRONTDESK_CLIENT_KEY go together")
+        self.check_files()
         if self.client_cert is not None and self.client_ca is None:
             raise ValueError("FRONTDESK_CLIENT_CERT needs FRONTDESK_CLIENT_CA")
+        if self.client_server_name is not None and self.client_ca is None:
+            raise ValueError("FRONTDESK_CLIENT_SERVER_NAME needs FRONTDESK_CLIENT_CA")
         if self.database_url is None and (self.pooler != "none" or self.direct_database_url is not None):
             raise ValueError("FRONTDESK_POOLER and FRONTDESK_DIRECT_DATABASE_URL need FRONTDESK_DATABASE_URL")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -176,6 +194,15 @@ class Settings(BaseSettings):
             )
         return self
 
+    def check_files(self) -> None:
+        """Raise ValueError unless each certificate has its key. The files may have changed since the start."""
+        for name, cert, key in (("TLS", self.tls_cert, self.tls_key), ("CLIENT", self.client_cert, self.client_key)):
+            if cert is not None and key is not None:
+                try:
+                    check_pair(cert, key)
+                except ValueError as error:
+                    raise ValueError(f"FRONTDESK_{name}_KEY: {error}") from None
+
     @property
     def address(self) -> Address:
         """`listen`, read."""
@@ -185,6 +212,23 @@ class Settings(BaseSettings):
     def access_mode(self) -> Literal["open", "required"]:
         """Whether calls need credentials."""
         return self.access or ("open" if self.address.loopback else "required")
+
+    @property
+    def health_address(self) -> Address | None:
+        """`health_listen`, read."""
+        return None if self.health_listen is None else parse(self.health_listen)
+
+    @property
+    def embedded_dir(self) -> Path:
+        """The directory of the embedded PostgreSQL. Raises SettingsError if this user has no data directory."""
+        if self.data_dir is not None:
+            return self.data_dir
+        try:
+            return platformdirs.user_data_path("frontdesk")
+        except RuntimeError:
+            raise SettingsError(
+                "FRONTDESK_DATA_DIR is needed, or FRONTDESK_DATABASE_URL: this user has no home directory"
+            ) from None
 
     @property
     def serves_reflection(self) -> bool:
