@@ -22,7 +22,7 @@ from frontdesk.process.postgres import EmbeddedPostgres
 from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
 from tests.clinic import Front
-from tests.identities import add_administrator
+from tests.identities import add_identities
 
 _numbers = itertools.count(1)
 
@@ -62,7 +62,7 @@ def template(postgres: str) -> Iterator[str]:
     conninfo = make_conninfo(postgres, dbname=TEMPLATE)
     migrate(conninfo)
     with psycopg.connect(conninfo, autocommit=True) as connection:
-        add_administrator(connection)
+        add_identities(connection)
     yield TEMPLATE
     with psycopg.connect(postgres, autocommit=True) as admin:
         admin.execute(f"drop database {TEMPLATE} with (force)")

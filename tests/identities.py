@@ -1,12 +1,17 @@
-"""Identities of tests: the administrator that every test's database has, and the keys that they create."""
+"""Identities of tests: the key, the user and the signing key that every test's database has, and what they create."""
 
+import time
+import uuid
 from typing import Any
 
-import grpc
+import jwt
 import psycopg
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from clinic.frontdesk.v1 import access_pb2, policy_pb2
+from clinic.frontdesk.v1.access_pb2_grpc import AccessServiceStub
+from clinic.frontdesk.v1.auth_pb2_grpc import AuthServiceStub
 from frontdesk.core.credential import hash_of
 from tests.clinic import Front
 
@@ -17,14 +22,40 @@ _SECRET = "no-secret-just-the-key-that-all-tests-share"
 ADMIN_KEY = f"fdk_{_ADMINISTRATOR}_{_SECRET}"
 """An API key of an administrator of all clinics."""
 
+USER = "01900000-0000-7000-8000-000000000002"
+"""A user who is an administrator of all clinics."""
+PASSWORD = "correct horse battery"
+_PASSWORD_HASH = "$argon2id$v=19$m=19456,t=2,p=1$E0RJoaKwxhsFKVYWom4LMg$WH6IHsTuNdId20+kotb1oF33e9tDeMtD59MsmUbjM0s"
+SESSION = "01900000-0000-7000-8000-000000000003"
+REFRESH_TOKEN = "no-secret-either"
+KID = "testkey"
+SIGNING_KEY = Ed25519PrivateKey.from_private_bytes(b"a key that signs in all tests ok"[:32])
 
-def add_administrator(connection: psycopg.Connection[Any]) -> None:
-    """Add the API key of all tests to a database."""
-    connection.execute(
-        "insert into api_key (id, name, secret_hash, roles, requests_per_minute)"
-        " values (%s, 'tests', %s, '{ADMIN}', 100000)",
-        (_ADMINISTRATOR, hash_of(_SECRET)),
-    )
+
+def add_identities(connection: psycopg.Connection[Any]) -> None:
+    """Add the identities of all tests to a database."""
+    for statement, values in (
+        (
+            "insert into api_key (id, name, secret_hash, roles, requests_per_minute)"
+            " values (%s, 'tests', %s, '{ADMIN}', 100000)",
+            (_ADMINISTRATOR, hash_of(_SECRET)),
+        ),
+        (
+            "insert into user_account (id, email, email_key, roles, password_hash)"
+            " values (%s, 'tests@example.com', 'tests@example.com', '{ADMIN}', %s)",
+            (USER, _PASSWORD_HASH),
+        ),
+        ("insert into session (id, user_id) values (%s, %s)", (SESSION, USER)),
+        (
+            "insert into refresh_token (hash, session_id, generation) values (%s, %s, 1)",
+            (hash_of(REFRESH_TOKEN), SESSION),
+        ),
+        (
+            "insert into signing_key (id, public_key, expire_time) values (%s, %s, 'infinity')",
+            (KID, SIGNING_KEY.public_key().public_bytes_raw()),
+        ),
+    ):
+        connection.execute(statement, values)
 
 
 def bearing(key: str) -> Metadata:
@@ -32,14 +63,51 @@ def bearing(key: str) -> Metadata:
     return (("x-api-key", key),)
 
 
+def carrying(token: str) -> Metadata:
+    """The metadata of a call with this access token."""
+    return (("authorization", f"Bearer {token}"),)
+
+
+def claims(**changed: Any) -> dict[str, Any]:
+    """The claims of a good token of the tests' user; those that are None are left out."""
+    now = int(time.time())
+    every = {
+        "iss": "frontdesk.clinic",
+        "aud": "frontdesk.clinic",
+        "sub": USER,
+        "sid": SESSION,
+        "jti": str(uuid.uuid4()),
+        "iat": now,
+        "exp": now + 900,
+        "roles": ["ADMIN"],
+        "patient_id": None,
+        "doctor_id": None,
+        "clinic_ids": [],
+    }
+    return {**every, **changed}
+
+
+def signed(given: dict[str, Any], key: Any = SIGNING_KEY, algorithm: str = "EdDSA", **header: Any) -> str:
+    """A token with these claims."""
+    return jwt.encode(given, key, algorithm, headers={"kid": KID, "typ": "at+jwt", **header})
+
+
+def user_token() -> Metadata:
+    """The metadata of a call of the tests' user."""
+    return carrying(signed(claims()))
+
+
 ADMIN = bearing(ADMIN_KEY)
 
 
-def stub(front: Front, channel: grpc.aio.Channel | None = None) -> Any:
+def access(front: Front) -> Any:
     """The stub of AccessService."""
-    from clinic.frontdesk.v1.access_pb2_grpc import AccessServiceStub
+    return AccessServiceStub(front.channel)
 
-    return AccessServiceStub(channel or front.channel)
+
+def auth(front: Front) -> Any:
+    """The stub of AuthService."""
+    return AuthServiceStub(front.channel)
 
 
 async def create_key(front: Front, *roles: str, by: Metadata = ADMIN, **fields: Any) -> access_pb2.CreateApiKeyResponse:
@@ -53,7 +121,7 @@ async def create_key(front: Front, *roles: str, by: Metadata = ADMIN, **fields: 
             getattr(wanted, name).extend(value)
         else:
             setattr(wanted, name, value)
-    answer: access_pb2.CreateApiKeyResponse = await stub(front).CreateApiKey(
+    answer: access_pb2.CreateApiKeyResponse = await access(front).CreateApiKey(
         access_pb2.CreateApiKeyRequest(api_key=wanted), metadata=by
     )
     return answer

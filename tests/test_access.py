@@ -20,7 +20,7 @@ from clinic.frontdesk.v1 import access_pb2, appointment_pb2, clinic_pb2, patient
 from frontdesk.settings import Settings
 from tests.clinic import Front, details, outcome, reason_of, refusal, tomorrow
 from tests.hostile.wire import serving
-from tests.identities import ADMIN, ADMIN_KEY, Metadata, bearing, create_key, stub
+from tests.identities import ADMIN, ADMIN_KEY, Metadata, access, bearing, create_key
 from tests.waiting import SOON, early_in_a_minute, until
 
 UNKNOWN = "01900000-0000-7000-8000-00000000ffff"
@@ -49,7 +49,7 @@ async def comes_to(front: Front, key: str, wanted: str) -> None:
 async def revoke(front: Front, api_key_id: str, by: Metadata = ADMIN) -> access_pb2.ApiKey:
     """Revoke a key."""
     request = access_pb2.RevokeApiKeyRequest(api_key_id=api_key_id)
-    answer: access_pb2.RevokeApiKeyResponse = await stub(front).RevokeApiKey(request, metadata=by)
+    answer: access_pb2.RevokeApiKeyResponse = await access(front).RevokeApiKey(request, metadata=by)
     return answer.api_key
 
 
@@ -59,7 +59,7 @@ async def listed(front: Front, by: Metadata = ADMIN, **filters: bool) -> set[str
     token = ""
     while True:
         request = access_pb2.ListApiKeysRequest(page_size=2, page_token=token, **filters)
-        answer = await stub(front).ListApiKeys(request, metadata=by)
+        answer = await access(front).ListApiKeys(request, metadata=by)
         assert not found & {key.id for key in answer.api_keys}
         found |= {key.id for key in answer.api_keys}
         token = answer.next_page_token
@@ -225,10 +225,10 @@ async def test_administrators_only(front: Front) -> None:
     desk = bearing((await create_key(front, "STAFF", "SERVICE")).key)
     assert await outcome(create_key(front, "BOARD", by=())) == "CREDENTIALS_REQUIRED"
     assert await outcome(create_key(front, "BOARD", by=desk)) == "ROLE_REQUIRED"
-    assert await outcome(stub(front).ListApiKeys(access_pb2.ListApiKeysRequest())) == "CREDENTIALS_REQUIRED"
+    assert await outcome(access(front).ListApiKeys(access_pb2.ListApiKeysRequest())) == "CREDENTIALS_REQUIRED"
     request = access_pb2.RevokeApiKeyRequest(api_key_id=UNKNOWN)
-    assert await outcome(stub(front).RevokeApiKey(request, metadata=desk)) == "ROLE_REQUIRED"
-    assert await outcome(stub(front).RevokeApiKey(request, metadata=ADMIN)) == "API_KEY_NOT_FOUND"
+    assert await outcome(access(front).RevokeApiKey(request, metadata=desk)) == "ROLE_REQUIRED"
+    assert await outcome(access(front).RevokeApiKey(request, metadata=ADMIN)) == "API_KEY_NOT_FOUND"
 
 
 async def test_an_administrator_of_some_clinics(front: Front) -> None:
@@ -247,7 +247,7 @@ async def test_an_administrator_of_some_clinics(front: Front) -> None:
     assert {own, elsewhere, everywhere, both} <= await listed(front)
     for other in (elsewhere, everywhere, both):
         request = access_pb2.RevokeApiKeyRequest(api_key_id=other)
-        assert await outcome(stub(front).RevokeApiKey(request, metadata=here)) == "CLINIC_NOT_YOURS"
+        assert await outcome(access(front).RevokeApiKey(request, metadata=here)) == "CLINIC_NOT_YOURS"
     assert (await revoke(front, own, by=here)).id == own
 
 
@@ -260,10 +260,10 @@ async def test_secrets_are_kept_nowhere(front: Front, capfd: pytest.CaptureFixtu
     """The secret of a key is in no row and no line of the log, and a replay does not answer it again."""
     wanted = access_pb2.ApiKey(name="a program", roles=[policy_pb2.ROLE_SERVICE])
     request = access_pb2.CreateApiKeyRequest(api_key=wanted, idempotency_key="k")
-    first = await stub(front).CreateApiKey(request, metadata=ADMIN)
+    first = await access(front).CreateApiKey(request, metadata=ADMIN)
     secret = first.key[-43:]
     assert await clinics(front, *bearing(first.key)) == "OK"
-    again = await stub(front).CreateApiKey(request, metadata=ADMIN)
+    again = await access(front).CreateApiKey(request, metadata=ADMIN)
     assert (again.replayed, again.key, again.api_key) == (True, "", first.api_key)
     error = await refusal(front.clinics.ListClinics(clinic_pb2.ListClinicsRequest(), metadata=bearing(first.key[:-1])))
     assert secret[:20] not in repr(error)

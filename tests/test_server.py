@@ -15,12 +15,13 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from clinic.frontdesk.v1 import queue_pb2
+from clinic.frontdesk.v1 import auth_pb2, queue_pb2
 from frontdesk.client import CHANNEL_OPTIONS
 from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings, SettingsError
 from tests.clinic import Front, outcome, reason_of, refusal, tomorrow
 from tests.hostile.wire import RawConnection, framed, serving
+from tests.identities import auth
 from tests.servers import Service
 from tests.streams import many_people
 from tests.waiting import SOON, until
@@ -158,6 +159,8 @@ async def test_mutual_tls(secure: tuple[int, Settings], authority: trustme.CA, c
             booked = await front.book(patient.id, doctor_id, tomorrow("UTC"), idempotency_key=key)
             assert not booked.replayed, "another caller's key is another key"
             assert await outcome(front.clinic()) == "ROLE_REQUIRED", "a certificate is a service, and no administrator"
+            unknown = auth_pb2.LoginRequest(email="nobody@example.com", password="a password")
+            assert await outcome(auth(front).Login(unknown)) == "BAD_LOGIN", "people log in through such a client too"
     callers = front.sql("select caller from idempotency order by caller")
     assert callers == [("services/billing.example",), ("services/kiosk.example",)]
     async with grpc.aio.secure_channel(f"localhost:{port}", credentials(authority, None)) as channel:

@@ -478,6 +478,35 @@ def health(target: _Target = None) -> int:
     return 0 if status == "SERVING" else 1
 
 
+admin = typer.Typer(help="Manage the users who manage the others.", no_args_is_help=True)
+app.add_typer(admin, name="admin")
+
+
+@admin.command("create")
+def create_admin(
+    email: Annotated[str, typer.Option(metavar="E-MAIL", help="With which the administrator logs in.")],
+    name: Annotated[str, typer.Option(metavar="NAME", help="The administrator's name.")] = "",
+    data_dir: _DataDir = None,
+    database_url: _DatabaseUrl = None,
+) -> None:
+    """Create an administrator of all clinics, and print a one-time password, which is good for 24 h."""
+    import re
+
+    from frontdesk.core.access import Users
+    from frontdesk.core.caller import OPERATOR
+    from frontdesk.core.password import Passwords
+    from frontdesk.db.change import Key
+
+    if len(email) > 254 or not re.fullmatch(r"[^@\s]+@[^@\s]+", email) or not email.isprintable():
+        raise typer.BadParameter("is not an e-mail address.", param_hint="'--email'")
+    if len(name) > 200 or not name.isprintable():
+        raise typer.BadParameter("is longer than 200 characters, or not on one line.", param_hint="'--name'")
+    values = {"email": email, "name": name, "roles": ["ADMIN"], "doctor_id": None, "clinic_ids": []}
+    key = Key(OPERATOR.identity, "CreateUser")
+    made = _in_database(data_dir, database_url, lambda db: Users(db, Passwords()).create(OPERATOR, values, key=key))
+    _say(made.result.one_time_password)
+
+
 keys = typer.Typer(help="Manage API keys, in the database of a service that runs or does not.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 

@@ -108,6 +108,13 @@ class ApiKeyNotFound(NotFound):
     resource = "api_key"
 
 
+class UserNotFound(NotFound):
+    """The user does not exist."""
+
+    reason = "USER_NOT_FOUND"
+    resource = "user"
+
+
 class Precondition(Refused):
     """The present state of a resource does not allow the change."""
 
@@ -231,6 +238,13 @@ class SamePatient(Precondition):
     resource = "patient"
 
 
+class LastAdmin(Precondition):
+    """Nobody else is an active administrator of all clinics."""
+
+    reason = "LAST_ADMIN"
+    resource = "user"
+
+
 class AlreadyExists(Refused):
     """An existing resource conflicts with the request."""
 
@@ -291,6 +305,19 @@ class PatientExists(AlreadyExists):
     resource = "patient"
 
 
+class EmailTaken(AlreadyExists):
+    """Another user has this e-mail."""
+
+    reason = "EMAIL_TAKEN"
+
+
+class PatientLinked(AlreadyExists):
+    """The user is linked to another patient, or the patient to another user."""
+
+    reason = "PATIENT_LINKED"
+    resource = "user"
+
+
 class Unauthenticated(Refused):
     """The call has no usable credentials."""
 
@@ -313,6 +340,18 @@ class CredentialsExpired(Unauthenticated):
     reason = "CREDENTIALS_EXPIRED"
 
 
+class BadLogin(Unauthenticated):
+    """E-mail and password do not go together, or the user is not active."""
+
+    reason = "BAD_LOGIN"
+
+
+class RefreshReused(Unauthenticated):
+    """The refresh token was used before, so its session has ended."""
+
+    reason = "REFRESH_REUSED"
+
+
 class PermissionDenied(Refused):
     """The caller may not do this."""
 
@@ -321,6 +360,12 @@ class RoleRequired(PermissionDenied):
     """No role of the caller allows this."""
 
     reason = "ROLE_REQUIRED"
+
+
+class PasswordChangeRequired(PermissionDenied):
+    """The one-time password must be changed first."""
+
+    reason = "PASSWORD_CHANGE_REQUIRED"
 
 
 class ClinicNotYours(PermissionDenied):
@@ -373,6 +418,12 @@ class RateLimited(Exhausted):
     """The caller has used up its calls of this minute."""
 
     reason = "RATE_LIMITED"
+
+
+class LoginThrottled(Exhausted):
+    """Too many failed logins of this e-mail."""
+
+    reason = "LOGIN_THROTTLED"
 
 
 class TooManyWatchers(Exhausted):

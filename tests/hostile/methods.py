@@ -1,6 +1,7 @@
 """All methods of the service, from its descriptors; a valid request for each; and ways to make requests invalid."""
 
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,6 +21,7 @@ from grpc_tools import protoc  # type: ignore[import-untyped]
 from clinic.frontdesk.v1 import (
     access_pb2,
     appointment_pb2,
+    auth_pb2,
     clinic_pb2,
     doctor_pb2,
     error_reason_pb2,
@@ -29,9 +31,9 @@ from clinic.frontdesk.v1 import (
     slot_pb2,
 )
 from tests.clinic import Front, day, details, today, tomorrow
-from tests.identities import ADMIN, Metadata, create_key
+from tests.identities import ADMIN, PASSWORD, Metadata, auth, create_key, user_token
 
-_FILES = (clinic_pb2, patient_pb2, doctor_pb2, slot_pb2, appointment_pb2, queue_pb2, access_pb2)
+_FILES = (clinic_pb2, patient_pb2, doctor_pb2, slot_pb2, appointment_pb2, queue_pb2, auth_pb2, access_pb2)
 
 METHODS: dict[str, MethodDescriptor] = {
     method.name: method
@@ -70,7 +72,9 @@ def request_class(name: str) -> Any:
 
 def credentials_for(name: str) -> Metadata:
     """The metadata that the method needs on a server with open access."""
-    return ADMIN if METHODS[name].GetOptions().Extensions[policy_pb2.policy].always else ()
+    if not METHODS[name].GetOptions().Extensions[policy_pb2.policy].always:
+        return ()
+    return user_token() if METHODS[name].containing_service.name == "AuthService" else ADMIN
 
 
 def raw(front: Front, name: str) -> Callable[..., Any]:
@@ -80,7 +84,7 @@ def raw(front: Front, name: str) -> Callable[..., Any]:
         unary: Any = front.channel.unary_unary(path_of(name), response_deserializer=response.FromString)
 
         def made(request: bytes, *, metadata: Metadata = (), **options: Any) -> Any:
-            given = any(key == "x-api-key" for key, _ in metadata)
+            given = any(key in ("authorization", "x-api-key") for key, _ in metadata)
             return unary(request, metadata=metadata if given else (*credentials_for(name), *metadata), **options)
 
         return made
@@ -215,6 +219,15 @@ class World:
     other_patient_id: str
     """A patient who is merged into the other by a valid request."""
     api_key_id: str
+    user_id: str
+    refresh_token: str
+
+
+async def register(front: Front, **fields: Any) -> auth_pb2.RegisterUserResponse:
+    """A new user."""
+    given = {"email": f"{uuid.uuid4().hex}@example.com", "password": PASSWORD, "patient": _patient(), **fields}
+    answer: auth_pb2.RegisterUserResponse = await auth(front).RegisterUser(auth_pb2.RegisterUserRequest(**given))
+    return answer
 
 
 async def world(front: Front) -> World:
@@ -226,7 +239,18 @@ async def world(front: Front) -> World:
     booked = await front.book(patient.id, doctor.id, tomorrow())
     other = await front.patient()
     key = await create_key(front, "BOARD")
-    return World(clinic.id, doctor.id, patient.id, slot.id, booked.appointment.id, other.id, key.api_key.id)
+    user = await register(front)
+    return World(
+        clinic.id,
+        doctor.id,
+        patient.id,
+        slot.id,
+        booked.appointment.id,
+        other.id,
+        key.api_key.id,
+        user.user.id,
+        user.session.refresh_token,
+    )
 
 
 def noon(days: int) -> datetime:
@@ -336,6 +360,27 @@ VALID: dict[str, Callable[[World], Message]] = {
     "CreateApiKey": lambda w: access_pb2.CreateApiKeyRequest(api_key=_api_key(clinic_ids=[w.clinic_id])),
     "ListApiKeys": lambda w: access_pb2.ListApiKeysRequest(),
     "RevokeApiKey": lambda w: access_pb2.RevokeApiKeyRequest(api_key_id=w.api_key_id),
+    "CreateUser": lambda w: access_pb2.CreateUserRequest(
+        user=auth_pb2.User(
+            email=f"{uuid.uuid4().hex}@example.com", name="Ana", roles=[policy_pb2.ROLE_STAFF], clinic_ids=[w.clinic_id]
+        )
+    ),
+    "GetUser": lambda w: access_pb2.GetUserRequest(user_id=w.user_id),
+    "ListUsers": lambda w: access_pb2.ListUsersRequest(),
+    "UpdateUser": lambda w: access_pb2.UpdateUserRequest(user=auth_pb2.User(id=w.user_id, name="Ana")),
+    "SetUserRoles": lambda w: access_pb2.SetUserRolesRequest(
+        user_id=w.user_id, roles=[policy_pb2.ROLE_DOCTOR], doctor_id=w.doctor_id, clinic_ids=[w.clinic_id]
+    ),
+    "LinkPatient": lambda w: access_pb2.LinkPatientRequest(user_id=w.user_id, patient_id=w.patient_id),
+    "RegisterUser": lambda w: auth_pb2.RegisterUserRequest(
+        email=f"{uuid.uuid4().hex}@example.com", password=PASSWORD, patient=_patient()
+    ),
+    "Login": lambda w: auth_pb2.LoginRequest(email="nobody@example.com", password=PASSWORD),
+    "RefreshToken": lambda w: auth_pb2.RefreshTokenRequest(refresh_token=w.refresh_token),
+    "Logout": lambda w: auth_pb2.LogoutRequest(refresh_token=w.refresh_token),
+    "GetProfile": lambda w: auth_pb2.GetProfileRequest(),
+    "UpdateProfile": lambda w: auth_pb2.UpdateProfileRequest(user=auth_pb2.User(name="Ana")),
+    "ChangePassword": lambda w: auth_pb2.ChangePasswordRequest(old_password="wrong one", new_password=PASSWORD),
 }
 """For every method a request that breaks no rule."""
 

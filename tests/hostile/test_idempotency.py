@@ -1,6 +1,7 @@
 """Cases 21 to 26: a change that is requested twice happens once, whatever the change."""
 
 import asyncio
+import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from google.protobuf.message import Message
 from clinic.frontdesk.v1 import (
     access_pb2,
     appointment_pb2,
+    auth_pb2,
     clinic_pb2,
     doctor_pb2,
     patient_pb2,
@@ -23,7 +25,7 @@ from clinic.frontdesk.v1 import (
 )
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today, tomorrow
-from tests.hostile.methods import MUTATIONS, call, credentials_for, manners, noon, request_class, slot_at
+from tests.hostile.methods import MUTATIONS, call, credentials_for, manners, noon, register, request_class, slot_at
 from tests.hostile.wire import Line, serving
 from tests.identities import bearing, create_key
 from tests.waiting import until
@@ -345,6 +347,85 @@ async def _revoke_api_key(front: Front) -> Scenario:
     return Scenario(access_pb2.RevokeApiKeyRequest(api_key_id=first), access_pb2.RevokeApiKeyRequest(api_key_id=second))
 
 
+async def _create_user(front: Front) -> Scenario:
+    def named(email: str) -> access_pb2.CreateUserRequest:
+        return access_pb2.CreateUserRequest(user=auth_pb2.User(email=email, roles=[policy_pb2.ROLE_STAFF]))
+
+    mine, other = (f"{uuid.uuid4().hex}@example.com" for _ in range(2))
+
+    async def later() -> None:
+        ((made,),) = front.sql("select id::text from user_account where email = %s", mine)
+        await call(front, "UpdateUser", access_pb2.UpdateUserRequest(user=auth_pb2.User(id=made, name="C")))
+
+    return Scenario(named(mine), named(other), later, _only("id"))
+
+
+async def _update_user(front: Front) -> Scenario:
+    user = (await register(front)).user
+
+    def named(name: str) -> access_pb2.UpdateUserRequest:
+        return access_pb2.UpdateUserRequest(user=auth_pb2.User(id=user.id, name=name), etag=user.etag)
+
+    async def later() -> None:
+        await call(front, "UpdateUser", access_pb2.UpdateUserRequest(user=auth_pb2.User(id=user.id, name="C")))
+
+    return Scenario(named("A"), named("B"), later, _only("id"))
+
+
+async def _set_user_roles(front: Front) -> Scenario:
+    user = (await register(front)).user
+
+    def to(role: policy_pb2.Role.ValueType) -> access_pb2.SetUserRolesRequest:
+        return access_pb2.SetUserRolesRequest(user_id=user.id, roles=[role])
+
+    async def later() -> None:
+        await call(front, "SetUserRoles", to(policy_pb2.ROLE_PATIENT))
+
+    return Scenario(to(policy_pb2.ROLE_STAFF), to(policy_pb2.ROLE_ADMIN), later, _only("id"))
+
+
+async def _link_patient(front: Front) -> Scenario:
+    await front.patient(given_name="Rosa", family_name="Alves")
+    user = (await register(front)).user
+    assert not user.patient_id
+    first, second = await front.people(2)
+
+    def to(patient: patient_pb2.Patient) -> access_pb2.LinkPatientRequest:
+        return access_pb2.LinkPatientRequest(user_id=user.id, patient_id=patient.id)
+
+    return Scenario(to(first), to(second), same=_only("id"))
+
+
+async def _register_user(front: Front) -> Scenario:
+    def named(email: str) -> auth_pb2.RegisterUserRequest:
+        # Each is a person who is not on file.
+        patient = patient_pb2.Patient(given_name=email.partition("@")[0], phone="+5511987654321")
+        return auth_pb2.RegisterUserRequest(email=email, password="correct horse battery", patient=patient)
+
+    mine, other = (f"{uuid.uuid4().hex}@example.com" for _ in range(2))
+
+    async def later() -> None:
+        ((made,),) = front.sql("select id::text from user_account where email = %s", mine)
+        await call(front, "UpdateUser", access_pb2.UpdateUserRequest(user=auth_pb2.User(id=made, name="C")))
+
+    return Scenario(named(mine), named(other), later, _only("id"))
+
+
+async def _logout(front: Front) -> Scenario:
+    first, second = [(await register(front)).session.refresh_token for _ in range(2)]
+    return Scenario(auth_pb2.LogoutRequest(refresh_token=first), auth_pb2.LogoutRequest(refresh_token=second))
+
+
+async def _update_profile(front: Front) -> Scenario:
+    def named(name: str) -> auth_pb2.UpdateProfileRequest:
+        return auth_pb2.UpdateProfileRequest(user=auth_pb2.User(name=name))
+
+    async def later() -> None:
+        await call(front, "UpdateProfile", named("C"))
+
+    return Scenario(named("A"), named("B"), later, _only("id"))
+
+
 SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "CreateClinic": _create_clinic,
     "UpdateClinic": _update_clinic,
@@ -376,6 +457,13 @@ SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "LeaveQueue": _visit("LeaveQueue", "CheckIn", later="GetAppointment"),
     "CreateApiKey": _create_api_key,
     "RevokeApiKey": _revoke_api_key,
+    "CreateUser": _create_user,
+    "UpdateUser": _update_user,
+    "SetUserRoles": _set_user_roles,
+    "LinkPatient": _link_patient,
+    "RegisterUser": _register_user,
+    "Logout": _logout,
+    "UpdateProfile": _update_profile,
 }
 
 
@@ -397,13 +485,25 @@ def bare(answer: Any) -> Any:
     copy = type(answer)()
     copy.CopyFrom(answer)
     copy.ClearField("replayed")
-    if hasattr(copy, "key"):
-        # A replay leaves secrets out.
-        copy.ClearField("key")
+    for secret in ("key", "one_time_password", "session"):
+        # A replay leaves these out.
+        if hasattr(copy, secret):
+            copy.ClearField(secret)
     return copy
 
 
-TABLES = ("clinic", "patient", "doctor", "slot", "appointment", "event", "idempotency", "api_key")
+TABLES = (
+    "clinic",
+    "patient",
+    "doctor",
+    "slot",
+    "appointment",
+    "event",
+    "idempotency",
+    "api_key",
+    "user_account",
+    "session",
+)
 
 
 def rows(front: Front) -> Counter[str]:
@@ -415,7 +515,8 @@ def rows(front: Front) -> Counter[str]:
 
 def test_every_mutation_has_a_scenario() -> None:
     """The table of scenarios contains every method that takes a key, and no others."""
-    assert SCENARIOS.keys() == set(MUTATIONS)
+    # ChangePassword ends the session that it is called with: tests/test_auth.py.
+    assert SCENARIOS.keys() == set(MUTATIONS) - {"ChangePassword"}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

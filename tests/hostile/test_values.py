@@ -276,6 +276,7 @@ async def test_page_tokens_of_another_filter(front: Front) -> None:
         "ListSlots": slot_pb2.ListSlotsRequest(available_only=True),
         "ListAppointments": appointment_pb2.ListAppointmentsRequest(doctor_id=here.doctor_id),
         "ListApiKeys": access_pb2.ListApiKeysRequest(active_only=True),
+        "ListUsers": access_pb2.ListUsersRequest(email="tests@example.com"),
     }
     assert others.keys() == tokens.keys()
 

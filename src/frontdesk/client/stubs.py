@@ -6,6 +6,7 @@ import grpc
 
 from clinic.frontdesk.v1.access_pb2_grpc import AccessServiceStub
 from clinic.frontdesk.v1.appointment_pb2_grpc import AppointmentServiceStub
+from clinic.frontdesk.v1.auth_pb2_grpc import AuthServiceStub
 from clinic.frontdesk.v1.clinic_pb2_grpc import ClinicServiceStub
 from clinic.frontdesk.v1.doctor_pb2_grpc import DoctorServiceStub
 from clinic.frontdesk.v1.patient_pb2_grpc import PatientServiceStub
@@ -58,6 +59,7 @@ class Stubs(Generic[ChannelT]):
     slots = Service(SlotServiceStub)
     appointments = Service(AppointmentServiceStub)
     queues = Service(QueueServiceStub)
+    auth = Service(AuthServiceStub)
     access = Service(AccessServiceStub)
 
     def __init__(self, channel: ChannelT) -> None:

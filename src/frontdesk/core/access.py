@@ -1,4 +1,4 @@
-"""Administration: the API keys. An administrator of some clinics reaches what belongs to none but his own."""
+"""Administration: users and API keys. An administrator of some clinics reaches what belongs to none but his own."""
 
 import secrets
 import uuid
@@ -9,14 +9,26 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from frontdesk.core.auth import User, checked, email_key, end_sessions
+from frontdesk.core.auth import records as users
 from frontdesk.core.caller import Caller
 from frontdesk.core.credential import KEY_PREFIX, changed, hash_of
+from frontdesk.core.password import Passwords
 from frontdesk.db import schema
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, Transaction
 from frontdesk.db.paging import Listing, Page
 from frontdesk.db.records import Records
-from frontdesk.errors import ApiKeyNotFound, ClinicNotFound, ClinicNotYours, InvalidField
+from frontdesk.errors import (
+    ApiKeyNotFound,
+    ClinicNotFound,
+    ClinicNotYours,
+    DoctorNotFound,
+    InvalidField,
+    LastAdmin,
+    PatientLinked,
+    PatientNotFound,
+)
 
 DEFAULT_REQUESTS_PER_MINUTE = 100
 KEY_ROLES = ("SERVICE", "STAFF", "BOARD", "ADMIN")
@@ -37,6 +49,9 @@ class ApiKey:
 
 
 records = Records(schema.api_key, ApiKey, ApiKeyNotFound)
+
+ONE_TIME_HOURS = 24
+"""How long a one-time password is good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +112,153 @@ class ApiKeys:
             return {"revoke_time": await _now(tx)}
 
         return await records.update(self._db, key, api_key_id, {}, None, prepare, permit=_permit(caller))
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedUser:
+    """A new user. The one-time password is empty if the user is not new: only its hash is kept."""
+
+    user: User
+    one_time_password: str
+
+
+class Users:
+    """Create, find and change users."""
+
+    def __init__(self, db: Database, passwords: Passwords) -> None:
+        self._db = db
+        self._passwords = passwords
+
+    async def create(self, caller: Caller, values: Mapping[str, Any], *, key: Key) -> Change[CreatedUser]:
+        """Raises EmailTaken, ClinicNotFound, DoctorNotFound, ClinicNotYours, InvalidField."""
+        password = secrets.token_urlsafe(12)
+        given = {
+            **checked(values),
+            "email_key": email_key(values["email"]),
+            "password_hash": await self._passwords.hashed(password),
+        }
+
+        async def prepare(tx: Transaction, current: User | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
+            expires: datetime | None = await tx.row(
+                "select moment() + make_interval(hours => %s)", (ONE_TIME_HOURS,), lambda instant: instant
+            )
+            return {**given, **await _roles(tx, caller, given), "password_expire_time": expires}
+
+        change = await users.create(self._db, key, given, prepare, permit=_permit_user(caller))
+        return Change(CreatedUser(change.result, "" if change.replayed else password), change.replayed)
+
+    async def get(self, caller: Caller, user_id: str) -> User:
+        """Raises UserNotFound, ClinicNotYours."""
+        user = await users.get(self._db, user_id)
+        _permit_user(caller)(user)
+        return user
+
+    async def list(self, caller: Caller, page: Page, *, email: str, role: str | None) -> Listing[User]:
+        """Those that the caller reaches and for whom every given filter holds, the oldest first."""
+        filters: dict[str, tuple[sa.ColumnElement[bool], Any]] = {}
+        columns = schema.user_account.c
+        if email:
+            filters["email"] = (columns.email_key == sa.bindparam("email"), email_key(email))
+        if role is not None:
+            filters["role"] = (sa.bindparam("role", type_=sa.Text) == sa.any_(columns.roles), role)
+        if caller.sight is not None:
+            own = columns.clinic_ids.op("<@")(sa.cast(sa.bindparam("clinics"), sa.ARRAY(sa.Uuid)))
+            patients_only = columns.roles == sa.literal_column("'{PATIENT}'")
+            within = sa.or_(patients_only, sa.and_(own, columns.clinic_ids != sa.literal_column("'{}'")))
+            filters["clinics"] = (within, list(_clinics_of(caller)))
+        return await users.page(self._db, page, filters)
+
+    async def update(
+        self, caller: Caller, user_id: str, changes: Mapping[str, Any], version: int | None, *, key: Key
+    ) -> Change[User]:
+        """Change the given columns. Raises UserNotFound, ClinicNotYours, EtagMismatch, LastAdmin, InvalidField."""
+
+        async def prepare(tx: Transaction, current: User | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
+            assert current is not None
+            if current.active and given.get("active") is False:
+                await _keep_an_administrator(tx, current)
+                await end_sessions(tx, user_id)
+                await changed(tx, f"users/{user_id}")
+            return given
+
+        permit = _permit_user(caller)
+        return await users.update(self._db, key, user_id, checked(changes), version, prepare, permit=permit)
+
+    async def set_roles(
+        self, caller: Caller, user_id: str, roles: Mapping[str, Any], version: int | None, *, key: Key
+    ) -> Change[User]:
+        """Replace roles, doctor_id and clinic_ids.
+
+        Raises UserNotFound, ClinicNotFound, DoctorNotFound, ClinicNotYours, EtagMismatch, LastAdmin.
+        """
+
+        async def prepare(tx: Transaction, current: User | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
+            assert current is not None
+            if "ADMIN" not in given["roles"] or given["clinic_ids"]:
+                await _keep_an_administrator(tx, current)
+            await changed(tx, f"users/{user_id}")
+            return await _roles(tx, caller, given)
+
+        return await users.update(self._db, key, user_id, roles, version, prepare, permit=_permit_user(caller))
+
+    async def link_patient(
+        self, caller: Caller, user_id: str, patient_id: str, version: int | None, *, key: Key
+    ) -> Change[User]:
+        """Say which patient the user is.
+
+        Raises UserNotFound, PatientNotFound, PatientLinked, ClinicNotYours, EtagMismatch.
+        """
+
+        async def prepare(tx: Transaction, current: User | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
+            assert current is not None
+            kept = await tx.row("select id from patient where id = current_patient(%s)", (patient_id,), str)
+            if kept is None:
+                raise PatientNotFound(patient_id)
+            if current.patient_id == kept:
+                return {}
+            if current.patient_id is not None:
+                raise PatientLinked(user_id)
+            await changed(tx, f"users/{user_id}")
+            return {"patient_id": kept}
+
+        given = {"patient_id": patient_id}
+        return await users.update(self._db, key, user_id, given, version, prepare, permit=_permit_user(caller))
+
+
+async def _roles(tx: Transaction, caller: Caller, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The columns of the roles as they are written. Raises ClinicNotFound, DoctorNotFound, ClinicNotYours."""
+    await _require_known_clinics(tx, given["clinic_ids"])
+    if given["doctor_id"] is not None:
+        clinic_id = await tx.row("select clinic_id from doctor where id = %s", (given["doctor_id"],), str)
+        if clinic_id is None:
+            raise DoctorNotFound(given["doctor_id"])
+        require_clinics(caller, [clinic_id])
+    clinic_ids = [uuid.UUID(clinic_id) for clinic_id in given["clinic_ids"]]
+    return {"roles": given["roles"], "doctor_id": given["doctor_id"], "clinic_ids": clinic_ids}
+
+
+async def _keep_an_administrator(tx: Transaction, user: User) -> None:
+    """Raise LastAdmin if this is the last active administrator of all clinics. Others who change one wait."""
+    if not user.active or "ADMIN" not in user.roles or user.clinic_ids:
+        return
+    # In a statement of its own, so that the next one sees what was committed during the wait.
+    await tx.run("select lock_all(array['administrators'])", ())
+    other = await tx.row(
+        "select id from user_account where id <> %s and active and 'ADMIN' = any (roles) and clinic_ids = '{}' limit 1",
+        (user.id,),
+        str,
+    )
+    if other is None:
+        raise LastAdmin(user.id)
+
+
+def _permit_user(caller: Caller) -> Callable[[User], None]:
+    def permit(user: User) -> None:
+        # Patients belong to all clinics.
+        if set(user.roles) != {"PATIENT"}:
+            require_clinics(caller, user.clinic_ids)
+
+    return permit
 
 
 def require_clinics(caller: Caller, clinic_ids: Sequence[str]) -> None:

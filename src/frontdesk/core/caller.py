@@ -26,6 +26,8 @@ class Identity:
     """Without credentials in the mode `open`: no rule of access applies."""
     requests_per_minute: int | None = None
     """The limit of an API key; None leaves it to the kind of identity."""
+    one_time_password: bool = False
+    """Whether the user must change a one-time password first."""
     callers: dict[str, "Caller | None"] = field(default_factory=dict, compare=False, repr=False)
     """What the identity may by the name of a policy; filled in as it calls."""
 

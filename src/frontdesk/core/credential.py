@@ -1,4 +1,6 @@
-"""Whose credentials a call brings. They are judged once and kept, because each judgement is a round trip.
+"""Whose credentials a call brings: an API key's or a user's.
+
+They are judged once and kept, because each judgement is a round trip.
 
 A change of credentials or rights is a row of `access_change`, written in the change's own transaction (`changed`). Each
 worker asks for them every second and forgets what they concern, so a revocation reaches every worker within seconds
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from frontdesk.core.caller import Identity
+from frontdesk.core.token import Tokens
 from frontdesk.db.database import Database, Transaction
 from frontdesk.errors import CredentialsExpired, CredentialsInvalid
 
@@ -27,7 +30,8 @@ _LOST_SECONDS = 600.0
 _MOST_KEPT = 20_000
 
 KEY_PREFIX = "fdk_"
-_KEY = re.compile("fdk_([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})_([-_0-9A-Za-z]{43})")
+_ID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_KEY = re.compile(f"fdk_({_ID.pattern})_([-_0-9A-Za-z]{{43}})")
 
 _changes = """
 select pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
@@ -38,10 +42,16 @@ select secret_hash, roles, clinic_ids, requests_per_minute, revoke_time is not n
        extract(epoch from expire_time - moment())::float8
 from api_key where id = %s
 """
+_user = """
+select roles, patient_id, doctor_id, clinic_ids, password_expire_time is not null
+from user_account u
+where id = %(user)s and active and coalesce(password_expire_time > moment(), true)
+  and exists (select from session where id = %(session)s and user_id = u.id and end_time is null)
+"""
 
 
 async def changed(tx: Transaction, subject: str) -> None:
-    """Tell every worker that credentials or rights of the subject (keys/ID) have changed, once this is committed."""
+    """Tell every worker, once this is committed, that the subject has changed: keys/ID, users/ID or sessions/ID."""
     await tx.run("insert into access_change (subject) values (%s) on conflict do nothing", (subject,))
 
 
@@ -62,8 +72,9 @@ class _Judged:
 class Credentials:
     """The identities of one worker's callers, by their credentials."""
 
-    def __init__(self, db: Database, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, db: Database, tokens: Tokens, clock: Callable[[], float] = time.monotonic) -> None:
         self._db = db
+        self._tokens = tokens
         self._clock = clock
         self._known: dict[bytes, _Judged] = {}
         self._by_subject: dict[str, set[bytes]] = {}
@@ -99,7 +110,7 @@ class Credentials:
     async def _judge(self, given: str) -> _Judged:
         if given.startswith(KEY_PREFIX):
             return await self._judge_key(given)
-        raise CredentialsInvalid
+        return await self._judge_token(given)
 
     async def _judge_key(self, given: str) -> _Judged:
         parts = _KEY.fullmatch(given)
@@ -117,6 +128,29 @@ class Credentials:
         name = f"keys/{key_id}"
         identity = Identity(name, frozenset(roles), tuple(clinic_ids), requests_per_minute=requests_per_minute)
         return _Judged(identity, None if seconds is None else self._clock() + seconds, (name,))
+
+    async def _judge_token(self, given: str) -> _Judged:
+        claims = await self._tokens.claims(given)
+        user_id, session_id = claims["sub"], claims["sid"]
+        if not all(isinstance(one, str) and _ID.fullmatch(one) for one in (user_id, session_id)):
+            raise CredentialsInvalid
+        row = await self._db.row(_user, {"user": user_id, "session": session_id}, lambda *columns: columns)
+        if row is None:
+            raise CredentialsInvalid
+        roles, patient_id, doctor_id, clinic_ids, one_time_password = row
+        said = [claims.get(name) for name in ("roles", "patient_id", "doctor_id", "clinic_ids")]
+        if said != [roles, patient_id, doctor_id, clinic_ids]:
+            raise CredentialsExpired
+        identity = Identity(
+            f"users/{user_id}",
+            frozenset(roles),
+            tuple(clinic_ids),
+            patient_id,
+            doctor_id,
+            one_time_password=one_time_password,
+        )
+        until = self._clock() + claims["exp"] - time.time()
+        return _Judged(identity, until, (identity.name, f"sessions/{session_id}"))
 
     async def _look(self) -> None:
         asked = self._clock()

@@ -14,10 +14,10 @@ from frontdesk.core.formats import e164, insurance_key, require_country
 from frontdesk.core.names import folded, sought_words
 from frontdesk.db import schema
 from frontdesk.db.change import Change, Key
-from frontdesk.db.database import Database
+from frontdesk.db.database import Database, Transaction
 from frontdesk.db.paging import Listing, Page, cut
 from frontdesk.db.records import Records
-from frontdesk.errors import InvalidField, PatientNotFound
+from frontdesk.errors import InvalidField, PatientAmbiguous, PatientNotFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,24 @@ class Patients:
         the person may be one of several, InvalidField.
         """
         return await self._decide(asked(caller, key, record=_record(values, country)))
+
+    async def register_unknown(
+        self, tx: Transaction, caller: Caller, values: Mapping[str, Any], country: str
+    ) -> str | None:
+        """Create the record in this transaction; its id. None if the person is on file, or may be: nothing is changed.
+
+        Raises InvalidField.
+        """
+        request = asked(caller, Key(caller.identity, "RegisterPatient"), record=_record(values, country))
+        try:
+            async with tx.savepoint():
+                answer = await tx.row(_decided, (json.dumps([request]),), _registered)
+                assert answer is not None
+                if answer.result.already_registered:
+                    raise _OnFile
+                return answer.result.patient.id
+        except (_OnFile, PatientAmbiguous):
+            return None
 
     async def get(self, caller: Caller, patient_id: str) -> Patient:
         """The patient; of a merged record, the kept one. Raises PatientNotFound."""
@@ -170,16 +188,37 @@ class Patients:
         return Listing([patient for _, patient in listing.items], listing.next)
 
     async def _decide(self, request: Mapping[str, Any]) -> Change[Registration]:
-        answer = await self._db.row(_decided, (json.dumps([request]),), lambda *columns: columns)
+        answer = await self._db.row(_decided, (json.dumps([request]),), _decision)
         assert answer is not None
-        outcome, subject, details, replayed, already_registered, days, *patient = answer
-        if outcome in _BAD_BIRTH_DATES:
-            raise InvalidField(("patient.birth_date", _BAD_BIRTH_DATES[outcome]))
-        if outcome != "OK":
-            raise refusal(outcome, subject, details)
+        change, days = answer
         for doctor_id, day in days:
             self._changed(doctor_id, date.fromisoformat(day))
-        return Change(Registration(Patient(*patient), already_registered), replayed)
+        return change
+
+
+class _OnFile(Exception):
+    """The person has a record already."""
+
+
+def _registered(*columns: Any) -> Change[Registration]:
+    return _decision(*columns)[0]
+
+
+def _decision(
+    outcome: str,
+    subject: str | None,
+    details: Mapping[str, Any] | None,
+    replayed: bool,
+    already_registered: bool,
+    days: Sequence[tuple[str, str]],
+    *patient: Any,
+) -> tuple[Change[Registration], Sequence[tuple[str, str]]]:
+    """The change, and the doctor-days that it concerns. Raises the refusal."""
+    if outcome in _BAD_BIRTH_DATES:
+        raise InvalidField(("patient.birth_date", _BAD_BIRTH_DATES[outcome]))
+    if outcome != "OK":
+        raise refusal(outcome, subject, details)
+    return Change(Registration(Patient(*patient), already_registered), replayed), days
 
 
 def _record(values: Mapping[str, Any], country: str) -> dict[str, Any]:

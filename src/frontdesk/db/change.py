@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from frontdesk.db.database import Transaction
+from frontdesk.db.database import Database, Transaction
 from frontdesk.errors import IdempotencyKeyReused
 
 T = TypeVar("T")
@@ -72,3 +72,18 @@ async def claim(tx: Transaction, key: Key) -> Claim:
     if first is None or first[0] != key.fingerprint:
         raise IdempotencyKeyReused
     return first[1]
+
+
+async def acted(via: Database | Transaction, key: Key) -> bool:
+    """Whether the key has made its change already. Raises IdempotencyKeyReused.
+
+    For a change whose preparation would fail once it is made, and that takes the key itself with `claim`.
+    """
+    first = await via.row(
+        "select fingerprint from idempotency where caller = %s and method = %s and key = %s",
+        (key.caller, key.method, key.name),
+        bytes,
+    )
+    if first is not None and first != key.fingerprint:
+        raise IdempotencyKeyReused
+    return first is not None

@@ -7,7 +7,7 @@ error stays an exception, which `frontdesk.rpc.pipeline` answers as INTERNAL.
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import psycopg
@@ -75,6 +75,10 @@ class Transaction:
 
     def __init__(self, connection: AsyncConnection[Any]) -> None:
         self._connection = connection
+
+    def savepoint(self) -> AbstractAsyncContextManager[Any]:
+        """A block that is undone alone if it raises."""
+        return self._connection.transaction()
 
     async def row(self, query: str, params: Params, make: Callable[..., T]) -> T | None:
         """The first row of the query, made by calling `make` with its columns; None if there is no row."""

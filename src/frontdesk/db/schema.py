@@ -412,3 +412,86 @@ access_change = Table(
     Column("create_time", DateTime(timezone=True), nullable=False, server_default=text("moment()")),
     PrimaryKeyConstraint("transaction", "subject"),
 )
+
+# People who log in.
+user_account = Table(
+    "user_account",
+    metadata,
+    _id(),
+    Column("email", Text, nullable=False),
+    # The e-mail in the form in which it is compared.
+    Column("email_key", Text, nullable=False, unique=True),
+    _text("name"),
+    _text("phone"),
+    _text("address"),
+    Column("roles", ARRAY(Text), nullable=False),
+    Column("patient_id", Uuid),
+    Column("doctor_id", Uuid),
+    # Where STAFF and ADMIN hold; empty means every clinic.
+    Column("clinic_ids", ARRAY(Uuid), nullable=False, server_default=text("'{}'")),
+    Column("email_verified", Boolean, nullable=False, server_default=text("true")),
+    Column("second_factor", Boolean, nullable=False, server_default=text("false")),
+    Column("active", Boolean, nullable=False, server_default=text("true")),
+    # Argon2id, with its salt and parameters.
+    Column("password_hash", Text, nullable=False),
+    # Of a one-time password; null means that the user has chosen the password.
+    _instant("password_expire_time"),
+    _instant("last_login_time"),
+    *_versioned(),
+    CheckConstraint("roles <@ '{PATIENT,DOCTOR,STAFF,ADMIN}'::text[] and roles <> '{}'", name="roles"),
+    CheckConstraint("(doctor_id is not null) = ('DOCTOR' = any (roles))", name="doctor"),
+)
+Index(
+    "user_account_patient_id_key",
+    user_account.c.patient_id,
+    unique=True,
+    postgresql_where=text("patient_id is not null"),
+)
+
+# Logins, each with all the tokens that follow from it.
+session = Table(
+    "session",
+    metadata,
+    _id(),
+    Column("user_id", Uuid, ForeignKey("user_account.id"), nullable=False),
+    # How often it was refreshed: only tokens of this generation are good.
+    Column("generation", Integer, nullable=False, server_default="1"),
+    Column("create_time", DateTime(timezone=True), nullable=False, server_default=text("moment()")),
+    Column("refresh_time", DateTime(timezone=True), nullable=False, server_default=text("moment()")),
+    _instant("end_time"),
+)
+Index("session_user_id_idx", session.c.user_id, postgresql_where=text("end_time is null"))
+Index("session_refresh_time_idx", session.c.refresh_time)
+
+# Every refresh token of a session, used ones too: that is how a stolen one is noticed.
+refresh_token = Table(
+    "refresh_token",
+    metadata,
+    # SHA-256 of the token, which has 256 random bits.
+    Column("hash", LargeBinary, nullable=False),
+    Column("session_id", Uuid, ForeignKey("session.id", ondelete="cascade"), nullable=False),
+    Column("generation", Integer, nullable=False),
+    PrimaryKeyConstraint("hash"),
+)
+Index("refresh_token_session_id_idx", refresh_token.c.session_id)
+
+# Attempts to log in since the last success, by a hash of the e-mail, or of e-mail and address.
+login_attempt = Table(
+    "login_attempt",
+    metadata,
+    Column("subject", LargeBinary, nullable=False),
+    Column("count", Integer, nullable=False),
+    Column("last_time", DateTime(timezone=True), nullable=False),
+    # No attempt before this.
+    _instant("wait_until"),
+    PrimaryKeyConstraint("subject"),
+)
+
+# The public halves of the keys with which the processes sign access tokens.
+signing_key = Table(
+    "signing_key",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("public_key", LargeBinary, nullable=False),
+    Column("expire_time", DateTime(timezone=True), nullable=False),
+)

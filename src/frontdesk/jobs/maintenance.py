@@ -27,6 +27,19 @@ _access_changes = """
 delete from access_change where ctid = any (array(
     select ctid from access_change where create_time < moment() - interval '1 hour' limit %s for update skip locked))
 """
+# A session's refresh tokens go with it. Those of ended ones are kept for a while, so that a late use is told the truth.
+_sessions = """
+delete from session where ctid = any (array(
+    select ctid from session where refresh_time < moment() - interval '31 days' limit %s for update skip locked))
+"""
+_login_attempts = """
+delete from login_attempt where ctid = any (array(
+    select ctid from login_attempt where last_time < moment() - interval '1 day' limit %s for update skip locked))
+"""
+_signing_keys = """
+delete from signing_key where ctid = any (array(
+    select ctid from signing_key where expire_time < moment() limit %s for update skip locked))
+"""
 
 
 def retention(settings: Settings) -> dict[str, float]:
@@ -53,7 +66,8 @@ async def clean(db: Database, *, keep_keys_seconds: float, keep_events_seconds: 
     """
     keys = await _delete_in_batches(db, _keys, (keep_keys_seconds, BATCH))
     events = await _delete_in_batches(db, _events, (keep_events_seconds, keep_events_seconds, BATCH))
-    await _delete_in_batches(db, _access_changes, (BATCH,))
+    for statement in (_access_changes, _sessions, _login_attempts, _signing_keys):
+        await _delete_in_batches(db, statement, (BATCH,))
     return Removed(keys, events)
 
 

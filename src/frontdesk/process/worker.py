@@ -14,6 +14,8 @@ import uvloop
 
 from frontdesk.core.credential import Credentials
 from frontdesk.core.limit import Limits
+from frontdesk.core.password import Passwords
+from frontdesk.core.token import Tokens
 from frontdesk.db.database import Database
 from frontdesk.errors import Refused
 from frontdesk.jobs.maintenance import clean, retention
@@ -70,7 +72,9 @@ class Worker:
             tracing=tracing,
         )
         self._feed = Feed(self._db, Updates(), seen=None if metrics is None else metrics.change_seen)
-        self._credentials = Credentials(self._db)
+        self._passwords = Passwords()
+        tokens = Tokens(self._db, seconds=settings.access_token_seconds)
+        self._credentials = Credentials(self._db, tokens)
         self._limits = Limits(self._db)
         self._pipeline = Pipeline(
             max_in_flight=settings.max_in_flight,
@@ -83,7 +87,7 @@ class Worker:
             metrics=metrics,
             tracing=tracing,
         )
-        for servicer in servicers(self._db, self._feed, max_watchers=settings.max_watchers):
+        for servicer in servicers(self._db, self._feed, self._passwords, tokens, max_watchers=settings.max_watchers):
             self._pipeline.add(servicer)
         self._server = Server(settings, self._pipeline, self._feed, reuse_port=reuse_port)
         self._background = Background()
@@ -108,6 +112,7 @@ class Worker:
         """End; with `drain`, let running calls finish and tell watchers to reconnect."""
         await self._background.close()
         await (self._server.drain() if drain else self._server.stop())
+        self._passwords.close()
         await self._feed.close()
         await self._limits.close()
         await self._db.close()

@@ -13,7 +13,7 @@ from clinic.frontdesk.v1 import policy_pb2
 from frontdesk.core.caller import ANONYMOUS, Caller, Identity
 from frontdesk.core.credential import Credentials
 from frontdesk.core.limit import Limits
-from frontdesk.errors import CredentialsInvalid, CredentialsRequired, RoleRequired
+from frontdesk.errors import CredentialsInvalid, CredentialsRequired, PasswordChangeRequired, RoleRequired
 
 _MOST_LABEL = 64
 _MOST_NAME = 200
@@ -32,6 +32,7 @@ class Policy:
         }
         self.without_credentials: bool = said.without_credentials
         self.always: bool = said.always
+        self.one_time_password: bool = said.one_time_password
 
 
 class Access:
@@ -64,7 +65,9 @@ class Access:
                 given = value if key == "x-api-key" else _bearer(value)
             elif key == "frontdesk-caller" and not label:
                 label = value[:_MOST_LABEL]
-        if given is not None and not policy.without_credentials:
+        if policy.without_credentials:
+            return _unproven(label)
+        if given is not None:
             identity = await self._credentials.identity(given)
             if identity.requests_per_minute is not None:
                 await self._limits.admit(identity.name, identity.requests_per_minute)
@@ -73,17 +76,23 @@ class Access:
             if name not in self._services:
                 self._services[name] = Identity(f"services/{name}", frozenset({"SERVICE"}))
             return self._services[name]
-        if (self._required or policy.always) and not policy.without_credentials:
+        if self._required or policy.always:
             raise CredentialsRequired
-        return Identity("name:" + label, unrestricted=True) if label else ANONYMOUS
+        return _unproven(label)
 
     def admit(self, identity: Identity, policy: Policy) -> Caller:
-        """The identity as the caller of the method. Raises RoleRequired."""
+        """The identity as the caller of the method. Raises RoleRequired, PasswordChangeRequired."""
+        if identity.one_time_password and not policy.one_time_password:
+            raise PasswordChangeRequired
         caller = identity.calling(policy.method, policy.scopes)
         # A method that says nothing is for nobody.
         if caller is None or not (policy.scopes or policy.without_credentials):
             raise RoleRequired(details={"method": policy.method})
         return caller
+
+
+def _unproven(label: str) -> Identity:
+    return Identity("name:" + label, unrestricted=True) if label else ANONYMOUS
 
 
 def _bearer(value: str) -> str:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, date, datetime, timedelta
+from functools import cache
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -128,12 +129,25 @@ def version_from(etag: str) -> int | None:
 
 
 def key_of(request: Any, call: Call) -> Key:
-    """The key, with the fingerprint of the request without it. Clears the key in the request."""
+    """The key, with the fingerprint of the request without it and without passwords. Clears the key in the request."""
     name = request.idempotency_key
     if not name:
         return Key(call.caller.identity, call.method)
     request.ClearField("idempotency_key")
+    if passwords := _passwords(request.DESCRIPTOR):
+        # A copy: they are still needed.
+        bare = type(request)()
+        bare.CopyFrom(request)
+        for field in passwords:
+            bare.ClearField(field)
+        request = bare
     return Key(call.caller.identity, call.method, name, _fingerprint(request))
+
+
+@cache
+def _passwords(kind: Any) -> Sequence[str]:
+    """The fields of a request that have passwords: no form of them is stored, but the slow hash."""
+    return [field.name for field in kind.fields if field.name.endswith("password")]
 
 
 def id_or_none(value: str) -> str | None:

@@ -11,6 +11,7 @@ import traceback
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 import grpc
 import structlog
@@ -68,6 +69,12 @@ class Call:
         self.caller = caller
         self.method = method
         """The RPC's name, without its service."""
+
+    @property
+    def address(self) -> str:
+        """Where the call comes from, without the port: ipv4:192.0.2.1, ipv6:[::1], unix:."""
+        peer: str = self._context.peer()
+        return unquote(peer).rpartition(":")[0] if peer.startswith("ip") else "unix:"
 
     async def write(self, message: bytes) -> None:
         """Send one serialised message of a stream. Raises CancelledError if the caller has gone."""

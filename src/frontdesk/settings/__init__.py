@@ -30,6 +30,8 @@ class Settings(BaseSettings):
     """HOST:PORT or unix:PATH to serve on; port 0 takes a free one."""
     access: Literal["open", "required"] | None = None
     """Whether calls need credentials; not set: `open` on loopback, `required` beyond it, where `open` is refused."""
+    access_token_seconds: Annotated[int, Field(ge=60, le=900)] = 900
+    """Seconds for which an access token is good."""
     plaintext: Literal["on", "off"] = "off"
     """`on` serves beyond loopback without TLS, because a proxy beside the service ends it."""
     data_dir: Path | None = None

@@ -23,12 +23,14 @@ _sym_db = _symbol_database.Default()
 
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from clinic.frontdesk.v1 import auth_pb2 as clinic_dot_frontdesk_dot_v1_dot_auth__pb2
 from clinic.frontdesk.v1 import policy_pb2 as clinic_dot_frontdesk_dot_v1_dot_policy__pb2
 from clinic.frontdesk.v1 import rules_pb2 as clinic_dot_frontdesk_dot_v1_dot_rules__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n clinic/frontdesk/v1/access.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe4\x02\n\x06\x41piKey\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1a\n\x04name\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12\x41\n\x05roles\x18\x03 \x03(\x0e\x32\x19.clinic.frontdesk.v1.RoleB\x17\xbaH\x14\x92\x01\x11\x10\x04\x18\x01\"\x0b\x82\x01\x08\x18\x03\x18\x04\x18\x05\x18\x06\x12%\n\nclinic_ids\x18\x04 \x03(\tB\x11\xbaH\x0e\x92\x01\x0b\x10\x64\x18\x01\"\x05r\x03\xb0\x01\x01\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x13requests_per_minute\x18\x06 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xa0\x8d\x06(\x00\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf1\x01\n\x13\x43reateApiKeyRequest\x12\x34\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.ApiKeyB\x06\xbaH\x03\xc8\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:w\xbaHt\x1ar\n\x10\x61pi_key.required\x12\x1bname and roles are required\x1a\x41this.api_key.name.matches(\'\\\\S\') && this.api_key.roles.size() > 0\"c\n\x14\x43reateApiKeyResponse\x12,\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.ApiKey\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"m\n\x12ListApiKeysRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\x12\x13\n\x0b\x61\x63tive_only\x18\x03 \x01(\x08\"]\n\x13ListApiKeysResponse\x12-\n\x08\x61pi_keys\x18\x01 \x03(\x0b\x32\x1b.clinic.frontdesk.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"`\n\x13RevokeApiKeyRequest\x12\x1c\n\napi_key_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"V\n\x14RevokeApiKeyResponse\x12,\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.ApiKey\x12\x10\n\x08replayed\x18\x02 \x01(\x08\x32\xd9\x02\n\rAccessService\x12m\n\x0c\x43reateApiKey\x12(.clinic.frontdesk.v1.CreateApiKeyRequest\x1a).clinic.frontdesk.v1.CreateApiKeyResponse\"\x08\xd2\xb5\x18\x04 \x02@\x01\x12j\n\x0bListApiKeys\x12\'.clinic.frontdesk.v1.ListApiKeysRequest\x1a(.clinic.frontdesk.v1.ListApiKeysResponse\"\x08\xd2\xb5\x18\x04 \x02@\x01\x12m\n\x0cRevokeApiKey\x12(.clinic.frontdesk.v1.RevokeApiKeyRequest\x1a).clinic.frontdesk.v1.RevokeApiKeyResponse\"\x08\xd2\xb5\x18\x04 \x02@\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n clinic/frontdesk/v1/access.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1e\x63linic/frontdesk/v1/auth.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe4\x02\n\x06\x41piKey\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1a\n\x04name\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12\x41\n\x05roles\x18\x03 \x03(\x0e\x32\x19.clinic.frontdesk.v1.RoleB\x17\xbaH\x14\x92\x01\x11\x10\x04\x18\x01\"\x0b\x82\x01\x08\x18\x03\x18\x04\x18\x05\x18\x06\x12%\n\nclinic_ids\x18\x04 \x03(\tB\x11\xbaH\x0e\x92\x01\x0b\x10\x64\x18\x01\"\x05r\x03\xb0\x01\x01\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x13requests_per_minute\x18\x06 \x01(\x05\x42\x0b\xbaH\x08\x1a\x06\x18\xa0\x8d\x06(\x00\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf1\x01\n\x13\x43reateApiKeyRequest\x12\x34\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.ApiKeyB\x06\xbaH\x03\xc8\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:w\xbaHt\x1ar\n\x10\x61pi_key.required\x12\x1bname and roles are required\x1a\x41this.api_key.name.matches(\'\\\\S\') && this.api_key.roles.size() > 0\"c\n\x14\x43reateApiKeyResponse\x12,\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.ApiKey\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"m\n\x12ListApiKeysRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\x12\x13\n\x0b\x61\x63tive_only\x18\x03 \x01(\x08\"]\n\x13ListApiKeysResponse\x12-\n\x08\x61pi_keys\x18\x01 \x03(\x0b\x32\x1b.clinic.frontdesk.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"`\n\x13RevokeApiKeyRequest\x12\x1c\n\napi_key_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"V\n\x14RevokeApiKeyResponse\x12,\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.ApiKey\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\xcc\x02\n\x11\x43reateUserRequest\x12/\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.UserB\x06\xbaH\x03\xc8\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:\xd8\x01\xbaH\xd4\x01\x1a\x62\n\ruser.required\x12\x1c\x65mail and roles are required\x1a\x33this.user.email != \'\' && this.user.roles.size() > 0\x1an\n\x0euser.doctor_id\x12%doctor_id and ROLE_DOCTOR go together\x1a\x35(this.user.doctor_id != \'\') == (2 in this.user.roles)\"j\n\x12\x43reateUserResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.User\x12\x19\n\x11one_time_password\x18\x02 \x01(\t\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"+\n\x0eGetUserRequest\x12\x19\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\":\n\x0fGetUserResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.User\"\xba\x01\n\x10ListUsersRequest\x12\x1b\n\x05\x65mail\x18\x01 \x01(\tB\x0c\xbaH\tr\x07\x18\xfe\x01\x88\xb5\x18\x01\x12<\n\x04role\x18\x02 \x01(\x0e\x32\x19.clinic.frontdesk.v1.RoleB\x0e\xbaH\x0b\x82\x01\x08\x18\x01\x18\x02\x18\x03\x18\x04H\x00\x88\x01\x01\x12\x1a\n\tpage_size\x18\x03 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$B\x07\n\x05_role\"V\n\x11ListUsersResponse\x12(\n\x05users\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.User\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf6\x01\n\x11UpdateUserRequest\x12/\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.UserB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:7\xbaH4\x1a\x32\n\x07user.id\x12\x13user.id is required\x1a\x12this.user.id != \'\'\"O\n\x12UpdateUserResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.User\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\xea\x02\n\x13SetUserRolesRequest\x12\x19\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x43\n\x05roles\x18\x02 \x03(\x0e\x32\x19.clinic.frontdesk.v1.RoleB\x19\xbaH\x16\x92\x01\x13\x08\x01\x10\x04\x18\x01\"\x0b\x82\x01\x08\x18\x01\x18\x02\x18\x03\x18\x04\x12\x1e\n\tdoctor_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12%\n\nclinic_ids\x18\x04 \x03(\tB\x11\xbaH\x0e\x92\x01\x0b\x10\x64\x18\x01\"\x05r\x03\xb0\x01\x01\x12\x19\n\x04\x65tag\x18\x05 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x06 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:d\xbaHa\x1a_\n\tdoctor_id\x12%doctor_id and ROLE_DOCTOR go together\x1a+(this.doctor_id != \'\') == (2 in this.roles)\"Q\n\x14SetUserRolesResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.User\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\x95\x01\n\x12LinkPatientRequest\x12\x19\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1c\n\npatient_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"P\n\x13LinkPatientResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.User\x12\x10\n\x08replayed\x18\x02 \x01(\x08\x32\xce\x07\n\rAccessService\x12g\n\nCreateUser\x12&.clinic.frontdesk.v1.CreateUserRequest\x1a\'.clinic.frontdesk.v1.CreateUserResponse\"\x08\xd2\xb5\x18\x04 \x02@\x01\x12^\n\x07GetUser\x12#.clinic.frontdesk.v1.GetUserRequest\x1a$.clinic.frontdesk.v1.GetUserResponse\"\x08\xd2\xb5\x18\x04 \x02@\x01\x12\x64\n\tListUsers\x12%.clinic.frontdesk.v1.ListUsersRequest\x1a&.clinic.frontdesk.v1.ListUsersResponse\"\x08\xd2\xb5\x18\x04 \x02@\x01\x12g\n\nUpdateUser\x12&.clinic.frontdesk.v1.UpdateUserRequest\x1a\'.clinic.frontdesk.v1.UpdateUserResponse\"\x08\xd2\xb5\x18\x04 \x02@\x01\x12m\n\x0cSetUserRoles\x12(.clinic.frontdesk.v1.SetUserRolesRequest\x1a).clinic.frontdesk.v1.SetUserRolesResponse\"\x08\xd2\xb5\x18\x04 \x02@\x01\x12l\n\x0bLinkPatient\x12\'.clinic.frontdesk.v1.LinkPatientRequest\x1a(.clinic.frontdesk.v1.LinkPatientResponse\"\n\xd2\xb5\x18\x06\x18\x02 \x02@\x01\x12m\n\x0c\x43reateApiKey\x12(.clinic.frontdesk.v1.CreateApiKeyRequest\x1a).clinic.frontdesk.v1.CreateApiKeyResponse\"\x08\xd2\xb5\x18\x04 \x02@\x01\x12j\n\x0bListApiKeys\x12\'.clinic.frontdesk.v1.ListApiKeysRequest\x1a(.clinic.frontdesk.v1.ListApiKeysResponse\"\x08\xd2\xb5\x18\x04 \x02@\x01\x12m\n\x0cRevokeApiKey\x12(.clinic.frontdesk.v1.RevokeApiKeyRequest\x1a).clinic.frontdesk.v1.RevokeApiKeyResponse\"\x08\xd2\xb5\x18\x04 \x02@\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -59,26 +61,108 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REVOKEAPIKEYREQUEST'].fields_by_name['api_key_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_REVOKEAPIKEYREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
   _globals['_REVOKEAPIKEYREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_CREATEUSERREQUEST'].fields_by_name['user']._loaded_options = None
+  _globals['_CREATEUSERREQUEST'].fields_by_name['user']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_CREATEUSERREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
+  _globals['_CREATEUSERREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_CREATEUSERREQUEST']._loaded_options = None
+  _globals['_CREATEUSERREQUEST']._serialized_options = b'\272H\324\001\032b\n\ruser.required\022\034email and roles are required\0323this.user.email != \'\' && this.user.roles.size() > 0\032n\n\016user.doctor_id\022%doctor_id and ROLE_DOCTOR go together\0325(this.user.doctor_id != \'\') == (2 in this.user.roles)'
+  _globals['_GETUSERREQUEST'].fields_by_name['user_id']._loaded_options = None
+  _globals['_GETUSERREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_LISTUSERSREQUEST'].fields_by_name['email']._loaded_options = None
+  _globals['_LISTUSERSREQUEST'].fields_by_name['email']._serialized_options = b'\272H\tr\007\030\376\001\210\265\030\001'
+  _globals['_LISTUSERSREQUEST'].fields_by_name['role']._loaded_options = None
+  _globals['_LISTUSERSREQUEST'].fields_by_name['role']._serialized_options = b'\272H\013\202\001\010\030\001\030\002\030\003\030\004'
+  _globals['_LISTUSERSREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_LISTUSERSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
+  _globals['_LISTUSERSREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_LISTUSERSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\017r\r\030\200\0102\010^[ -~]*$'
+  _globals['_UPDATEUSERREQUEST'].fields_by_name['user']._loaded_options = None
+  _globals['_UPDATEUSERREQUEST'].fields_by_name['user']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_UPDATEUSERREQUEST'].fields_by_name['etag']._loaded_options = None
+  _globals['_UPDATEUSERREQUEST'].fields_by_name['etag']._serialized_options = b'\272H\010r\006\030@\210\265\030\001'
+  _globals['_UPDATEUSERREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
+  _globals['_UPDATEUSERREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_UPDATEUSERREQUEST']._loaded_options = None
+  _globals['_UPDATEUSERREQUEST']._serialized_options = b'\272H4\0322\n\007user.id\022\023user.id is required\032\022this.user.id != \'\''
+  _globals['_SETUSERROLESREQUEST'].fields_by_name['user_id']._loaded_options = None
+  _globals['_SETUSERROLESREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_SETUSERROLESREQUEST'].fields_by_name['roles']._loaded_options = None
+  _globals['_SETUSERROLESREQUEST'].fields_by_name['roles']._serialized_options = b'\272H\026\222\001\023\010\001\020\004\030\001\"\013\202\001\010\030\001\030\002\030\003\030\004'
+  _globals['_SETUSERROLESREQUEST'].fields_by_name['doctor_id']._loaded_options = None
+  _globals['_SETUSERROLESREQUEST'].fields_by_name['doctor_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
+  _globals['_SETUSERROLESREQUEST'].fields_by_name['clinic_ids']._loaded_options = None
+  _globals['_SETUSERROLESREQUEST'].fields_by_name['clinic_ids']._serialized_options = b'\272H\016\222\001\013\020d\030\001\"\005r\003\260\001\001'
+  _globals['_SETUSERROLESREQUEST'].fields_by_name['etag']._loaded_options = None
+  _globals['_SETUSERROLESREQUEST'].fields_by_name['etag']._serialized_options = b'\272H\010r\006\030@\210\265\030\001'
+  _globals['_SETUSERROLESREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
+  _globals['_SETUSERROLESREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_SETUSERROLESREQUEST']._loaded_options = None
+  _globals['_SETUSERROLESREQUEST']._serialized_options = b'\272Ha\032_\n\tdoctor_id\022%doctor_id and ROLE_DOCTOR go together\032+(this.doctor_id != \'\') == (2 in this.roles)'
+  _globals['_LINKPATIENTREQUEST'].fields_by_name['user_id']._loaded_options = None
+  _globals['_LINKPATIENTREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_LINKPATIENTREQUEST'].fields_by_name['patient_id']._loaded_options = None
+  _globals['_LINKPATIENTREQUEST'].fields_by_name['patient_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_LINKPATIENTREQUEST'].fields_by_name['etag']._loaded_options = None
+  _globals['_LINKPATIENTREQUEST'].fields_by_name['etag']._serialized_options = b'\272H\010r\006\030@\210\265\030\001'
+  _globals['_LINKPATIENTREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
+  _globals['_LINKPATIENTREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_ACCESSSERVICE'].methods_by_name['CreateUser']._loaded_options = None
+  _globals['_ACCESSSERVICE'].methods_by_name['CreateUser']._serialized_options = b'\322\265\030\004 \002@\001'
+  _globals['_ACCESSSERVICE'].methods_by_name['GetUser']._loaded_options = None
+  _globals['_ACCESSSERVICE'].methods_by_name['GetUser']._serialized_options = b'\322\265\030\004 \002@\001'
+  _globals['_ACCESSSERVICE'].methods_by_name['ListUsers']._loaded_options = None
+  _globals['_ACCESSSERVICE'].methods_by_name['ListUsers']._serialized_options = b'\322\265\030\004 \002@\001'
+  _globals['_ACCESSSERVICE'].methods_by_name['UpdateUser']._loaded_options = None
+  _globals['_ACCESSSERVICE'].methods_by_name['UpdateUser']._serialized_options = b'\322\265\030\004 \002@\001'
+  _globals['_ACCESSSERVICE'].methods_by_name['SetUserRoles']._loaded_options = None
+  _globals['_ACCESSSERVICE'].methods_by_name['SetUserRoles']._serialized_options = b'\322\265\030\004 \002@\001'
+  _globals['_ACCESSSERVICE'].methods_by_name['LinkPatient']._loaded_options = None
+  _globals['_ACCESSSERVICE'].methods_by_name['LinkPatient']._serialized_options = b'\322\265\030\006\030\002 \002@\001'
   _globals['_ACCESSSERVICE'].methods_by_name['CreateApiKey']._loaded_options = None
   _globals['_ACCESSSERVICE'].methods_by_name['CreateApiKey']._serialized_options = b'\322\265\030\004 \002@\001'
   _globals['_ACCESSSERVICE'].methods_by_name['ListApiKeys']._loaded_options = None
   _globals['_ACCESSSERVICE'].methods_by_name['ListApiKeys']._serialized_options = b'\322\265\030\004 \002@\001'
   _globals['_ACCESSSERVICE'].methods_by_name['RevokeApiKey']._loaded_options = None
   _globals['_ACCESSSERVICE'].methods_by_name['RevokeApiKey']._serialized_options = b'\322\265\030\004 \002@\001'
-  _globals['_APIKEY']._serialized_start=187
-  _globals['_APIKEY']._serialized_end=543
-  _globals['_CREATEAPIKEYREQUEST']._serialized_start=546
-  _globals['_CREATEAPIKEYREQUEST']._serialized_end=787
-  _globals['_CREATEAPIKEYRESPONSE']._serialized_start=789
-  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=888
-  _globals['_LISTAPIKEYSREQUEST']._serialized_start=890
-  _globals['_LISTAPIKEYSREQUEST']._serialized_end=999
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=1001
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=1094
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=1096
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=1192
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=1194
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=1280
-  _globals['_ACCESSSERVICE']._serialized_start=1283
-  _globals['_ACCESSSERVICE']._serialized_end=1628
+  _globals['_APIKEY']._serialized_start=253
+  _globals['_APIKEY']._serialized_end=609
+  _globals['_CREATEAPIKEYREQUEST']._serialized_start=612
+  _globals['_CREATEAPIKEYREQUEST']._serialized_end=853
+  _globals['_CREATEAPIKEYRESPONSE']._serialized_start=855
+  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=954
+  _globals['_LISTAPIKEYSREQUEST']._serialized_start=956
+  _globals['_LISTAPIKEYSREQUEST']._serialized_end=1065
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=1067
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=1160
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=1162
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=1258
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=1260
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=1346
+  _globals['_CREATEUSERREQUEST']._serialized_start=1349
+  _globals['_CREATEUSERREQUEST']._serialized_end=1681
+  _globals['_CREATEUSERRESPONSE']._serialized_start=1683
+  _globals['_CREATEUSERRESPONSE']._serialized_end=1789
+  _globals['_GETUSERREQUEST']._serialized_start=1791
+  _globals['_GETUSERREQUEST']._serialized_end=1834
+  _globals['_GETUSERRESPONSE']._serialized_start=1836
+  _globals['_GETUSERRESPONSE']._serialized_end=1894
+  _globals['_LISTUSERSREQUEST']._serialized_start=1897
+  _globals['_LISTUSERSREQUEST']._serialized_end=2083
+  _globals['_LISTUSERSRESPONSE']._serialized_start=2085
+  _globals['_LISTUSERSRESPONSE']._serialized_end=2171
+  _globals['_UPDATEUSERREQUEST']._serialized_start=2174
+  _globals['_UPDATEUSERREQUEST']._serialized_end=2420
+  _globals['_UPDATEUSERRESPONSE']._serialized_start=2422
+  _globals['_UPDATEUSERRESPONSE']._serialized_end=2501
+  _globals['_SETUSERROLESREQUEST']._serialized_start=2504
+  _globals['_SETUSERROLESREQUEST']._serialized_end=2866
+  _globals['_SETUSERROLESRESPONSE']._serialized_start=2868
+  _globals['_SETUSERROLESRESPONSE']._serialized_end=2949
+  _globals['_LINKPATIENTREQUEST']._serialized_start=2952
+  _globals['_LINKPATIENTREQUEST']._serialized_end=3101
+  _globals['_LINKPATIENTRESPONSE']._serialized_start=3103
+  _globals['_LINKPATIENTRESPONSE']._serialized_end=3183
+  _globals['_ACCESSSERVICE']._serialized_start=3186
+  _globals['_ACCESSSERVICE']._serialized_end=4160
 # @@protoc_insertion_point(module_scope)

@@ -27,8 +27,9 @@ if _version_not_supported:
 
 class AccessServiceStub:
     """Manages who may call this service. Every method needs the credentials of an administrator, on a server with open
-    access too. An administrator of some clinics reaches the keys whose clinics are all his own; others are refused
-    (CLINIC_NOT_YOURS) and not listed.
+    access too; LinkPatient is for staff as well. An administrator of some clinics reaches the API keys whose clinics are
+    all his own; the users whose roles hold in no other clinics than his; and users who are patients only. Others are
+    refused (CLINIC_NOT_YOURS) and not listed.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
@@ -39,6 +40,36 @@ class AccessServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.CreateUser = channel.unary_unary(
+                '/clinic.frontdesk.v1.AccessService/CreateUser',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.CreateUserRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.CreateUserResponse.FromString,
+                _registered_method=True)
+        self.GetUser = channel.unary_unary(
+                '/clinic.frontdesk.v1.AccessService/GetUser',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.GetUserRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.GetUserResponse.FromString,
+                _registered_method=True)
+        self.ListUsers = channel.unary_unary(
+                '/clinic.frontdesk.v1.AccessService/ListUsers',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.ListUsersRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.ListUsersResponse.FromString,
+                _registered_method=True)
+        self.UpdateUser = channel.unary_unary(
+                '/clinic.frontdesk.v1.AccessService/UpdateUser',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.UpdateUserRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.UpdateUserResponse.FromString,
+                _registered_method=True)
+        self.SetUserRoles = channel.unary_unary(
+                '/clinic.frontdesk.v1.AccessService/SetUserRoles',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.SetUserRolesRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.SetUserRolesResponse.FromString,
+                _registered_method=True)
+        self.LinkPatient = channel.unary_unary(
+                '/clinic.frontdesk.v1.AccessService/LinkPatient',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.LinkPatientRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.LinkPatientResponse.FromString,
+                _registered_method=True)
         self.CreateApiKey = channel.unary_unary(
                 '/clinic.frontdesk.v1.AccessService/CreateApiKey',
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.CreateApiKeyRequest.SerializeToString,
@@ -58,11 +89,60 @@ class AccessServiceStub:
 
 class AccessServiceServicer:
     """Manages who may call this service. Every method needs the credentials of an administrator, on a server with open
-    access too. An administrator of some clinics reaches the keys whose clinics are all his own; others are refused
-    (CLINIC_NOT_YOURS) and not listed.
+    access too; LinkPatient is for staff as well. An administrator of some clinics reaches the API keys whose clinics are
+    all his own; the users whose roles hold in no other clinics than his; and users who are patients only. Others are
+    refused (CLINIC_NOT_YOURS) and not listed.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
+
+    def CreateUser(self, request, context):
+        """Creates a user, who gets a one-time password. Errors: EMAIL_TAKEN, CLINIC_NOT_FOUND, DOCTOR_NOT_FOUND,
+        CLINIC_NOT_YOURS.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUser(self, request, context):
+        """Gets a user. Errors: USER_NOT_FOUND, CLINIC_NOT_YOURS.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListUsers(self, request, context):
+        """Lists the users that match every filter that is set, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateUser(self, request, context):
+        """Changes the fields of a user that the mask names. Deactivating a user ends his sessions. Errors: USER_NOT_FOUND,
+        CLINIC_NOT_YOURS, ETAG_MISMATCH, LAST_ADMIN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetUserRoles(self, request, context):
+        """Replaces the roles of a user, and where they hold. His access tokens are refused within 5 s (CREDENTIALS_EXPIRED);
+        refreshed ones have the new rights. Errors: USER_NOT_FOUND, CLINIC_NOT_FOUND, DOCTOR_NOT_FOUND, CLINIC_NOT_YOURS,
+        ETAG_MISMATCH, LAST_ADMIN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LinkPatient(self, request, context):
+        """Says which patient a user is, after a look at a document. Linking the same two again changes nothing. Errors:
+        USER_NOT_FOUND, PATIENT_NOT_FOUND, CLINIC_NOT_YOURS, ETAG_MISMATCH, and PATIENT_LINKED if one of them is linked to
+        another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def CreateApiKey(self, request, context):
         """Creates an API key. Errors: CLINIC_NOT_FOUND, CLINIC_NOT_YOURS.
@@ -89,6 +169,36 @@ class AccessServiceServicer:
 
 def add_AccessServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'CreateUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateUser,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.CreateUserRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.CreateUserResponse.SerializeToString,
+            ),
+            'GetUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUser,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.GetUserRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.GetUserResponse.SerializeToString,
+            ),
+            'ListUsers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUsers,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.ListUsersRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.ListUsersResponse.SerializeToString,
+            ),
+            'UpdateUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateUser,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.UpdateUserRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.UpdateUserResponse.SerializeToString,
+            ),
+            'SetUserRoles': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetUserRoles,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.SetUserRolesRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.SetUserRolesResponse.SerializeToString,
+            ),
+            'LinkPatient': grpc.unary_unary_rpc_method_handler(
+                    servicer.LinkPatient,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.LinkPatientRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.LinkPatientResponse.SerializeToString,
+            ),
             'CreateApiKey': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateApiKey,
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.CreateApiKeyRequest.FromString,
@@ -114,11 +224,174 @@ def add_AccessServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AccessService:
     """Manages who may call this service. Every method needs the credentials of an administrator, on a server with open
-    access too. An administrator of some clinics reaches the keys whose clinics are all his own; others are refused
-    (CLINIC_NOT_YOURS) and not listed.
+    access too; LinkPatient is for staff as well. An administrator of some clinics reaches the API keys whose clinics are
+    all his own; the users whose roles hold in no other clinics than his; and users who are patients only. Others are
+    refused (CLINIC_NOT_YOURS) and not listed.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
+
+    @staticmethod
+    def CreateUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AccessService/CreateUser',
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.CreateUserRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.CreateUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AccessService/GetUser',
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.GetUserRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.GetUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUsers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AccessService/ListUsers',
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.ListUsersRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.ListUsersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AccessService/UpdateUser',
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.UpdateUserRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.UpdateUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetUserRoles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AccessService/SetUserRoles',
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.SetUserRolesRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.SetUserRolesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LinkPatient(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AccessService/LinkPatient',
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.LinkPatientRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.LinkPatientResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def CreateApiKey(request,

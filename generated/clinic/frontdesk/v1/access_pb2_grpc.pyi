@@ -28,8 +28,9 @@ GRPC_VERSION: str
 
 class AccessServiceStub:
     """Manages who may call this service. Every method needs the credentials of an administrator, on a server with open
-    access too. An administrator of some clinics reaches the keys whose clinics are all his own; others are refused
-    (CLINIC_NOT_YOURS) and not listed.
+    access too; LinkPatient is for staff as well. An administrator of some clinics reaches the API keys whose clinics are
+    all his own; the users whose roles hold in no other clinics than his; and users who are patients only. Others are
+    refused (CLINIC_NOT_YOURS) and not listed.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
@@ -38,6 +39,28 @@ class AccessServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AccessServiceAsyncStub: ...
+    CreateUser: _grpc.UnaryUnaryMultiCallable[_access_pb2.CreateUserRequest, _access_pb2.CreateUserResponse]
+    """Creates a user, who gets a one-time password. Errors: EMAIL_TAKEN, CLINIC_NOT_FOUND, DOCTOR_NOT_FOUND,
+    CLINIC_NOT_YOURS.
+    """
+    GetUser: _grpc.UnaryUnaryMultiCallable[_access_pb2.GetUserRequest, _access_pb2.GetUserResponse]
+    """Gets a user. Errors: USER_NOT_FOUND, CLINIC_NOT_YOURS."""
+    ListUsers: _grpc.UnaryUnaryMultiCallable[_access_pb2.ListUsersRequest, _access_pb2.ListUsersResponse]
+    """Lists the users that match every filter that is set, oldest first."""
+    UpdateUser: _grpc.UnaryUnaryMultiCallable[_access_pb2.UpdateUserRequest, _access_pb2.UpdateUserResponse]
+    """Changes the fields of a user that the mask names. Deactivating a user ends his sessions. Errors: USER_NOT_FOUND,
+    CLINIC_NOT_YOURS, ETAG_MISMATCH, LAST_ADMIN.
+    """
+    SetUserRoles: _grpc.UnaryUnaryMultiCallable[_access_pb2.SetUserRolesRequest, _access_pb2.SetUserRolesResponse]
+    """Replaces the roles of a user, and where they hold. His access tokens are refused within 5 s (CREDENTIALS_EXPIRED);
+    refreshed ones have the new rights. Errors: USER_NOT_FOUND, CLINIC_NOT_FOUND, DOCTOR_NOT_FOUND, CLINIC_NOT_YOURS,
+    ETAG_MISMATCH, LAST_ADMIN.
+    """
+    LinkPatient: _grpc.UnaryUnaryMultiCallable[_access_pb2.LinkPatientRequest, _access_pb2.LinkPatientResponse]
+    """Says which patient a user is, after a look at a document. Linking the same two again changes nothing. Errors:
+    USER_NOT_FOUND, PATIENT_NOT_FOUND, CLINIC_NOT_YOURS, ETAG_MISMATCH, and PATIENT_LINKED if one of them is linked to
+    another.
+    """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_access_pb2.CreateApiKeyRequest, _access_pb2.CreateApiKeyResponse]
     """Creates an API key. Errors: CLINIC_NOT_FOUND, CLINIC_NOT_YOURS."""
     ListApiKeys: _grpc.UnaryUnaryMultiCallable[_access_pb2.ListApiKeysRequest, _access_pb2.ListApiKeysResponse]
@@ -50,13 +73,36 @@ class AccessServiceStub:
 @_typing.type_check_only
 class AccessServiceAsyncStub(AccessServiceStub):
     """Manages who may call this service. Every method needs the credentials of an administrator, on a server with open
-    access too. An administrator of some clinics reaches the keys whose clinics are all his own; others are refused
-    (CLINIC_NOT_YOURS) and not listed.
+    access too; LinkPatient is for staff as well. An administrator of some clinics reaches the API keys whose clinics are
+    all his own; the users whose roles hold in no other clinics than his; and users who are patients only. Others are
+    refused (CLINIC_NOT_YOURS) and not listed.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    CreateUser: _aio.UnaryUnaryMultiCallable[_access_pb2.CreateUserRequest, _access_pb2.CreateUserResponse]  # type: ignore[assignment]
+    """Creates a user, who gets a one-time password. Errors: EMAIL_TAKEN, CLINIC_NOT_FOUND, DOCTOR_NOT_FOUND,
+    CLINIC_NOT_YOURS.
+    """
+    GetUser: _aio.UnaryUnaryMultiCallable[_access_pb2.GetUserRequest, _access_pb2.GetUserResponse]  # type: ignore[assignment]
+    """Gets a user. Errors: USER_NOT_FOUND, CLINIC_NOT_YOURS."""
+    ListUsers: _aio.UnaryUnaryMultiCallable[_access_pb2.ListUsersRequest, _access_pb2.ListUsersResponse]  # type: ignore[assignment]
+    """Lists the users that match every filter that is set, oldest first."""
+    UpdateUser: _aio.UnaryUnaryMultiCallable[_access_pb2.UpdateUserRequest, _access_pb2.UpdateUserResponse]  # type: ignore[assignment]
+    """Changes the fields of a user that the mask names. Deactivating a user ends his sessions. Errors: USER_NOT_FOUND,
+    CLINIC_NOT_YOURS, ETAG_MISMATCH, LAST_ADMIN.
+    """
+    SetUserRoles: _aio.UnaryUnaryMultiCallable[_access_pb2.SetUserRolesRequest, _access_pb2.SetUserRolesResponse]  # type: ignore[assignment]
+    """Replaces the roles of a user, and where they hold. His access tokens are refused within 5 s (CREDENTIALS_EXPIRED);
+    refreshed ones have the new rights. Errors: USER_NOT_FOUND, CLINIC_NOT_FOUND, DOCTOR_NOT_FOUND, CLINIC_NOT_YOURS,
+    ETAG_MISMATCH, LAST_ADMIN.
+    """
+    LinkPatient: _aio.UnaryUnaryMultiCallable[_access_pb2.LinkPatientRequest, _access_pb2.LinkPatientResponse]  # type: ignore[assignment]
+    """Says which patient a user is, after a look at a document. Linking the same two again changes nothing. Errors:
+    USER_NOT_FOUND, PATIENT_NOT_FOUND, CLINIC_NOT_YOURS, ETAG_MISMATCH, and PATIENT_LINKED if one of them is linked to
+    another.
+    """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_access_pb2.CreateApiKeyRequest, _access_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
     """Creates an API key. Errors: CLINIC_NOT_FOUND, CLINIC_NOT_YOURS."""
     ListApiKeys: _aio.UnaryUnaryMultiCallable[_access_pb2.ListApiKeysRequest, _access_pb2.ListApiKeysResponse]  # type: ignore[assignment]
@@ -68,11 +114,70 @@ class AccessServiceAsyncStub(AccessServiceStub):
 
 class AccessServiceServicer(metaclass=_abc_1.ABCMeta):
     """Manages who may call this service. Every method needs the credentials of an administrator, on a server with open
-    access too. An administrator of some clinics reaches the keys whose clinics are all his own; others are refused
-    (CLINIC_NOT_YOURS) and not listed.
+    access too; LinkPatient is for staff as well. An administrator of some clinics reaches the API keys whose clinics are
+    all his own; the users whose roles hold in no other clinics than his; and users who are patients only. Others are
+    refused (CLINIC_NOT_YOURS) and not listed.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
+
+    @_abc_1.abstractmethod
+    def CreateUser(
+        self,
+        request: _access_pb2.CreateUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_access_pb2.CreateUserResponse, _abc.Awaitable[_access_pb2.CreateUserResponse]]:
+        """Creates a user, who gets a one-time password. Errors: EMAIL_TAKEN, CLINIC_NOT_FOUND, DOCTOR_NOT_FOUND,
+        CLINIC_NOT_YOURS.
+        """
+
+    @_abc_1.abstractmethod
+    def GetUser(
+        self,
+        request: _access_pb2.GetUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_access_pb2.GetUserResponse, _abc.Awaitable[_access_pb2.GetUserResponse]]:
+        """Gets a user. Errors: USER_NOT_FOUND, CLINIC_NOT_YOURS."""
+
+    @_abc_1.abstractmethod
+    def ListUsers(
+        self,
+        request: _access_pb2.ListUsersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_access_pb2.ListUsersResponse, _abc.Awaitable[_access_pb2.ListUsersResponse]]:
+        """Lists the users that match every filter that is set, oldest first."""
+
+    @_abc_1.abstractmethod
+    def UpdateUser(
+        self,
+        request: _access_pb2.UpdateUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_access_pb2.UpdateUserResponse, _abc.Awaitable[_access_pb2.UpdateUserResponse]]:
+        """Changes the fields of a user that the mask names. Deactivating a user ends his sessions. Errors: USER_NOT_FOUND,
+        CLINIC_NOT_YOURS, ETAG_MISMATCH, LAST_ADMIN.
+        """
+
+    @_abc_1.abstractmethod
+    def SetUserRoles(
+        self,
+        request: _access_pb2.SetUserRolesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_access_pb2.SetUserRolesResponse, _abc.Awaitable[_access_pb2.SetUserRolesResponse]]:
+        """Replaces the roles of a user, and where they hold. His access tokens are refused within 5 s (CREDENTIALS_EXPIRED);
+        refreshed ones have the new rights. Errors: USER_NOT_FOUND, CLINIC_NOT_FOUND, DOCTOR_NOT_FOUND, CLINIC_NOT_YOURS,
+        ETAG_MISMATCH, LAST_ADMIN.
+        """
+
+    @_abc_1.abstractmethod
+    def LinkPatient(
+        self,
+        request: _access_pb2.LinkPatientRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_access_pb2.LinkPatientResponse, _abc.Awaitable[_access_pb2.LinkPatientResponse]]:
+        """Says which patient a user is, after a look at a document. Linking the same two again changes nothing. Errors:
+        USER_NOT_FOUND, PATIENT_NOT_FOUND, CLINIC_NOT_YOURS, ETAG_MISMATCH, and PATIENT_LINKED if one of them is linked to
+        another.
+        """
 
     @_abc_1.abstractmethod
     def CreateApiKey(

@@ -164,6 +164,28 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_API_KEY_NOT_FOUND: _ErrorReason.ValueType  # 56
     """NOT_FOUND: the API key does not exist. Example: RevokeApiKey with a mistyped api_key_id."""
+    ERROR_REASON_BAD_LOGIN: _ErrorReason.ValueType  # 57
+    """UNAUTHENTICATED: e-mail and password do not go together, or the user is not active. Example: a typing error."""
+    ERROR_REASON_REFRESH_REUSED: _ErrorReason.ValueType  # 58
+    """UNAUTHENTICATED: the refresh token was used before, so its session has ended. Log in. Example: a stolen token."""
+    ERROR_REASON_PASSWORD_CHANGE_REQUIRED: _ErrorReason.ValueType  # 59
+    """PERMISSION_DENIED: the one-time password must be changed first. Example: a new user who lists appointments."""
+    ERROR_REASON_LOGIN_THROTTLED: _ErrorReason.ValueType  # 60
+    """RESOURCE_EXHAUSTED: too many failed logins of this e-mail. Retry after the delay in RetryInfo; until then the right
+    password is refused too. Example: the sixth guess.
+    """
+    ERROR_REASON_EMAIL_TAKEN: _ErrorReason.ValueType  # 61
+    """ALREADY_EXISTS: another user has this e-mail. Example: registering twice."""
+    ERROR_REASON_PATIENT_LINKED: _ErrorReason.ValueType  # 62
+    """ALREADY_EXISTS: the user is linked to another patient, or the patient to another user. Example: linking a child's
+    record to the father's user, who has his own.
+    """
+    ERROR_REASON_LAST_ADMIN: _ErrorReason.ValueType  # 63
+    """FAILED_PRECONDITION: nobody else is an active administrator of all clinics. Example: the only administrator
+    deactivates himself.
+    """
+    ERROR_REASON_USER_NOT_FOUND: _ErrorReason.ValueType  # 64
+    """NOT_FOUND: the user does not exist. Example: GetUser with a mistyped user_id."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
@@ -315,4 +337,26 @@ Example: an access token after 15 min.
 """
 ERROR_REASON_API_KEY_NOT_FOUND: ErrorReason.ValueType  # 56
 """NOT_FOUND: the API key does not exist. Example: RevokeApiKey with a mistyped api_key_id."""
+ERROR_REASON_BAD_LOGIN: ErrorReason.ValueType  # 57
+"""UNAUTHENTICATED: e-mail and password do not go together, or the user is not active. Example: a typing error."""
+ERROR_REASON_REFRESH_REUSED: ErrorReason.ValueType  # 58
+"""UNAUTHENTICATED: the refresh token was used before, so its session has ended. Log in. Example: a stolen token."""
+ERROR_REASON_PASSWORD_CHANGE_REQUIRED: ErrorReason.ValueType  # 59
+"""PERMISSION_DENIED: the one-time password must be changed first. Example: a new user who lists appointments."""
+ERROR_REASON_LOGIN_THROTTLED: ErrorReason.ValueType  # 60
+"""RESOURCE_EXHAUSTED: too many failed logins of this e-mail. Retry after the delay in RetryInfo; until then the right
+password is refused too. Example: the sixth guess.
+"""
+ERROR_REASON_EMAIL_TAKEN: ErrorReason.ValueType  # 61
+"""ALREADY_EXISTS: another user has this e-mail. Example: registering twice."""
+ERROR_REASON_PATIENT_LINKED: ErrorReason.ValueType  # 62
+"""ALREADY_EXISTS: the user is linked to another patient, or the patient to another user. Example: linking a child's
+record to the father's user, who has his own.
+"""
+ERROR_REASON_LAST_ADMIN: ErrorReason.ValueType  # 63
+"""FAILED_PRECONDITION: nobody else is an active administrator of all clinics. Example: the only administrator
+deactivates himself.
+"""
+ERROR_REASON_USER_NOT_FOUND: ErrorReason.ValueType  # 64
+"""NOT_FOUND: the user does not exist. Example: GetUser with a mistyped user_id."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -96,6 +96,7 @@ class Policy(_message.Message):
     BOARD_FIELD_NUMBER: _builtins.int
     WITHOUT_CREDENTIALS_FIELD_NUMBER: _builtins.int
     ALWAYS_FIELD_NUMBER: _builtins.int
+    ONE_TIME_PASSWORD_FIELD_NUMBER: _builtins.int
     patient: Global___Policy.Scope.ValueType
     """For callers with ROLE_PATIENT."""
     doctor: Global___Policy.Scope.ValueType
@@ -112,6 +113,8 @@ class Policy(_message.Message):
     """True if the method needs no credentials. It does not look at those that come."""
     always: _builtins.bool
     """True if the method needs credentials on a server with open access too."""
+    one_time_password: _builtins.bool
+    """True if a user who must first change a one-time password may call it."""
     def __init__(
         self,
         *,
@@ -123,10 +126,11 @@ class Policy(_message.Message):
         board: Global___Policy.Scope.ValueType = ...,
         without_credentials: _builtins.bool = ...,
         always: _builtins.bool = ...,
+        one_time_password: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin", b"admin", "always", b"always", "board", b"board", "doctor", b"doctor", "patient", b"patient", "service", b"service", "staff", b"staff", "without_credentials", b"without_credentials"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin", b"admin", "always", b"always", "board", b"board", "doctor", b"doctor", "one_time_password", b"one_time_password", "patient", b"patient", "service", b"service", "staff", b"staff", "without_credentials", b"without_credentials"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,18 +2,22 @@
 
 from collections.abc import Sequence
 
-from frontdesk.core.access import ApiKeys
+from frontdesk.core.access import ApiKeys, Users
 from frontdesk.core.appointment import Appointments
+from frontdesk.core.auth import Auth
 from frontdesk.core.clinic import Clinics
 from frontdesk.core.doctor import Doctors
+from frontdesk.core.password import Passwords
 from frontdesk.core.patient import Patients
 from frontdesk.core.queue import Queues
 from frontdesk.core.slot import Slots
+from frontdesk.core.token import Tokens
 from frontdesk.db.database import Database
 from frontdesk.live.feed import Feed
 from frontdesk.rpc.pipeline import Servicer
 from frontdesk.rpc.services.access import AccessServicer
 from frontdesk.rpc.services.appointment import AppointmentServicer
+from frontdesk.rpc.services.auth import AuthServicer
 from frontdesk.rpc.services.clinic import ClinicServicer
 from frontdesk.rpc.services.doctor import DoctorServicer
 from frontdesk.rpc.services.patient import PatientServicer
@@ -21,15 +25,19 @@ from frontdesk.rpc.services.queue import QueueServicer
 from frontdesk.rpc.services.slot import SlotServicer
 
 
-def servicers(db: Database, feed: Feed, *, max_watchers: int) -> Sequence[Servicer]:
+def servicers(
+    db: Database, feed: Feed, passwords: Passwords, tokens: Tokens, *, max_watchers: int
+) -> Sequence[Servicer]:
     """All services of the server, each with its part of the core. Health and reflection follow from this list."""
     appointments = Appointments(db, feed.changed)
+    patients = Patients(db, feed.changed)
     return (
         ClinicServicer(Clinics(db)),
-        PatientServicer(Patients(db, feed.changed)),
+        PatientServicer(patients),
         DoctorServicer(Doctors(db, feed.changed)),
         SlotServicer(Slots(db)),
         AppointmentServicer(appointments),
         QueueServicer(Queues(db, appointments), feed, max_watchers=max_watchers),
-        AccessServicer(ApiKeys(db)),
+        AuthServicer(Auth(db, passwords, tokens, patients)),
+        AccessServicer(Users(db, passwords), ApiKeys(db)),
     )

@@ -65,7 +65,7 @@ def _insurances(patient: pb.Patient) -> dict[str, Any]:
     return {"insurances": [{"country": i.country, "number": i.number} for i in patient.insurances]}
 
 
-_WRITABLE = writable(
+WRITABLE = writable(
     "given_name",
     "family_name",
     "phone",
@@ -92,7 +92,7 @@ class PatientServicer:
         self._patients = patients
 
     async def RegisterPatient(self, request: pb.RegisterPatientRequest, call: Call) -> pb.RegisterPatientResponse:
-        values = changes_from(request.patient, EVERY_FIELD, _WRITABLE)
+        values = changes_from(request.patient, EVERY_FIELD, WRITABLE)
         change = await self._patients.register(call.caller, values, request.default_country, key=key_of(request, call))
         return pb.RegisterPatientResponse(
             patient=to_patient(change.result.patient),
@@ -104,7 +104,7 @@ class PatientServicer:
         return pb.GetPatientResponse(patient=to_patient(await self._patients.get(call.caller, request.patient_id)))
 
     async def UpdatePatient(self, request: pb.UpdatePatientRequest, call: Call) -> pb.UpdatePatientResponse:
-        changes = changes_from(request.patient, request.update_mask, _WRITABLE)
+        changes = changes_from(request.patient, request.update_mask, WRITABLE)
         change = await self._patients.update(
             call.caller,
             request.patient.id,

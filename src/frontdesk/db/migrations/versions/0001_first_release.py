@@ -14,6 +14,82 @@ def upgrade() -> None:
     op.execute("create type uuidrange as range (subtype = uuid)")
 
     op.create_table(
+        "user_account",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("email", sa.Text(), nullable=False),
+        sa.Column("email_key", sa.Text(), nullable=False),
+        sa.Column("name", sa.Text(), server_default="", nullable=False),
+        sa.Column("phone", sa.Text(), server_default="", nullable=False),
+        sa.Column("address", sa.Text(), server_default="", nullable=False),
+        sa.Column("roles", postgresql.ARRAY(sa.Text()), nullable=False),
+        sa.Column("patient_id", sa.Uuid(), nullable=True),
+        sa.Column("doctor_id", sa.Uuid(), nullable=True),
+        sa.Column("clinic_ids", postgresql.ARRAY(sa.Uuid()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column("email_verified", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column("second_factor", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("active", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column("password_hash", sa.Text(), nullable=False),
+        sa.Column("password_expire_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("last_login_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("version", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.CheckConstraint(
+            "roles <@ '{PATIENT,DOCTOR,STAFF,ADMIN}'::text[] and roles <> '{}'", name="user_account_roles_check"
+        ),
+        sa.CheckConstraint("(doctor_id is not null) = ('DOCTOR' = any (roles))", name="user_account_doctor_check"),
+        sa.PrimaryKeyConstraint("id", name="user_account_pkey"),
+        sa.UniqueConstraint("email_key", name="user_account_email_key_key"),
+    )
+    op.create_index(
+        "user_account_patient_id_key",
+        "user_account",
+        ["patient_id"],
+        unique=True,
+        postgresql_where=sa.text("patient_id is not null"),
+    )
+    op.create_table(
+        "session",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("user_id", sa.Uuid(), nullable=False),
+        sa.Column("generation", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.Column("refresh_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.Column("end_time", sa.DateTime(timezone=True), nullable=True),
+        sa.ForeignKeyConstraint(["user_id"], ["user_account.id"], name="session_user_id_fkey"),
+        sa.PrimaryKeyConstraint("id", name="session_pkey"),
+    )
+    op.create_index(
+        "session_user_id_idx", "session", ["user_id"], unique=False, postgresql_where=sa.text("end_time is null")
+    )
+    op.create_index("session_refresh_time_idx", "session", ["refresh_time"], unique=False)
+    op.create_table(
+        "refresh_token",
+        sa.Column("hash", sa.LargeBinary(), nullable=False),
+        sa.Column("session_id", sa.Uuid(), nullable=False),
+        sa.Column("generation", sa.Integer(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["session_id"], ["session.id"], name="refresh_token_session_id_fkey", ondelete="cascade"
+        ),
+        sa.PrimaryKeyConstraint("hash", name="refresh_token_pkey"),
+    )
+    op.create_index("refresh_token_session_id_idx", "refresh_token", ["session_id"], unique=False)
+    op.create_table(
+        "login_attempt",
+        sa.Column("subject", sa.LargeBinary(), nullable=False),
+        sa.Column("count", sa.Integer(), nullable=False),
+        sa.Column("last_time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("wait_until", sa.DateTime(timezone=True), nullable=True),
+        sa.PrimaryKeyConstraint("subject", name="login_attempt_pkey"),
+    )
+    op.create_table(
+        "signing_key",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("public_key", sa.LargeBinary(), nullable=False),
+        sa.Column("expire_time", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="signing_key_pkey"),
+    )
+    op.create_table(
         "access_change",
         sa.Column(
             "transaction",

@@ -1,0 +1,379 @@
+"""Users and their sessions: registering, logging in, refreshing, logging out, and the password."""
+
+import hashlib
+import secrets
+import unicodedata
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from frontdesk.core.caller import Caller
+from frontdesk.core.credential import changed, hash_of
+from frontdesk.core.formats import e164
+from frontdesk.core.password import Passwords, require_acceptable
+from frontdesk.core.patient import Patients
+from frontdesk.core.token import Tokens
+from frontdesk.db import schema
+from frontdesk.db.change import Change, Key, acted, claim
+from frontdesk.db.database import Database, Taken, Transaction
+from frontdesk.db.records import Records
+from frontdesk.errors import (
+    BadLogin,
+    CredentialsExpired,
+    CredentialsInvalid,
+    EmailTaken,
+    LoginThrottled,
+    PatientLinked,
+    RefreshReused,
+    Refused,
+    RoleRequired,
+    UserNotFound,
+)
+
+GRACE_SECONDS = 10.0
+"""How long the refresh token before the present one may be repeated: the answer to it may have been lost."""
+_SESSION_DAYS = 30
+_IDLE_HOURS = 12
+_FAILURES_OF_ADDRESS = 5
+"""Failures in a row of an e-mail from one address after which logins wait."""
+_FAILURES_OF_ALL = 50
+"""The same from all addresses together."""
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    id: str
+    email: str
+    name: str
+    phone: str
+    address: str
+    roles: list[str]
+    patient_id: str | None
+    doctor_id: str | None
+    clinic_ids: list[str]
+    email_verified: bool
+    second_factor: bool
+    active: bool
+    version: int
+    create_time: datetime
+    update_time: datetime
+    last_login_time: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a login gives."""
+
+    access_token: str
+    seconds: int
+    """How long the access token is good."""
+    refresh_token: str
+    user: User
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A new user; in a replay without a session."""
+
+    user: User
+    session: Session | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Password:
+    user_id: str
+    hash: str
+    expired: bool
+    """Of a one-time password."""
+
+
+records = Records(
+    schema.user_account,
+    User,
+    UserNotFound,
+    {
+        "user_account_email_key_key": (EmailTaken, "email_key"),
+        "user_account_patient_id_key": (PatientLinked, "patient_id"),
+    },
+)
+
+# No row if the subject must wait. The delay doubles from 30 s to 15 min.
+_count_attempt = """
+insert into login_attempt as a (subject, count, last_time) values (%(subject)s, 1, moment())
+on conflict (subject) do update set
+    count = case when a.last_time < moment() - interval '1 day' then 1 else a.count + 1 end,
+    last_time = moment(),
+    wait_until = case when a.count + 1 >= %(most)s and a.last_time >= moment() - interval '1 day'
+        then moment() + least(interval '15 minutes', interval '30 seconds' * 2 ^ least(a.count + 1 - %(most)s, 9)) end
+where a.wait_until is null or a.wait_until <= moment()
+returning count
+"""
+_wait = "select extract(epoch from wait_until - moment())::float8 from login_attempt where subject = %s"
+_forget_attempts = "delete from login_attempt where subject = any (%s)"
+
+_password = """
+select id, password_hash, coalesce(password_expire_time <= moment(), false)
+from user_account where {} and active
+"""
+_password_of_email = _password.format("email_key = %s")
+_password_of_user = _password.format("id = %s")
+
+_token = "select session_id, generation from refresh_token where hash = %s"
+_session = f"""
+select user_id, generation, end_time is not null,
+       moment() > least(create_time + interval '{_SESSION_DAYS} days', refresh_time + interval '{_IDLE_HOURS} hours'),
+       extract(epoch from moment() - refresh_time)::float8
+from session where id = %s for update
+"""
+_end_sessions = "update session set end_time = moment() where user_id = %s and end_time is null returning id"
+
+
+class Auth:
+    """What people do with their own users."""
+
+    def __init__(self, db: Database, passwords: Passwords, tokens: Tokens, patients: Patients) -> None:
+        self._db = db
+        self._passwords = passwords
+        self._tokens = tokens
+        self._patients = patients
+
+    async def register(
+        self, caller: Caller, email: str, password: str, patient: Mapping[str, Any], country: str, *, key: Key
+    ) -> Change[Registered]:
+        """Make a user with the role PATIENT, and the patient if that person is not on file.
+
+        Raises EmailTaken, InvalidField.
+        """
+        require_acceptable(password, email, "password")
+        hashed = await self._passwords.hashed(password)
+        await self._tokens.ready()
+
+        async def work(tx: Transaction) -> Change[Registered]:
+            claimed = await claim(tx, key)
+            if claimed.replayed:
+                return Change(Registered(await records.get(tx, claimed.result_id), None), True)
+            patient_id = await self._patients.register_unknown(tx, caller, patient, country)
+            values = {
+                "email": email,
+                "email_key": email_key(email),
+                "name": " ".join(filter(None, (patient["given_name"], patient.get("family_name")))),
+                "roles": ["PATIENT"],
+                "patient_id": patient_id,
+                "password_hash": hashed,
+            }
+            user = await records.insert(tx, claimed.result_id, values)
+            return Change(Registered(user, await self._open(tx, user)), False)
+
+        try:
+            return await self._db.transaction(work)
+        except Taken as taken:
+            if taken.constraint != "user_account_email_key_key":
+                raise
+            # Not whose it is: the caller is a stranger.
+            raise EmailTaken from None
+
+    async def login(self, email: str, password: str, address: str) -> Session:
+        """Begin a session. `address` is the caller's. Raises BadLogin, LoginThrottled."""
+        attempts = await self._attempt(email_key(email), address)
+        found = await self._db.row(_password_of_email, (email_key(email),), _Password)
+        await self._check(found, password)
+        assert found is not None
+        await self._tokens.ready()
+
+        async def work(tx: Transaction) -> Session:
+            # Whose password or activity has changed since it was checked, does not get in.
+            await self._still(tx, found)
+            await tx.run("update user_account set last_login_time = moment() where id = %s", (found.user_id,))
+            await tx.run(_forget_attempts, (attempts,))
+            return await self._open(tx, await records.get(tx, found.user_id))
+
+        return await self._db.transaction(work)
+
+    async def refresh(self, refresh_token: str) -> Session:
+        """Go on with a session. Raises CredentialsInvalid, CredentialsExpired, RefreshReused."""
+        await self._tokens.ready()
+
+        async def work(tx: Transaction) -> Session | Refused:
+            token = await tx.row(_token, (hash_of(refresh_token),), lambda *columns: columns)
+            if token is None:
+                return CredentialsInvalid()
+            session_id, generation = token
+            row = await tx.row(_session, (session_id,), lambda *columns: columns)
+            assert row is not None
+            user_id, latest, ended, expired, age = row
+            if ended:
+                return CredentialsInvalid()
+            if expired:
+                return CredentialsExpired()
+            again = generation == latest - 1 and age <= GRACE_SECONDS
+            if generation != latest and not again:
+                # Two have it, and nobody knows which of them is the thief.
+                await tx.run("update session set end_time = moment() where id = %s", (session_id,))
+                await changed(tx, f"sessions/{session_id}")
+                return RefreshReused()
+            user = await records.get(tx, user_id)
+            if not user.active:
+                return CredentialsInvalid()
+            if not again:
+                latest += 1
+                renew = "update session set generation = %s, refresh_time = moment() where id = %s"
+                await tx.run(renew, (latest, session_id))
+            return await self._session(tx, user, session_id, latest)
+
+        # Answered and not raised, because a refusal is to be committed too.
+        answer = await self._db.transaction(work)
+        if isinstance(answer, Refused):
+            raise answer
+        return answer
+
+    async def logout(self, refresh_token: str, *, everywhere: bool, key: Key) -> bool:
+        """End the session of the token, or all of its user; whether this is a replay. Raises CredentialsInvalid."""
+
+        async def work(tx: Transaction) -> bool:
+            claimed = await claim(tx, key)
+            if claimed.replayed:
+                return True
+            row = await tx.row(
+                "select s.id, s.user_id from refresh_token t join session s on s.id = t.session_id where t.hash = %s",
+                (hash_of(refresh_token),),
+                lambda *columns: columns,
+            )
+            if row is None:
+                raise CredentialsInvalid
+            session_id, user_id = row
+            if everywhere:
+                await end_sessions(tx, user_id)
+            elif await tx.run(
+                "update session set end_time = moment() where id = %s and end_time is null", (session_id,)
+            ):
+                await changed(tx, f"sessions/{session_id}")
+            return False
+
+        return await self._db.transaction(work)
+
+    async def profile(self, caller: Caller, method: str) -> User:
+        """The caller's own user. Raises RoleRequired."""
+        return await records.get(self._db, _own(caller, method))
+
+    async def update_profile(
+        self, caller: Caller, changes: Mapping[str, Any], version: int | None, *, key: Key
+    ) -> Change[User]:
+        """Change columns of the caller's own user. Raises EtagMismatch, InvalidField, RoleRequired."""
+        return await records.update(self._db, key, _own(caller, key.method), checked(changes), version)
+
+    async def change_password(
+        self, caller: Caller, old: str, new: str, address: str, *, key: Key
+    ) -> Change[Session | None]:
+        """Change the caller's password and end all sessions but the new one. A replay has none.
+
+        Raises BadLogin, LoginThrottled, InvalidField, RoleRequired.
+        """
+        user_id = _own(caller, key.method)
+        # The old password is wrong by then.
+        if key.name and await acted(self._db, key):
+            return Change(None, True)
+        user = await records.get(self._db, user_id)
+        require_acceptable(new, user.email, "new_password", old)
+        attempts = await self._attempt(email_key(user.email), address)
+        found = await self._db.row(_password_of_user, (user_id,), _Password)
+        await self._check(found, old)
+        assert found is not None
+        hashed = await self._passwords.hashed(new)
+        await self._tokens.ready()
+
+        async def work(tx: Transaction) -> Change[Session | None]:
+            claimed = await claim(tx, key)
+            if claimed.replayed:
+                return Change(None, True)
+            await self._still(tx, found)
+            await tx.run(
+                "update user_account set password_hash = %s, password_expire_time = null, version = version + 1,"
+                " update_time = moment() where id = %s",
+                (hashed, user_id),
+            )
+            await tx.run(_forget_attempts, (attempts,))
+            await end_sessions(tx, user_id)
+            return Change(await self._open(tx, await records.get(tx, user_id)), False)
+
+        return await self._db.transaction(work)
+
+    async def _attempt(self, email: str, address: str) -> Sequence[bytes]:
+        """Count an attempt before it is made, so that many at once are no more guesses; what counts it.
+
+        Raises LoginThrottled, Overloaded.
+        """
+        # Who is turned away would otherwise come back, and have used up the attempts.
+        self._passwords.require_room()
+        subjects = [_subject(email, address), _subject(email)]
+        for subject, most in zip(subjects, (_FAILURES_OF_ADDRESS, _FAILURES_OF_ALL), strict=True):
+            counted = await self._db.row(_count_attempt, {"subject": subject, "most": most}, int)
+            if counted is None:
+                seconds = await self._db.row(_wait, (subject,), lambda seconds: seconds)
+                raise LoginThrottled(retry_after=max(1.0, seconds or 0.0))
+        return subjects
+
+    async def _check(self, found: _Password | None, password: str) -> None:
+        if not await self._passwords.matches(None if found is None else found.hash, password):
+            raise BadLogin
+        if found is None or found.expired:
+            raise BadLogin
+
+    async def _still(self, tx: Transaction, checked: _Password) -> None:
+        same = await tx.row(_password_of_user + " for update", (checked.user_id,), _Password)
+        if same != checked:
+            raise BadLogin
+
+    async def _open(self, tx: Transaction, user: User) -> Session:
+        session_id = await tx.row("insert into session (user_id) values (%s) returning id", (user.id,), str)
+        assert session_id is not None
+        return await self._session(tx, user, session_id, 1)
+
+    async def _session(self, tx: Transaction, user: User, session_id: str, generation: int) -> Session:
+        secret = secrets.token_urlsafe(32)
+        await tx.run(
+            "insert into refresh_token (hash, session_id, generation) values (%s, %s, %s)",
+            (hash_of(secret), session_id, generation),
+        )
+        token = self._tokens.issue({"sub": user.id, "sid": session_id, **rights(user)})
+        return Session(token, self._tokens.seconds, secret, user)
+
+
+def rights(user: User) -> dict[str, Any]:
+    """The claims of a token that give rights."""
+    return {
+        "roles": user.roles,
+        "patient_id": user.patient_id,
+        "doctor_id": user.doctor_id,
+        "clinic_ids": user.clinic_ids,
+    }
+
+
+async def end_sessions(tx: Transaction, user_id: str) -> None:
+    """End every session of the user."""
+    for session_id in await tx.rows(_end_sessions, (user_id,), str):
+        await changed(tx, f"sessions/{session_id}")
+
+
+def email_key(email: str) -> str:
+    """The form in which e-mail addresses are compared."""
+    return unicodedata.normalize("NFKC", email).casefold()
+
+
+def checked(changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The columns as they are written. Raises InvalidField."""
+    if "phone" in changes:
+        return {**changes, "phone": e164(changes["phone"], "", "user.phone")}
+    return changes
+
+
+def _own(caller: Caller, method: str) -> str:
+    kind, _, user_id = caller.identity.partition("/")
+    if kind != "users":
+        raise RoleRequired(details={"method": method})
+    return str(uuid.UUID(user_id))
+
+
+def _subject(email: str, address: str = "") -> bytes:
+    return hashlib.sha256(f"{email}\0{address}".encode()).digest()

@@ -1,0 +1,111 @@
+"""Passwords: which are accepted, and their hashes, which take 50 ms of a thread each and never block the event loop."""
+
+import asyncio
+import os
+import threading
+import unicodedata
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, TypeVar
+
+from frontdesk.errors import InvalidField, Overloaded
+
+if TYPE_CHECKING:
+    from argon2 import PasswordHasher
+
+T = TypeVar("T")
+
+_MOST_WAITING = 200
+"""Hashes that are under way or wait: those of ten seconds, after which their callers have given up."""
+_NICE = 10
+"""Below the threads that answer calls."""
+_NOBODYS = "$argon2id$v=19$m=19456,t=2,p=1$vJ8jgMB1Zh1pWFd3mRKtEQ$OR3AXVj/+bMHXovvEp/23JV612NiVpNXJX/hrXVS7GY"
+"""The hash of a random text, for users who do not exist: checking takes the same time."""
+
+
+def require_acceptable(password: str, email: str, field: str, old: str = "") -> None:
+    """Raise InvalidField for a password that is the e-mail, the old one, or among the most common."""
+    if _normal(password) == _normal(old):
+        raise InvalidField((field, "is the old password"))
+    comparable = _normal(password).casefold()
+    names = {email.casefold(), email.casefold().partition("@")[0]}
+    if comparable in names:
+        raise InvalidField((field, "is the e-mail"))
+    if comparable in _common():
+        raise InvalidField((field, "is among the most common passwords"))
+
+
+class Passwords:
+    """Hashes and checks passwords, one at a time in this process, so that they take one core at most."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._waiting = 0
+
+    def require_room(self) -> None:
+        """Raise Overloaded if one more could not be hashed or checked."""
+        if self._waiting >= _MOST_WAITING:
+            raise Overloaded
+
+    async def hashed(self, password: str) -> str:
+        """The hash to store. Raises Overloaded."""
+        return await self._do(lambda: _hasher().hash(_normal(password)))
+
+    async def matches(self, stored: str | None, password: str) -> bool:
+        """Whether it is the password of this hash; None is nobody's. Takes the same time whatever the answer.
+
+        Raises Overloaded.
+        """
+        known = await self._do(lambda: _verify(stored or _NOBODYS, password))
+        return known and stored is not None
+
+    async def _do(self, work: Callable[[], T]) -> T:
+        self.require_room()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "frontdesk-password", _step_back)
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """Begin no further hash."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@cache
+def _hasher() -> "PasswordHasher":
+    # Imported when the first user logs in, because it takes time.
+    from argon2 import PasswordHasher
+
+    # OWASP's second choice of parameters for argon2id.
+    return PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
+
+
+def _verify(stored: str, password: str) -> bool:
+    from argon2.exceptions import VerificationError
+
+    try:
+        return _hasher().verify(stored, _normal(password))
+    except VerificationError:
+        return False
+
+
+def _normal(password: str) -> str:
+    # Keyboards write the same letter in different ways.
+    return unicodedata.normalize("NFKC", password)
+
+
+def _step_back() -> None:
+    # On Linux a thread has a priority of its own.
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+@cache
+def _common() -> frozenset[str]:
+    text = resources.files("frontdesk.core").joinpath("common_passwords.txt").read_text(encoding="utf-8")
+    return frozenset(line for line in text.splitlines() if not line.startswith("#"))

@@ -1,0 +1,130 @@
+"""Access tokens: JSON Web Tokens (RFC 9068) that each process signs with a key of its own.
+
+The private key is made in memory and never stored. The public one is in `signing_key` before the first token, so that
+every process can check it.
+"""
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from frontdesk.db.database import Database
+from frontdesk.errors import CredentialsExpired, CredentialsInvalid
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+ISSUER = AUDIENCE = "frontdesk.clinic"
+MOST_SECONDS = 900
+"""The longest life of a token that is believed."""
+
+_KEY_SECONDS = 24 * 3600.0
+"""How long a process signs with one key."""
+_AHEAD_SECONDS = 10.0
+"""By how much the clock of another process may be ahead."""
+_MOST_LENGTH = 8_192
+_MOST_KEYS = 1_000
+_REQUIRED = ("iss", "aud", "sub", "exp", "iat", "jti", "sid", "roles")
+
+_publish = """
+insert into signing_key (id, public_key, expire_time)
+values (%s, %s, moment() + make_interval(secs => %s))
+"""
+_public_key = "select public_key from signing_key where id = %s and expire_time > moment()"
+
+
+@dataclass(frozen=True, slots=True)
+class _Signer:
+    kid: str
+    key: "Ed25519PrivateKey"
+    until: float
+
+
+class Tokens:
+    """Makes and checks access tokens."""
+
+    def __init__(self, db: Database, *, seconds: int, clock: Callable[[], float] = time.time) -> None:
+        """`seconds` is the life of a token."""
+        self._db = db
+        self.seconds = seconds
+        self._clock = clock
+        self._signer: _Signer | None = None
+        self._making = asyncio.Lock()
+        self._public: dict[str, Ed25519PublicKey] = {}
+
+    async def ready(self) -> None:
+        """Have a key that is published: before a transaction in which `issue` is called. Raises DatabaseUnavailable."""
+        async with self._making:
+            if self._signer is not None and self._signer.until > time.monotonic():
+                return
+            from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+            key = Ed25519PrivateKey.generate()
+            kid = secrets.token_hex(16)
+            until = time.monotonic() + _KEY_SECONDS
+            # A token of its last moment, and then as long again.
+            kept = _KEY_SECONDS + 2 * MOST_SECONDS
+            await self._db.run(_publish, (kid, key.public_key().public_bytes_raw(), kept))
+            self._signer = _Signer(kid, key, until)
+
+    def issue(self, claims: Mapping[str, Any]) -> str:
+        """A token with these claims beside those of every token. `ready` comes first."""
+        import jwt
+
+        assert self._signer is not None
+        now = int(self._clock())
+        every = {"iss": ISSUER, "aud": AUDIENCE, "iat": now, "exp": now + self.seconds, "jti": str(uuid.uuid4())}
+        return jwt.encode(
+            {**every, **claims}, self._signer.key, "EdDSA", headers={"kid": self._signer.kid, "typ": "at+jwt"}
+        )
+
+    async def claims(self, token: str) -> Mapping[str, Any]:
+        """The claims of a token that some process of ours signed.
+
+        Raises CredentialsExpired if nothing else is wrong with it, CredentialsInvalid.
+        """
+        import jwt
+
+        if len(token) > _MOST_LENGTH:
+            raise CredentialsInvalid
+        try:
+            header = jwt.get_unverified_header(token)
+            if header.get("typ", "").lower() not in ("at+jwt", "application/at+jwt") or "crit" in header:
+                raise CredentialsInvalid
+            claims: Mapping[str, Any] = jwt.decode(
+                token,
+                await self._key(header.get("kid")),
+                algorithms=["EdDSA"],
+                audience=AUDIENCE,
+                issuer=ISSUER,
+                # These two below: here they have no leeway of their own.
+                options={"require": list(_REQUIRED), "verify_iat": False, "verify_nbf": False, "verify_exp": False},
+            )
+            exp, iat = claims["exp"], claims["iat"]
+            begins = max(iat, claims.get("nbf", iat))
+            lasts = exp - iat
+        except (jwt.PyJWTError, ValueError, TypeError, AttributeError):
+            raise CredentialsInvalid from None
+        if lasts > MOST_SECONDS or begins > self._clock() + _AHEAD_SECONDS:
+            raise CredentialsInvalid
+        if exp <= self._clock():
+            raise CredentialsExpired
+        return claims
+
+    async def _key(self, kid: object) -> "Ed25519PublicKey":
+        if not isinstance(kid, str) or not 0 < len(kid) <= 64 or not kid.isalnum():
+            raise CredentialsInvalid
+        if kid not in self._public:
+            from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+            raw = await self._db.row(_public_key, (kid,), bytes)
+            if raw is None:
+                raise CredentialsInvalid
+            if len(self._public) >= _MOST_KEYS:
+                self._public.clear()
+            self._public[kid] = Ed25519PublicKey.from_public_bytes(raw)
+        return self._public[kid]
