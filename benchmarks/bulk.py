@@ -93,7 +93,7 @@ def load(conninfo: str, rows: int, zone: str, day: date) -> None:
             connection.execute(_SLOTS.encode(), values)
         with without_indexes(connection, "doctor_day"):
             connection.execute(_DOCTOR_DAYS.encode(), values)
-        with without_indexes(connection, "event"):
+        with without_indexes(connection, "log"):
             connection.execute(_EVENTS.encode(), values)
         with without_indexes(connection, "idempotency"):
             connection.execute(_KEYS.encode(), values)
@@ -103,7 +103,7 @@ def load(conninfo: str, rows: int, zone: str, day: date) -> None:
 def forget(connection: psycopg.Connection) -> None:
     """Delete the appointments that were made after loading, and the rows that came with them."""
     # Ids of loaded rows begin with their kind, all other ids with a time.
-    for table, column in (("event", "appointment_id"), ("idempotency", "result_id"), ("appointment", "id")):
+    for table, column in (("log", "appointment_id"), ("idempotency", "result_id"), ("appointment", "id")):
         connection.execute(f"delete from {table} where {column} > %s".encode(), (make_id(PAST + 1, 0),))
 
 
@@ -214,15 +214,18 @@ where later <> 0 and (later < 0 or %(ahead)s > 0)
 
 # Five changes of a completed visit, two of another past one, one of a booked one. So the revisions have gaps.
 _EVENTS = """
-insert into event (doctor_id, date, revision, kind, appointment_id, queue_state, ticket, room, call_count,
-                   check_in_time, call_time, start_visit_time, create_time)
-select doctor_id, date, (number - 1) * 5 + k + 1, kind, id,
+insert into log (id, time, actor, method, type, resource, clinic_id, doctor_id, patient_id, appointment_id, date,
+                 revision, data, queue_state, ticket, room, call_count, check_in_time, call_time, start_visit_time)
+select log_id(case when kind = 'BOOKED' then create_time else update_time end),
+       case when kind = 'BOOKED' then create_time else update_time end, 'anonymous', 'BookAppointment',
+       case when kind in ('BOOKED', 'CANCELLED', 'NO_SHOW') then 'appointment.' else 'queue.' end || lower(kind),
+       'appointments/' || id, clinic_id, doctor_id, patient_id, id, date, (number - 1) * 5 + k + 1,
+       jsonb_build_object('state', state, 'number', number),
        case when kind = 'BOOKED' then null when kind = 'CHECKED_IN' then 'WAITING' when kind = 'CALLED' then 'CALLED'
             when kind = 'STARTED' then 'IN_CONSULTATION' else queue_state end,
        case when kind <> 'BOOKED' then ticket end, case when kind <> 'BOOKED' then room end,
        case when kind <> 'BOOKED' then call_count end, case when kind <> 'BOOKED' then check_in_time end,
-       case when kind <> 'BOOKED' then call_time end, case when kind <> 'BOOKED' then start_visit_time end,
-       case when kind = 'BOOKED' then create_time else update_time end
+       case when kind <> 'BOOKED' then call_time end, case when kind <> 'BOOKED' then start_visit_time end
 from appointment,
      unnest(case when state = 'COMPLETED' then array['BOOKED', 'CHECKED_IN', 'CALLED', 'STARTED', 'COMPLETED']
                  when state = 'BOOKED' then array['BOOKED']

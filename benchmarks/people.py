@@ -110,8 +110,9 @@ def booked(
     )
     # The latest event of each doctor-day; it proves that a watcher's next change follows.
     connection.execute(
-        "insert into event (doctor_id, date, revision, kind, create_time)"
-        " select doctor_id, date, revision, 'UPDATED', update_time from doctor_day where date = %s",
+        "insert into log (id, time, actor, method, type, doctor_id, date, revision)"
+        " select log_id(update_time), update_time, 'anonymous', 'UpdateAppointment', 'appointment.updated', doctor_id,"
+        " date, revision from doctor_day where date = %s",
         (on,),
     )
 

@@ -242,7 +242,7 @@ async def test_the_demo_adds_nothing_twice(front: Front, hours: int) -> None:
     now = datetime.now(UTC)
 
     def census() -> list[tuple[object, ...]]:
-        tables = ("clinic", "doctor", "patient", "slot", "appointment", "event", "idempotency")
+        tables = ("clinic", "doctor", "patient", "slot", "appointment", "idempotency")
         return [front.sql(f"select count(*) from {table}")[0] for table in tables]
 
     with SyncFrontdeskClient(f"127.0.0.1:{front.port}", caller=CALLER) as desk:

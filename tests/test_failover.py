@@ -75,7 +75,9 @@ async def test_the_primary_dies(pair: tuple[Cluster, Cluster], tmp_path: Path) -
     assert stored == bookings.acknowledged
     assert before.items() <= stored.items()
     for doctor in doctors:
-        history = front.sql("select revision, appointment_id::text from event where doctor_id = %s order by 1", doctor)
+        history = front.sql(
+            "select revision, appointment_id::text from log where revision > 0 and doctor_id = %s order by 1", doctor
+        )
         assert [revision for revision, _ in history] == list(range(2, len(history) + 2))
         taken = front.sql("select array_agg(number order by number) from appointment where doctor_id = %s", doctor)
         assert taken == [(list(range(1, len(history) + 1)),)]

@@ -92,8 +92,8 @@ async def test_a_corrected_name_is_a_revision(front: Front, conninfo: str, setti
             assert change.entry == queue.entries[0]
     # Who waits for the patient today is told as well; another day is not touched.
     assert (await front.queue(expected.id)).revision == 3
-    assert front.sql("select kind, queue_state from event where doctor_id = %s and revision = 3", expected.id) == [
-        ("UPDATED", None)
+    assert front.sql("select type, queue_state from log where doctor_id = %s and revision = 3", expected.id) == [
+        ("appointment.updated", None)
     ]
     assert (await front.queue(later.id, tomorrow())).revision == 2
 
@@ -143,10 +143,11 @@ async def test_a_name_that_changes_while_the_queue_moves(front: Front) -> None:
                 calls.append(merge(front, other.id, patient_id))
             await asyncio.gather(*calls)
             told = front.sql(
-                "select queue_state from event where appointment_id = %s order by revision desc limit 1", appointment_id
+                "select queue_state from log where revision > 0 and appointment_id = %s order by revision desc limit 1",
+                appointment_id,
             )
             assert told == front.sql("select queue_state from appointment where id = %s", appointment_id)
-    revisions = front.sql("select revision from event where doctor_id = %s order by 1", doctor.id)
+    revisions = front.sql("select revision from log where revision > 0 and doctor_id = %s order by 1", doctor.id)
     assert revisions == [(revision,) for revision in range(2, len(revisions) + 2)]
     assert (await front.queue(doctor.id)).revision == len(revisions) + 1
 
@@ -396,7 +397,7 @@ async def test_opposing_merges_lose_nobody(front: Front) -> None:
     for person in people:
         assert await appointments(front, person) == sorted(booked)
     for doctor in doctors:
-        events = front.sql("select revision from event where doctor_id = %s order by 1", doctor.id)
+        events = front.sql("select revision from log where revision > 0 and doctor_id = %s order by 1", doctor.id)
         assert [revision for (revision,) in events] == list(range(2, len(events) + 2))
 
 

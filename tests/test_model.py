@@ -398,8 +398,8 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
 
         def the_history_replays(self, doctor_id: str, doctor: int, day: Day) -> None:
             events = clinic.sql(
-                "select revision, kind, appointment_id::text, queue_state, ticket from event"
-                " where doctor_id = %s order by revision",
+                "select revision, change_kind(type), appointment_id::text, queue_state, ticket from log"
+                " where revision > 0 and doctor_id = %s order by revision",
                 doctor_id,
             )
             assert [revision for revision, *_ in events] == list(range(2, day.revision + 1))

@@ -123,7 +123,7 @@ async def test_the_clinic_holds(fronts: list[Front], pooled: tuple[Cluster, PgBo
         checked = await asyncio.gather(*(fronts[n % 2].check_in(one) for n, one in enumerate(booked)))
         assert sorted(answer.entry.ticket for answer in checked) == list(range(1, places + 1))
         histories = await asyncio.gather(*watchers)
-    events = "select revision, appointment_id::text from event where doctor_id = %s order by 1"
+    events = "select revision, appointment_id::text from log where revision > 0 and doctor_id = %s order by 1"
     stored = fronts[0].sql(events, doctor.id)
     assert [revision for revision, _ in stored] == list(range(2, last + 1))
     for history in histories:

@@ -33,7 +33,7 @@ down_revision = "{this:04}"
 
 
 def upgrade() -> None:
-    op.add_column("event", sa.Column("source", sa.Text()))
+    op.add_column("log", sa.Column("source", sa.Text()))
     op.add_column("appointment", sa.Column("source", sa.Text()))
     if op.get_bind().exec_driver_sql("select to_regtype('decision')").scalar() is not None:
         op.execute("alter type decision add attribute source text")
@@ -143,7 +143,9 @@ async def test_two_releases_side_by_side(conninfo: str, later: Path, tmp_path: P
     stored = dict(front.sql("select key, result_id::text from idempotency where method = 'BookAppointment'"))
     assert stored == bookings.acknowledged
     for doctor in doctors:
-        history = front.sql("select revision, appointment_id::text from event where doctor_id = %s order by 1", doctor)
+        history = front.sql(
+            "select revision, appointment_id::text from log where revision > 0 and doctor_id = %s order by 1", doctor
+        )
         assert [revision for revision, _ in history] == list(range(2, len(history) + 2))
         taken = front.sql("select array_agg(number order by number) from appointment where doctor_id = %s", doctor)
         assert taken == [(list(range(1, len(history) + 1)),)]

@@ -299,7 +299,7 @@ def migrate(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> Non
 
 @app.command()
 def maintain(database_url: _DatabaseUrl = None) -> None:
-    """Delete old idempotency keys and events. A running service does this itself every hour."""
+    """Delete old idempotency keys. A running service does this itself every hour."""
     import asyncio
 
     from frontdesk.db.database import Database
@@ -322,7 +322,7 @@ def maintain(database_url: _DatabaseUrl = None) -> None:
             removed = await clean(db, **retention(settings))
         finally:
             await db.close()
-        return f"removed {removed.keys} idempotency keys and {removed.events} events"
+        return f"removed {removed.keys} idempotency keys"
 
     try:
         _say(asyncio.run(once(settings.database_url)))

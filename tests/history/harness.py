@@ -702,8 +702,9 @@ def _facts(conninfo: str, caller: str, doctors: list[str]) -> Facts:
         ):
             facts.revisions[doctor, date] = revision
         for doctor, date, *rest in admin.execute(
-            "select doctor_id::text, date::text, revision, kind, coalesce(appointment_id::text, ''),"
-            " coalesce(queue_state, ''), coalesce(ticket, 0) from event where doctor_id = any(%s::uuid[])", of,
+            "select doctor_id::text, date::text, revision, change_kind(type), coalesce(appointment_id::text, ''),"
+            " coalesce(queue_state, ''), coalesce(ticket, 0) from log"
+            " where revision > 0 and doctor_id = any(%s::uuid[])", of,
         ):  # fmt: skip
             facts.events.append(Event((doctor, date), *rest))
         for who, patient, doctor, date, number, slot, state, line, ticket in admin.execute(

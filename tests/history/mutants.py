@@ -206,8 +206,8 @@ MUTANTS = (
                 "    else v_change := record_change(",
             ),
             (
-                "v_new.queue_state is not null then v_new end, v_now);",
-                "v_new.queue_state is not null then v_new end, v_now); end if;",
+                "v_new.queue_state is not null, v_now);",
+                "v_new.queue_state is not null, v_now); end if;",
             ),
         ),
     ),
@@ -216,7 +216,10 @@ MUTANTS = (
         CROWD,
         _edited(
             "record_change",
-            ("    insert into event (", "    if p_kind = 'MOVED_OUT' then return; end if;\n    insert into event ("),
+            (
+                "    insert into log (",
+                "    if p_type = 'appointment.moved_out' then return; end if;\n    insert into log (",
+            ),
         ),
     ),
     Mutant(

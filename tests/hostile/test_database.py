@@ -326,7 +326,7 @@ async def test_no_canary_gets_out(
         "create function spill() returns trigger language plpgsql as $$ begin"
         f" raise exception 'row % {CANARY}', new using detail = '{CANARY}', hint = '{CANARY}'; end $$"
     )
-    for table in ("patient", "clinic", "doctor", "slot", "event"):
+    for table in ("patient", "clinic", "doctor", "slot", "log"):
         front.sql(f"create trigger spill before insert or update on {table} for each row execute function spill()")
     # PostgreSQL's own text, from a check constraint that quotes the row.
     front.sql("alter table appointment add constraint no_notes check (notes = '') not valid")

@@ -498,7 +498,7 @@ TABLES = (
     "doctor",
     "slot",
     "appointment",
-    "event",
+    "log",
     "idempotency",
     "api_key",
     "user_account",

@@ -79,8 +79,8 @@ def history(front: Front, doctor_id: str) -> list[Change]:
     return [
         (revision, kinds.Value(f"KIND_{kind}"), appointment)
         for revision, kind, appointment in front.sql(
-            "select revision, kind, coalesce(appointment_id::text, '') from event"
-            " where doctor_id = %s and date = %s order by revision", doctor_id, today(),
+            "select revision, change_kind(type), coalesce(appointment_id::text, '') from log"
+            " where doctor_id = %s and date = %s and revision > 0 order by revision", doctor_id, today(),
         )
     ]  # fmt: skip
 
@@ -528,11 +528,11 @@ async def test_resume_from_another_history(front: Front, kind: str) -> None:
     if kind == "future":
         parts[2] += 1000
     elif kind == "restored":
-        for table in ("event set create_time = create_time", "doctor_day set update_time = update_time"):
+        for table in ("log set time = time", "doctor_day set update_time = update_time"):
             front.sql(f"update {table} - interval '1 second'")
     elif kind == "pruned":
         await front.arrive(doctor.id)
-        front.sql("delete from event where revision <= 4")
+        front.sql("delete from log where revision between 1 and 4")
     elif kind == "long ago":
         parts[3] -= 10**15
     elif kind == "negative":
@@ -693,15 +693,16 @@ async def test_a_burst_longer_than_what_is_kept(front: Front) -> None:
 
 def a_long_history(front: Front, doctor_id: str, changes: int) -> int:
     """Repeat the changes of today in the database until there are so many more; the revision after the last."""
-    (old,) = front.sql("select count(*) from event where doctor_id = %s", doctor_id)[0]
+    (old,) = front.sql("select count(*) from log where revision > 0 and doctor_id = %s", doctor_id)[0]
     front.sql(
-        "insert into event select (jsonb_populate_record(e, jsonb_build_object('revision', e.revision + n * %s,"
-        " 'create_time', e.create_time + n * interval '1 minute'))).*"
-        " from event e, generate_series(1, %s) n where e.doctor_id = %s and e.revision + n * %s <= %s",
+        "insert into log select (jsonb_populate_record(e, jsonb_build_object('revision', e.revision + n * %s,"
+        " 'id', new_id(), 'time', e.time + n * interval '1 minute'))).*"
+        " from log e, generate_series(1, %s) n"
+        " where e.revision > 0 and e.doctor_id = %s and e.revision + n * %s <= %s",
         old, changes // old + 1, doctor_id, old, old + 1 + changes,
     )  # fmt: skip
     front.sql(
-        "update doctor_day d set (revision, update_time) = (e.revision, e.create_time) from event e"
+        "update doctor_day d set (revision, update_time) = (e.revision, e.time) from log e"
         " where (e.doctor_id, e.date) = (d.doctor_id, d.date) and d.doctor_id = %s and e.revision = %s",
         doctor_id, old + 1 + changes,
     )  # fmt: skip

@@ -17,6 +17,9 @@ def asked(caller: Caller, key: Key, **attributes: Any) -> dict[str, Any]:
     return {
         "verb": key.method,
         "caller": key.caller,
+        "actor": key.actor,
+        "address": key.address,
+        "trace_id": key.trace_id,
         "key": key.name,
         "fingerprint": "\\x" + key.fingerprint.hex(),
         **({} if caller.sight is None else {"restricted": True, "sight": caller.sight.as_json()}),

@@ -85,15 +85,17 @@ order by k.n, array_position(array['WAITING', 'CALLED', 'IN_CONSULTATION', 'PARK
 """
 
 _changes = """
-select e.doctor_id, e.date, e.revision, (extract(epoch from e.create_time) * 1000000)::bigint, e.kind,
+select e.doctor_id, e.date, e.revision, (extract(epoch from e.time) * 1000000)::bigint, change_kind(e.type),
        coalesce(e.appointment_id::text, ''),
        e.ticket, a.patient_id, concat_ws(' ', p.given_name, nullif(p.family_name, '')), e.queue_state, e.room,
        e.call_count, e.check_in_time, e.call_time, e.start_visit_time
 from unnest(%(doctors)s::uuid[], %(dates)s::date[], %(firsts)s::bigint[], %(lasts)s::bigint[])
      as k (doctor_id, date, first, last)
 cross join lateral (
-    select * from event x
-    where x.doctor_id = k.doctor_id and x.date = k.date and x.revision between k.first and k.last offset 0) e
+    select * from log x
+    where x.doctor_id = k.doctor_id and x.date = k.date and x.revision between k.first and k.last and x.revision > 0
+      and (x.date >= (moment() - make_interval(secs => %(keep)s))::date
+           or x.time >= moment() - make_interval(secs => %(keep)s)) offset 0) e
 left join lateral (
     select * from appointment x where x.id = e.appointment_id and e.ticket is not null offset 0) a on true
 left join lateral (select * from patient x where x.id = a.patient_id offset 0) p on true
@@ -134,22 +136,27 @@ async def read_queue(db: Database, doctor_id: str, on: date | None) -> Queue:
 
 
 async def read_changes_of(
-    db: Database, spans: Sequence[tuple[str, date, int, int]]
+    db: Database, spans: Sequence[tuple[str, date, int, int]], keep_seconds: float
 ) -> dict[tuple[str, date], list[QueueChange]]:
-    """What is kept of the revisions from the third to the fourth, both included, of each doctor-day, in order."""
+    """The revisions from the third to the fourth, both included, of each doctor-day, in order.
+
+    Without changes older than `keep_seconds` on days as long ago.
+    """
     doctors, dates, firsts, lasts = (list(column) for column in zip(*spans, strict=True))
     found: dict[tuple[str, date], list[QueueChange]] = {}
     for key, change in await db.rows(
-        _changes, {"doctors": doctors, "dates": dates, "firsts": firsts, "lasts": lasts},
+        _changes, {"doctors": doctors, "dates": dates, "firsts": firsts, "lasts": lasts, "keep": keep_seconds},
         lambda doctor, day, *columns: ((doctor, day), _change(*columns)),
     ):  # fmt: skip
         found.setdefault(key, []).append(change)
     return found
 
 
-async def read_changes(db: Database, doctor_id: str, on: date, first: int, last: int) -> Sequence[QueueChange]:
-    """What is kept of the revisions from `first` to `last`, both included, in order."""
-    return (await read_changes_of(db, [(doctor_id, on, first, last)])).get((doctor_id, on), [])
+async def read_changes(
+    db: Database, doctor_id: str, on: date, first: int, last: int, keep_seconds: float
+) -> Sequence[QueueChange]:
+    """The revisions from `first` to `last`, both included, in order; without old ones, as above."""
+    return (await read_changes_of(db, [(doctor_id, on, first, last)], keep_seconds)).get((doctor_id, on), [])
 
 
 async def read_revisions(db: Database, days: Sequence[tuple[str, date]]) -> dict[tuple[str, date], tuple[int, int]]:

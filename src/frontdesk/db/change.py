@@ -20,6 +20,19 @@ class Key:
     name: str = ""
     fingerprint: bytes = b""
     """Of the request without its key; the same key with another fingerprint is refused."""
+    address: str = ""
+    """Where the call comes from."""
+    trace_id: str = ""
+
+    @property
+    def actor(self) -> str:
+        """The caller, as the log names him."""
+        return actor_of(self.caller)
+
+
+def actor_of(identity: str) -> str:
+    """How the log names an identity: a label that a caller without credentials gives himself proves nothing."""
+    return "anonymous" if identity.startswith("name:") else identity
 
 
 @dataclass(frozen=True, slots=True)

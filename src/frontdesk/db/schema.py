@@ -332,16 +332,42 @@ Index("appointment_doctor_idx", appointment.c.doctor_id, *_sort_key)
 Index("appointment_clinic_idx", appointment.c.clinic_id, appointment.c.state, *_sort_key)
 Index("appointment_date_idx", appointment.c.state, *_sort_key)
 
-# Every change of a doctor-day, in commit order by revision; feeds WatchQueue. No patient data.
-event = Table(
-    "event",
+# Every change, reading of a patient's record and refused access: what the audit shows and events are made of. Rows are
+# only added. Of a patient it has ids alone: no name, phone, e-mail or text.
+log = Table(
+    "log",
     metadata,
-    Column("doctor_id", Uuid, nullable=False),
-    Column("date", Date, nullable=False),
-    Column("revision", BigInteger, nullable=False),
-    Column("kind", Text, nullable=False),
+    # Of this cluster when the row was written, so after a restore it may be one of another: `seal_log` reckons with it.
+    Column("transaction", BigInteger, nullable=False, server_default=text("(pg_current_xact_id()::text)::bigint")),
+    # A UUID of version 7 that has `time` in it, so that its order is that of time.
+    Column("id", Uuid, nullable=False),
+    Column("time", DateTime(timezone=True), nullable=False),
+    # users/ID, keys/ID, services/NAME or anonymous.
+    Column("actor", Text, nullable=False),
+    Column("method", Text, nullable=False),
+    # The event, such as appointment.booked; null if the row is no change.
+    Column("type", Text),
+    # appointments/ID, doctorDays/DOCTOR/DATE, patients/ID …; null if it is not about one thing.
+    Column("resource", Text),
+    Column("clinic_id", Uuid),
+    Column("doctor_id", Uuid),
+    Column("patient_id", Uuid),
+    # Of a list that was read; `patient_id` if it is one patient.
+    Column("patient_ids", ARRAY(Uuid)),
     Column("appointment_id", Uuid),
-    # The queue entry as the change left it; null if the change does not touch the queue.
+    Column("slot_id", Uuid),
+    Column("date", Date),
+    # Of the doctor-day that was changed; 0 if none was.
+    Column("revision", BigInteger, nullable=False, server_default="0"),
+    # States, times and ids, by name, all as text.
+    Column("data", JSONB),
+    # OK, or the reason of the refusal.
+    Column("outcome", Text, nullable=False, server_default="OK"),
+    # The records that were read, or how often the same was refused.
+    Column("count", Integer, nullable=False, server_default="1"),
+    _text("address"),
+    _text("trace_id"),
+    # The queue entry as the change left it, for WatchQueue; null if the change does not touch the queue.
     Column("queue_state", Text),
     Column("ticket", Integer),
     Column("room", Text),
@@ -349,10 +375,14 @@ event = Table(
     _instant("check_in_time"),
     _instant("call_time"),
     _instant("start_visit_time"),
-    Column("create_time", DateTime(timezone=True), nullable=False),
-    PrimaryKeyConstraint("doctor_id", "date", "revision"),
+    PrimaryKeyConstraint("id"),
 )
-Index("event_create_time_idx", event.c.create_time, postgresql_using="brin")
+Index("log_transaction_idx", log.c.transaction)
+Index(
+    "log_revision_key", log.c.doctor_id, log.c.date, log.c.revision, unique=True, postgresql_where=text("revision > 0")
+)
+Index("log_patient_idx", log.c.patient_id, log.c.id, postgresql_where=text("patient_id is not null"))
+Index("log_patients_idx", log.c.patient_ids, postgresql_using="gin", postgresql_where=text("patient_ids is not null"))
 
 # How many calls of a subject the workers have leased in its latest minute.
 rate_window = Table(

@@ -1,4 +1,4 @@
-"""Delete old idempotency keys and events, so that the tables do not grow without end."""
+"""Delete old idempotency keys, so that the tables do not grow without end."""
 
 import asyncio
 from dataclasses import dataclass
@@ -15,12 +15,6 @@ _keys = """
 delete from idempotency where ctid = any (array(
     select ctid from idempotency
     where create_time < moment() - make_interval(secs => %s) limit %s for update skip locked))
-"""
-_events = """
-delete from event where ctid = any (array(
-    select ctid from event
-    where create_time < moment() - make_interval(secs => %s)
-      and date < (moment() - make_interval(secs => %s))::date limit %s for update skip locked))
 """
 # Workers ask for these every second, and judge everything anew when they could not for ten minutes.
 _access_changes = """
@@ -44,10 +38,7 @@ delete from signing_key where ctid = any (array(
 
 def retention(settings: Settings) -> dict[str, float]:
     """The arguments of `clean` that the settings ask for."""
-    return {
-        "keep_keys_seconds": settings.keep_keys_hours * 3600,
-        "keep_events_seconds": settings.keep_events_days * 86400,
-    }
+    return {"keep_keys_seconds": settings.keep_keys_hours * 3600}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +46,17 @@ class Removed:
     """How many rows were deleted."""
 
     keys: int
-    events: int
 
 
-async def clean(db: Database, *, keep_keys_seconds: float, keep_events_seconds: float) -> Removed:
-    """Delete idempotency keys and events that are older, in small transactions, beside any traffic.
+async def clean(db: Database, *, keep_keys_seconds: float) -> Removed:
+    """Delete idempotency keys that are older, in small transactions, beside any traffic.
 
-    A retry whose key was deleted acts again. An event is deleted only if its doctor-day is as old: a watch that resumes
-    there starts fresh, and the queue itself stays. Raises DatabaseUnavailable.
+    A retry whose key was deleted acts again. Raises DatabaseUnavailable.
     """
     keys = await _delete_in_batches(db, _keys, (keep_keys_seconds, BATCH))
-    events = await _delete_in_batches(db, _events, (keep_events_seconds, keep_events_seconds, BATCH))
     for statement in (_access_changes, _sessions, _login_attempts, _signing_keys):
         await _delete_in_batches(db, statement, (BATCH,))
-    return Removed(keys, events)
+    return Removed(keys)
 
 
 async def _delete_in_batches(db: Database, statement: str, params: tuple[float, ...]) -> int:

@@ -28,10 +28,16 @@ _CHANNEL = "frontdesk_changed"
 class Feed:
     """The process's one tailer, and its watchers."""
 
-    def __init__(self, db: Database, updates: Updates, *, seen: Callable[[int], None] | None = None) -> None:
-        """`seen` is called with the `change_micros` of each change once its watchers are awake."""
+    def __init__(
+        self, db: Database, updates: Updates, *, keep_seconds: float, seen: Callable[[int], None] | None = None
+    ) -> None:
+        """Changes older than `keep_seconds`, of days as long ago, are not shown to watchers that resume.
+
+        `seen` is called with the `change_micros` of each change once its watchers are awake.
+        """
         self._db = db
         self._updates = updates
+        self._keep_seconds = keep_seconds
         self._seen = seen
         self._all_read_at = 0.0
         self._topics: dict[DoctorDayKey, Topic] = {}
@@ -72,7 +78,7 @@ class Feed:
             self._all_read_at = asyncio.get_running_loop().time()
         topic = self._topics.get(key)
         if topic is None:
-            topic = self._topics[key] = Topic(key, self._db, self._updates, look=self._look_at)
+            topic = self._topics[key] = Topic(key, self._db, self._updates, self._keep_seconds, look=self._look_at)
         self.watchers += 1
         return Subscription(topic, self._unsubscribed)
 
@@ -161,7 +167,7 @@ class Feed:
             if 0 < known < now:
                 # The known revision as well: it shows whether this is still the same history.
                 since.append((*topic.key, known, now if now - known <= _MOST_CHANGES else known))
-        changes = await read_changes_of(self._db, since) if since else {}
+        changes = await read_changes_of(self._db, since, self._keep_seconds) if since else {}
         for topic in topics:
             queue = queues.get(topic.key)
             if queue is None:

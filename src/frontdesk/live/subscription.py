@@ -53,9 +53,15 @@ class Topic:
     """
 
     def __init__(
-        self, key: DoctorDayKey, db: Database, updates: Updates, *, look: Callable[[DoctorDayKey], None]
+        self,
+        key: DoctorDayKey,
+        db: Database,
+        updates: Updates,
+        keep_seconds: float,
+        *,
+        look: Callable[[DoctorDayKey], None],
     ) -> None:
-        """`look` asks the tailer to read this doctor-day soon."""
+        """`keep_seconds` as in `Feed`; `look` asks the tailer to read this doctor-day soon."""
         self.key = key
         self.queue: Queue | None = None
         self.watchers: set[Watcher] = set()
@@ -63,6 +69,7 @@ class Topic:
         """Grows when the database is another than the one that was read before."""
         self._db = db
         self._updates = updates
+        self._keep_seconds = keep_seconds
         self._look = look
         self._changes: deque[QueueChange] = deque(maxlen=_KEPT_CHANGES)
         self._messages: dict[int, bytes] = {}
@@ -152,7 +159,7 @@ class Topic:
             last = min(first + _CHANGES_AT_ONCE - 1, queue.revision)
             changes: Sequence[QueueChange] = ()
             if size + (queue.revision - first + 1) * _LEAST_BYTES <= MOST_BYTES:
-                changes = await read_changes(self._db, *self.key, first, last)
+                changes = await read_changes(self._db, *self.key, first, last, self._keep_seconds)
             if len(changes) == last - first + 1:
                 parts.append(self._updates.changes(as_of(changes, queue)))
                 size += len(parts[-1])
@@ -182,7 +189,7 @@ class Topic:
             return token.change_micros == 0
         return any(
             change.change_micros == token.change_micros
-            for change in await read_changes(self._db, *self.key, token.revision, token.revision)
+            for change in await read_changes(self._db, *self.key, token.revision, token.revision, self._keep_seconds)
         )
 
 

@@ -85,7 +85,11 @@ class Tracing:
             if code in _SERVER_FAULTS:
                 span.set_attribute("error.type", code)
                 span.set_status(trace.StatusCode.ERROR)
-        return trace.format_trace_id(span.get_span_context().trace_id)
+        return self.trace_id()
+
+    def trace_id(self) -> str:
+        """The present trace's id in hexadecimal."""
+        return trace.format_trace_id(trace.get_current_span().get_span_context().trace_id)
 
     def transaction(self, connection: AsyncConnection[Any]) -> Transaction:
         """A Transaction with a span around each of its statements."""

@@ -71,7 +71,12 @@ class Worker:
             direct=settings.direct_database_url,
             tracing=tracing,
         )
-        self._feed = Feed(self._db, Updates(), seen=None if metrics is None else metrics.change_seen)
+        self._feed = Feed(
+            self._db,
+            Updates(),
+            keep_seconds=settings.keep_events_days * 86400,
+            seen=None if metrics is None else metrics.change_seen,
+        )
         self._passwords = Passwords()
         tokens = Tokens(self._db, seconds=settings.access_token_seconds)
         self._credentials = Credentials(self._db, tokens)
@@ -126,7 +131,7 @@ class Worker:
         while True:
             await asyncio.sleep(random.uniform(0.5, 1.5) * CLEAN_SECONDS)
             removed = await clean(self._db, **retention(self._settings))
-            _log.info("cleaned", keys=removed.keys, events=removed.events)
+            _log.info("cleaned", keys=removed.keys)
 
     async def _keep_measuring(self) -> None:
         assert self._metrics is not None

@@ -131,17 +131,18 @@ def version_from(etag: str) -> int | None:
 def key_of(request: Any, call: Call) -> Key:
     """The key, with the fingerprint of the request without it and without passwords. Clears the key in the request."""
     name = request.idempotency_key
-    if not name:
-        return Key(call.caller.identity, call.method)
-    request.ClearField("idempotency_key")
-    if passwords := _passwords(request.DESCRIPTOR):
-        # A copy: they are still needed.
-        bare = type(request)()
-        bare.CopyFrom(request)
-        for field in passwords:
-            bare.ClearField(field)
-        request = bare
-    return Key(call.caller.identity, call.method, name, _fingerprint(request))
+    fingerprint = b""
+    if name:
+        request.ClearField("idempotency_key")
+        if passwords := _passwords(request.DESCRIPTOR):
+            # A copy: they are still needed.
+            bare = type(request)()
+            bare.CopyFrom(request)
+            for field in passwords:
+                bare.ClearField(field)
+            request = bare
+        fingerprint = _fingerprint(request)
+    return Key(call.caller.identity, call.method, name, fingerprint, call.address, call.trace_id)
 
 
 @cache

@@ -58,17 +58,23 @@ class Tracing(Protocol):
 
     def ended(self, code: str, reason: str) -> str: ...
 
+    def trace_id(self) -> str: ...
+
 
 class Call:
     """The call, as a servicer sees it beside the request."""
 
-    __slots__ = ("_context", "caller", "method")
+    __slots__ = ("_context", "caller", "method", "trace_id")
 
-    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], caller: Caller, method: str) -> None:
+    def __init__(
+        self, context: grpc.aio.ServicerContext[Any, Any], caller: Caller, method: str, trace_id: str = ""
+    ) -> None:
         self._context = context
         self.caller = caller
         self.method = method
         """The RPC's name, without its service."""
+        self.trace_id = trace_id
+        """Of the trace that the call belongs to; empty without traces."""
 
     @property
     def address(self) -> str:
@@ -148,7 +154,7 @@ class Pipeline:
                     identity = await self._access.identify(context, policy)
                     caller = self._access.admit(identity, policy)
                     request = request_from(raw, kind)
-                    response = await behaviour(request, Call(context, caller, account.name))
+                    response = await behaviour(request, Call(context, caller, account.name, self._trace_id()))
                 account.close("OK", started, identity)
                 return response.SerializeToString()
             except (asyncio.CancelledError, GeneratorExit):
@@ -181,7 +187,7 @@ class Pipeline:
                 with Timeout(DEADLINE_SECONDS):
                     identity = await self._access.identify(context, policy)
                 caller = self._access.admit(identity, policy)
-                await behaviour(request_from(raw, kind), Call(context, caller, account.name))
+                await behaviour(request_from(raw, kind), Call(context, caller, account.name, self._trace_id()))
                 account.close("OK", started, identity, end="DRAINING" if self.draining else "COMPLETED")
             except (asyncio.CancelledError, GeneratorExit):
                 account.close("CANCELLED", started, identity)
@@ -194,6 +200,9 @@ class Pipeline:
                 del context
 
         return stream
+
+    def _trace_id(self) -> str:
+        return "" if self._tracing is None else self._tracing.trace_id()
 
 
 class _Account:

@@ -24,7 +24,7 @@ begin
     values (r.patient, r.doctor, v_place.clinic_id, r.date, v_place.number, r.slot, v_place.start_time,
             v_place.end_time, 'BOOKED', r.reason, r.notes, v_now, v_now)
     returning a into d.appointment;
-    d.revision := (record_change(r.doctor, r.date, 'BOOKED', (d.appointment).id, null, v_now)).revision;
+    d.revision := (record_change(r, 'appointment.booked', d.appointment, false, v_now)).revision;
     return d;
 end
 $$;
@@ -52,10 +52,9 @@ begin
     returning a into d.appointment;
 
     if (p_old.doctor_id, p_old.date) <> (r.doctor, r.date) then
-        d.vacated_revision :=
-            (record_change(p_old.doctor_id, p_old.date, 'MOVED_OUT', p_old.id, null, v_now)).revision;
+        d.vacated_revision := (record_change(r, 'appointment.moved_out', p_old, false, v_now)).revision;
     end if;
-    d.revision := (record_change(r.doctor, r.date, 'MOVED_IN', p_old.id, null, v_now)).revision;
+    d.revision := (record_change(r, 'appointment.moved_in', d.appointment, false, v_now)).revision;
     d.vacated_revision := coalesce(d.vacated_revision, d.revision);
     d.vacated_doctor := p_old.doctor_id;
     d.vacated_date := p_old.date;
@@ -75,7 +74,7 @@ begin
         update_time = v_now
     where a.id = p_old.id
     returning a into d.appointment;
-    d.revision := (record_change(p_old.doctor_id, p_old.date, 'UPDATED', p_old.id, null, v_now)).revision;
+    d.revision := (record_change(r, 'appointment.updated', d.appointment, false, v_now)).revision;
     d.outcome := 'OK';
     return d;
 end

@@ -9,7 +9,9 @@ begin
     select * into v_old from doctor_day where doctor_id = r.doctor and date = r.date;
     if r.version <> coalesce(v_old.availability_version, 0) then return refused('ETAG_MISMATCH', r.doctor); end if;
 
-    d.revision := (record_change(r.doctor, r.date, 'AVAILABILITY', null, null, moment())).revision;
+    d.revision := (record_change(
+        r, 'doctor_day.availability_set', null, false, moment(),
+        jsonb_strip_nulls(jsonb_build_object('is_present', r.is_present, 'max_patients', r.max_patients)))).revision;
     update doctor_day x
     set is_present = coalesce(r.is_present, x.is_present, true), note = r.notes, max_patients = r.max_patients,
         availability_version = x.availability_version + 1

@@ -99,6 +99,9 @@ begin
         update patient p set birth_date = v_new.birth_date, version = p.version + 1, update_time = v_now
         where p.id = v_found[1] and p.merged_into is null
           and p.birth_date <> v_new.birth_date and starts_with(v_new.birth_date, p.birth_date);
+        if found then
+            perform append_change(r, 'patient.updated', v_found[1], null, v_now, '{"fields": "birth_date"}');
+        end if;
         select p into d.patient from patient p where p.id = v_found[1];
         if (d.patient).merged_into is not null or not starts_with((d.patient).birth_date, v_new.birth_date)
            and not starts_with(v_new.birth_date, (d.patient).birth_date) then
@@ -114,6 +117,7 @@ begin
                 v_new.emergency_phone, v_new.insurances, v_new.insurance_keys, v_new.active, v_now, v_now)
         returning p into d.patient;
         perform write_words((d.patient).id, v_new.name_key);
+        perform append_change(r, 'patient.registered', (d.patient).id, null, v_now, null);
     end if;
     d.outcome := 'OK';
     return d;
@@ -121,10 +125,10 @@ end
 $$;
 
 -- Record that the patient of an appointment is shown otherwise from now on.
-create or replace function with_change_of(d decision, a appointment, p_now timestamptz) returns decision
+create or replace function with_change_of(r request, d decision, a appointment, p_now timestamptz) returns decision
 language plpgsql as $$
 begin
-    perform record_change(a.doctor_id, a.date, 'UPDATED', a.id, case when a.ticket is not null then a end, p_now);
+    perform record_change(r, 'appointment.updated', a, a.ticket is not null, p_now);
     d.days := coalesce(d.days, '[]') || jsonb_build_array(jsonb_build_array(a.doctor_id, a.date));
     return d;
 end
@@ -175,6 +179,9 @@ begin
         version = p.version + 1, update_time = v_now
     where p.id = v_old.id
     returning p into d.patient;
+    perform append_change(r, 'patient.updated', v_old.id, null, v_now,
+                          jsonb_build_object('fields', (select string_agg(k, ',' order by k) from jsonb_object_keys(r.record) k
+                                                        where k not like '%\_key' and k not like '%\_keys')));
     if v_new.name_key <> v_old.name_key then
         perform write_words(v_old.id, v_new.name_key);
     end if;
@@ -184,7 +191,7 @@ begin
             where x.patient_id = v_old.id and is_live(x.state)
               and (x.ticket is not null or x.date = (v_now at time zone c.time_zone)::date)
         loop
-            d := with_change_of(d, a, v_now);
+            d := with_change_of(r, d, a, v_now);
         end loop;
     end if;
     d.outcome := 'OK';
@@ -228,7 +235,7 @@ begin
         where x.patient_id = v_merged.id returning x.*
     loop
         if is_live(a.state) then
-            d := with_change_of(d, a, v_now);
+            d := with_change_of(r, d, a, v_now);
         end if;
     end loop;
 
@@ -264,6 +271,8 @@ begin
          ) added
     where k.id = v_kept.id
     returning k into d.patient;
+    perform append_change(r, 'patient.merged', v_kept.id, null, v_now,
+                          jsonb_build_object('merged_patient_id', v_merged.id));
     d.outcome := 'OK';
     return d;
 end

@@ -58,8 +58,7 @@ begin
     end case;
     if t.leaves_room then v_new.room := ''; end if;
 
-    v_change := record_change(
-        p_old.doctor_id, p_old.date, t.kind, p_old.id, case when v_new.queue_state is not null then v_new end, v_now);
+    v_change := record_change(r, t.type, v_new, v_new.queue_state is not null, v_now);
     v_new.ticket := v_change.ticket;
     if r.verb = 'CheckIn' or p_old.queue_state = 'MISSED' and v_new.queue_state = 'WAITING' then
         -- Behind everyone who has a ticket now, and before everyone who will.

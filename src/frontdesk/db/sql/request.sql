@@ -19,14 +19,14 @@ begin
 end
 $do$;
 
--- One change that a caller asks for. `verb` is the name of the RPC, which the idempotency key belongs to as well. An
--- attribute that the verb has no use for is null. `restricted`: only what `sight` reaches. `locate` fills in the last
+-- One change that a caller asks for. `verb` is the name of the RPC, which the idempotency key belongs to as well; `actor`,
+-- `address` and `trace_id` are for the log. An attribute that the verb has no use for is null. `restricted`: only what `sight` reaches. `locate` fills in the last
 -- four before `keep`, and `locks`.
 do $do$
 begin
     if to_regtype('request') is null then
         create type request as (
-            verb text, caller text, key text, fingerprint bytea, validate_only boolean, restricted boolean, sight sight,
+            verb text, caller text, actor text, address text, trace_id text, key text, fingerprint bytea, validate_only boolean, restricted boolean, sight sight,
             appointment uuid, version integer, patient uuid, slot uuid, doctor uuid, date date,
             reason text, notes text, room text,
             is_present boolean, max_patients integer, slots uuid[], new_slots new_slot[],

@@ -27,6 +27,11 @@ begin
 end
 $$;
 
+-- What the log says of a slot.
+create or replace function slot_data(s slot) returns jsonb language sql stable as $$
+    select jsonb_build_object('state', s.state, 'capacity', s.capacity, 'start_time', s.start_time, 'end_time', s.end_time)
+$$;
+
 -- Open slots: all or none. A refusal says which of them, counted from 0.
 create or replace function create_slots(r request) returns decision language plpgsql as $$
 declare
@@ -63,6 +68,7 @@ begin
                 v.capacity, v_now, v_now)
         returning * into v_slot;
         v_slots := v_slots || v_slot;
+        perform append_change(r, 'slot.created', null, v_slot, v_now, slot_data(v_slot));
     end loop;
     d := null;
     d.slots := v_slots;
@@ -93,10 +99,17 @@ create or replace function set_slots_state(r request) returns decision language 
 declare
     d decision := missing_slot(r);
     v_state text := case r.verb when 'BlockSlots' then 'BLOCKED' else 'OPEN' end;
+    v_type text := case r.verb when 'BlockSlots' then 'slot.blocked' else 'slot.released' end;
+    v_slot slot;
+    v_now timestamptz := moment();
 begin
     if d.outcome is not null then return d; end if;
-    update slot set state = v_state, block_reason = r.reason, version = version + 1, update_time = moment()
-    where id = any (r.slots) and (state, block_reason) <> (v_state, r.reason);
+    for v_slot in
+        update slot set state = v_state, block_reason = r.reason, version = version + 1, update_time = v_now
+        where id = any (r.slots) and (state, block_reason) <> (v_state, r.reason) returning *
+    loop
+        perform append_change(r, v_type, null, v_slot, v_now, slot_data(v_slot));
+    end loop;
     d.slots := array(select s from unnest(r.slots) with ordinality w (id, n) join slot s on s.id = w.id order by w.n);
     d.affected := array(
         select a.id from appointment a
@@ -137,6 +150,7 @@ begin
         where s.id = v_old.id and c.id = s.clinic_id
         returning s)
     select array_agg(s) into d.slots from changed;
+    perform append_change(r, 'slot.updated', null, d.slots[1], v_now, slot_data(d.slots[1]));
     d.outcome := 'OK';
     return d;
 end
@@ -154,6 +168,7 @@ begin
     perform from appointment where slot_id = v_slot.id and holds_place(state);
     if found then return refused('SLOT_HAS_BOOKINGS', v_slot.id); end if;
     delete from slot where id = v_slot.id;
+    perform append_change(r, 'slot.deleted', null, v_slot, moment(), slot_data(v_slot));
     d.outcome := 'OK';
     return d;
 end

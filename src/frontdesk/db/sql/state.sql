@@ -9,38 +9,38 @@ create or replace function holds_place(p_state text) returns boolean language sq
 create or replace function is_live(p_state text) returns boolean language sql immutable parallel safe
     return p_state in ('BOOKED', 'CHECKED_IN', 'IN_CONSULTATION');
 
--- Every transition of a visit and of its queue entry. Each is one revision and one event of the doctor-day.
+-- Every transition of a visit and of its queue entry. Each is one revision of the doctor-day and one event.
 --
 -- A verb is the name of its RPC. It is allowed from `state`, with the queue entry in one of `queue_states` ('' = the
--- patient is not in the queue), and leaves `new_state` and `new_queue_state`. `kind` is how the event is called,
+-- patient is not in the queue), and leaves `new_state` and `new_queue_state`. `type` is how the event is called,
 -- `sets` the time that it sets. A call also counts in `call_count` and gives a room; `leaves_room` clears it.
 create or replace function transitions() returns table (
-    verb text, state text, queue_states text[], new_state text, new_queue_state text, kind text, sets text,
+    verb text, state text, queue_states text[], new_state text, new_queue_state text, type text, sets text,
     leaves_room boolean
 ) language sql immutable parallel safe as $$
     values
     ('CheckIn', 'BOOKED', '{""}'::text[],
-        'CHECKED_IN', 'WAITING', 'CHECKED_IN', 'check_in_time', false),
+        'CHECKED_IN', 'WAITING', 'queue.checked_in', 'check_in_time', false),
     ('CallNext', 'CHECKED_IN', '{WAITING}',
-        'CHECKED_IN', 'CALLED', 'CALLED', 'call_time', false),
+        'CHECKED_IN', 'CALLED', 'queue.called', 'call_time', false),
     ('CallAgain', 'CHECKED_IN', '{CALLED}',
-        'CHECKED_IN', 'CALLED', 'CALLED_AGAIN', 'call_time', false),
+        'CHECKED_IN', 'CALLED', 'queue.called_again', 'call_time', false),
     ('ReturnToLine', 'CHECKED_IN', '{CALLED,PARKED,MISSED}',
-        'CHECKED_IN', 'WAITING', 'RETURNED', '', true),
+        'CHECKED_IN', 'WAITING', 'queue.returned', '', true),
     ('ParkPatient', 'CHECKED_IN', '{WAITING,CALLED}',
-        'CHECKED_IN', 'PARKED', 'PARKED', '', true),
+        'CHECKED_IN', 'PARKED', 'queue.parked', '', true),
     ('MarkMissed', 'CHECKED_IN', '{CALLED}',
-        'CHECKED_IN', 'MISSED', 'MISSED', '', false),
+        'CHECKED_IN', 'MISSED', 'queue.missed', '', false),
     ('LeaveQueue', 'CHECKED_IN', '{WAITING,CALLED,PARKED,MISSED}',
-        'LEFT', 'LEFT', 'LEFT', 'leave_time', false),
+        'LEFT', 'LEFT', 'queue.left', 'leave_time', false),
     ('StartAppointment', 'CHECKED_IN', '{WAITING,CALLED}',
-        'IN_CONSULTATION', 'IN_CONSULTATION', 'STARTED', 'start_visit_time', false),
+        'IN_CONSULTATION', 'IN_CONSULTATION', 'queue.started', 'start_visit_time', false),
     ('CompleteAppointment', 'IN_CONSULTATION', '{IN_CONSULTATION}',
-        'COMPLETED', 'DONE', 'COMPLETED', 'complete_time', false),
+        'COMPLETED', 'DONE', 'queue.completed', 'complete_time', false),
     ('CancelAppointment', 'BOOKED', '{""}',
-        'CANCELLED', '', 'CANCELLED', 'cancel_time', false),
+        'CANCELLED', '', 'appointment.cancelled', 'cancel_time', false),
     ('CancelAppointment', 'CHECKED_IN', '{WAITING,CALLED,PARKED,MISSED}',
-        'CANCELLED', 'LEFT', 'CANCELLED', 'cancel_time', false),
+        'CANCELLED', 'LEFT', 'appointment.cancelled', 'cancel_time', false),
     ('MarkNoShow', 'BOOKED', '{""}',
-        'NO_SHOW', '', 'NO_SHOW', 'no_show_time', false)
+        'NO_SHOW', '', 'appointment.no_show', 'no_show_time', false)
 $$;

@@ -1,4 +1,4 @@
-"""Everything of the first release: clinics, patients, doctors, days, slots, appointments, events, keys, access."""
+"""Everything of the first release: clinics, patients, doctors, days, slots, appointments, the log, keys, access."""
 
 import sqlalchemy as sa
 from alembic import context, op
@@ -244,12 +244,32 @@ def upgrade() -> None:
         postgresql_with={"fillfactor": "70"},
     )
     op.create_table(
-        "event",
-        sa.Column("doctor_id", sa.Uuid(), nullable=False),
-        sa.Column("date", sa.Date(), nullable=False),
-        sa.Column("revision", sa.BigInteger(), nullable=False),
-        sa.Column("kind", sa.Text(), nullable=False),
+        "log",
+        sa.Column(
+            "transaction",
+            sa.BigInteger(),
+            server_default=sa.text("(pg_current_xact_id()::text)::bigint"),
+            nullable=False,
+        ),
+        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("method", sa.Text(), nullable=False),
+        sa.Column("type", sa.Text(), nullable=True),
+        sa.Column("resource", sa.Text(), nullable=True),
+        sa.Column("clinic_id", sa.Uuid(), nullable=True),
+        sa.Column("doctor_id", sa.Uuid(), nullable=True),
+        sa.Column("patient_id", sa.Uuid(), nullable=True),
+        sa.Column("patient_ids", postgresql.ARRAY(sa.Uuid()), nullable=True),
         sa.Column("appointment_id", sa.Uuid(), nullable=True),
+        sa.Column("slot_id", sa.Uuid(), nullable=True),
+        sa.Column("date", sa.Date(), nullable=True),
+        sa.Column("revision", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("data", postgresql.JSONB(), nullable=True),
+        sa.Column("outcome", sa.Text(), server_default="OK", nullable=False),
+        sa.Column("count", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("address", sa.Text(), server_default="", nullable=False),
+        sa.Column("trace_id", sa.Text(), server_default="", nullable=False),
         sa.Column("queue_state", sa.Text(), nullable=True),
         sa.Column("ticket", sa.Integer(), nullable=True),
         sa.Column("room", sa.Text(), nullable=True),
@@ -257,10 +277,24 @@ def upgrade() -> None:
         sa.Column("check_in_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("call_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("start_visit_time", sa.DateTime(timezone=True), nullable=True),
-        sa.Column("create_time", sa.DateTime(timezone=True), nullable=False),
-        sa.PrimaryKeyConstraint("doctor_id", "date", "revision", name="event_pkey"),
+        sa.PrimaryKeyConstraint("id", name="log_pkey"),
     )
-    op.create_index("event_create_time_idx", "event", ["create_time"], unique=False, postgresql_using="brin")
+    op.create_index("log_patient_idx", "log", ["patient_id", "id"], postgresql_where=sa.text("patient_id is not null"))
+    op.create_index(
+        "log_patients_idx",
+        "log",
+        ["patient_ids"],
+        postgresql_using="gin",
+        postgresql_where=sa.text("patient_ids is not null"),
+    )
+    op.create_index(
+        "log_revision_key",
+        "log",
+        ["doctor_id", "date", "revision"],
+        unique=True,
+        postgresql_where=sa.text("revision > 0"),
+    )
+    op.create_index("log_transaction_idx", "log", ["transaction"])
     op.create_table(
         "idempotency",
         sa.Column("caller", sa.Text(), nullable=False),
