@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import jwt
@@ -95,6 +96,43 @@ def signed(given: dict[str, Any], key: Any = SIGNING_KEY, algorithm: str = "EdDS
 def user_token() -> Metadata:
     """The metadata of a call of the tests' user."""
     return carrying(signed(claims()))
+
+
+def user(
+    front: Front,
+    *roles: str,
+    patient_id: str | None = None,
+    doctor_id: str | None = None,
+    clinic_ids: Sequence[str] = (),
+    seconds: int = 900,
+) -> Metadata:
+    """The metadata of a new user's calls; the token is good for so many seconds."""
+    ((user_id, session_id),) = front.sql("select new_id()::text, new_id()::text")
+    front.sql(
+        "insert into user_account (id, email, email_key, roles, patient_id, doctor_id, clinic_ids, password_hash)"
+        " values (%s, %s, %s, %s, %s, %s, %s::uuid[], '')",
+        *(user_id, f"{user_id}@example.com", f"{user_id}@example.com", [*roles], patient_id, doctor_id, [*clinic_ids]),
+    )
+    front.sql("insert into session (id, user_id) values (%s, %s)", session_id, user_id)
+    return carrying(
+        signed(
+            claims(
+                sub=user_id,
+                sid=session_id,
+                exp=int(time.time()) + seconds,
+                roles=[*roles],
+                patient_id=patient_id,
+                doctor_id=doctor_id,
+                clinic_ids=[*clinic_ids],
+            )
+        )
+    )
+
+
+def user_of(token: Metadata) -> tuple[str, str]:
+    """The ids of a token's user and session."""
+    said = jwt.decode(token[0][1].removeprefix("Bearer "), options={"verify_signature": False})
+    return said["sub"], said["sid"]
 
 
 ADMIN = bearing(ADMIN_KEY)

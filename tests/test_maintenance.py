@@ -42,7 +42,7 @@ async def test_old_keys_and_changes_go(front: Front) -> None:
     queue = (await front.queues.GetQueue(queue_pb2.GetQueueRequest(doctor_id=doctor.id, date=old_day))).queue
     assert (queue.revision, queue.expected_count) == (4, 3)
     ((micros,),) = front.sql("select (extract(epoch from time) * 1000000)::bigint from log where revision = 2")
-    gone = ResumeToken(doctor.id, date(old_day.year, old_day.month, old_day.day), 2, micros).encode()
+    gone = ResumeToken(doctor.id, date(old_day.year, old_day.month, old_day.day), 2, micros, "STAFF").encode()
     again: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor.id, resume_token=gone))
     fresh = await again.read()
     assert (fresh.previous_revision, fresh.update.queue) == (0, queue)

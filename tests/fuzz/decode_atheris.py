@@ -34,7 +34,7 @@ _KNOWN = Known(
     1_800_000_000,
     {
         "ListClinics": [_PAGE],
-        "WatchQueue": ["WyIwMTkyZjVkMS03YTVjLTdiNmUtOGYwMC0wMTIzNDU2Nzg5YTEiLCIyMDI2LTExLTIwIiwyLDFd"],
+        "WatchQueue": ["WyIwMTkyZjVkMS03YTVjLTdiNmUtOGYwMC0wMTIzNDU2Nzg5YTEiLCIyMDI2LTExLTIwIiwyLDEsIlNUQUZGIl0="],
     },
 )
 

@@ -31,11 +31,11 @@ class Identity:
     callers: dict[str, "Caller | None"] = field(default_factory=dict, compare=False, repr=False)
     """What the identity may by the name of a policy; filled in as it calls."""
 
-    def calling(self, method: str, policy: Mapping[str, str]) -> "Caller | None":
-        """The caller of a method with this policy (role to scope); None if no role of the identity may call it."""
-        if method not in self.callers:
-            self.callers[method] = self._caller(policy)
-        return self.callers[method]
+    def calling(self, policy: str, scopes: Mapping[str, str]) -> "Caller | None":
+        """The caller of what has this policy (its name, and role to scope); None if no role of the identity may."""
+        if policy not in self.callers:
+            self.callers[policy] = self._caller(scopes)
+        return self.callers[policy]
 
     def _caller(self, policy: Mapping[str, str]) -> "Caller | None":
         if self.unrestricted:
@@ -44,14 +44,15 @@ class Identity:
         if not scopes:
             return None
         whole = ALL in scopes.values()
-        if whole and not self.clinic_ids:
+        # A patient is nobody's in particular, so what every patient may see is seen at every clinic.
+        if scopes.get("PATIENT") == ALL or (whole and not self.clinic_ids):
             return Caller(self.name)
         return Caller(
             self.name,
             Sight(
                 clinic_ids=self.clinic_ids if whole else None,
-                patient_id=self.patient_id if scopes.get("PATIENT") == OWN else None,
-                doctor_id=self.doctor_id if scopes.get("DOCTOR") == OWN else None,
+                patient_id=self.patient_id if "PATIENT" in scopes else None,
+                doctor_id=self.doctor_id if "DOCTOR" in scopes else None,
             ),
         )
 

@@ -7,11 +7,14 @@ from itertools import groupby
 from typing import Any
 
 from frontdesk.core.appointment import Appointment, Appointments
-from frontdesk.core.caller import Caller
+from frontdesk.core.caller import Caller, Sight
 from frontdesk.core.decision import iso
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database
-from frontdesk.errors import ClinicNotYours, DoctorNotFound, RoleRequired
+from frontdesk.errors import AppointmentNotFound, ClinicNotYours, DoctorNotFound, RoleRequired
+
+STAFF, BOARD, OWN = "STAFF", "BOARD", "OWN"
+"""The views of a queue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class Queue:
     """When the revision was made, in microseconds since 1970; tells it from its namesake in a restored database."""
     entries: tuple[QueueEntry, ...]
     expected_count: int
+    patient_ids: frozenset[str]
+    """Who has an appointment of the day that is not cancelled, if that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,31 +62,90 @@ class QueueChange:
     """As this change left it; None if the queue was not touched."""
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """How much of a queue somebody sees."""
+
+    name: str
+    patient_id: str = ""
+    """Whose entry the view OWN shows whole."""
+
+    def queue(self, queue: Queue) -> Queue:
+        """The queue as the view shows it."""
+        if self.name == STAFF:
+            return queue
+        return replace(queue, entries=tuple(map(self._entry, queue.entries)))
+
+    def changes(self, changes: Sequence[QueueChange]) -> Sequence[QueueChange]:
+        """The changes as the view shows them."""
+        return changes if self.name == STAFF else [*map(self._change, changes)]
+
+    def _change(self, change: QueueChange) -> QueueChange:
+        entry = None if change.entry is None else self._entry(change.entry)
+        return replace(change, appointment_id="" if entry is None else entry.appointment_id, entry=entry)
+
+    def _entry(self, entry: QueueEntry) -> QueueEntry:
+        if self.name == OWN and entry.patient_id == self.patient_id:
+            return entry
+        return replace(entry, appointment_id="", patient_id="", patient_name="", call_count=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A watcher's doctor-day, and what he sees of it."""
+
+    date: date
+    view: View
+
+
+_DAY = """
+cross join lateral (
+    select coalesce(k.date, (select (moment() at time zone c.time_zone)::date from clinic c where c.id = d.clinic_id))
+           as date offset 0) day"""
+
+# Whether the caller may see the queue of the day; `own` is the present record of the caller's patient.
+_MAY = """
+cross join lateral (
+    select case when %(sight_patient)s::uuid is not null then current_patient(%(sight_patient)s::uuid) end as own
+    offset 0) self
+cross join lateral (
+    select %(anyone)s or d.clinic_id = any (%(sight_clinics)s::uuid[]) or d.id = %(sight_doctor)s::uuid
+           or self.own is not null and exists (
+               select from appointment x
+               where x.doctor_id = d.id and x.date = day.date and x.patient_id = self.own and x.state <> 'CANCELLED')
+           as see offset 0) may"""
+
 # One statement, so one snapshot: the entries are those of the revision. The day is fenced off (offset 0), so that it is
 # computed once, and what is looked up by it uses both columns of an index. No condition on `state`: nearly all who are
 # checked in are so today, which the planner does not know: it would read the whole service's by appointment_date_idx.
-_queues = """
-select d.id, day.date, coalesce(dd.revision, 1),
-       coalesce((extract(epoch from dd.update_time) * 1000000)::bigint, 0), expected.count,
+_queues = f"""
+select d.id, d.clinic_id, may.see, self.own, day.date, coalesce(dd.revision, 1),
+       coalesce((extract(epoch from dd.update_time) * 1000000)::bigint, 0), expected.count, expected.patients,
        a.ticket, a.id, a.patient_id, concat_ws(' ', p.given_name, nullif(p.family_name, '')), a.queue_state, a.room,
        a.call_count, a.check_in_time, a.call_time, a.start_visit_time
 from unnest(%(doctors)s::uuid[], %(dates)s::date[]) with ordinality as k (doctor_id, date, n)
 join doctor d on d.id = k.doctor_id
-cross join lateral (
-    select coalesce(k.date, (select (moment() at time zone c.time_zone)::date from clinic c where c.id = d.clinic_id))
-           as date offset 0) day
+{_DAY}{_MAY}
 left join lateral (
     select * from doctor_day x where x.doctor_id = d.id and x.date = day.date offset 0) dd on true
 cross join lateral (
-    select count(*) filter (where b.state = 'BOOKED') as count from appointment b
-    where b.doctor_id = d.id and b.date = day.date) expected
+    select count(*) filter (where b.state = 'BOOKED') as count,
+           array_agg(b.patient_id) filter (where %(patients)s and b.state <> 'CANCELLED') as patients
+    from appointment b where may.see and b.doctor_id = d.id and b.date = day.date) expected
 left join lateral (
     select * from appointment x
-    where x.doctor_id = d.id and x.date = day.date and x.ticket is not null
+    where may.see and x.doctor_id = d.id and x.date = day.date and x.ticket is not null
       and x.queue_state in ('WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED') offset 0) a on true
 left join lateral (select * from patient x where x.id = a.patient_id offset 0) p on true
 order by k.n, array_position(array['WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED'], a.queue_state),
          case when a.queue_state = 'WAITING' then a.queued_revision else a.ticket end
+"""
+
+_admission = f"""
+select d.clinic_id, may.see, self.own, day.date
+from (values (%(doctor)s::uuid, %(date)s::date)) as k (doctor_id, date)
+join doctor d on d.id = k.doctor_id
+{_DAY}{_MAY}
 """
 
 _changes = """
@@ -110,29 +174,37 @@ left join doctor_day dd on dd.doctor_id = k.doctor_id and dd.date = k.date
 """
 
 
-async def read_queues(db: Database, days: Sequence[tuple[str, date | None]]) -> list[Queue]:
-    """The lines now, in this order, without those whose doctor does not exist; no date means the clinic's today."""
+async def read_queues(db: Database, days: Sequence[tuple[str, date]]) -> list[Queue]:
+    """The queues now, whole, in this order, without those whose doctor does not exist."""
     rows = await db.rows(
-        _queues, {"doctors": [doctor for doctor, _ in days], "dates": [on for _, on in days]}, lambda *columns: columns
+        _queues,
+        {
+            "doctors": [doctor for doctor, _ in days],
+            "dates": [on for _, on in days],
+            "patients": True,
+            **_sight_values(None),
+        },
+        lambda *columns: columns,
     )
-    found = []
-    for (doctor, day, revision, micros, expected), line in groupby(rows, key=lambda row: row[:5]):
-        entries = []
-        for place, (ticket, appointment, patient, name, state, *rest) in enumerate((row[5:] for row in line), start=1):
-            if ticket is not None:
-                entries.append(
-                    QueueEntry(ticket, place if state == "WAITING" else 0, appointment, patient, name, state, *rest)
-                )
-        found.append(Queue(doctor, day, revision, micros, tuple(entries), expected))
-    return found
+    return [_queue([*line]) for _, line in groupby(rows, key=lambda row: (row[0], row[4]))]
 
 
-async def read_queue(db: Database, doctor_id: str, on: date | None) -> Queue:
-    """The line now; `on` defaults to the clinic's today. Raises DoctorNotFound."""
-    found = await read_queues(db, [(doctor_id, on)])
-    if not found:
-        raise DoctorNotFound(doctor_id)
-    return found[0]
+def _queue(rows: Sequence[Any]) -> Queue:
+    """The queue of one doctor-day out of its rows: one for each entry, or one without an entry."""
+    doctor, _, _, _, day, revision, micros, expected, patients, *_ = rows[0]
+    entries = []
+    for place, row in enumerate(rows, start=1):
+        ticket, appointment, patient, name, state, *rest = row[9:]
+        if ticket is not None:
+            entries.append(
+                QueueEntry(ticket, place if state == "WAITING" else 0, appointment, patient, name, state, *rest)
+            )
+    return Queue(doctor, day, revision, micros, tuple(entries), expected, frozenset(patients or ()))
+
+
+def _sight_values(sight: Sight | None) -> dict[str, Any]:
+    nothing: dict[str, Any] = {"sight_clinics": None, "sight_doctor": None, "sight_patient": None}
+    return {"anyone": sight is None, **nothing, **({} if sight is None else sight.parts)}
 
 
 async def read_changes_of(
@@ -205,6 +277,17 @@ def _change(
     return QueueChange(revision, micros, kind, appointment, entry)
 
 
+def _seen(caller: Caller, view: str, method: str, clinic_id: str, may_see: bool, own: str | None) -> View:
+    """The view, if the statement has found that the caller may see it; else raises the refusal."""
+    if may_see:
+        return View(view, own or "")
+    if view == OWN:
+        raise AppointmentNotFound
+    if caller.everywhere:
+        raise ClinicNotYours(clinic_id)
+    raise RoleRequired(details={"method": method})
+
+
 class Queues:
     """Read a queue, and change it."""
 
@@ -212,29 +295,36 @@ class Queues:
         self._db = db
         self._appointments = appointments
 
-    async def get(self, caller: Caller, doctor_id: str, on: date | None) -> Queue:
-        """The queue now; `on` defaults to the clinic's today. Raises DoctorNotFound, ClinicNotYours, RoleRequired."""
-        await self.require(caller, doctor_id, "GetQueue")
-        return await read_queue(self._db, doctor_id, on)
+    async def get(self, caller: Caller, doctor_id: str, on: date | None, view: str) -> Queue:
+        """The queue now, as the view shows it; `on` defaults to the clinic's today.
 
-    async def require(self, caller: Caller, doctor_id: str, method: str) -> None:
-        """Whether the caller may see this doctor's queues. Raises ClinicNotYours, RoleRequired."""
-        sight = caller.sight
-        if sight is None or sight.doctor_id == doctor_id:
-            return
-        clinic_id = await self._db.row("select clinic_id from doctor where id = %s", (doctor_id,), str)
-        if clinic_id is None or caller.may_reach_clinic(clinic_id):
-            return
-        if caller.everywhere:
-            raise ClinicNotYours(clinic_id)
-        raise RoleRequired(details={"method": method})
+        Raises DoctorNotFound, and the refusals of `admit`.
+        """
+        rows = await self._db.rows(
+            _queues,
+            {"doctors": [doctor_id], "dates": [on], "patients": False, **_sight_values(caller.sight)},
+            lambda *columns: columns,
+        )
+        if not rows:
+            raise DoctorNotFound(doctor_id)
+        return _seen(caller, view, "GetQueue", *rows[0][1:4]).queue(_queue(rows))
 
-    async def today(self, caller: Caller, doctor_id: str) -> date:
-        """The civil date in the time zone of the doctor's clinic. Raises DoctorNotFound."""
-        found: date | None = await self._db.row("select clinic_today(%s)", (doctor_id,), lambda day: day)
+    async def admit(self, caller: Caller, doctor_id: str, on: date | None, view: str) -> Admission:
+        """What the caller may watch; `on` defaults to the clinic's today.
+
+        Raises ClinicNotYours, RoleRequired, for the view OWN AppointmentNotFound, and DoctorNotFound if it had to look.
+        """
+        if caller.sight is None and on is not None:
+            return Admission(on, View(view))
+        found = await self._db.row(
+            _admission,
+            {"doctor": doctor_id, "date": on, **_sight_values(caller.sight)},
+            lambda clinic_id, may_see, own, day: (day, clinic_id, may_see, own),
+        )
         if found is None:
             raise DoctorNotFound(doctor_id)
-        return found
+        day, *seen = found
+        return Admission(day, _seen(caller, view, "WatchQueue", *seen))
 
     async def call_next(
         self, caller: Caller, doctor_id: str, on: date | None, room: str, *, key: Key

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import date
 
-from frontdesk.core.queue import read_changes_of, read_queues, read_revisions
+from frontdesk.core.queue import View, read_changes_of, read_queues, read_revisions
 from frontdesk.db.database import Database
 from frontdesk.errors import DatabaseUnavailable, DoctorNotFound, Refused
 from frontdesk.live.hints import Hints
@@ -70,7 +70,7 @@ class Feed:
         self._look_at((doctor_id, day))
         self._hints.send(f"{doctor_id}/{day}")
 
-    def subscribe(self, doctor_id: str, day: date) -> Subscription:
+    def subscribe(self, doctor_id: str, day: date, view: View) -> Subscription:
         """Watch a doctor-day until the end of the `with` block that this begins."""
         key = (doctor_id, day)
         if not self._topics:
@@ -80,7 +80,7 @@ class Feed:
         if topic is None:
             topic = self._topics[key] = Topic(key, self._db, self._updates, self._keep_seconds, look=self._look_at)
         self.watchers += 1
-        return Subscription(topic, self._unsubscribed)
+        return Subscription(topic, view, self._unsubscribed)
 
     @property
     def backlog(self) -> int:

@@ -7,7 +7,7 @@ from datetime import date
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
-from frontdesk.core.queue import Queue, QueueChange, as_of, read_changes
+from frontdesk.core.queue import OWN, Queue, QueueChange, View, as_of, read_changes
 from frontdesk.db.database import Database
 from frontdesk.live.tokens import ResumeToken
 from frontdesk.live.watcher import Watcher
@@ -72,8 +72,8 @@ class Topic:
         self._keep_seconds = keep_seconds
         self._look = look
         self._changes: deque[QueueChange] = deque(maxlen=_KEPT_CHANGES)
-        self._messages: dict[int, bytes] = {}
-        """Updates to the present revision by the revision they start from, each serialised once."""
+        self._messages: dict[tuple[View, int], bytes] = {}
+        """Updates to the present revision by view and the revision they start from, each serialised once."""
         self._reading_changes = asyncio.Lock()
         self._readers: list[asyncio.Future[None]] = []
         """Those who wait for a reading that begins after they asked."""
@@ -122,33 +122,33 @@ class Topic:
             watcher.wake()
         return news
 
-    async def update(self, previous: int, history: int) -> Update:
+    async def update(self, view: View, previous: int, history: int) -> Update:
         """The update to the present revision, from the revision `previous` of that history; 0 is a fresh start."""
-        found = self._at_hand(previous, history)
+        found = self._at_hand(view, previous, history)
         if found is None:
             # One after the other: many streams that come back at once may start from the same revision.
             async with self._reading_changes:
-                found = self._at_hand(previous, history) or await self._read_update(previous)
+                found = self._at_hand(view, previous, history) or await self._read_update(view, previous)
         return found
 
-    def _at_hand(self, previous: int, history: int) -> Update | None:
+    def _at_hand(self, view: View, previous: int, history: int) -> Update | None:
         """The update, if that needs no changes but those that are kept."""
         queue = self.queue
         assert queue is not None
         if history != self.history or previous > queue.revision:
             previous = 0
-        message = self._messages.get(previous)
+        message = self._messages.get((view, previous))
         if message is None:
             changes: Sequence[QueueChange] = ()
             if previous:
                 changes = [change for change in self._changes if previous < change.revision <= queue.revision]
                 if len(changes) != queue.revision - previous:
                     return None
-            parts = (self._updates.changes(as_of(changes, queue)),) if changes else ()
-            message = self._serialised(queue, parts, previous)
+            parts = (self._updates.changes(view.changes(as_of(changes, queue))),) if changes else ()
+            message = self._serialised(view, queue, parts, previous)
         return Update(queue, self.history, message)
 
-    async def _read_update(self, previous: int) -> Update:
+    async def _read_update(self, view: View, previous: int) -> Update:
         """The update with changes from the database; a fresh start if it has not all of them, or too many."""
         queue, history = self.queue, self.history
         assert queue is not None
@@ -161,22 +161,23 @@ class Topic:
             if size + (queue.revision - first + 1) * _LEAST_BYTES <= MOST_BYTES:
                 changes = await read_changes(self._db, *self.key, first, last, self._keep_seconds)
             if len(changes) == last - first + 1:
-                parts.append(self._updates.changes(as_of(changes, queue)))
+                parts.append(self._updates.changes(view.changes(as_of(changes, queue))))
                 size += len(parts[-1])
                 first = last + 1
             else:
                 parts = None
-        return Update(queue, history, self._serialised(queue, parts, previous))
+        return Update(queue, history, self._serialised(view, queue, parts, previous))
 
-    def _serialised(self, queue: Queue, parts: Sequence[bytes] | None, previous: int) -> bytes:
+    def _serialised(self, view: View, queue: Queue, parts: Sequence[bytes] | None, previous: int) -> bytes:
         """The update with these parts of its changes; a fresh start if there are none, or too many."""
-        token = ResumeToken(*self.key, queue.revision, queue.change_micros).encode()
-        message = b"" if parts is None else self._updates.update(queue, parts, previous, token)
+        token = ResumeToken(*self.key, queue.revision, queue.change_micros, view.name).encode()
+        shown = view.queue(queue)
+        message = b"" if parts is None else self._updates.update(shown, parts, previous, token)
         if parts is None or (previous and len(message) > MOST_BYTES):
-            message = self._updates.update(queue, (), 0, token)
+            message = self._updates.update(shown, (), 0, token)
         kept = self._messages
         if self.queue is queue and sum(map(len, kept.values())) + len(message) <= _KEPT_BYTES:
-            kept[previous] = message
+            kept[view, previous] = message
         return message
 
     async def was(self, token: ResumeToken, queue: Queue) -> bool:
@@ -199,11 +200,12 @@ class Subscription(Watcher):
     A context manager; at its end the stream no longer watches.
     """
 
-    __slots__ = ("_ended", "_sent", "_sent_history", "_sent_micros", "_topic")
+    __slots__ = ("_ended", "_sent", "_sent_history", "_sent_micros", "_topic", "view")
 
-    def __init__(self, topic: Topic, ended: Callable[[Topic], None]) -> None:
+    def __init__(self, topic: Topic, view: View, ended: Callable[[Topic], None]) -> None:
         """`ended` is called when the stream no longer watches."""
         super().__init__()
+        self.view = view
         self._topic = topic
         self._ended = ended
         self._sent = 0
@@ -228,7 +230,14 @@ class Subscription(Watcher):
     @property
     def token(self) -> str:
         """Resumes after that revision."""
-        return ResumeToken(*self._topic.key, self._sent, self._sent_micros).encode()
+        return ResumeToken(*self._topic.key, self._sent, self._sent_micros, self.view.name).encode()
+
+    @property
+    def has_lost_its_own(self) -> bool:
+        """Whether the patient of the view OWN has no appointment of the day any more, or another record."""
+        queue = self._topic.queue
+        assert queue is not None
+        return self.view.name == OWN and self.view.patient_id not in queue.patient_ids
 
     async def begin(self, resume: ResumeToken | None) -> bytes | None:
         """The first message: the whole queue as of now, or the changes since the token; None if there are none.
@@ -236,7 +245,7 @@ class Subscription(Watcher):
         Raises DatabaseUnavailable, DoctorNotFound.
         """
         queue = await self._topic.read()
-        if resume is not None and await self._topic.was(resume, queue):
+        if resume is not None and resume.view == self.view.name and await self._topic.was(resume, queue):
             self._sent, self._sent_micros = resume.revision, resume.change_micros
             self._sent_history = self._topic.history
         return await self.latest()
@@ -248,6 +257,6 @@ class Subscription(Watcher):
         assert queue is not None
         if (queue.revision, queue.change_micros) == (self._sent, self._sent_micros):
             return None
-        queue, self._sent_history, message = await self._topic.update(self._sent, self._sent_history)
+        queue, self._sent_history, message = await self._topic.update(self.view, self._sent, self._sent_history)
         self._sent, self._sent_micros = queue.revision, queue.change_micros
         return message

@@ -26,7 +26,7 @@ def unpack(text: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ResumeToken:
-    """A revision of a doctor-day, and the time of that change.
+    """A revision of a doctor-day as a view shows it, and the time of that change.
 
     The time tells the revision from another of the same number, which a restored database may count up to.
     """
@@ -36,17 +36,18 @@ class ResumeToken:
     revision: int
     change_micros: int
     """In microseconds since 1970; 0 at revision 1, which no change has made."""
+    view: str
 
     def encode(self) -> str:
         """The text for the wire."""
-        return pack(self.doctor_id, self.date.isoformat(), self.revision, self.change_micros)
+        return pack(self.doctor_id, self.date.isoformat(), self.revision, self.change_micros, self.view)
 
     @classmethod
     def decode(cls, text: str) -> "ResumeToken":
         """Raises InvalidField if `encode` cannot have made the text."""
         try:
-            doctor, day, revision, micros = unpack(text)
-            token = cls(str(uuid.UUID(doctor)), date.fromisoformat(day), int(revision), int(micros))
+            doctor, day, revision, micros, view = unpack(text)
+            token = cls(str(uuid.UUID(doctor)), date.fromisoformat(day), int(revision), int(micros), str(view))
         except (ValueError, TypeError, AttributeError, ArithmeticError):
             raise InvalidField(("resume_token", "is malformed")) from None
         if token.encode() != text:

@@ -10,21 +10,27 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor
 
 from clinic.frontdesk.v1 import policy_pb2
+from clinic.frontdesk.v1.queue_pb2 import QueueView
 from frontdesk.core.caller import ANONYMOUS, Caller, Identity
 from frontdesk.core.credential import Credentials
 from frontdesk.core.limit import Limits
 from frontdesk.errors import CredentialsInvalid, CredentialsRequired, PasswordChangeRequired, RoleRequired
 
+_VIEW = "view_"
 _MOST_LABEL = 64
 _MOST_NAME = 200
 
 
 class Policy:
-    """Who may call one method: the annotation in its proto."""
+    """Who may call one method: the annotation in its proto, or the part of it that is about one view."""
 
-    def __init__(self, method: MethodDescriptor) -> None:
+    def __init__(self, method: MethodDescriptor, view: str = "") -> None:
         self.method = method.name
         said = method.GetOptions().Extensions[policy_pb2.policy]
+        if view:
+            said = getattr(said, _VIEW + view.lower())
+        self.name = f"{method.name}/{view}"
+        """Tells it from every other policy."""
         self.scopes: Mapping[str, str] = {
             field.name.upper(): policy_pb2.Policy.Scope.Name(scope).removeprefix("SCOPE_")
             for field, scope in said.ListFields()
@@ -33,6 +39,11 @@ class Policy:
         self.without_credentials: bool = said.without_credentials
         self.always: bool = said.always
         self.one_time_password: bool = said.one_time_password
+        self.views: Mapping[int, Policy] = {}
+        """Of a method that has them: the policies of the views that are not the default one, by number."""
+        if not view:
+            names = (field.name.removeprefix(_VIEW).upper() for field, _ in said.ListFields() if _VIEW in field.name)
+            self.views = {QueueView.Value(f"QUEUE_VIEW_{name}"): Policy(method, name) for name in names}
 
 
 class Access:
@@ -80,19 +91,36 @@ class Access:
             raise CredentialsRequired
         return _unproven(label)
 
-    def admit(self, identity: Identity, policy: Policy) -> Caller:
-        """The identity as the caller of the method. Raises RoleRequired, PasswordChangeRequired."""
+    def admit(self, identity: Identity, policy: Policy) -> None:
+        """Refuse an identity that may not call the method, whatever it asks for.
+
+        Raises RoleRequired, PasswordChangeRequired.
+        """
         if identity.one_time_password and not policy.one_time_password:
             raise PasswordChangeRequired
-        caller = identity.calling(policy.method, policy.scopes)
-        # A method that says nothing is for nobody.
-        if caller is None or not (policy.scopes or policy.without_credentials):
+        if all(_caller(identity, one) is None for one in (policy, *policy.views.values())):
             raise RoleRequired(details={"method": policy.method})
+
+    def caller(self, identity: Identity, policy: Policy, request: Any) -> Caller:
+        """An admitted identity as the caller with this request. Raises RoleRequired, CredentialsRequired."""
+        wanted = policy.views.get(request.view, policy) if policy.views else policy
+        if wanted.always and identity.unrestricted:
+            raise CredentialsRequired
+        caller = _caller(identity, wanted)
+        if caller is None:
+            raise RoleRequired(details={"method": policy.method, "field": "view"})
         return caller
 
 
 def _unproven(label: str) -> Identity:
     return Identity("name:" + label, unrestricted=True) if label else ANONYMOUS
+
+
+def _caller(identity: Identity, policy: Policy) -> Caller | None:
+    # A method that says nothing is for nobody.
+    if not (policy.scopes or policy.without_credentials):
+        return None
+    return identity.calling(policy.name, policy.scopes)
 
 
 def _bearer(value: str) -> str:

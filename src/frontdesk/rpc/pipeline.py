@@ -152,8 +152,9 @@ class Pipeline:
                 remaining = context.time_remaining()
                 with Timeout(DEADLINE_SECONDS if remaining is None else min(remaining, DEADLINE_SECONDS)):
                     identity = await self._access.identify(context, policy)
-                    caller = self._access.admit(identity, policy)
+                    self._access.admit(identity, policy)
                     request = request_from(raw, kind)
+                    caller = self._access.caller(identity, policy, request)
                     response = await behaviour(request, Call(context, caller, account.name, self._trace_id()))
                 account.close("OK", started, identity)
                 return response.SerializeToString()
@@ -186,8 +187,10 @@ class Pipeline:
                     raise Draining
                 with Timeout(DEADLINE_SECONDS):
                     identity = await self._access.identify(context, policy)
-                caller = self._access.admit(identity, policy)
-                await behaviour(request_from(raw, kind), Call(context, caller, account.name, self._trace_id()))
+                self._access.admit(identity, policy)
+                request = request_from(raw, kind)
+                caller = self._access.caller(identity, policy, request)
+                await behaviour(request, Call(context, caller, account.name, self._trace_id()))
                 account.close("OK", started, identity, end="DRAINING" if self.draining else "COMPLETED")
             except (asyncio.CancelledError, GeneratorExit):
                 account.close("CANCELLED", started, identity)

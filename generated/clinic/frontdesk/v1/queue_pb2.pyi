@@ -23,6 +23,42 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _QueueView:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _QueueViewEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_QueueView.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    QUEUE_VIEW_UNSPECIFIED: _QueueView.ValueType  # 0
+    """The same as QUEUE_VIEW_STAFF."""
+    QUEUE_VIEW_STAFF: _QueueView.ValueType  # 1
+    """Everything. For ROLE_STAFF, ROLE_ADMIN and ROLE_SERVICE; for ROLE_DOCTOR the doctor's own queues."""
+    QUEUE_VIEW_BOARD: _QueueView.ValueType  # 2
+    """Entries and changes without ids, names and counts of calls: a screen in the waiting room shows no more. For everyone
+    with credentials for the clinic; patients have them for every clinic.
+    """
+    QUEUE_VIEW_OWN: _QueueView.ValueType  # 3
+    """QUEUE_VIEW_BOARD, but with the caller's own entry whole. For a patient with an appointment on the doctor-day that is
+    not cancelled (else APPOINTMENT_NOT_FOUND); without credentials it is refused on every server (CREDENTIALS_REQUIRED).
+    """
+
+class QueueView(_QueueView, metaclass=_QueueViewEnumTypeWrapper):
+    """How much of a queue is shown."""
+
+QUEUE_VIEW_UNSPECIFIED: QueueView.ValueType  # 0
+"""The same as QUEUE_VIEW_STAFF."""
+QUEUE_VIEW_STAFF: QueueView.ValueType  # 1
+"""Everything. For ROLE_STAFF, ROLE_ADMIN and ROLE_SERVICE; for ROLE_DOCTOR the doctor's own queues."""
+QUEUE_VIEW_BOARD: QueueView.ValueType  # 2
+"""Entries and changes without ids, names and counts of calls: a screen in the waiting room shows no more. For everyone
+with credentials for the clinic; patients have them for every clinic.
+"""
+QUEUE_VIEW_OWN: QueueView.ValueType  # 3
+"""QUEUE_VIEW_BOARD, but with the caller's own entry whole. For a patient with an appointment on the doctor-day that is
+not cancelled (else APPOINTMENT_NOT_FOUND); without credentials it is refused on every server (CREDENTIALS_REQUIRED).
+"""
+Global___QueueView: _TypeAlias = QueueView  # noqa: Y015
+
 @_typing.final
 class QueueEntry(_message.Message):
     """One patient in the queue."""
@@ -92,17 +128,17 @@ class QueueEntry(_message.Message):
     position: _builtins.int
     """The present place among the waiting patients, 1 = next; 0 if the patient is not waiting."""
     appointment_id: _builtins.str
-    """The appointment's id."""
+    """The appointment's id; empty if the view does not show it."""
     patient_id: _builtins.str
-    """The patient's id."""
+    """The patient's id; empty if the view does not show it."""
     patient_name: _builtins.str
-    """The patient's given name and family name."""
+    """The patient's given name and family name; empty if the view does not show it."""
     state: Global___QueueEntry.State.ValueType
     """The state of this entry."""
     room: _builtins.str
     """The room of the last call; empty if none was given, and after the patient was returned or parked."""
     call_count: _builtins.int
-    """How many times the patient was called."""
+    """How many times the patient was called; 0 if the view does not show it."""
     @_builtins.property
     def check_in_time(self) -> _timestamp_pb2.Timestamp:
         """When the patient was checked in."""
@@ -281,7 +317,7 @@ class QueueChange(_message.Message):
     kind: Global___QueueChange.Kind.ValueType
     """The kind of change."""
     appointment_id: _builtins.str
-    """The id of the changed appointment; empty for KIND_AVAILABILITY."""
+    """The id of the changed appointment; empty for KIND_AVAILABILITY, and if the view does not show it."""
     @_builtins.property
     def entry(self) -> Global___QueueEntry:
         """The entry as this change left it, but with its position and its patient's name in the queue of this update; absent
@@ -390,8 +426,11 @@ class GetQueueRequest(_message.Message):
 
     DOCTOR_ID_FIELD_NUMBER: _builtins.int
     DATE_FIELD_NUMBER: _builtins.int
+    VIEW_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
     """Required. The doctor's id."""
+    view: Global___QueueView.ValueType
+    """How much is shown. Default: QUEUE_VIEW_STAFF."""
     @_builtins.property
     def date(self) -> _date_pb2.Date:
         """The civil date in the clinic's time zone. Default: the clinic's today."""
@@ -401,10 +440,11 @@ class GetQueueRequest(_message.Message):
         *,
         doctor_id: _builtins.str = ...,
         date: _date_pb2.Date | None = ...,
+        view: Global___QueueView.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["date", b"date"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "doctor_id", b"doctor_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "doctor_id", b"doctor_id", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -444,14 +484,17 @@ class WatchQueueRequest(_message.Message):
     DATE_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
+    VIEW_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
     """Required. The doctor's id."""
     resume_token: _builtins.str
     """The `resume_token` of an earlier message for this doctor-day. The stream then goes on after that message: with one
     update that lists the changes since, or with a heartbeat if there are none. A token that is too old, from before a
-    restore of the database, or with too many changes since, starts afresh with the whole queue. A malformed token, or
-    one of another doctor-day, is refused.
+    restore of the database, of another view, or with too many changes since, starts afresh with the whole queue. A
+    malformed token, or one of another doctor-day, is refused.
     """
+    view: Global___QueueView.ValueType
+    """How much is shown. Default: QUEUE_VIEW_STAFF."""
     @_builtins.property
     def date(self) -> _date_pb2.Date:
         """The civil date in the clinic's time zone. Default: the date of the resume token, or else the clinic's today."""
@@ -469,10 +512,11 @@ class WatchQueueRequest(_message.Message):
         date: _date_pb2.Date | None = ...,
         resume_token: _builtins.str = ...,
         heartbeat_interval: _duration_pb2.Duration | None = ...,
+        view: Global___QueueView.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "heartbeat_interval", b"heartbeat_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "doctor_id", b"doctor_id", "heartbeat_interval", b"heartbeat_interval", "resume_token", b"resume_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "doctor_id", b"doctor_id", "heartbeat_interval", b"heartbeat_interval", "resume_token", b"resume_token", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -548,7 +592,9 @@ class StreamClosing(_message.Message):
         REASON_DRAINING: StreamClosing._Reason.ValueType  # 2
         """The server is shutting down."""
         REASON_AUTH_EXPIRING: StreamClosing._Reason.ValueType  # 3
-        """The caller's credentials expire."""
+        """The caller's credentials expire in 30 s; of those that had less than 90 s left at the beginning, in a third of
+        that. A stream with fresh credentials and the last resume token misses nothing.
+        """
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
         """Why the server ends a stream."""
@@ -560,7 +606,9 @@ class StreamClosing(_message.Message):
     REASON_DRAINING: StreamClosing.Reason.ValueType  # 2
     """The server is shutting down."""
     REASON_AUTH_EXPIRING: StreamClosing.Reason.ValueType  # 3
-    """The caller's credentials expire."""
+    """The caller's credentials expire in 30 s; of those that had less than 90 s left at the beginning, in a third of
+    that. A stream with fresh credentials and the last resume token misses nothing.
+    """
 
     REASON_FIELD_NUMBER: _builtins.int
     RECONNECT_DELAY_FIELD_NUMBER: _builtins.int

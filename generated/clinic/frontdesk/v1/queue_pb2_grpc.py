@@ -118,7 +118,8 @@ class QueueServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetQueue(self, request, context):
-        """Gets the whole queue at one revision. Errors: DOCTOR_NOT_FOUND.
+        """Gets the whole queue at one revision, as a view shows it. Errors: DOCTOR_NOT_FOUND; with QUEUE_VIEW_OWN
+        APPOINTMENT_NOT_FOUND. A view that is not for the caller's role is refused (ROLE_REQUIRED, metadata field=view).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,8 +127,8 @@ class QueueServiceServicer:
 
     def WatchQueue(self, request, context):
         """Streams the whole queue at once and again after every change, until the caller cancels or the server sends a
-        StreamClosing. Slow readers get fewer, newer updates. Errors: DOCTOR_NOT_FOUND, TOO_MANY_WATCHERS, and
-        WATCHER_TOO_SLOW if a message stays unread for 30 s.
+        StreamClosing. Slow readers get fewer, newer updates. A stream whose caller loses the right to it ends within 30 s
+        with the refusal. Errors: as GetQueue, TOO_MANY_WATCHERS, and WATCHER_TOO_SLOW if a message stays unread for 30 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,11 +51,13 @@ class QueueServiceStub:
     INVALID_TRANSITION.
     """
     GetQueue: _grpc.UnaryUnaryMultiCallable[_queue_pb2.GetQueueRequest, _queue_pb2.GetQueueResponse]
-    """Gets the whole queue at one revision. Errors: DOCTOR_NOT_FOUND."""
+    """Gets the whole queue at one revision, as a view shows it. Errors: DOCTOR_NOT_FOUND; with QUEUE_VIEW_OWN
+    APPOINTMENT_NOT_FOUND. A view that is not for the caller's role is refused (ROLE_REQUIRED, metadata field=view).
+    """
     WatchQueue: _grpc.UnaryStreamMultiCallable[_queue_pb2.WatchQueueRequest, _queue_pb2.WatchQueueResponse]
     """Streams the whole queue at once and again after every change, until the caller cancels or the server sends a
-    StreamClosing. Slow readers get fewer, newer updates. Errors: DOCTOR_NOT_FOUND, TOO_MANY_WATCHERS, and
-    WATCHER_TOO_SLOW if a message stays unread for 30 s.
+    StreamClosing. Slow readers get fewer, newer updates. A stream whose caller loses the right to it ends within 30 s
+    with the refusal. Errors: as GetQueue, TOO_MANY_WATCHERS, and WATCHER_TOO_SLOW if a message stays unread for 30 s.
     """
     CallNext: _grpc.UnaryUnaryMultiCallable[_queue_pb2.CallNextRequest, _queue_pb2.CallNextResponse]
     """Calls the first waiting patient, also while others are called or in consultation. Simultaneous calls call different
@@ -101,11 +103,13 @@ class QueueServiceAsyncStub(QueueServiceStub):
     INVALID_TRANSITION.
     """
     GetQueue: _aio.UnaryUnaryMultiCallable[_queue_pb2.GetQueueRequest, _queue_pb2.GetQueueResponse]  # type: ignore[assignment]
-    """Gets the whole queue at one revision. Errors: DOCTOR_NOT_FOUND."""
+    """Gets the whole queue at one revision, as a view shows it. Errors: DOCTOR_NOT_FOUND; with QUEUE_VIEW_OWN
+    APPOINTMENT_NOT_FOUND. A view that is not for the caller's role is refused (ROLE_REQUIRED, metadata field=view).
+    """
     WatchQueue: _aio.UnaryStreamMultiCallable[_queue_pb2.WatchQueueRequest, _queue_pb2.WatchQueueResponse]  # type: ignore[assignment]
     """Streams the whole queue at once and again after every change, until the caller cancels or the server sends a
-    StreamClosing. Slow readers get fewer, newer updates. Errors: DOCTOR_NOT_FOUND, TOO_MANY_WATCHERS, and
-    WATCHER_TOO_SLOW if a message stays unread for 30 s.
+    StreamClosing. Slow readers get fewer, newer updates. A stream whose caller loses the right to it ends within 30 s
+    with the refusal. Errors: as GetQueue, TOO_MANY_WATCHERS, and WATCHER_TOO_SLOW if a message stays unread for 30 s.
     """
     CallNext: _aio.UnaryUnaryMultiCallable[_queue_pb2.CallNextRequest, _queue_pb2.CallNextResponse]  # type: ignore[assignment]
     """Calls the first waiting patient, also while others are called or in consultation. Simultaneous calls call different
@@ -160,7 +164,9 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.GetQueueRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.GetQueueResponse, _abc.Awaitable[_queue_pb2.GetQueueResponse]]:
-        """Gets the whole queue at one revision. Errors: DOCTOR_NOT_FOUND."""
+        """Gets the whole queue at one revision, as a view shows it. Errors: DOCTOR_NOT_FOUND; with QUEUE_VIEW_OWN
+        APPOINTMENT_NOT_FOUND. A view that is not for the caller's role is refused (ROLE_REQUIRED, metadata field=view).
+        """
 
     @_abc_1.abstractmethod
     def WatchQueue(
@@ -169,8 +175,8 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_queue_pb2.WatchQueueResponse], _abc.AsyncIterator[_queue_pb2.WatchQueueResponse]]:
         """Streams the whole queue at once and again after every change, until the caller cancels or the server sends a
-        StreamClosing. Slow readers get fewer, newer updates. Errors: DOCTOR_NOT_FOUND, TOO_MANY_WATCHERS, and
-        WATCHER_TOO_SLOW if a message stays unread for 30 s.
+        StreamClosing. Slow readers get fewer, newer updates. A stream whose caller loses the right to it ends within 30 s
+        with the refusal. Errors: as GetQueue, TOO_MANY_WATCHERS, and WATCHER_TOO_SLOW if a message stays unread for 30 s.
         """
 
     @_abc_1.abstractmethod

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from google.protobuf import duration_pb2
 
 from clinic.frontdesk.v1 import queue_pb2 as pb
-from frontdesk.core.queue import Queue, QueueChange, QueueEntry, Queues, entry_of
+from frontdesk.core.queue import BOARD, OWN, STAFF, Queue, QueueChange, QueueEntry, Queues, entry_of
 from frontdesk.errors import InvalidField, TooManyWatchers, WatcherTooSlow
 from frontdesk.live.feed import Feed
 from frontdesk.live.subscription import Subscription
@@ -39,6 +39,12 @@ to_queue = converter(
     entries=lambda queue: map(to_entry, queue.entries),
     waiting_count=lambda queue: sum(entry.state == "WAITING" for entry in queue.entries),
 )
+_VIEWS = {
+    pb.QUEUE_VIEW_UNSPECIFIED: STAFF,
+    pb.QUEUE_VIEW_STAFF: STAFF,
+    pb.QUEUE_VIEW_BOARD: BOARD,
+    pb.QUEUE_VIEW_OWN: OWN,
+}
 _KINDS: dict[str, Any] = enum_numbers(pb.QueueChange.Kind.DESCRIPTOR)
 
 
@@ -88,7 +94,8 @@ class QueueServicer:
         return await self._change(request, call, pb.CheckInResponse, patient_id=request.patient_id or None)
 
     async def GetQueue(self, request: pb.GetQueueRequest, call: Call) -> pb.GetQueueResponse:
-        found = await self._queues.get(call.caller, request.doctor_id, date_from(request, "date"))
+        view = _VIEWS[request.view]
+        found = await self._queues.get(call.caller, request.doctor_id, date_from(request, "date"), view)
         return pb.GetQueueResponse(queue=to_queue(found))
 
     async def CallNext(self, request: pb.CallNextRequest, call: Call) -> pb.CallNextResponse:
@@ -123,25 +130,30 @@ class QueueServicer:
             replayed=change.replayed,
         )
 
-    async def WatchQueue(self, request: pb.WatchQueueRequest, call: Call) -> None:
+    def _require_room(self) -> None:
         if self._feed.watchers >= self._max_watchers:
             raise TooManyWatchers
-        doctor_id, day = request.doctor_id, date_from(request, "date")
-        await self._queues.require(call.caller, doctor_id, call.method)
+
+    async def WatchQueue(self, request: pb.WatchQueueRequest, call: Call) -> None:
+        self._require_room()
+        doctor_id, day, view = request.doctor_id, date_from(request, "date"), _VIEWS[request.view]
         resume = ResumeToken.decode(request.resume_token) if request.resume_token else None
         if resume is not None:
             if resume.doctor_id != doctor_id or (day is not None and resume.date != day):
                 raise InvalidField(("resume_token", "is of another doctor-day"))
             day = resume.date
-        if day is None:
-            day = await self._queues.today(call.caller, doctor_id)
+        admitted = await self._queues.admit(call.caller, doctor_id, day, view)
         heartbeat = _heartbeat_seconds(request)
         ends = time.monotonic() + random.uniform(*MAX_AGE_SECONDS)
-        with self._feed.subscribe(doctor_id, day) as watch:
+        # Others may have come during the round trip.
+        self._require_room()
+        with self._feed.subscribe(doctor_id, admitted.date, admitted.view) as watch:
             message = await watch.begin(resume)
             await _write(call, message or _heartbeat(watch))
             while not self._feed.draining and (left := ends - time.monotonic()) > 0:
                 if await watch.news(min(heartbeat, left)):
+                    if watch.has_lost_its_own:
+                        watch.view = (await self._queues.admit(call.caller, doctor_id, admitted.date, view)).view
                     message = await watch.latest()
                     if message is not None:
                         await _write(call, message)
