@@ -26,7 +26,16 @@ class World:
 
     def ask(self, sight: Sight | None, verb: str, **attributes: Any) -> tuple[str, dict[str, Any] | None]:
         """The outcome and the details of one request; nothing of it stays."""
-        request = {"verb": verb, "caller": "test", "key": "", "reason": "", "notes": "", "room": "", **attributes}
+        request = {
+            "verb": verb,
+            "caller": "test",
+            "actor": "test",
+            "key": "",
+            "reason": "",
+            "notes": "",
+            "room": "",
+            **attributes,
+        }
         if sight is not None:
             request |= {"restricted": True, "sight": sight.as_json()}
         with self.connection.transaction(force_rollback=True):
