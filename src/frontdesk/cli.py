@@ -68,6 +68,12 @@ _Target = Annotated[
     str | None,
     typer.Option(metavar="HOST:PORT|unix:PATH", help="The service; default: FRONTDESK_LISTEN or 127.0.0.1:50051."),
 ]
+_ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY", help="An API key; default: FRONTDESK_API_KEY, which other users of this machine cannot see."
+    ),
+]
 
 
 def main() -> None:
@@ -101,9 +107,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _without_secrets(said: str, arguments: list[str]) -> str:
-    """The message up to the first argument that it quotes, if one of them may be a part of a database's URL."""
+    """The message up to the first argument that it quotes, if one may be an API key or a part of a database's URL."""
     values = [argument.partition("=")[2] if argument.startswith("--") else argument for argument in arguments]
-    if not any(re.search("[@=]|://", value) for value in values):
+    if not any(re.search("[@=]|://|fdk_", value) for value in values):
         return said
     harmless = re.match(r"""(?:[^('"]|\(s\)|'--[\w-]+')*""", said)
     return harmless[0].rstrip(" :") if harmless else ""
@@ -175,6 +181,8 @@ def serve(
     settings = _database_settings(listen=listen, data_dir=data_dir, database_url=database_url, workers=workers)
     if demo and settings.tls_cert is not None and settings.client_ca is None:
         raise typer.BadParameter("needs FRONTDESK_CLIENT_CA, since this service has TLS.", param_hint="'--demo'")
+    if demo and settings.access_mode == "required" and settings.api_key is None:
+        raise typer.BadParameter("needs FRONTDESK_API_KEY, since calls need credentials.", param_hint="'--demo'")
 
     from frontdesk.process.log import configure_log, forward_stderr
     from frontdesk.process.supervisor import supervise
@@ -347,7 +355,7 @@ def _terminal() -> Iterator["Terminal"]:
 
 
 @app.command()
-def demo(target: _Target = None) -> None:
+def demo(target: _Target = None, api_key: _ApiKey = None) -> None:
     """Fill a running service with a small clinic and its day; a second run adds nothing."""
     import datetime
 
@@ -357,7 +365,7 @@ def demo(target: _Target = None) -> None:
     from frontdesk.tools.demo import CALLER, fill
 
     target = _target(target)
-    with _refusals(target), SyncFrontdeskClient(target, **_connection(_settings()), caller=CALLER) as client:
+    with _refusals(target), SyncFrontdeskClient(target, **_client_settings(api_key), caller=CALLER) as client:
         days = fill(client, datetime.datetime.now(datetime.UTC))
     table = Table("Doctor", "Id", "Name", "Here", "Expected", box=None)
     for day in days:
@@ -377,6 +385,7 @@ def watch(
     doctor: Annotated[str, typer.Option(metavar="ID|CODE", help="The doctor of the queue.")],
     target: _Target = None,
     date: Annotated[str | None, typer.Option(metavar="YYYY-MM-DD", help="Default: the clinic's today.")] = None,
+    api_key: _ApiKey = None,
 ) -> int:
     """Show a doctor's queue live; a line of text for each update if the output is not a terminal."""
     import asyncio
@@ -391,18 +400,20 @@ def watch(
     target = _target(target)
     try:
         with _refusals(target), _terminal() as terminal:
-            asyncio.run(_watch(target, doctor, day, terminal))
+            asyncio.run(_watch(target, _client_settings(api_key), doctor, day, terminal))
     except KeyboardInterrupt:
         # The usual end of a watch.
         _discard_output()
     return 0
 
 
-async def _watch(target: str, doctor: str, day: "datetime.date | None", terminal: "Terminal") -> None:
+async def _watch(
+    target: str, connection: dict[str, Any], doctor: str, day: "datetime.date | None", terminal: "Terminal"
+) -> None:
     from frontdesk.client import FrontdeskClient
     from frontdesk.tools.board import UnknownDoctor, follow
 
-    async with FrontdeskClient(target, **_connection(_settings()), caller="frontdesk-watch") as client:
+    async with FrontdeskClient(target, **connection, caller="frontdesk-watch") as client:
         try:
             await follow(client, doctor, day, terminal)
         except UnknownDoctor as error:
@@ -417,6 +428,7 @@ def conformance(
     ],
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this check; may be repeated.")] = None,
     patience: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for a message.")] = 5.0,
+    api_key: _ApiKey = None,
 ) -> int:
     """Check a service against the contract of WatchQueue, through its API alone; status 0 if no check fails."""
     import asyncio
@@ -429,17 +441,17 @@ def conformance(
     if not 0 < patience <= 86_400:
         raise typer.BadParameter(f"{patience} is not between 0 and 86,400.", param_hint="'--patience'")
     with _refusals(target):
-        return asyncio.run(_conform(target, only or [], patience))
+        return asyncio.run(_conform(target, _client_settings(api_key), only or [], patience))
 
 
-async def _conform(target: str, only: list[str], patience: float) -> int:
+async def _conform(target: str, connection: dict[str, Any], only: list[str], patience: float) -> int:
     from frontdesk.tools.conformance import conform, report
 
     results = []
     with _terminal() as terminal:
         # rich shows the status on a terminal only; this spinner is one in ASCII.
         with terminal.status("checking", spinner="line") as status:
-            async for result in conform(target, **_connection(_settings()), only=only, patience=patience):
+            async for result in conform(target, **connection, only=only, patience=patience):
                 results.append(result)
                 status.update(f"{result.check.name}: {result.verdict}")
         # Not narrower than this, so that the names can be copied.
@@ -645,6 +657,12 @@ def _in_database(data_dir: str | None, database_url: str | None, work: Callable[
             raise Failure(str(error)) from None
     except Refused as error:
         raise Failure(str(error)) from None
+
+
+def _client_settings(api_key: str | None) -> dict[str, Any]:
+    """The arguments of a client for a connection as the environment asks for, with credentials."""
+    settings = _settings(api_key=api_key)
+    return {**_connection(settings), "api_key": settings.api_key}
 
 
 def _connection(settings: "Settings") -> dict[str, Any]:

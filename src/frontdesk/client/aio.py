@@ -11,9 +11,11 @@ import grpc
 from google.protobuf.message import Message
 
 from clinic.frontdesk.v1 import queue_pb2
+from clinic.frontdesk.v1.auth_pb2_grpc import AuthServiceStub
 from frontdesk.client.channel import aio_channel
 from frontdesk.client.defaults import DEFAULT_TIMEOUT, CallDefaults
 from frontdesk.client.errors import FrontdeskError
+from frontdesk.client.login import Login
 from frontdesk.client.stubs import Stubs
 from frontdesk.client.watch import DEFAULT_HEARTBEAT_SECONDS, OnConnection, RevisionGap, Update, Watch
 
@@ -22,10 +24,12 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
     """The service, for asyncio. Create it inside the running loop; close it, or use it as a context manager.
 
     `target` is HOST:PORT or another gRPC target, or a channel of your own, which stays yours to close and to configure
-    (`CHANNEL_OPTIONS`). Without `credentials` the connection is in plain text. `server_name` is the name that
-    the server's certificate must have, by default the host of `target`. `caller` is the name under which this
-    program is logged and its idempotency keys are kept (1 to 64 printable ASCII characters, else ValueError).
-    `timeout` is in seconds, for each unary call that is given none; None leaves it to the server (10 s an attempt).
+    (`CHANNEL_OPTIONS`). Without `credentials` the connection is in plain text. `server_name` is the name that the
+    server's certificate must have, by default the host of `target`. `caller` is the name under which this program is
+    logged (1 to 64 printable ASCII characters, else ValueError); calls without credentials have their idempotency keys
+    under it. `api_key` or `login` are the credentials of every call, except of one whose own metadata has some; a login
+    is refreshed in time. `timeout` is in seconds, for each unary call that is given none; None leaves it to the server
+    (10 s an attempt).
 
     Unary calls raise FrontdeskError. The stubs' own WatchQueue is gRPC's; use `watch_queue` instead.
     """
@@ -37,14 +41,17 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
         credentials: grpc.ChannelCredentials | None = None,
         server_name: str | None = None,
         caller: str | None = None,
+        api_key: str | None = None,
+        login: Login | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
     ) -> None:
-        defaults = CallDefaults(caller, timeout)
+        defaults = CallDefaults(caller, timeout, api_key, login)
         self._owned: grpc.aio.Channel | None = None
         self._closed = asyncio.Event()
         if isinstance(target, str):
             target = self._owned = aio_channel(target, credentials, server_name=server_name)
-        super().__init__(cast(grpc.aio.Channel, _Channel(target, defaults)))
+        self._renewal = None if login is None else _Renewal(login, _Channel(target, defaults.without_login()))
+        super().__init__(cast(grpc.aio.Channel, _Channel(target, defaults, self._renewal)))
 
     async def __aenter__(self) -> Self:
         return self
@@ -99,19 +106,24 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
 
         Ends when the client is closed. To leave a loop early use `contextlib.aclosing`, which ends the stream at once.
         """
-        watch = Watch(doctor_id, date, heartbeat, resume_token, on_connection)
+        login = None if self._renewal is None else self._renewal.login
+        watch = Watch(doctor_id, date, heartbeat, resume_token, on_connection, login)
         while not self._closed.is_set():
-            call = self.queues.WatchQueue(watch.request())
+            call: Any = None
             error: Exception | None = None
             try:
                 while True:
                     try:
+                        if call is None:
+                            if self._renewal is not None:
+                                await self._renewal.in_time()
+                            call = self.queues.WatchQueue(watch.request())
                         async with asyncio.timeout(watch.longest_silence):
                             message = await call.read()
                         if not isinstance(message, queue_pb2.WatchQueueResponse):
                             break
                         update = watch.take(message)
-                    except (grpc.RpcError, TimeoutError, RevisionGap) as ended:
+                    except (grpc.RpcError, FrontdeskError, TimeoutError, RevisionGap) as ended:
                         error = ended
                         break
                     if update is not None:
@@ -123,7 +135,8 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
                     return
                 raise
             finally:
-                call.cancel()
+                if call is not None:
+                    call.cancel()
             if self._closed.is_set():
                 return
             with suppress(TimeoutError):
@@ -131,18 +144,47 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
                     await self._closed.wait()
 
 
+class _Renewal:
+    """Renews a login, once for all calls that wait for it."""
+
+    def __init__(self, login: Login, channel: "_Channel") -> None:
+        self.login = login
+        self._auth: Any = AuthServiceStub(cast(grpc.aio.Channel, channel))
+        self._lock = asyncio.Lock()
+
+    async def in_time(self) -> None:
+        """Renew the access token if it is due. Raises FrontdeskError."""
+        if not self.login.due:
+            return
+        async with self._lock:
+            if not self.login.due:
+                return
+            steps = self.login.renewal()
+            with suppress(StopIteration):
+                method, request = next(steps)
+                while True:
+                    try:
+                        answer = await getattr(self._auth, method)(request)
+                    except FrontdeskError as error:
+                        method, request = steps.throw(error)
+                    else:
+                        method, request = steps.send(answer)
+
+
 class _Channel:
     """A channel whose calls have the defaults."""
 
-    def __init__(self, channel: grpc.aio.Channel, defaults: CallDefaults) -> None:
+    def __init__(self, channel: grpc.aio.Channel, defaults: CallDefaults, renewal: _Renewal | None = None) -> None:
         self._channel: Any = channel
         self._defaults = defaults
+        self._renewal = renewal
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> Callable[..., "_Call"]:
         method = self._channel.unary_unary(*args, **kwargs)
 
         def call(request: Message, **options: Any) -> _Call:
-            return _Call(method(self._defaults.request(request), **self._defaults.options(options, unary=True)))
+            request = self._defaults.request(request)
+            return _Call(lambda: method(request, **self._defaults.options({**options}, unary=True)), self._renewal)
 
         return call
 
@@ -152,16 +194,36 @@ class _Channel:
 
 
 class _Call(Awaitable[Any]):
-    """gRPC's call, with our error."""
+    """gRPC's call, with our error. It begins when it is awaited if its login has to be renewed first, else at once."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, begin: Callable[[], Any], renewal: _Renewal | None) -> None:
+        self._begin = begin
+        self._renewal = renewal
+        self._call: Any = begin() if renewal is None or not renewal.login.due else None
 
     def __await__(self) -> Generator[Any, None, Any]:
+        if self._renewal is not None:
+            return (yield from self._renewing(self._renewal).__await__())
         try:
             return (yield from self._call.__await__())
         except grpc.RpcError as error:
             raise FrontdeskError.of(error) from error
+
+    async def _renewing(self, renewal: _Renewal) -> Any:
+        again = self._call is not None
+        while True:
+            if self._call is None:
+                await renewal.in_time()
+                self._call = self._begin()
+            try:
+                return await self._call
+            except grpc.RpcError as error:
+                failure = FrontdeskError.of(error)
+                if failure.reason != "CREDENTIALS_EXPIRED" or not again:
+                    raise failure from error
+            # The user's rights have changed, or this clock is wrong.
+            renewal.login.expire()
+            self._call, again = None, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._call, name)

@@ -4,7 +4,7 @@ import datetime
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -12,9 +12,11 @@ import grpc
 from google.protobuf.message import Message
 
 from clinic.frontdesk.v1 import queue_pb2
+from clinic.frontdesk.v1.auth_pb2_grpc import AuthServiceStub
 from frontdesk.client.channel import sync_channel
 from frontdesk.client.defaults import DEFAULT_TIMEOUT, CallDefaults
 from frontdesk.client.errors import FrontdeskError
+from frontdesk.client.login import Login
 from frontdesk.client.stubs import Stubs
 from frontdesk.client.watch import DEFAULT_HEARTBEAT_SECONDS, OnConnection, RevisionGap, Update, Watch
 
@@ -34,14 +36,17 @@ class SyncFrontdeskClient(Stubs[grpc.Channel]):
         credentials: grpc.ChannelCredentials | None = None,
         server_name: str | None = None,
         caller: str | None = None,
+        api_key: str | None = None,
+        login: Login | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
     ) -> None:
-        defaults = CallDefaults(caller, timeout)
+        defaults = CallDefaults(caller, timeout, api_key, login)
         self._owned: grpc.Channel | None = None
         self._closed = threading.Event()
         if isinstance(target, str):
             target = self._owned = sync_channel(target, credentials, server_name=server_name)
-        super().__init__(cast(grpc.Channel, _Channel(target, defaults)))
+        self._renewal = None if login is None else _Renewal(login, _Channel(target, defaults.without_login()))
+        super().__init__(cast(grpc.Channel, _Channel(target, defaults, self._renewal)))
 
     def __enter__(self) -> Self:
         return self
@@ -82,10 +87,17 @@ class SyncFrontdeskClient(Stubs[grpc.Channel]):
 
         Closing the generator ends the stream. Another thread ends the wait for the next update by closing the client.
         """
-        watch = Watch(doctor_id, date, heartbeat, resume_token, on_connection)
+        login = None if self._renewal is None else self._renewal.login
+        watch = Watch(doctor_id, date, heartbeat, resume_token, on_connection, login)
         while not self._closed.is_set():
-            call = self.queues.WatchQueue(watch.request())
             error: Exception | None = None
+            try:
+                if self._renewal is not None:
+                    self._renewal.in_time()
+            except FrontdeskError as failure:
+                self._closed.wait(watch.pause(failure))
+                continue
+            call = self.queues.WatchQueue(watch.request())
             silence = _SilenceTimeout(watch.longest_silence, call.cancel)
             try:
                 while True:
@@ -137,15 +149,43 @@ class _SilenceTimeout:
                 return
 
 
+class _Renewal:
+    """Renews a login, once for all threads that wait for it."""
+
+    def __init__(self, login: Login, channel: "_Channel") -> None:
+        self.login = login
+        self._auth: Any = AuthServiceStub(cast(grpc.Channel, channel))
+        self._lock = threading.Lock()
+
+    def in_time(self) -> None:
+        """Renew the access token if it is due. Raises FrontdeskError."""
+        if not self.login.due:
+            return
+        with self._lock:
+            if not self.login.due:
+                return
+            steps = self.login.renewal()
+            with suppress(StopIteration):
+                method, request = next(steps)
+                while True:
+                    try:
+                        answer = getattr(self._auth, method)(request)
+                    except FrontdeskError as error:
+                        method, request = steps.throw(error)
+                    else:
+                        method, request = steps.send(answer)
+
+
 class _Channel:
     """A channel whose calls have the defaults."""
 
-    def __init__(self, channel: grpc.Channel, defaults: CallDefaults) -> None:
+    def __init__(self, channel: grpc.Channel, defaults: CallDefaults, renewal: _Renewal | None = None) -> None:
         self._channel: Any = channel
         self._defaults = defaults
+        self._renewal = renewal
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> "_Method":
-        return _Method(self._channel.unary_unary(*args, **kwargs), self._defaults)
+        return _Method(self._channel.unary_unary(*args, **kwargs), self._defaults, self._renewal)
 
     def unary_stream(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         method = self._channel.unary_stream(*args, **kwargs)
@@ -155,9 +195,10 @@ class _Channel:
 class _Method:
     """gRPC's method, with the defaults and our error."""
 
-    def __init__(self, method: Any, defaults: CallDefaults) -> None:
+    def __init__(self, method: Any, defaults: CallDefaults, renewal: _Renewal | None) -> None:
         self._method = method
         self._defaults = defaults
+        self._renewal = renewal
 
     def __call__(self, request: Message, **options: Any) -> Any:
         return self._raising(self._method, request, options)
@@ -166,10 +207,22 @@ class _Method:
         return self._raising(self._method.with_call, request, options)
 
     def future(self, request: Message, **options: Any) -> Any:
+        if self._renewal is not None:
+            self._renewal.in_time()
         return self._method.future(self._defaults.request(request), **self._defaults.options(options, unary=True))
 
     def _raising(self, method: Callable[..., R], request: Message, options: dict[str, Any]) -> R:
-        try:
-            return method(self._defaults.request(request), **self._defaults.options(options, unary=True))
-        except grpc.RpcError as error:
-            raise FrontdeskError.of(error) from error
+        request = self._defaults.request(request)
+        again = self._renewal is not None
+        while True:
+            if self._renewal is not None:
+                self._renewal.in_time()
+            try:
+                return method(request, **self._defaults.options({**options}, unary=True))
+            except grpc.RpcError as error:
+                failure = FrontdeskError.of(error)
+                if self._renewal is None or not again or failure.reason != "CREDENTIALS_EXPIRED":
+                    raise failure from error
+            # The user's rights have changed, or this clock is wrong.
+            self._renewal.login.expire()
+            again = False

@@ -12,6 +12,7 @@ from google.type.date_pb2 import Date
 
 from clinic.frontdesk.v1 import queue_pb2
 from frontdesk.client.errors import FrontdeskError
+from frontdesk.client.login import Login
 
 HEARTBEAT_SECONDS = (5.0, 60.0)
 """The range of heartbeat intervals; a watch that asks for less or more gets the nearest."""
@@ -92,7 +93,9 @@ class Watch:
         heartbeat: float,
         resume_token: str,
         on_connection: OnConnection | None,
+        login: Login | None = None,
     ) -> None:
+        self._login = login
         self._request = queue_pb2.WatchQueueRequest(doctor_id=doctor_id)
         if date is not None:
             self._request.date.CopyFrom(Date(year=date.year, month=date.month, day=date.day))
@@ -157,7 +160,10 @@ class Watch:
             seconds, self._pushback, self._longest_pause = self._pushback, None, 0.0
             return seconds
         failure = _failure(error)
-        if failure.code in _FINAL:
+        if failure.reason == "CREDENTIALS_EXPIRED" and self._login is not None:
+            self._login.expire()
+            self._give_up_in_the_end(failure, error)
+        elif failure.code in _FINAL:
             if failure.code is not grpc.StatusCode.INVALID_ARGUMENT or self._revision is None:
                 raise failure from error
             # The request was accepted before, so it is the token that is wrong: another release may have made it.
@@ -188,6 +194,8 @@ class Watch:
 
 def _failure(error: Exception | None) -> FrontdeskError:
     """Why a stream ended, as an error of ours."""
+    if isinstance(error, FrontdeskError):
+        return error
     if isinstance(error, grpc.RpcError):
         return FrontdeskError.of(error)
     if isinstance(error, TimeoutError):

@@ -3,6 +3,7 @@
 This package and `frontdesk.cli` are the only readers of the environment and of argv.
 """
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -81,6 +82,8 @@ class Settings(BaseSettings):
     """PEM file of the certificate that they present to the service; needs `client_key`."""
     client_key: Path | None = None
     """PEM file of that certificate's private key."""
+    api_key: str | None = Field(default=None, repr=False)
+    """The API key with which `watch`, `demo` and `conformance` call the service."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The lowest level that is logged."""
     metrics_listen: str | None = None
@@ -114,6 +117,14 @@ class Settings(BaseSettings):
     def _check_url(cls, value: str | None) -> str | None:
         if value is not None:
             check_database_url(value)
+        return value
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_api_key(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch("[!-~]{1,200}", value):
+            # The value is a secret, so no message may quote it.
+            raise ValueError("does not look like an API key")
         return value
 
     @field_validator("health_listen")

@@ -49,13 +49,15 @@ async def conform(
     *,
     credentials: grpc.ChannelCredentials | None = None,
     server_name: str | None = None,
+    api_key: str | None = None,
     only: Sequence[str] = (),
     patience: float = DEFAULT_PATIENCE,
 ) -> AsyncGenerator[Result]:
     """Run all checks, or `only` those with these names, one after another, and yield the result of each.
 
-    `patience` is how many seconds a check waits for a message. Raises KeyError for an unknown name, FrontdeskError if
-    the service cannot be reached at all.
+    `api_key` is one of an administrator of all clinics, if the service requires credentials. `patience` is how many
+    seconds a check waits for a message. Raises KeyError for an unknown name, FrontdeskError if the service cannot be
+    reached at all.
     """
     chosen = [CHECKS[name] for name in only] or list(CHECKS.values())
 
@@ -64,7 +66,7 @@ async def conform(
         own = [*options, ("grpc.use_local_subchannel_pool", 1)]
         return aio_channel(target, credentials, own, server_name=server_name)
 
-    desk = Desk(connect, patience)
+    desk = Desk(connect, patience, api_key)
     async with desk.channel:
         try:
             await desk.open()

@@ -11,7 +11,8 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 from zoneinfo import ZoneInfo
 
 import grpc
@@ -279,17 +280,34 @@ class Day:
         return step
 
 
+class _Keyed:
+    """A channel whose calls have this metadata."""
+
+    def __init__(self, channel: grpc.aio.Channel, metadata: Sequence[tuple[str, str]]) -> None:
+        self._channel: Any = channel
+        self._metadata = metadata
+
+    def unary_unary(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return partial(self._channel.unary_unary(*args, **kwargs), metadata=self._metadata)
+
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return partial(self._channel.unary_stream(*args, **kwargs), metadata=self._metadata)
+
+
 class Desk(Stubs[grpc.aio.Channel]):
     """The server under test: its stubs, and doctors and patients that this run creates."""
 
-    def __init__(self, connect: Callable[[Options], grpc.aio.Channel], patience: float) -> None:
+    def __init__(
+        self, connect: Callable[[Options], grpc.aio.Channel], patience: float, api_key: str | None = None
+    ) -> None:
         self._connect = connect
+        self._metadata = () if api_key is None else (("x-api-key", api_key),)
         self._run = uuid.uuid4().hex[:12]
         self._numbers = itertools.count(1)
         self._clinic_id = ""
         self.patience = patience
         self.channel = connect(())
-        super().__init__(self.channel)
+        super().__init__(cast(grpc.aio.Channel, _Keyed(self.channel, self._metadata)))
 
     async def open(self) -> None:
         """Create a clinic in a zone where it is daytime."""
@@ -349,7 +367,9 @@ class Desk(Stubs[grpc.aio.Channel]):
         self, request: queue_pb2.WatchQueueRequest, channel: grpc.aio.Channel | None = None
     ) -> AsyncIterator[Watch]:
         """The stream of this request."""
-        queues = self.queues if channel is None else Stubs(channel).queues
+        queues = self.queues
+        if channel is not None:
+            queues = Stubs(cast(grpc.aio.Channel, _Keyed(channel, self._metadata))).queues
         call = queues.WatchQueue(request)
         try:
             yield Watch(call, self.patience)
