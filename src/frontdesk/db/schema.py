@@ -384,6 +384,19 @@ Index(
 Index("log_patient_idx", log.c.patient_id, log.c.id, postgresql_where=text("patient_id is not null"))
 Index("log_patients_idx", log.c.patient_ids, postgresql_using="gin", postgresql_where=text("patient_ids is not null"))
 
+# The rows of the log in the order that all readers see, chained by hashes (`sql/seal.sql`).
+seal = Table(
+    "seal",
+    metadata,
+    Column("position", BigInteger, primary_key=True, autoincrement=False),
+    Column("id", Uuid, nullable=False, unique=True),
+    # SHA-256 of the chain before and of the row's hash.
+    Column("chain", LargeBinary, nullable=False),
+    # Every row of an earlier transaction of this cluster is sealed.
+    Column("horizon", BigInteger, nullable=False),
+    Column("cluster", BigInteger, nullable=False),
+)
+
 # How many calls of a subject the workers have leased in its latest minute.
 rate_window = Table(
     "rate_window",

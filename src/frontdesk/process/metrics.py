@@ -93,6 +93,11 @@ class WorkerMetrics:
             "Time since every watched doctor-day was last read, of the slowest worker.",
             mode="livemax",
         )
+        self._unsealed = _gauge(
+            "log_unsealed_seconds",
+            "Time for which a change waits to be sealed, because an older transaction is open in the database cluster.",
+            mode="livemax",
+        )
         connections = _gauge("pool_connections", "Database connections in the pools.", "state")
         self._used, self._idle = connections.labels("used"), connections.labels("idle")
         self._limit = _gauge("pool_limit", "Maximum of database connections in the pools.")
@@ -133,18 +138,20 @@ class WorkerMetrics:
         watchers: int,
         backlog: int,
         age: float,
+        unsealed: float,
         pool: dict[str, int],
         lines_dropped: int,
     ) -> None:
         """Write the gauges, and what others have counted since the process began.
 
-        `pool` holds the statistics of psycopg_pool, `age` is in seconds.
+        `pool` holds the statistics of psycopg_pool; `age` and `unsealed` are in seconds.
         """
         self._healthy.set(healthy)
         self._in_flight.set(in_flight)
         self._watchers.set(watchers)
         self._backlog.set(backlog)
         self._age.set(age)
+        self._unsealed.set(unsealed)
         self._used.set(pool["pool_size"] - pool["pool_available"])
         self._idle.set(pool["pool_available"])
         self._limit.set(pool["pool_max"])

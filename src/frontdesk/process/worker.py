@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from frontdesk.core.token import Tokens
 from frontdesk.db.database import Database
 from frontdesk.errors import Refused
 from frontdesk.jobs.maintenance import clean, retention
+from frontdesk.jobs.sealing import Sealer
 from frontdesk.live.feed import Feed
 from frontdesk.process.log import configure_log, dropped, failure
 from frontdesk.rpc.access import Access
@@ -41,6 +43,9 @@ HEALTH_SECONDS = 1.0
 
 SAMPLE_SECONDS = 1.0
 """Seconds between two writes of the gauges: written at intervals, they cost no call anything."""
+
+_LAST_SECONDS = 2.0
+"""How long a worker that ends tries to write and seal the last of the log."""
 
 _log = structlog.get_logger("frontdesk.worker")
 
@@ -81,8 +86,10 @@ class Worker:
         tokens = Tokens(self._db, seconds=settings.access_token_seconds)
         self._credentials = Credentials(self._db, tokens)
         self._limits = Limits(self._db)
+        self._sealer = Sealer(self._db)
         self._pipeline = Pipeline(
             max_in_flight=settings.max_in_flight,
+            changed=self._sealer.changed,
             access=Access(
                 self._credentials,
                 self._limits,
@@ -109,6 +116,7 @@ class Worker:
         self._background.start(self._keep_checking)
         self._background.start(self._keep_clean)
         self._background.start(self._credentials.follow)
+        self._background.start(self._sealer.follow)
         if self._metrics is not None:
             self._background.start(self._keep_measuring)
         return port
@@ -120,6 +128,9 @@ class Worker:
         self._passwords.close()
         await self._feed.close()
         await self._limits.close()
+        with suppress(Refused, TimeoutError):
+            async with asyncio.timeout(_LAST_SECONDS):
+                await self._sealer.finish()
         await self._db.close()
 
     async def _keep_checking(self) -> None:
@@ -142,6 +153,7 @@ class Worker:
                 watchers=self._feed.watchers,
                 backlog=self._feed.backlog,
                 age=self._feed.age,
+                unsealed=self._sealer.age,
                 pool=self._db.pool_stats(),
                 lines_dropped=dropped(),
             )

@@ -99,10 +99,13 @@ class Pipeline:
         *,
         max_in_flight: int,
         access: Access,
+        changed: Callable[[], None],
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
+        """`changed` is called when a call has made a change, or found that an earlier one has."""
         self._access = access
+        self._changed = changed
         self._max_in_flight = max_in_flight
         self._metrics = metrics
         self._tracing = tracing
@@ -140,6 +143,8 @@ class Pipeline:
         behaviour: Callable[[Any, Call], Awaitable[Message]],
         kind: type[Message],
     ) -> Callable[[bytes, grpc.aio.ServicerContext[Any, Any]], Awaitable[bytes]]:
+        changes = "idempotency_key" in kind.DESCRIPTOR.fields_by_name
+
         async def answer(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
             started = time.perf_counter()
             identity = ANONYMOUS
@@ -156,6 +161,8 @@ class Pipeline:
                     request = request_from(raw, kind)
                     caller = self._access.caller(identity, policy, request)
                     response = await behaviour(request, Call(context, caller, account.name, self._trace_id()))
+                if changes:
+                    self._changed()
                 account.close("OK", started, identity)
                 return response.SerializeToString()
             except (asyncio.CancelledError, GeneratorExit):

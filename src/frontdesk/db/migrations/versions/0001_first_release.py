@@ -386,6 +386,16 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("subject", name="rate_window_pkey"),
     )
     op.create_table(
+        "seal",
+        sa.Column("position", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("chain", sa.LargeBinary(), nullable=False),
+        sa.Column("horizon", sa.BigInteger(), nullable=False),
+        sa.Column("cluster", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("position", name="seal_pkey"),
+        sa.UniqueConstraint("id", name="seal_id_key"),
+    )
+    op.create_table(
         "slot",
         sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
         sa.Column("doctor_id", sa.Uuid(), nullable=False),
