@@ -406,6 +406,9 @@ async def test_change_password(front: Front) -> None:
     assert await clinics(front, carrying(third.access_token)) == "OK"
     assert await outcome(login(front)) == "BAD_LOGIN"
     await login(front, password=new)
+    logged = front.sql("select type, actor from log where type like 'user.%' order by transaction")
+    logins = ["user.registered", "user.logged_in", "user.password_changed", "user.logged_in"]
+    assert logged == [(event, f"users/{first.user.id}") for event in logins]
 
 
 async def test_one_time_passwords(front: Front) -> None:

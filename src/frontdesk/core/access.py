@@ -111,7 +111,9 @@ class ApiKeys:
             await changed(tx, f"keys/{api_key_id}")
             return {"revoke_time": await _now(tx)}
 
-        return await records.update(self._db, key, api_key_id, {}, None, prepare, permit=_permit(caller))
+        return await records.update(
+            self._db, key, api_key_id, {}, None, prepare, permit=_permit(caller), event="revoked"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +201,8 @@ class Users:
             await changed(tx, f"users/{user_id}")
             return await _roles(tx, caller, given)
 
-        return await users.update(self._db, key, user_id, roles, version, prepare, permit=_permit_user(caller))
+        permit = _permit_user(caller)
+        return await users.update(self._db, key, user_id, roles, version, prepare, permit=permit, event="roles_set")
 
     async def link_patient(
         self, caller: Caller, user_id: str, patient_id: str, version: int | None, *, key: Key
@@ -222,7 +225,10 @@ class Users:
             return {"patient_id": kept}
 
         given = {"patient_id": patient_id}
-        return await users.update(self._db, key, user_id, given, version, prepare, permit=_permit_user(caller))
+        permit = _permit_user(caller)
+        return await users.update(
+            self._db, key, user_id, given, version, prepare, permit=permit, event="patient_linked"
+        )
 
 
 async def _roles(tx: Transaction, caller: Caller, given: Mapping[str, Any]) -> Mapping[str, Any]:

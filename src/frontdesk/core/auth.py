@@ -5,7 +5,7 @@ import secrets
 import unicodedata
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -97,6 +97,7 @@ records = Records(
         "user_account_email_key_key": (EmailTaken, "email_key"),
         "user_account_patient_id_key": (PatientLinked, "patient_id"),
     },
+    noun="user",
 )
 
 # No row if the subject must wait. The delay doubles from 30 s to 15 min.
@@ -154,7 +155,7 @@ class Auth:
             claimed = await claim(tx, key)
             if claimed.replayed:
                 return Change(Registered(await records.get(tx, claimed.result_id), None), True)
-            patient_id = await self._patients.register_unknown(tx, caller, patient, country)
+            patient_id = await self._patients.register_unknown(tx, caller, patient, country, key=key)
             values = {
                 "email": email,
                 "email_key": email_key(email),
@@ -164,6 +165,7 @@ class Auth:
                 "password_hash": hashed,
             }
             user = await records.insert(tx, claimed.result_id, values)
+            await self._log(tx, key, user, "registered")
             return Change(Registered(user, await self._open(tx, user)), False)
 
         try:
@@ -174,9 +176,9 @@ class Auth:
             # Not whose it is: the caller is a stranger.
             raise EmailTaken from None
 
-    async def login(self, email: str, password: str, address: str) -> Session:
-        """Begin a session. `address` is the caller's. Raises BadLogin, LoginThrottled."""
-        attempts = await self._attempt(email_key(email), address)
+    async def login(self, email: str, password: str, *, key: Key) -> Session:
+        """Begin a session. `key` says whose call it is, and is not kept. Raises BadLogin, LoginThrottled."""
+        attempts = await self._attempt(email_key(email), key.address)
         found = await self._db.row(_password_of_email, (email_key(email),), _Password)
         await self._check(found, password)
         assert found is not None
@@ -187,7 +189,9 @@ class Auth:
             await self._still(tx, found)
             await tx.run("update user_account set last_login_time = moment() where id = %s", (found.user_id,))
             await tx.run(_forget_attempts, (attempts,))
-            return await self._open(tx, await records.get(tx, found.user_id))
+            user = await records.get(tx, found.user_id)
+            await self._log(tx, key, user, "logged_in")
+            return await self._open(tx, user)
 
         return await self._db.transaction(work)
 
@@ -249,6 +253,7 @@ class Auth:
                 "update session set end_time = moment() where id = %s and end_time is null", (session_id,)
             ):
                 await changed(tx, f"sessions/{session_id}")
+            await self._log(tx, key, await records.get(tx, user_id), "logged_out")
             return False
 
         return await self._db.transaction(work)
@@ -295,9 +300,15 @@ class Auth:
             )
             await tx.run(_forget_attempts, (attempts,))
             await end_sessions(tx, user_id)
-            return Change(await self._open(tx, await records.get(tx, user_id)), False)
+            user = await records.get(tx, user_id)
+            await self._log(tx, key, user, "password_changed")
+            return Change(await self._open(tx, user), False)
 
         return await self._db.transaction(work)
+
+    async def _log(self, tx: Transaction, key: Key, user: User, event: str) -> None:
+        # By the user, who has just proved it, also where the call itself needs no credentials.
+        await records.log(tx, replace(key, caller=f"users/{user.id}"), user, event, {})
 
     async def _attempt(self, email: str, address: str) -> Sequence[bytes]:
         """Count an attempt before it is made, so that many at once are no more guesses; what counts it.

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import date, datetime
 from typing import Any
 
@@ -94,13 +94,14 @@ class Patients:
         return await self._decide(asked(caller, key, record=_record(values, country)))
 
     async def register_unknown(
-        self, tx: Transaction, caller: Caller, values: Mapping[str, Any], country: str
+        self, tx: Transaction, caller: Caller, values: Mapping[str, Any], country: str, *, key: Key
     ) -> str | None:
         """Create the record in this transaction; its id. None if the person is on file, or may be: nothing is changed.
 
         Raises InvalidField.
         """
-        request = asked(caller, Key(caller.identity, "RegisterPatient"), record=_record(values, country))
+        inner = replace(key, method="RegisterPatient", name="")
+        request = asked(caller, inner, record=_record(values, country))
         try:
             async with tx.savepoint():
                 answer = await tx.row(_decided, (json.dumps([request]),), _registered)

@@ -1,8 +1,10 @@
 """A change that a caller intends: the key under which it acts once, and the answer that says whether it acted now."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from psycopg.types.json import Jsonb
 
 from frontdesk.db.database import Database, Transaction
 from frontdesk.errors import IdempotencyKeyReused
@@ -100,3 +102,32 @@ async def acted(via: Database | Transaction, key: Key) -> bool:
     if first is not None and first != key.fingerprint:
         raise IdempotencyKeyReused
     return first is not None
+
+
+_append = """
+insert into log (id, time, actor, method, address, trace_id, type, resource, clinic_id, doctor_id, patient_id, data)
+select log_id(now), now, %(actor)s, %(method)s, %(address)s, %(trace_id)s, %(type)s, %(resource)s, %(clinic_id)s,
+       %(doctor_id)s, %(patient_id)s, %(data)s
+from (select moment() as now offset 0) clock
+"""
+
+
+async def append(
+    tx: Transaction, key: Key, event: str, resource: str, ids: Mapping[str, str | None], data: Mapping[str, str]
+) -> None:
+    """Append the change to the log: what `record_change` and `append_change` are for changes that `decide` makes.
+
+    `ids` are of clinic_id, doctor_id and patient_id. `data` has no name, phone, e-mail or other text of a person.
+    """
+    row = {
+        "actor": key.actor,
+        "method": key.method,
+        "address": key.address,
+        "trace_id": key.trace_id,
+        "type": event,
+        "resource": resource,
+        "data": Jsonb(data) if data else None,
+        **dict.fromkeys(("clinic_id", "doctor_id", "patient_id")),
+        **ids,
+    }
+    await tx.run(_append, row)

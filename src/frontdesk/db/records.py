@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from psycopg.types.json import Jsonb
 from sqlalchemy.dialects.postgresql import JSONB
 
-from frontdesk.db.change import Change, Key, claim
+from frontdesk.db.change import Change, Key, append, claim
 from frontdesk.db.database import Database, Taken, Transaction, compiled
 from frontdesk.db.paging import Listing, Page, cut
 from frontdesk.errors import AlreadyExists, EtagMismatch, NotFound
@@ -42,11 +42,19 @@ class Records(Generic[R]):
         shape: type[R],
         missing: type[NotFound],
         taken: Mapping[str, tuple[type[AlreadyExists], str]] | None = None,
+        *,
+        noun: str = "",
     ) -> None:
-        """`taken` says by the name of a unique constraint how a violation is refused, and which column it is about."""
+        """`taken` says by the name of a unique constraint how a violation is refused, and which column it is about.
+
+        `noun` is what events call a record, if not as the table: api_key.created of apiKeys/ID.
+        """
         self._table = table
         self._taken = taken or {}
         self._shape = shape
+        self._noun = noun or table.name
+        first, *others = self._noun.split("_")
+        self._collection = "".join([first, *map(str.title, others)]) + "s"
         self._missing = missing
         self._columns = [table.c[field.name] for field in fields(shape)]  # type: ignore[arg-type]
         self._get = compiled(sa.select(*self._columns).where(table.c.id == sa.bindparam("id")))
@@ -89,6 +97,7 @@ class Records(Generic[R]):
             else:
                 complete = values if prepare is None else await prepare(tx, None, values)
                 record = await self.insert(tx, claimed.result_id, complete)
+                await self.log(tx, key, record, "created")
             if permit is not None:
                 permit(record)
             return Change(record, claimed.replayed)
@@ -105,12 +114,13 @@ class Records(Generic[R]):
         prepare: Prepare[R] | None = None,
         *,
         permit: Permit[R] | None = None,
+        event: str = "updated",
     ) -> Change[R]:
         """Change these columns once, however often the key comes; `version` is the one that the record must have.
 
-        `prepare` completes the changes in the transaction, under the record's lock; `permit` is asked about the record
-        before and after. Raises what they raise, IdempotencyKeyReused, the table's NotFound, EtagMismatch and the
-        refusals of `taken`.
+        `event` is what the log calls the change. `prepare` completes the changes in the transaction, under the record's
+        lock; `permit` is asked about the record before and after. Raises what they raise, IdempotencyKeyReused, the
+        table's NotFound, EtagMismatch and the refusals of `taken`.
         """
 
         async def work(tx: Transaction) -> Change[R]:
@@ -124,11 +134,26 @@ class Records(Generic[R]):
                 raise EtagMismatch(record_id)
             complete = changes if prepare is None else await prepare(tx, current, changes)
             changed = await self._changed(tx, current, complete)
+            if complete:
+                await self.log(tx, key, changed, event, complete)
             if permit is not None:
                 permit(changed)
             return Change(changed, False)
 
         return await self._unless_taken(db, changes, work)
+
+    async def log(
+        self, tx: Transaction, key: Key, record: R, event: str, changes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Append a change of the record to the log; `changes` are the columns that it sets, None all."""
+        columns = sorted(name for name in changes or () if hasattr(record, name))
+        data = {"fields": ",".join(columns)} if columns else {}
+        if changes is None or "roles" in changes:
+            data |= {"roles": ",".join(getattr(record, "roles", ()))} if hasattr(record, "roles") else {}
+        ids = {name: getattr(record, name, None) for name in ("clinic_id", "doctor_id", "patient_id")}
+        if f"{self._noun}_id" in ids:
+            ids[f"{self._noun}_id"] = record.id
+        await append(tx, key, f"{self._noun}.{event}", f"{self._collection}/{record.id}", ids, data)
 
     async def _changed(self, tx: Transaction, current: R, changes: Mapping[str, Any]) -> R:
         if not changes:

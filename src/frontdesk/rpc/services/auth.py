@@ -7,6 +7,7 @@ from google.protobuf.duration_pb2 import Duration
 from clinic.frontdesk.v1 import auth_pb2 as pb
 from clinic.frontdesk.v1 import policy_pb2
 from frontdesk.core.auth import Auth, Session, User
+from frontdesk.db.change import Key
 from frontdesk.rpc.convert import (
     EVERY_FIELD,
     changes_from,
@@ -71,7 +72,8 @@ class AuthServicer:
         )
 
     async def Login(self, request: pb.LoginRequest, call: Call) -> pb.LoginResponse:
-        session = await self._auth.login(request.email, request.password, call.address)
+        key = Key(call.caller.identity, call.method, address=call.address, trace_id=call.trace_id)
+        session = await self._auth.login(request.email, request.password, key=key)
         return pb.LoginResponse(session=_to_session(session))
 
     async def RefreshToken(self, request: pb.RefreshTokenRequest, call: Call) -> pb.RefreshTokenResponse:
