@@ -16,7 +16,7 @@ from frontdesk.db.batch import Batcher
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, compiled
 from frontdesk.db.paging import NO_INSTANT, Listing, Page, cut
-from frontdesk.errors import AppointmentNotFound, ClinicNotYours, InvalidField, Refused, RoleRequired
+from frontdesk.errors import AppointmentNotFound, ClinicNotYours, InvalidField, Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,6 @@ class Appointments:
 
         `validate_only` changes nothing and answers what would be booked now. Raises what BookAppointment names.
         """
-        _refuse_notes(caller, key, bool(notes))
         return await self.decide(
             caller,
             key,
@@ -173,8 +172,10 @@ class Appointments:
         notes: str | None,
         key: Key,
     ) -> Change[Appointment]:
-        """Change reason and notes; None keeps one. Raises AppointmentNotFound, EtagMismatch."""
-        _refuse_notes(caller, key, notes is not None)
+        """Change reason and notes; None keeps one.
+
+        Raises AppointmentNotFound, EtagMismatch, ClinicNotYours, and RoleRequired for notes by a patient.
+        """
         return await self.decide(caller, key, appointment=appointment_id, version=version, reason=reason, notes=notes)
 
     async def change(
@@ -205,8 +206,9 @@ class Appointments:
         Raises InvalidField, ClinicNotYours.
         """
         parts = {} if caller.sight is None else caller.sight.parts
-        if "sight_clinics" in parts and not {"sight_patient", "sight_doctor"} & parts.keys():
-            await self._require_own_clinic(caller, wanted)
+        of_a_desk = "sight_clinics" in parts and not {"sight_patient", "sight_doctor"} & parts.keys()
+        if of_a_desk and wanted.clinic_id is not None:
+            caller.require_clinic(wanted.clinic_id.lower())
         narrow = (
             parts.keys() & {"sight_patient", "sight_doctor"}
             or wanted.patient_id
@@ -231,14 +233,12 @@ class Appointments:
         found = await self._db.rows(
             query, {**values, **parts, "size": page.size + 1}, lambda *row: _shown(caller, Appointment(*row))
         )
+        if of_a_desk and wanted.doctor_id is not None and not found:
+            # Only an empty list needs the question why.
+            elsewhere = await self._db.row("select clinic_id from doctor where id = %s", (wanted.doctor_id,), str)
+            if elsewhere is not None:
+                caller.require_clinic(elsewhere)
         return cut(page, found, _place)
-
-    async def _require_own_clinic(self, caller: Caller, wanted: AppointmentFilter) -> None:
-        asked_for = wanted.clinic_id
-        if asked_for is None and wanted.doctor_id is not None:
-            asked_for = await self._db.row("select clinic_id from doctor where id = %s", (wanted.doctor_id,), str)
-        if asked_for is not None:
-            caller.require_clinic(asked_for)
 
     async def decide(self, caller: Caller, key: Key, **attributes: Any) -> Change[Appointment]:
         """Make a change of an appointment, and tell the watchers of its doctor-days. Raises the refusal."""
@@ -267,18 +267,11 @@ def _get_statement(parts: frozenset[str] | None) -> str:
 _clinic_of = compiled(sa.select(_t.clinic_id).where(_t.id == sa.bindparam("id")))
 
 
-def _refuse_notes(caller: Caller, key: Key, writes_notes: bool) -> None:
-    """Raise RoleRequired if a patient would write notes: they are the clinic's."""
-    if writes_notes and not caller.everywhere and caller.sight is not None and caller.sight.doctor_id is None:
-        raise RoleRequired(details={"method": key.method, "field": "notes"})
-
-
 def _shown(caller: Caller, appointment: Appointment) -> Appointment:
-    """The appointment as the caller may see it: notes are for the clinic, not for its patients."""
-    sight = caller.sight
-    if sight is None or sight.patient_id != appointment.patient_id or not appointment.notes:
+    """The appointment as the caller may see it: notes are for the clinic and the doctor, not for the patient."""
+    if not appointment.notes or caller.may_reach_clinic(appointment.clinic_id):
         return appointment
-    if sight.clinic_ids is not None or sight.doctor_id == appointment.doctor_id:
+    if caller.sight is not None and caller.sight.doctor_id == appointment.doctor_id:
         return appointment
     return replace(appointment, notes="")
 

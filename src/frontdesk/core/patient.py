@@ -17,7 +17,7 @@ from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, Transaction
 from frontdesk.db.paging import Listing, Page, cut
 from frontdesk.db.records import Records
-from frontdesk.errors import InvalidField, PatientAmbiguous, PatientNotFound
+from frontdesk.errors import InvalidField, PatientAmbiguous, PatientNotFound, RoleRequired
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,12 @@ _BAD_BIRTH_DATES = {
 
 records = Records(schema.patient, Patient, PatientNotFound)
 
-_get = f"select {', '.join(_COLUMNS)} from patient where id = current_patient(%s)"
+_get = f"select {', '.join(_COLUMNS)} from patient p where id = current_patient(%(patient)s)"
+_get_in_sight = f"""{_get} and (id = current_patient(%(own)s) or exists (
+    select from appointment a where a.patient_id = p.id and a.doctor_id = %(doctor)s))
+"""
+_DESKS_OWN = ("insurances", "active")
+"""What a patient may not change in the own record."""
 _decided = (
     "select d.outcome, d.subject, d.details, coalesce(d.replayed, false), coalesce(d.already_registered, false),"
     f" coalesce(d.days, '[]'), {', '.join(f'(d.patient).{name}' for name in _COLUMNS)} from decide(%s) d"
@@ -113,8 +118,16 @@ class Patients:
             return None
 
     async def get(self, caller: Caller, patient_id: str) -> Patient:
-        """The patient; of a merged record, the kept one. Raises PatientNotFound."""
-        found = await self._db.row(_get, (patient_id,), Patient)
+        """The patient; of a merged record, the kept one. Raises PatientNotFound.
+
+        A doctor sees those who have or had an appointment with him.
+        """
+        if caller.everywhere:
+            found = await self._db.row(_get, {"patient": patient_id}, Patient)
+        else:
+            assert caller.sight is not None
+            values = {"patient": patient_id, "own": caller.sight.patient_id, "doctor": caller.sight.doctor_id}
+            found = await self._db.row(_get_in_sight, values, Patient)
         if found is None:
             raise PatientNotFound(patient_id)
         return found
@@ -129,7 +142,15 @@ class Patients:
         *,
         key: Key,
     ) -> Change[Patient]:
-        """Change the given columns. Raises PatientNotFound, PatientExists, EtagMismatch, InvalidField."""
+        """Change the given columns.
+
+        Raises PatientNotFound, PatientExists, EtagMismatch, InvalidField, and RoleRequired if a patient would change
+        what is the desk's.
+        """
+        if not caller.everywhere:
+            for name in _DESKS_OWN:
+                if name in changes:
+                    raise RoleRequired(details={"method": key.method, "field": name})
         record = _record(changes, country)
         change = await self._decide(asked(caller, key, patient=patient_id, version=version, record=record))
         return Change(change.result.patient, change.replayed)

@@ -114,7 +114,9 @@ class Appointment(_message.Message):
     reason: _builtins.str
     """Why the patient comes. Up to 2,000 characters, on any number of lines."""
     notes: _builtins.str
-    """Notes of the front desk. Up to 4,000 characters, on any number of lines."""
+    """Notes of the front desk and the doctor. A patient gets them empty and cannot write them (ROLE_REQUIRED, metadata
+    field=notes). Up to 4,000 characters, on any number of lines.
+    """
     cancel_reason: _builtins.str
     """Output only. The reason given to CancelAppointment."""
     etag: _builtins.str
@@ -245,7 +247,9 @@ class BookAppointmentRequest(_message.Message):
     reason: _builtins.str
     """Why the patient comes. Up to 2,000 characters, on any number of lines."""
     notes: _builtins.str
-    """Notes of the front desk. Up to 4,000 characters, on any number of lines."""
+    """Notes of the front desk and the doctor. A patient gets them empty and cannot write them (ROLE_REQUIRED, metadata
+    field=notes). Up to 4,000 characters, on any number of lines.
+    """
     validate_only: _builtins.bool
     """If true, only check the booking and change nothing. The response has the number that is free now, but no id and no
     revision.

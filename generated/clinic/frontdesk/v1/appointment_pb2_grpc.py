@@ -124,6 +124,8 @@ class AppointmentServiceServicer:
 
     def ListAppointments(self, request, context):
         """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id.
+        Patients and doctors see their own. Staff see those of their clinics, and are refused if they ask for another clinic
+        or its doctor (CLINIC_NOT_YOURS).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

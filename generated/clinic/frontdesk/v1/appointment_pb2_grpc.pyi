@@ -52,7 +52,10 @@ class AppointmentServiceStub:
     GetAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.GetAppointmentRequest, _appointment_pb2.GetAppointmentResponse]
     """Gets an appointment. Errors: APPOINTMENT_NOT_FOUND."""
     ListAppointments: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.ListAppointmentsRequest, _appointment_pb2.ListAppointmentsResponse]
-    """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id."""
+    """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id.
+    Patients and doctors see their own. Staff see those of their clinics, and are refused if they ask for another clinic
+    or its doctor (CLINIC_NOT_YOURS).
+    """
     UpdateAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.UpdateAppointmentRequest, _appointment_pb2.UpdateAppointmentResponse]
     """Changes the reason and the notes, in any visit state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
     RescheduleAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.RescheduleAppointmentRequest, _appointment_pb2.RescheduleAppointmentResponse]
@@ -100,7 +103,10 @@ class AppointmentServiceAsyncStub(AppointmentServiceStub):
     GetAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.GetAppointmentRequest, _appointment_pb2.GetAppointmentResponse]  # type: ignore[assignment]
     """Gets an appointment. Errors: APPOINTMENT_NOT_FOUND."""
     ListAppointments: _aio.UnaryUnaryMultiCallable[_appointment_pb2.ListAppointmentsRequest, _appointment_pb2.ListAppointmentsResponse]  # type: ignore[assignment]
-    """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id."""
+    """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id.
+    Patients and doctors see their own. Staff see those of their clinics, and are refused if they ask for another clinic
+    or its doctor (CLINIC_NOT_YOURS).
+    """
     UpdateAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.UpdateAppointmentRequest, _appointment_pb2.UpdateAppointmentResponse]  # type: ignore[assignment]
     """Changes the reason and the notes, in any visit state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
     RescheduleAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.RescheduleAppointmentRequest, _appointment_pb2.RescheduleAppointmentResponse]  # type: ignore[assignment]
@@ -163,7 +169,10 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _appointment_pb2.ListAppointmentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_appointment_pb2.ListAppointmentsResponse, _abc.Awaitable[_appointment_pb2.ListAppointmentsResponse]]:
-        """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id."""
+        """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id.
+        Patients and doctors see their own. Staff see those of their clinics, and are refused if they ask for another clinic
+        or its doctor (CLINIC_NOT_YOURS).
+        """
 
     @_abc_1.abstractmethod
     def UpdateAppointment(

@@ -96,7 +96,8 @@ class PatientServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetPatient(self, request, context):
-        """Gets a patient. Errors: PATIENT_NOT_FOUND.
+        """Gets a patient. A doctor's own patients are those who have or had an appointment with the doctor. Errors:
+        PATIENT_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,8 +105,9 @@ class PatientServiceServicer:
 
     def UpdatePatient(self, request, context):
         """Changes the fields of a patient that the mask names. A new name is a revision of every doctor-day in whose queue the
-        patient stands or has a booking for the clinic's today (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and
-        PATIENT_EXISTS if the change would make this a second record of one person.
+        patient stands or has a booking for the clinic's today (KIND_UPDATED). A patient changes neither insurances nor
+        active (ROLE_REQUIRED, metadata field). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS if the change
+        would make this a second record of one person.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,11 +51,14 @@ class PatientServiceStub:
     the request says less about the birth date than they do.
     """
     GetPatient: _grpc.UnaryUnaryMultiCallable[_patient_pb2.GetPatientRequest, _patient_pb2.GetPatientResponse]
-    """Gets a patient. Errors: PATIENT_NOT_FOUND."""
+    """Gets a patient. A doctor's own patients are those who have or had an appointment with the doctor. Errors:
+    PATIENT_NOT_FOUND.
+    """
     UpdatePatient: _grpc.UnaryUnaryMultiCallable[_patient_pb2.UpdatePatientRequest, _patient_pb2.UpdatePatientResponse]
     """Changes the fields of a patient that the mask names. A new name is a revision of every doctor-day in whose queue the
-    patient stands or has a booking for the clinic's today (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and
-    PATIENT_EXISTS if the change would make this a second record of one person.
+    patient stands or has a booking for the clinic's today (KIND_UPDATED). A patient changes neither insurances nor
+    active (ROLE_REQUIRED, metadata field). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS if the change
+    would make this a second record of one person.
     """
     MergePatients: _grpc.UnaryUnaryMultiCallable[_patient_pb2.MergePatientsRequest, _patient_pb2.MergePatientsResponse]
     """Makes two records of one person one. All appointments of the merged record move to the kept one, which also takes
@@ -93,11 +96,14 @@ class PatientServiceAsyncStub(PatientServiceStub):
     the request says less about the birth date than they do.
     """
     GetPatient: _aio.UnaryUnaryMultiCallable[_patient_pb2.GetPatientRequest, _patient_pb2.GetPatientResponse]  # type: ignore[assignment]
-    """Gets a patient. Errors: PATIENT_NOT_FOUND."""
+    """Gets a patient. A doctor's own patients are those who have or had an appointment with the doctor. Errors:
+    PATIENT_NOT_FOUND.
+    """
     UpdatePatient: _aio.UnaryUnaryMultiCallable[_patient_pb2.UpdatePatientRequest, _patient_pb2.UpdatePatientResponse]  # type: ignore[assignment]
     """Changes the fields of a patient that the mask names. A new name is a revision of every doctor-day in whose queue the
-    patient stands or has a booking for the clinic's today (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and
-    PATIENT_EXISTS if the change would make this a second record of one person.
+    patient stands or has a booking for the clinic's today (KIND_UPDATED). A patient changes neither insurances nor
+    active (ROLE_REQUIRED, metadata field). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS if the change
+    would make this a second record of one person.
     """
     MergePatients: _aio.UnaryUnaryMultiCallable[_patient_pb2.MergePatientsRequest, _patient_pb2.MergePatientsResponse]  # type: ignore[assignment]
     """Makes two records of one person one. All appointments of the merged record move to the kept one, which also takes
@@ -144,7 +150,9 @@ class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _patient_pb2.GetPatientRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_patient_pb2.GetPatientResponse, _abc.Awaitable[_patient_pb2.GetPatientResponse]]:
-        """Gets a patient. Errors: PATIENT_NOT_FOUND."""
+        """Gets a patient. A doctor's own patients are those who have or had an appointment with the doctor. Errors:
+        PATIENT_NOT_FOUND.
+        """
 
     @_abc_1.abstractmethod
     def UpdatePatient(
@@ -153,8 +161,9 @@ class PatientServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_patient_pb2.UpdatePatientResponse, _abc.Awaitable[_patient_pb2.UpdatePatientResponse]]:
         """Changes the fields of a patient that the mask names. A new name is a revision of every doctor-day in whose queue the
-        patient stands or has a booking for the clinic's today (KIND_UPDATED). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and
-        PATIENT_EXISTS if the change would make this a second record of one person.
+        patient stands or has a booking for the clinic's today (KIND_UPDATED). A patient changes neither insurances nor
+        active (ROLE_REQUIRED, metadata field). Errors: PATIENT_NOT_FOUND, ETAG_MISMATCH, and PATIENT_EXISTS if the change
+        would make this a second record of one person.
         """
 
     @_abc_1.abstractmethod

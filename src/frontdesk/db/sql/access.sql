@@ -10,7 +10,14 @@ create or replace function out_of_sight(
 declare
     s sight := r.sight;
 begin
-    if p_clinic = any (s.clinics) or p_doctor = s.doctor or p_patient = s.patient then return null; end if;
+    if p_clinic = any (s.clinics) or p_doctor = s.doctor then return null; end if;
+    if p_patient = s.patient then
+        -- Notes are the clinic's.
+        if r.verb = 'BookAppointment' and r.notes <> '' or r.verb = 'UpdateAppointment' and r.notes is not null then
+            return refused('ROLE_REQUIRED', null, jsonb_build_object('method', r.verb, 'field', 'notes'));
+        end if;
+        return null;
+    end if;
     if s.clinics is not null then return refused('CLINIC_NOT_YOURS', p_clinic); end if;
     if p_missing is null then return refused('ROLE_REQUIRED', null, jsonb_build_object('method', r.verb)); end if;
     return refused(p_missing, p_subject);
