@@ -1,16 +1,24 @@
 """The log: every change is in it once, with who made it, and nothing of a patient but ids."""
 
+import asyncio
 from datetime import timedelta
 from typing import Any
 
+import grpc
 import pytest
 from google.type.date_pb2 import Date
 
-from clinic.frontdesk.v1 import appointment_pb2
-from tests.clinic import Front, day, refusal, today
+from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, patient_pb2, queue_pb2
+from frontdesk.core.notes import Notes
+from frontdesk.db.database import Database
+from frontdesk.errors import DatabaseUnavailable
+from frontdesk.process.worker import Worker
+from frontdesk.settings import Settings
+from tests.clinic import Front, day, outcome, reason_of, refusal, today
 from tests.hostile.methods import MUTATIONS, call
 from tests.hostile.test_idempotency import SCENARIOS, keyed
-from tests.identities import bearing, create_key
+from tests.identities import bearing, create_key, user, user_of
+from tests.waiting import until
 
 CHANGES: dict[str, list[str]] = {
     "CreateClinic": ["clinic.created"],
@@ -123,3 +131,137 @@ async def test_refusals_and_dry_runs_are_no_changes(front: Front) -> None:
     # A date of birth that says more changes the record.
     assert (await front.patient(given_name="Ana", birth_date=Date(year=1980))).id == patient.id
     assert [row["data"] for row in changes(front) if row not in before] == [{"fields": "birth_date"}]
+
+
+def notes(front: Front, *columns: str) -> list[tuple[Any, ...]]:
+    """These columns of the rows that are no changes, in the order of their times."""
+    return front.sql(f"select {', '.join(columns)} from log where type is null order by id")
+
+
+async def test_reads_are_logged(front: Front) -> None:
+    """Whoever reads patients' records is logged within a second or so, with the patients; other reads are not."""
+    first = await front.arrive((doctor := await front.doctor()).id)
+    second = await front.arrive(doctor.id)
+    ids = [answer.appointment.patient_id for answer in (first, second)]
+    key = bearing((await create_key(front, "STAFF")).key)
+
+    async def one(method: str, call: Any, *expected: Any) -> None:
+        seen = len(notes(front, "id"))
+        await call
+        await until(lambda: len(notes(front, "id")) > seen)
+        columns = ("method", "resource", "patient_id::text", "patient_ids::text[]", "count", "outcome")
+        assert notes(front, *columns)[seen:] == [(method, *expected, "OK")]
+
+    await front.clinics.ListClinics(clinic_pb2.ListClinicsRequest(), metadata=key)
+    await front.appointments.ListAppointments(
+        appointment_pb2.ListAppointmentsRequest(doctor_id=(await front.doctor()).id), metadata=key
+    )
+    patient = patient_pb2.GetPatientRequest(patient_id=ids[0])
+    read = front.patients.GetPatient(patient, metadata=key)
+    await one("GetPatient", read, f"patients/{ids[0]}", ids[0], None, 1)
+    some = patient_pb2.ListPatientsRequest(phone="+5511987654321")
+    await one("ListPatients", front.patients.ListPatients(some), None, None, sorted(ids), 2)
+    visit = first.appointment.id
+    await one("GetAppointment", front.appointment(visit), f"appointments/{visit}", ids[0], None, 1)
+    mine = appointment_pb2.ListAppointmentsRequest(patient_id=ids[0])
+    await one("ListAppointments", front.appointments.ListAppointments(mine), None, ids[0], None, 1)
+    day_name = f"doctorDays/{doctor.id}/{today()}"
+    await one("GetQueue", front.queue(doctor.id), day_name, None, sorted(ids), 2)
+    stream: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor.id))
+    await one("WatchQueue", stream.read(), day_name, None, sorted(ids), 2)
+    stream.cancel()
+    board = queue_pb2.GetQueueRequest(doctor_id=doctor.id, view=queue_pb2.QUEUE_VIEW_BOARD)
+    await front.queues.GetQueue(board)
+    actors = [actor for (actor,) in notes(front, "actor")]
+    assert actors[0].startswith("keys/")
+    assert set(actors[1:]) == {"anonymous"}
+
+
+async def test_the_last_notes_are_written(conninfo: str, settings: Settings) -> None:
+    """A worker that ends writes its notes, and seals them; equal refusals of a caller are one row with their number."""
+    worker = Worker(settings, conninfo)
+    port = await worker.start("127.0.0.1:0")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        front = Front(channel, conninfo, port)
+        board = await create_key(front, "BOARD")
+        patient = await front.patient()
+        request = patient_pb2.GetPatientRequest(patient_id=patient.id)
+        for _ in range(3):
+            error = await refusal(front.patients.GetPatient(request, metadata=bearing(board.key)))
+            assert reason_of(error) == "ROLE_REQUIRED"
+        assert (
+            await outcome(front.patients.GetPatient(request, metadata=bearing("fdk_unknown"))) == "CREDENTIALS_INVALID"
+        )
+        await front.patients.GetPatient(request)
+        # Who may see nothing but his own is told that another's does not exist.
+        own = user(front, "PATIENT", patient_id=patient.id)
+        other = await front.book((await front.patient()).id, (await front.doctor()).id)
+        visit = appointment_pb2.GetAppointmentRequest(appointment_id=other.appointment.id)
+        assert await outcome(front.appointments.GetAppointment(visit, metadata=own)) == "APPOINTMENT_NOT_FOUND"
+        # A mistake of the desk is no refused access.
+        nobody = patient_pb2.GetPatientRequest(patient_id=board.api_key.id)
+        assert await outcome(front.patients.GetPatient(nobody)) == "PATIENT_NOT_FOUND"
+    await worker.stop()
+    assert sorted(notes(front, "actor", "outcome", "count")) == [
+        ("anonymous", "CREDENTIALS_INVALID", 1),
+        ("anonymous", "OK", 1),
+        (f"keys/{board.api_key.id}", "ROLE_REQUIRED", 3),
+        (f"users/{user_of(own)[0]}", "APPOINTMENT_NOT_FOUND", 1),
+    ]
+    assert front.sql("select count(*) from log where id not in (select id from seal)") == [(0,)]
+
+
+async def test_notes_wait_for_the_database(conninfo: str) -> None:
+    """Notes of a time without a database are written later, and equal refusals meanwhile are added to them."""
+    now = 1000.0
+    grown = asyncio.Event()
+    db = Database("host=/nowhere dbname=none", pool_size=1)
+    away = Notes(db, grown.set, lambda: now)
+    for patient in range(3):
+        away.read("users/1", "GetPatient", [f"01900000-0000-7000-8000-00000000000{patient}"], {}, "unix:", "")
+    away.refused("name:anybody", "GetPatient", "CREDENTIALS_REQUIRED", "unix:")
+    await db.open()
+    with pytest.raises(DatabaseUnavailable):
+        await away.finish()
+    await db.close()
+    away.refused("name:somebody", "GetPatient", "CREDENTIALS_REQUIRED", "unix:")
+    now += 30
+    away._db = db = Database(conninfo, pool_size=1)
+    await db.open()
+    await away.finish()
+    await away.finish()
+    found = await db.rows(
+        "select actor, outcome, count, extract(epoch from moment() - time)::float8 from log order by actor, id", (),
+        lambda *columns: columns,
+    )  # fmt: skip
+    await db.close()
+    assert [columns[:3] for columns in found] == [("anonymous", "CREDENTIALS_REQUIRED", 2), *[("users/1", "OK", 1)] * 3]
+    assert all(30 <= age < 40 for *_, age in found)
+    assert grown.is_set()
+
+
+async def test_nothing_of_a_patient_but_ids(front: Front) -> None:
+    """No text of a patient is in any column of the log, nor a room where events are made from."""
+    canary = "Xylophon"
+    number = "+5511912345678"
+    doctor = await front.doctor(display_name=canary)
+    fields: dict[str, Any] = {"phone": number, "email": f"{canary}@example.org", "family_name": canary}
+    people = [await front.patient(given_name=f"{canary} {n}", **fields) for n in range(2)]
+    booked = [await front.book(person.id, doctor.id, reason=canary, notes=canary) for person in people]
+    await front.check_in(booked[0].appointment.id)
+    await front.call_next(doctor.id, room="Room of the canary")
+    await front.cancel(booked[1].appointment.id, canary)
+    for n, person in enumerate(people):
+        changed = patient_pb2.Patient(id=person.id, given_name=f"{canary} the {n}", allergies=[canary])
+        await front.patients.UpdatePatient(patient_pb2.UpdatePatientRequest(patient=changed))
+    await front.patients.MergePatients(
+        patient_pb2.MergePatientsRequest(keep_patient_id=people[0].id, merge_patient_id=people[1].id)
+    )
+    await front.patients.ListPatients(patient_pb2.ListPatientsRequest(name_prefix=canary))
+    await front.patients.ListPatients(patient_pb2.ListPatientsRequest(phone=number))
+    await until(lambda: len(notes(front, "id")) == 2)
+    for (row,) in front.sql("select lower((to_jsonb(l) - 'room')::text) from log l"):
+        assert canary.lower() not in row
+        assert number not in row
+        assert "example.org" not in row
+        assert "room of" not in row

@@ -498,7 +498,7 @@ TABLES = (
     "doctor",
     "slot",
     "appointment",
-    "log",
+    "log where type is not null",
     "idempotency",
     "api_key",
     "user_account",

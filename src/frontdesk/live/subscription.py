@@ -223,6 +223,12 @@ class Subscription(Watcher):
         self._ended(self._topic)
 
     @property
+    def queue(self) -> Queue:
+        """The queue as it was read last, once the stream has begun."""
+        assert self._topic.queue is not None
+        return self._topic.queue
+
+    @property
     def revision(self) -> int:
         """The revision that the stream was sent last."""
         return self._sent

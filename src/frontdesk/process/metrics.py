@@ -114,6 +114,11 @@ class WorkerMetrics:
         self._pool_before = dict.fromkeys(self._pool_counts, 0)
         self._lines_dropped = _counter(_LINES_DROPPED, "Lines of the log that could not be written.")
         self._lines_dropped_before = 0
+        self._notes_dropped = _counter(
+            "audit_notes_dropped",
+            "Reads and refusals that are missing in the audit: the database was away for too long.",
+        )
+        self._notes_dropped_before = 0
         for reason in ("COMPLETED", "CANCELLED", "DRAINING"):
             self._ends.labels(reason)
         self.clock_is_real = False
@@ -139,6 +144,7 @@ class WorkerMetrics:
         backlog: int,
         age: float,
         unsealed: float,
+        notes_dropped: int,
         pool: dict[str, int],
         lines_dropped: int,
     ) -> None:
@@ -162,6 +168,8 @@ class WorkerMetrics:
             self._pool_before[name] = now
         self._lines_dropped.inc(lines_dropped - self._lines_dropped_before)
         self._lines_dropped_before = lines_dropped
+        self._notes_dropped.inc(notes_dropped - self._notes_dropped_before)
+        self._notes_dropped_before = notes_dropped
 
 
 class MethodMetrics:

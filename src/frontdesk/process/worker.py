@@ -15,6 +15,7 @@ import uvloop
 
 from frontdesk.core.credential import Credentials
 from frontdesk.core.limit import Limits
+from frontdesk.core.notes import Notes
 from frontdesk.core.password import Passwords
 from frontdesk.core.token import Tokens
 from frontdesk.db.database import Database
@@ -87,8 +88,10 @@ class Worker:
         self._credentials = Credentials(self._db, tokens)
         self._limits = Limits(self._db)
         self._sealer = Sealer(self._db)
+        self._notes = Notes(self._db, self._sealer.changed)
         self._pipeline = Pipeline(
             max_in_flight=settings.max_in_flight,
+            notes=self._notes,
             changed=self._sealer.changed,
             access=Access(
                 self._credentials,
@@ -117,6 +120,7 @@ class Worker:
         self._background.start(self._keep_clean)
         self._background.start(self._credentials.follow)
         self._background.start(self._sealer.follow)
+        self._background.start(self._notes.follow)
         if self._metrics is not None:
             self._background.start(self._keep_measuring)
         return port
@@ -130,6 +134,7 @@ class Worker:
         await self._limits.close()
         with suppress(Refused, TimeoutError):
             async with asyncio.timeout(_LAST_SECONDS):
+                await self._notes.finish()
                 await self._sealer.finish()
         await self._db.close()
 
@@ -154,6 +159,7 @@ class Worker:
                 backlog=self._feed.backlog,
                 age=self._feed.age,
                 unsealed=self._sealer.age,
+                notes_dropped=self._notes.dropped,
                 pool=self._db.pool_stats(),
                 lines_dropped=dropped(),
             )

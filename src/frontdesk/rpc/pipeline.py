@@ -9,7 +9,8 @@ import asyncio
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -20,6 +21,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from frontdesk.core.caller import ANONYMOUS, Caller, Identity
+from frontdesk.core.notes import Notes
 from frontdesk.errors import DeadlineExceeded, Draining, Overloaded, Refused
 from frontdesk.rpc.access import Access, Policy
 from frontdesk.rpc.requests import request_from
@@ -28,6 +30,8 @@ from frontdesk.tasks import Timeout
 
 DEADLINE_SECONDS = 10.0
 """The limit of a unary call whose caller gives no limit, or a longer one."""
+
+_NO_ACCESS = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 
 _log = structlog.get_logger("frontdesk.call")
 
@@ -64,12 +68,18 @@ class Tracing(Protocol):
 class Call:
     """The call, as a servicer sees it beside the request."""
 
-    __slots__ = ("_context", "caller", "method", "trace_id")
+    __slots__ = ("_context", "_notes", "caller", "method", "trace_id")
 
     def __init__(
-        self, context: grpc.aio.ServicerContext[Any, Any], caller: Caller, method: str, trace_id: str = ""
+        self,
+        context: grpc.aio.ServicerContext[Any, Any],
+        caller: Caller,
+        method: str,
+        notes: Notes,
+        trace_id: str = "",
     ) -> None:
         self._context = context
+        self._notes = notes
         self.caller = caller
         self.method = method
         """The RPC's name, without its service."""
@@ -79,8 +89,11 @@ class Call:
     @property
     def address(self) -> str:
         """Where the call comes from, without the port: ipv4:192.0.2.1, ipv6:[::1], unix:."""
-        peer: str = self._context.peer()
-        return unquote(peer).rpartition(":")[0] if peer.startswith("ip") else "unix:"
+        return _address(self._context.peer())
+
+    def saw(self, patient_ids: Sequence[str], **about: Any) -> None:
+        """Note that the call reads records of these patients, one for each id; `about` are columns of the log."""
+        self._notes.read(self.caller.identity, self.method, patient_ids, about, self.address, self.trace_id)
 
     async def write(self, message: bytes) -> None:
         """Send one serialised message of a stream. Raises CancelledError if the caller has gone."""
@@ -91,6 +104,11 @@ class Call:
             raise asyncio.CancelledError from None
 
 
+@lru_cache(10_000)
+def _address(peer: str) -> str:
+    return unquote(peer).rpartition(":")[0] if peer.startswith("ip") else "unix:"
+
+
 class Pipeline:
     """Wraps the methods of servicers."""
 
@@ -99,12 +117,14 @@ class Pipeline:
         *,
         max_in_flight: int,
         access: Access,
+        notes: Notes,
         changed: Callable[[], None],
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         """`changed` is called when a call has made a change, or found that an earlier one has."""
         self._access = access
+        self._notes = notes
         self._changed = changed
         self._max_in_flight = max_in_flight
         self._metrics = metrics
@@ -147,7 +167,7 @@ class Pipeline:
 
         async def answer(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
             started = time.perf_counter()
-            identity = ANONYMOUS
+            identity, caller = ANONYMOUS, None
             self.in_flight += 1
             try:
                 if self.in_flight > self._max_in_flight:
@@ -160,7 +180,7 @@ class Pipeline:
                     self._access.admit(identity, policy)
                     request = request_from(raw, kind)
                     caller = self._access.caller(identity, policy, request)
-                    response = await behaviour(request, Call(context, caller, account.name, self._trace_id()))
+                    response = await behaviour(request, self._call(context, caller, account))
                 if changes:
                     self._changed()
                 account.close("OK", started, identity)
@@ -169,7 +189,7 @@ class Pipeline:
                 account.close("CANCELLED", started, identity)
                 raise
             except BaseException as error:
-                await context.abort(*_refusal(error, account, started, identity))
+                await context.abort(*self._refusal(error, account, started, identity, caller, context.peer()))
                 raise
             finally:
                 self.in_flight -= 1
@@ -188,7 +208,7 @@ class Pipeline:
     ) -> Callable[[bytes, grpc.aio.ServicerContext[Any, Any]], Awaitable[None]]:
         async def stream(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             started = time.perf_counter()
-            identity = ANONYMOUS
+            identity, caller = ANONYMOUS, None
             try:
                 if self.draining:
                     raise Draining
@@ -197,13 +217,13 @@ class Pipeline:
                 self._access.admit(identity, policy)
                 request = request_from(raw, kind)
                 caller = self._access.caller(identity, policy, request)
-                await behaviour(request, Call(context, caller, account.name, self._trace_id()))
+                await behaviour(request, self._call(context, caller, account))
                 account.close("OK", started, identity, end="DRAINING" if self.draining else "COMPLETED")
             except (asyncio.CancelledError, GeneratorExit):
                 account.close("CANCELLED", started, identity)
                 raise
             except BaseException as error:
-                await context.abort(*_refusal(error, account, started, identity))
+                await context.abort(*self._refusal(error, account, started, identity, caller, context.peer()))
                 raise
             finally:
                 # As above.
@@ -211,8 +231,48 @@ class Pipeline:
 
         return stream
 
-    def _trace_id(self) -> str:
-        return "" if self._tracing is None else self._tracing.trace_id()
+    def _refusal(
+        self,
+        error: BaseException,
+        account: "_Account",
+        started: float,
+        identity: Identity,
+        caller: Caller | None,
+        peer: str,
+    ) -> tuple[grpc.StatusCode, str, Trailers]:
+        """Record that a call failed; its status, text and trailers."""
+        # The traceback refers to the call's context, which will refer to the error: a circle, as above.
+        trace, error.__traceback__ = error.__traceback__, None
+        if isinstance(error, TimeoutError):
+            error = DeadlineExceeded()
+        if isinstance(error, Refused):
+            answer = status_of(error)
+            account.close(answer[0].name, started, identity, reason=error.reason)
+            if answer[0] in _NO_ACCESS or (answer[0] is grpc.StatusCode.NOT_FOUND and _sees_own_only(caller)):
+                self._notes.refused(identity.name, account.name, error.reason, _address(peer))
+            return answer
+        error_id = uuid.uuid4().hex[:16]
+        account.close("INTERNAL", started, identity, error_id=error_id)
+        _log.error(
+            "internal_error",
+            error_id=error_id,
+            method=account.method,
+            error=type(error).__name__,
+            # The place and not the text: the text of an exception may quote a row.
+            sqlstate=getattr(error, "sqlstate", None),
+            constraint=getattr(getattr(error, "diag", None), "constraint_name", None),
+            where=[f"{frame.name} {frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(trace)],
+        )
+        return internal(error_id)
+
+    def _call(self, context: grpc.aio.ServicerContext[Any, Any], caller: Caller, account: "_Account") -> Call:
+        trace_id = "" if self._tracing is None else self._tracing.trace_id()
+        return Call(context, caller, account.name, self._notes, trace_id)
+
+
+def _sees_own_only(caller: Caller | None) -> bool:
+    """Whether somebody else's things are to the caller as if they did not exist."""
+    return caller is not None and not caller.everywhere
 
 
 class _Account:
@@ -235,30 +295,3 @@ class _Account:
         if self._tracing is not None:
             more["trace_id"] = self._tracing.ended(code, more.get("reason", ""))
         _log.info("call", method=self.method, code=code, ms=round(seconds * 1000, 3), caller=identity.name, **more)
-
-
-def _refusal(
-    error: BaseException, account: _Account, started: float, identity: Identity
-) -> tuple[grpc.StatusCode, str, Trailers]:
-    """Record that a call failed; its status, text and trailers."""
-    # The traceback refers to the call's context, which will refer to the error: a circle, as above.
-    trace, error.__traceback__ = error.__traceback__, None
-    if isinstance(error, TimeoutError):
-        error = DeadlineExceeded()
-    if isinstance(error, Refused):
-        answer = status_of(error)
-        account.close(answer[0].name, started, identity, reason=error.reason)
-        return answer
-    error_id = uuid.uuid4().hex[:16]
-    account.close("INTERNAL", started, identity, error_id=error_id)
-    _log.error(
-        "internal_error",
-        error_id=error_id,
-        method=account.method,
-        error=type(error).__name__,
-        # The place and not the text: the text of an exception may quote a row.
-        sqlstate=getattr(error, "sqlstate", None),
-        constraint=getattr(getattr(error, "diag", None), "constraint_name", None),
-        where=[f"{frame.name} {frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(trace)],
-    )
-    return internal(error_id)

@@ -52,6 +52,14 @@ class AppointmentServicer:
 
     async def GetAppointment(self, request: pb.GetAppointmentRequest, call: Call) -> pb.GetAppointmentResponse:
         found = await self._appointments.get(call.caller, request.appointment_id)
+        call.saw(
+            [found.patient_id],
+            resource=f"appointments/{found.id}",
+            clinic_id=found.clinic_id,
+            doctor_id=found.doctor_id,
+            appointment_id=found.id,
+            date=found.date,
+        )
         return pb.GetAppointmentResponse(appointment=to_appointment(found))
 
     async def ListAppointments(self, request: pb.ListAppointmentsRequest, call: Call) -> pb.ListAppointmentsResponse:
@@ -69,6 +77,8 @@ class AppointmentServicer:
                 request.order == pb.ListAppointmentsRequest.ORDER_DATE_DESC,
             ),
         )
+        if found.items:
+            call.saw([appointment.patient_id for appointment in found.items])
         return pb.ListAppointmentsResponse(
             appointments=map(to_appointment, found.items), next_page_token=page_token(request, found.next)
         )

@@ -101,7 +101,9 @@ class PatientServicer:
         )
 
     async def GetPatient(self, request: pb.GetPatientRequest, call: Call) -> pb.GetPatientResponse:
-        return pb.GetPatientResponse(patient=to_patient(await self._patients.get(call.caller, request.patient_id)))
+        found = await self._patients.get(call.caller, request.patient_id)
+        call.saw([found.id], resource=f"patients/{found.id}")
+        return pb.GetPatientResponse(patient=to_patient(found))
 
     async def UpdatePatient(self, request: pb.UpdatePatientRequest, call: Call) -> pb.UpdatePatientResponse:
         changes = changes_from(request.patient, request.update_mask, WRITABLE)
@@ -134,6 +136,8 @@ class PatientServicer:
             if request.HasField("insurance")
             else None,
         )
+        if found.items:
+            call.saw([patient.id for patient in found.items])
         return pb.ListPatientsResponse(
             patients=map(to_patient, found.items), next_page_token=page_token(request, found.next)
         )

@@ -96,6 +96,8 @@ class QueueServicer:
     async def GetQueue(self, request: pb.GetQueueRequest, call: Call) -> pb.GetQueueResponse:
         view = _VIEWS[request.view]
         found = await self._queues.get(call.caller, request.doctor_id, date_from(request, "date"), view)
+        if view == STAFF and found.entries:
+            _saw(call, found)
         return pb.GetQueueResponse(queue=to_queue(found))
 
     async def CallNext(self, request: pb.CallNextRequest, call: Call) -> pb.CallNextResponse:
@@ -149,6 +151,9 @@ class QueueServicer:
         self._require_room()
         with self._feed.subscribe(doctor_id, admitted.date, admitted.view) as watch:
             message = await watch.begin(resume)
+            if view == STAFF:
+                # Once a stream: who watches a queue sees whoever comes to it.
+                _saw(call, watch.queue)
             await _write(call, message or _heartbeat(watch))
             while not self._feed.draining and (left := ends - time.monotonic()) > 0:
                 if await watch.news(min(heartbeat, left)):
@@ -160,6 +165,12 @@ class QueueServicer:
                 elif left > heartbeat:
                     await _write(call, _heartbeat(watch))
             await _write(call, _closing(watch, draining=self._feed.draining))
+
+
+def _saw(call: Call, queue: Queue) -> None:
+    patient_ids = [entry.patient_id for entry in queue.entries]
+    resource = f"doctorDays/{queue.doctor_id}/{queue.date}"
+    call.saw(patient_ids, resource=resource, doctor_id=queue.doctor_id, date=queue.date)
 
 
 async def _write(call: Call, message: bytes) -> None:
