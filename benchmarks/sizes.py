@@ -1,6 +1,7 @@
 """Measure how a call's cost grows with the data: the same calls in databases with few and with many appointments."""
 
 import random
+import secrets
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,7 +20,8 @@ from benchmarks.load import unary_client
 from benchmarks.people import CLINIC, DOCTOR, PAST, PATIENT, make_id
 from benchmarks.stage import Child, ServerProcess, Stage
 from clinic.frontdesk.v1 import appointment_pb2, patient_pb2, queue_pb2
-from frontdesk.rpc.convert import page_token
+from frontdesk.db.paging import KEY, MAKE_KEY, NO_INSTANT, Seal
+from frontdesk.rpc.convert import page_owners
 
 IN_FLIGHT = 16
 PAGE = 20
@@ -191,6 +193,8 @@ def _kinds(past: Past, server: ServerProcess, connection: psycopg.Connection, da
         queue_pb2.CheckInRequest(appointment_id=appointment, idempotency_key=str(uuid.uuid4()))
         for appointment in _to_check_in(connection, past, day, count)
     ]
+    connection.execute(MAKE_KEY, (secrets.token_bytes(32),))
+    seal = Seal(*(connection.execute(KEY).fetchone() or (b"",)))
     desks = set(_desks(past))
     others = [doctor for doctor in range(past.doctors) if doctor not in desks]
     pick = random.Random(past.rows).randrange
@@ -234,7 +238,7 @@ def _kinds(past: Past, server: ServerProcess, connection: psycopg.Connection, da
     def clinic_middle(n: int) -> Message:
         request = clinic(n)
         _, on, after = of_past()
-        request.page_token = page_token(request, (on.isoformat(), after))
+        request.page_token = seal.token((on.isoformat(), NO_INSTANT, after), *page_owners(request, "anonymous"))
         return request
 
     def kind(name: str, method: str, request: Callable[[int], Message]) -> Kind:

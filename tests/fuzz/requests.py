@@ -115,12 +115,18 @@ _JSON = st.recursive(
 
 @st.composite
 def _page_or_resume(draw: DrawFn, method: str, known: Known) -> str:
-    """A genuine token, or one with one part replaced."""
+    """A genuine token, or one with a part replaced."""
     every = [token for found in known.tokens.values() for token in found]
     token = draw(st.sampled_from(list(known.tokens.get(method, ())) or every) | st.sampled_from(every))
     if draw(st.booleans()):
         return token
-    parts = json.loads(base64.urlsafe_b64decode(token))
+    data = base64.urlsafe_b64decode(token)
+    try:
+        parts = json.loads(data)
+    except ValueError:
+        # The token of a page is sealed.
+        at = draw(st.integers(0, len(data) - 1))
+        return base64.urlsafe_b64encode(data[:at] + draw(st.binary(max_size=4)) + data[at + 1 :]).decode()
     at = draw(st.integers(0, len(parts) - 1))
     parts[at] = draw(_JSON)
     return base64.urlsafe_b64encode(json.dumps(parts, separators=(",", ":")).encode()).decode()

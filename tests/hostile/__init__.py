@@ -17,7 +17,7 @@
 13 timestamps: test_impossible_timestamps test_the_last_hours_of_the_year_9999
 14 dates and slots: test_impossible_dates test_slots_end_on_their_day test_dates_at_the_ends_of_the_calendar
 15 pages: test_negative_page_sizes test_forged_page_tokens test_page_tokens_of_another_filter
-   test_page_tokens_in_another_spelling
+   test_page_tokens_of_another_identity
 16 field masks: test_masks
 17 ids: test_malformed_ids
 18 phones: test_phones test_phone_of_another_country

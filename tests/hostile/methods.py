@@ -420,12 +420,18 @@ def named(error: grpc.aio.AioRpcError) -> Sequence[str]:
 
 
 async def refused_field(
-    front: Front, name: str, request: Message, path: str, *canaries: str, shown: object = ""
+    front: Front,
+    name: str,
+    request: Message,
+    path: str,
+    *canaries: str,
+    shown: object = "",
+    metadata: Metadata = (),
 ) -> list[str]:
     """The faults in the method's answer to a request whose field at `path` is not valid."""
     where = f"{name}.{path} {shown!r:.30}"
     try:
-        await call(front, name, request)
+        await call(front, name, request, metadata=metadata)
     except grpc.aio.AioRpcError as error:
         wrong = [f"{where}: {problem}" for problem in manners(error, *canaries)]
         if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:

@@ -92,6 +92,15 @@ installation = Table(
     CheckConstraint("one_row", name="one_row"),
 )
 
+# Keys that the replicas share. The one of page tokens is made when it is first needed.
+secret = Table(
+    "secret",
+    metadata,
+    Column("name", Text, nullable=False),
+    Column("value", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("name"),
+)
+
 clinic = Table(
     "clinic",
     metadata,

@@ -22,6 +22,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from frontdesk.core.caller import ANONYMOUS, Caller, Identity
 from frontdesk.core.notes import Notes
+from frontdesk.db.paging import SharedSeal
 from frontdesk.errors import DeadlineExceeded, Draining, Overloaded, Refused
 from frontdesk.rpc.access import Access, Policy
 from frontdesk.rpc.requests import request_from
@@ -68,7 +69,7 @@ class Tracing(Protocol):
 class Call:
     """The call, as a servicer sees it beside the request."""
 
-    __slots__ = ("_context", "_notes", "caller", "method", "trace_id")
+    __slots__ = ("_context", "_notes", "caller", "method", "seal", "trace_id")
 
     def __init__(
         self,
@@ -76,10 +77,13 @@ class Call:
         caller: Caller,
         method: str,
         notes: Notes,
+        seal: SharedSeal,
         trace_id: str = "",
     ) -> None:
         self._context = context
         self._notes = notes
+        self.seal = seal
+        """Of the tokens of pages."""
         self.caller = caller
         self.method = method
         """The RPC's name, without its service."""
@@ -118,6 +122,7 @@ class Pipeline:
         max_in_flight: int,
         access: Access,
         notes: Notes,
+        seal: SharedSeal,
         changed: Callable[[], None],
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
@@ -125,6 +130,7 @@ class Pipeline:
         """`changed` is called when a call has made a change, or found that an earlier one has."""
         self._access = access
         self._notes = notes
+        self._seal = seal
         self._changed = changed
         self._max_in_flight = max_in_flight
         self._metrics = metrics
@@ -267,7 +273,7 @@ class Pipeline:
 
     def _call(self, context: grpc.aio.ServicerContext[Any, Any], caller: Caller, account: "_Account") -> Call:
         trace_id = "" if self._tracing is None else self._tracing.trace_id()
-        return Call(context, caller, account.name, self._notes, trace_id)
+        return Call(context, caller, account.name, self._notes, self._seal, trace_id)
 
 
 def _sees_own_only(caller: Caller | None) -> bool:

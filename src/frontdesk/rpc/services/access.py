@@ -6,7 +6,6 @@ from clinic.frontdesk.v1 import access_pb2 as pb
 from frontdesk.core.access import ApiKey, ApiKeys, Users
 from frontdesk.rpc.convert import (
     EVERY_FIELD,
-    IDS,
     active_from,
     changes_from,
     converter,
@@ -70,8 +69,10 @@ class AccessServicer:
 
     async def ListUsers(self, request: pb.ListUsersRequest, call: Call) -> pb.ListUsersResponse:
         role = roles_from([request.role])[0] if request.HasField("role") else None
-        found = await self._users.list(call.caller, page_from(request, *IDS), email=request.email, role=role)
-        return pb.ListUsersResponse(users=map(to_user, found.items), next_page_token=page_token(request, found.next))
+        found = await self._users.list(call.caller, await page_from(request, call), email=request.email, role=role)
+        return pb.ListUsersResponse(
+            users=map(to_user, found.items), next_page_token=await page_token(request, call, found.next)
+        )
 
     async def UpdateUser(self, request: pb.UpdateUserRequest, call: Call) -> pb.UpdateUserResponse:
         changes = changes_from(request.user, request.update_mask, _USER)
@@ -101,9 +102,9 @@ class AccessServicer:
         )
 
     async def ListApiKeys(self, request: pb.ListApiKeysRequest, call: Call) -> pb.ListApiKeysResponse:
-        found = await self._api_keys.list(call.caller, page_from(request, *IDS), active_only=request.active_only)
+        found = await self._api_keys.list(call.caller, await page_from(request, call), active_only=request.active_only)
         return pb.ListApiKeysResponse(
-            api_keys=map(to_api_key, found.items), next_page_token=page_token(request, found.next)
+            api_keys=map(to_api_key, found.items), next_page_token=await page_token(request, call, found.next)
         )
 
     async def RevokeApiKey(self, request: pb.RevokeApiKeyRequest, call: Call) -> pb.RevokeApiKeyResponse:

@@ -7,7 +7,6 @@ from clinic.frontdesk.v1 import appointment_pb2 as pb
 from frontdesk.core.appointment import Appointment, AppointmentFilter, Appointments, Target
 from frontdesk.db.change import Change
 from frontdesk.rpc.convert import (
-    DATES_STARTS_AND_IDS,
     changes_from,
     converter,
     date_from,
@@ -65,7 +64,7 @@ class AppointmentServicer:
     async def ListAppointments(self, request: pb.ListAppointmentsRequest, call: Call) -> pb.ListAppointmentsResponse:
         found = await self._appointments.list(
             call.caller,
-            page_from(request, *DATES_STARTS_AND_IDS),
+            await page_from(request, call),
             AppointmentFilter(
                 id_or_none(request.patient_id),
                 id_or_none(request.doctor_id),
@@ -80,7 +79,7 @@ class AppointmentServicer:
         if found.items:
             call.saw([appointment.patient_id for appointment in found.items])
         return pb.ListAppointmentsResponse(
-            appointments=map(to_appointment, found.items), next_page_token=page_token(request, found.next)
+            appointments=map(to_appointment, found.items), next_page_token=await page_token(request, call, found.next)
         )
 
     async def UpdateAppointment(self, request: pb.UpdateAppointmentRequest, call: Call) -> pb.UpdateAppointmentResponse:

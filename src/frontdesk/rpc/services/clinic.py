@@ -4,7 +4,6 @@ from clinic.frontdesk.v1 import clinic_pb2 as pb
 from frontdesk.core.clinic import Clinic, Clinics
 from frontdesk.rpc.convert import (
     EVERY_FIELD,
-    IDS,
     active_from,
     changes_from,
     converter,
@@ -47,7 +46,7 @@ class ClinicServicer:
         return pb.UpdateClinicResponse(clinic=to_clinic(change.result), replayed=change.replayed)
 
     async def ListClinics(self, request: pb.ListClinicsRequest, call: Call) -> pb.ListClinicsResponse:
-        found = await self._clinics.list(call.caller, page_from(request, *IDS), city=request.city)
+        found = await self._clinics.list(call.caller, await page_from(request, call), city=request.city)
         return pb.ListClinicsResponse(
-            clinics=map(to_clinic, found.items), next_page_token=page_token(request, found.next)
+            clinics=map(to_clinic, found.items), next_page_token=await page_token(request, call, found.next)
         )

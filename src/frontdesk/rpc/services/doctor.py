@@ -3,9 +3,7 @@
 from clinic.frontdesk.v1 import doctor_pb2 as pb
 from frontdesk.core.doctor import Availability, Doctor, Doctors
 from frontdesk.rpc.convert import (
-    DATES,
     EVERY_FIELD,
-    IDS,
     active_from,
     changes_from,
     converter,
@@ -65,13 +63,13 @@ class DoctorServicer:
     async def ListDoctors(self, request: pb.ListDoctorsRequest, call: Call) -> pb.ListDoctorsResponse:
         found = await self._doctors.list(
             call.caller,
-            page_from(request, *IDS),
+            await page_from(request, call),
             specialty=request.specialty,
             clinic_id=request.clinic_id,
             code=request.code,
         )
         return pb.ListDoctorsResponse(
-            doctors=map(to_doctor, found.items), next_page_token=page_token(request, found.next)
+            doctors=map(to_doctor, found.items), next_page_token=await page_token(request, call, found.next)
         )
 
     async def SetDoctorAvailability(
@@ -98,11 +96,12 @@ class DoctorServicer:
     ) -> pb.ListDoctorAvailabilityResponse:
         found = await self._doctors.list_availability(
             call.caller,
-            page_from(request, *DATES),
+            await page_from(request, call),
             request.doctor_id,
             date_from(request, "from_date"),
             date_from(request, "to_date"),
         )
         return pb.ListDoctorAvailabilityResponse(
-            availabilities=map(_to_availability, found.items), next_page_token=page_token(request, found.next)
+            availabilities=map(_to_availability, found.items),
+            next_page_token=await page_token(request, call, found.next),
         )

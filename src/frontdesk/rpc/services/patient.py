@@ -10,8 +10,6 @@ from frontdesk.core.patient import Patient, Patients
 from frontdesk.errors import InvalidField
 from frontdesk.rpc.convert import (
     EVERY_FIELD,
-    IDS,
-    WORDS_AND_IDS,
     active_from,
     changes_from,
     converter,
@@ -125,10 +123,9 @@ class PatientServicer:
 
     async def ListPatients(self, request: pb.ListPatientsRequest, call: Call) -> pb.ListPatientsResponse:
         insurance = request.insurance
-        by_name = not request.phone and not request.HasField("insurance")
         found = await self._patients.list(
             call.caller,
-            page_from(request, *(WORDS_AND_IDS if by_name else IDS)),
+            await page_from(request, call),
             phone=request.phone,
             country=request.default_country,
             name_prefix=request.name_prefix,
@@ -139,5 +136,5 @@ class PatientServicer:
         if found.items:
             call.saw([patient.id for patient in found.items])
         return pb.ListPatientsResponse(
-            patients=map(to_patient, found.items), next_page_token=page_token(request, found.next)
+            patients=map(to_patient, found.items), next_page_token=await page_token(request, call, found.next)
         )

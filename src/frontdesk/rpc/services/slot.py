@@ -4,7 +4,6 @@ from clinic.frontdesk.v1 import slot_pb2 as pb
 from frontdesk.core.slot import NewSlot, Slot, SlotFilter, Slots
 from frontdesk.errors import InvalidField
 from frontdesk.rpc.convert import (
-    INSTANTS_AND_IDS,
     Columns,
     changes_from,
     converter,
@@ -57,7 +56,7 @@ class SlotServicer:
     async def ListSlots(self, request: pb.ListSlotsRequest, call: Call) -> pb.ListSlotsResponse:
         found = await self._slots.list(
             call.caller,
-            page_from(request, *INSTANTS_AND_IDS),
+            await page_from(request, call),
             SlotFilter(
                 id_or_none(request.doctor_id),
                 id_or_none(request.clinic_id),
@@ -67,7 +66,9 @@ class SlotServicer:
                 request.available_only,
             ),
         )
-        return pb.ListSlotsResponse(slots=map(to_slot, found.items), next_page_token=page_token(request, found.next))
+        return pb.ListSlotsResponse(
+            slots=map(to_slot, found.items), next_page_token=await page_token(request, call, found.next)
+        )
 
     async def UpdateSlot(self, request: pb.UpdateSlotRequest, call: Call) -> pb.UpdateSlotResponse:
         changes = changes_from(request.slot, request.update_mask, _WRITABLE)

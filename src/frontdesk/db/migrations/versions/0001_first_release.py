@@ -321,6 +321,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("one_row", name="installation_pkey"),
     )
     op.create_table(
+        "secret",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("value", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name="secret_pkey"),
+    )
+    op.create_table(
         "patient",
         sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
         sa.Column("given_name", sa.Text(), nullable=False),
