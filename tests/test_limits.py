@@ -3,12 +3,23 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 
+import grpc
+import psycopg
 import pytest
 
+from clinic.frontdesk.v1 import auth_pb2, clinic_pb2
 from frontdesk.core.limit import Limits
 from frontdesk.db.database import Database
 from frontdesk.errors import RateLimited
+from frontdesk.jobs.maintenance import clean, retention
+from frontdesk.process.worker import Worker
+from frontdesk.settings import Settings, SettingsError
+from tests.clinic import Front, details, outcome, refusal
+from tests.hostile.wire import serving
+from tests.identities import REFRESH_TOKEN, Metadata, auth, bearing, create_key, user_token
 from tests.waiting import early_in_a_minute
 
 
@@ -60,3 +71,153 @@ async def test_a_new_minute(replicas: Sequence[Limits], conninfo: str) -> None:
     # The minute of the row is over.
     await worker._db.run("update rate_window set minute = minute - interval '1 minute'", ())
     assert await admitted([worker], "keys/a", 20, 40) == 20
+
+
+def limited(settings: Settings, conninfo: str, **changed: object) -> AbstractAsyncContextManager[tuple[Worker, Front]]:
+    """One more worker, with the usual limit of an address and a low one of a user."""
+    limits = {"address_requests_per_minute": 20, "user_requests_per_minute": 20}
+    return serving(settings, conninfo, **{**limits, **changed})
+
+
+def behind(*hops: str) -> Metadata:
+    """The metadata of a call that came through proxies."""
+    return (("x-forwarded-for", ", ".join(hops)),)
+
+
+async def clinics(front: Front, metadata: Metadata = ()) -> str:
+    """The outcome of a call that every identity may make."""
+    return await outcome(front.clinics.ListClinics(clinic_pb2.ListClinicsRequest(), metadata=metadata))
+
+
+async def refresh(front: Front, metadata: Metadata = ()) -> str:
+    """The outcome of a call that needs no credentials, and hashes no password."""
+    request = auth_pb2.RefreshTokenRequest(refresh_token="unknown")
+    return await outcome(auth(front).RefreshToken(request, metadata=metadata))
+
+
+async def counted(front: Front, metadata: Metadata = ()) -> dict[str, int]:
+    """The outcomes of thirty such calls."""
+    return Counter(await asyncio.gather(*(refresh(front, metadata) for _ in range(30))))
+
+
+ADMITTED, NONE = {"CREDENTIALS_INVALID": 20, "RATE_LIMITED": 10}, {"RATE_LIMITED": 30}
+
+
+async def test_calls_of_a_user(conninfo: str, settings: Settings) -> None:
+    """All tokens of a user share one limit at all workers, and a caller without credentials has none of it."""
+    await early_in_a_minute()
+    async with limited(settings, conninfo) as (_, one), limited(settings, conninfo) as (_, two):
+        outcomes = await asyncio.gather(*(clinics((one, two)[n % 2], user_token()) for n in range(40)))
+        assert Counter(outcomes) == {"OK": 20, "RATE_LIMITED": 20}
+        assert Counter([await clinics(one) for _ in range(40)]) == {"OK": 40}
+
+
+async def test_calls_of_an_address(conninfo: str, settings: Settings) -> None:
+    """Calls that need no credentials are limited by address, at all workers; the answer tells when to come back."""
+    await early_in_a_minute()
+    async with limited(settings, conninfo) as (_, one), limited(settings, conninfo) as (_, two):
+        outcomes = await asyncio.gather(*(refresh((one, two)[n % 2]) for n in range(30)))
+        assert Counter(outcomes) == ADMITTED
+        login = auth_pb2.LoginRequest(email="nobody@example.com", password="a password")
+        error = await refusal(auth(two).Login(login))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        found = details(error)
+        assert 0 < found["RetryInfo"].retry_delay.ToMilliseconds() <= 60_000
+        assert found["QuotaFailure"].violations
+        assert 0 < int(dict(error.trailing_metadata() or ())["grpc-retry-pushback-ms"]) <= 60_000
+        assert one.sql("select count(*) from login_attempt") == [(0,)], "the address is looked at first"
+        assert await clinics(one, user_token()) == await clinics(two) == "OK"
+
+
+async def test_refused_credentials(conninfo: str, settings: Settings) -> None:
+    """An address with twenty wrong credentials waits before the next ones are judged; known good ones go on."""
+    await early_in_a_minute()
+    async with limited(settings, conninfo) as (_, front):
+        known, unknown = [bearing((await create_key(front, "BOARD")).key) for _ in range(2)]
+        assert await clinics(front, known) == "OK"
+        wrong = bearing(known[0][1][:-1] + "?")
+        twice = (*known, *known)
+        outcomes = [await clinics(front, (wrong, twice)[n % 2]) for n in range(25)]
+        assert outcomes == ["CREDENTIALS_INVALID"] * 20 + ["RATE_LIMITED"] * 5
+        with psycopg.connect(conninfo) as holder:
+            # A judgement would wait for this one.
+            holder.execute("lock table api_key in access exclusive mode")
+            assert await clinics(front, unknown) == "RATE_LIMITED"
+            assert await clinics(front, known) == "OK"
+        request = auth_pb2.RefreshTokenRequest(refresh_token=REFRESH_TOKEN)
+        assert await outcome(auth(front).RefreshToken(request)) == "OK", "these have a limit of their own"
+
+
+async def test_an_address_behind_proxies(conninfo: str, settings: Settings) -> None:
+    """Behind proxies that are believed, the last address that is not theirs counts, whatever stands before it."""
+    await early_in_a_minute()
+    async with limited(settings, conninfo, trusted_proxies="127.0.0.1, 10.0.0.0/8") as (_, front):
+        assert await counted(front, behind("198.51.100.7")) == ADMITTED
+        for same in (
+            behind("203.0.113.9", "198.51.100.7"),
+            behind("203.0.113.10", "198.51.100.7", "10.1.2.3", "10.0.0.1"),
+            behind("198.51.100.7:4711"),
+            behind("::ffff:198.51.100.7"),
+            (*behind("203.0.113.11"), *behind("198.51.100.7", "10.0.0.1")),
+        ):
+            assert await counted(front, same) == NONE, same
+        assert await counted(front, behind("198.51.100.7", "198.51.100.8")) == ADMITTED
+        # No address: the proxy that says so is the last known.
+        assert await counted(front, behind("198.51.100.9", "somebody", "10.0.0.2")) == ADMITTED
+        assert await counted(front, behind("198.51.100.10", "", "10.0.0.2")) == NONE
+        assert await counted(front) == ADMITTED
+
+
+async def test_addresses_of_ipv6(conninfo: str, settings: Settings) -> None:
+    """The addresses of one IPv6 network of 64 bits count as one."""
+    await early_in_a_minute()
+    async with limited(settings, conninfo, trusted_proxies="127.0.0.1") as (_, front):
+        assert await counted(front, behind("2001:db8:0:1::1")) == ADMITTED
+        assert await counted(front, behind("[2001:db8:0:1:ffff::9]:443")) == NONE
+        assert await counted(front, behind("2001:db8:0:2::1")) == ADMITTED
+
+
+async def test_nobody_is_believed_unasked(conninfo: str, settings: Settings) -> None:
+    """Without a list of proxies, and from an address that is not on it, x-forwarded-for means nothing."""
+    await early_in_a_minute()
+    for proxies in (None, "10.0.0.0/8, unix, ::1"):
+        async with limited(settings, conninfo, trusted_proxies=proxies) as (_, front):
+            outcomes = [await refresh(front, behind(f"198.51.100.{n}")) for n in range(30)]
+            assert outcomes[-1] == "RATE_LIMITED"
+
+
+async def test_a_unix_socket(conninfo: str, settings: Settings, tmp_path: Path) -> None:
+    """The clients on a Unix socket are one address, unless `unix` is among the proxies that are believed."""
+    for proxies, expected in ((None, "RATE_LIMITED"), ("unix", "CREDENTIALS_INVALID")):
+        worker = Worker(
+            settings.model_copy(update={"address_requests_per_minute": 20, "trusted_proxies": proxies}), conninfo
+        )
+        path = f"unix:{tmp_path}/{proxies}.sock"
+        await worker.start(path)
+        await early_in_a_minute()
+        async with grpc.aio.insecure_channel(path) as channel:
+            front = Front(channel, conninfo, 0)
+            outcomes = [await refresh(front, behind(f"198.51.100.{n}")) for n in range(30)]
+            assert outcomes[-1] == expected
+        await worker.stop(drain=False)
+
+
+@pytest.mark.parametrize(
+    "proxies", ["localhost", "10.0.0.1/8", "10.0.0.0/33", "127.0.0.1,", "unix:/tmp/s", "127.0.0.1:80"]
+)
+def test_bad_lists_of_proxies(proxies: str) -> None:
+    """A list of proxies that has anything but addresses, networks and `unix` is refused in one line."""
+    with pytest.raises(SettingsError, match=r"^--trusted-proxies: [^\n]+$"):
+        Settings.load(trusted_proxies=proxies)
+
+
+async def test_old_counts_are_deleted(conninfo: str, settings: Settings) -> None:
+    """Maintenance deletes the counts of minutes that are long over, and keeps the others."""
+    async with limited(settings, conninfo) as (worker, front):
+        assert await refresh(front) == "CREDENTIALS_INVALID"
+        count = "select count(*) from rate_window"
+        await clean(worker._db, **retention(settings))
+        assert front.sql(count) == [(1,)]
+        front.sql("update rate_window set minute = minute - interval '2 hours'")
+        await clean(worker._db, **retention(settings))
+        assert front.sql(count) == [(0,)]

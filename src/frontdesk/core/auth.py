@@ -12,6 +12,7 @@ from typing import Any
 from frontdesk.core.caller import Caller
 from frontdesk.core.credential import changed, hash_of
 from frontdesk.core.formats import e164
+from frontdesk.core.limit import holder_of
 from frontdesk.core.password import Passwords, require_acceptable
 from frontdesk.core.patient import Patients
 from frontdesk.core.token import Tokens
@@ -317,7 +318,7 @@ class Auth:
         """
         # Who is turned away would otherwise come back, and have used up the attempts.
         self._passwords.require_room()
-        subjects = [_subject(email, address), _subject(email)]
+        subjects = [_subject(email, holder_of(address)), _subject(email)]
         for subject, most in zip(subjects, (_FAILURES_OF_ADDRESS, _FAILURES_OF_ALL), strict=True):
             counted = await self._db.row(_count_attempt, {"subject": subject, "most": most}, int)
             if counted is None:

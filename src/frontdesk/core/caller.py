@@ -25,7 +25,7 @@ class Identity:
     unrestricted: bool = False
     """Without credentials in the mode `open`: no rule of access applies."""
     requests_per_minute: int | None = None
-    """The limit of an API key; None leaves it to the kind of identity."""
+    """The limit of an API key or a user; None for a service with a certificate, which has none."""
     one_time_password: bool = False
     """Whether the user must change a one-time password first."""
     callers: dict[str, "Caller | None"] = field(default_factory=dict, compare=False, repr=False)

@@ -72,7 +72,16 @@ class _Judged:
 class Credentials:
     """The identities of one worker's callers, by their credentials."""
 
-    def __init__(self, db: Database, tokens: Tokens, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        db: Database,
+        tokens: Tokens,
+        *,
+        user_requests_per_minute: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`user_requests_per_minute` is the limit of each user."""
+        self._user_requests_per_minute = user_requests_per_minute
         self._db = db
         self._tokens = tokens
         self._clock = clock
@@ -89,14 +98,18 @@ class Credentials:
             await self._look()
             await asyncio.sleep(POLL_SECONDS)
 
-    async def identity(self, given: str) -> Identity:
-        """The identity that the credentials prove. Raises CredentialsInvalid, CredentialsExpired."""
+    async def identity(self, given: str, unknown: Callable[[], None]) -> Identity:
+        """The identity that the credentials prove. `unknown` is called before they are judged, which asks the database.
+
+        Raises what it raises, CredentialsInvalid, CredentialsExpired.
+        """
         now = self._clock()
         if now - self._looked > _STALE_SECONDS:
             await self._look()
         digest = hashlib.sha256(given.encode()).digest()
         known = self._known.get(digest)
         if known is None:
+            unknown()
             looks = self._looks
             known = await self._judge(given)
             # If there was a look meanwhile, it may have told of a change that this judgement has not seen.
@@ -147,6 +160,7 @@ class Credentials:
             tuple(clinic_ids),
             patient_id,
             doctor_id,
+            requests_per_minute=self._user_requests_per_minute,
             one_time_password=one_time_password,
         )
         until = self._clock() + claims["exp"] - time.time()

@@ -6,6 +6,7 @@ counts it from before it asked, so that it never admits a call with the lease of
 """
 
 import asyncio
+import ipaddress
 from dataclasses import dataclass
 
 from frontdesk.db.database import Database
@@ -13,8 +14,17 @@ from frontdesk.errors import RateLimited
 from frontdesk.tasks import end
 
 _BLOCKS = 100
+_NETWORK = 64
+"""Bits of an IPv6 address that tell customers apart: within them, each has as many addresses as he likes."""
 _MOST_SUBJECTS = 100_000
 """Subjects that a worker knows; when there are more, those whose minute is over are forgotten."""
+
+
+def holder_of(address: str) -> str:
+    """The part of a client's address that counts: an IPv4 address whole, of an IPv6 address its network of 64 bits."""
+    if ":" not in address:
+        return address
+    return str(ipaddress.IPv6Network((address, _NETWORK), strict=False))
 
 
 @dataclass(slots=True)
@@ -35,6 +45,14 @@ class Limits:
         self._db = db
         self._leases: dict[str, _Lease] = {}
         self._asking: dict[str, asyncio.Task[_Lease]] = {}
+
+    def require_left(self, subject: str) -> None:
+        """Raise RateLimited if this worker knows that the quota is used up; counts nothing."""
+        lease = self._leases.get(subject)
+        if lease is not None and lease.used_up and not lease.left:
+            seconds = lease.ends - asyncio.get_running_loop().time()
+            if seconds > 0:
+                raise RateLimited(retry_after=seconds)
 
     async def admit(self, subject: str, limit: int) -> None:
         """Count one call of the subject, of which `limit` a minute are admitted. Raises RateLimited."""

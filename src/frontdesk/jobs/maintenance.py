@@ -30,6 +30,10 @@ _login_attempts = """
 delete from login_attempt where ctid = any (array(
     select ctid from login_attempt where last_time < moment() - interval '1 day' limit %s for update skip locked))
 """
+_rate_windows = """
+delete from rate_window where ctid = any (array(
+    select ctid from rate_window where minute < clock_timestamp() - interval '1 hour' limit %s for update skip locked))
+"""
 _signing_keys = """
 delete from signing_key where ctid = any (array(
     select ctid from signing_key where expire_time < moment() limit %s for update skip locked))
@@ -54,7 +58,7 @@ async def clean(db: Database, *, keep_keys_seconds: float) -> Removed:
     A retry whose key was deleted acts again. Raises DatabaseUnavailable.
     """
     keys = await _delete_in_batches(db, _keys, (keep_keys_seconds, BATCH))
-    for statement in (_access_changes, _sessions, _login_attempts, _signing_keys):
+    for statement in (_access_changes, _sessions, _login_attempts, _rate_windows, _signing_keys):
         await _delete_in_batches(db, statement, (BATCH,))
     return Removed(keys)
 

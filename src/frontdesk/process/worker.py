@@ -26,6 +26,7 @@ from frontdesk.jobs.sealing import Sealer
 from frontdesk.live.feed import Feed
 from frontdesk.process.log import configure_log, dropped, failure
 from frontdesk.rpc.access import Access
+from frontdesk.rpc.origin import Origins
 from frontdesk.rpc.pipeline import Pipeline
 from frontdesk.rpc.server import Server
 from frontdesk.rpc.services import servicers
@@ -86,10 +87,11 @@ class Worker:
         )
         self._passwords = Passwords()
         tokens = Tokens(self._db, seconds=settings.access_token_seconds)
-        self._credentials = Credentials(self._db, tokens)
+        self._credentials = Credentials(self._db, tokens, user_requests_per_minute=settings.user_requests_per_minute)
         self._limits = Limits(self._db)
         self._sealer = Sealer(self._db)
         self._notes = Notes(self._db, self._sealer.changed)
+        origins = Origins(settings.proxies)
         self._pipeline = Pipeline(
             max_in_flight=settings.max_in_flight,
             notes=self._notes,
@@ -98,9 +100,12 @@ class Worker:
             access=Access(
                 self._credentials,
                 self._limits,
+                origins,
                 required=settings.access_mode == "required",
                 client_certificates=settings.tls_client_ca is not None,
+                address_requests_per_minute=settings.address_requests_per_minute,
             ),
+            origins=origins,
             metrics=metrics,
             tracing=tracing,
         )

@@ -13,10 +13,13 @@ from clinic.frontdesk.v1 import policy_pb2
 from clinic.frontdesk.v1.queue_pb2 import QueueView
 from frontdesk.core.caller import ANONYMOUS, Caller, Identity
 from frontdesk.core.credential import Credentials
-from frontdesk.core.limit import Limits
+from frontdesk.core.limit import Limits, holder_of
 from frontdesk.errors import CredentialsInvalid, CredentialsRequired, PasswordChangeRequired, RoleRequired
+from frontdesk.rpc.origin import Origins
 
 _VIEW = "view_"
+_WRONG = ""
+"""Credentials that are never good."""
 _MOST_LABEL = 64
 _MOST_NAME = 200
 
@@ -49,10 +52,22 @@ class Policy:
 class Access:
     """Judges calls by their credentials."""
 
-    def __init__(self, credentials: Credentials, limits: Limits, *, required: bool, client_certificates: bool) -> None:
+    def __init__(
+        self,
+        credentials: Credentials,
+        limits: Limits,
+        origins: Origins,
+        *,
+        required: bool,
+        client_certificates: bool,
+        address_requests_per_minute: int,
+    ) -> None:
         """`required`: calls without credentials are refused, unless their method needs none. `client_certificates`: a
-        certificate is a credential, for calls that bring no other.
+        certificate is a credential, for calls that bring no other. `address_requests_per_minute` limits the calls to
+        such methods, and likewise those with credentials that are refused.
         """
+        self._origins = origins
+        self._address_requests_per_minute = address_requests_per_minute
         self._credentials = credentials
         self._limits = limits
         self._required = required
@@ -70,16 +85,15 @@ class Access:
         metadata: Any = context.invocation_metadata() or ()
         for key, value in metadata:
             if key == "authorization" or key == "x-api-key":
-                # Two are refused, because proxies and we might choose differently.
-                if given is not None and not policy.without_credentials:
-                    raise CredentialsInvalid
-                given = value if key == "x-api-key" else _bearer(value)
+                # Two are as good as wrong ones, because proxies and we might choose differently.
+                given = _WRONG if given is not None else value if key == "x-api-key" else _bearer(value)
             elif key == "frontdesk-caller" and not label:
                 label = value[:_MOST_LABEL]
         if policy.without_credentials:
+            await self._limits.admit(f"calls/{self._holder(context)}", self._address_requests_per_minute)
             return _unproven(label)
         if given is not None:
-            identity = await self._credentials.identity(given)
+            identity = await self._judged(given, context)
             if identity.requests_per_minute is not None:
                 await self._limits.admit(identity.name, identity.requests_per_minute)
             return identity
@@ -90,6 +104,20 @@ class Access:
         if self._required or policy.always:
             raise CredentialsRequired
         return _unproven(label)
+
+    async def _judged(self, given: str, context: grpc.aio.ServicerContext[Any, Any]) -> Identity:
+        def refusals() -> str:
+            return f"refusals/{self._holder(context)}"
+
+        try:
+            return await self._credentials.identity(given, lambda: self._limits.require_left(refusals()))
+        except CredentialsInvalid:
+            # Expired ones do not count: a client that notices it late has several calls under way.
+            await self._limits.admit(refusals(), self._address_requests_per_minute)
+            raise
+
+    def _holder(self, context: grpc.aio.ServicerContext[Any, Any]) -> str:
+        return holder_of(self._origins.of(context))
 
     def admit(self, identity: Identity, policy: Policy) -> None:
         """Refuse an identity that may not call the method, whatever it asks for.
@@ -126,7 +154,7 @@ def _caller(identity: Identity, policy: Policy) -> Caller | None:
 def _bearer(value: str) -> str:
     scheme, _, token = value.partition(" ")
     # Not of another scheme, nor empty: no credentials of ours look so.
-    return token if scheme.lower() == "bearer" else ""
+    return token if scheme.lower() == "bearer" else _WRONG
 
 
 def _certified_name(context: grpc.aio.ServicerContext[Any, Any]) -> str:

@@ -10,9 +10,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from functools import lru_cache
 from typing import Any, Protocol
-from urllib.parse import unquote
 
 import grpc
 import structlog
@@ -25,6 +23,7 @@ from frontdesk.core.notes import Notes
 from frontdesk.db.paging import SharedSeal
 from frontdesk.errors import DeadlineExceeded, Draining, Overloaded, Refused
 from frontdesk.rpc.access import Access, Policy
+from frontdesk.rpc.origin import Origins
 from frontdesk.rpc.requests import request_from
 from frontdesk.rpc.status import Trailers, internal, status_of
 from frontdesk.tasks import Timeout
@@ -69,7 +68,7 @@ class Tracing(Protocol):
 class Call:
     """The call, as a servicer sees it beside the request."""
 
-    __slots__ = ("_context", "_notes", "caller", "method", "seal", "trace_id")
+    __slots__ = ("_context", "_notes", "_origins", "caller", "method", "seal", "trace_id")
 
     def __init__(
         self,
@@ -78,10 +77,12 @@ class Call:
         method: str,
         notes: Notes,
         seal: SharedSeal,
-        trace_id: str = "",
+        origins: Origins,
+        trace_id: str,
     ) -> None:
         self._context = context
         self._notes = notes
+        self._origins = origins
         self.seal = seal
         """Of the tokens of pages."""
         self.caller = caller
@@ -92,8 +93,8 @@ class Call:
 
     @property
     def address(self) -> str:
-        """Where the call comes from, without the port: ipv4:192.0.2.1, ipv6:[::1], unix:."""
-        return _address(self._context.peer())
+        """Where the call comes from, as `Origins` tells it."""
+        return self._origins.of(self._context)
 
     def saw(self, patient_ids: Sequence[str], **about: Any) -> None:
         """Note that the call reads records of these patients, one for each id; `about` are columns of the log."""
@@ -108,11 +109,6 @@ class Call:
             raise asyncio.CancelledError from None
 
 
-@lru_cache(10_000)
-def _address(peer: str) -> str:
-    return unquote(peer).rpartition(":")[0] if peer.startswith("ip") else "unix:"
-
-
 class Pipeline:
     """Wraps the methods of servicers."""
 
@@ -124,6 +120,7 @@ class Pipeline:
         notes: Notes,
         seal: SharedSeal,
         changed: Callable[[], None],
+        origins: Origins,
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
@@ -132,6 +129,7 @@ class Pipeline:
         self._notes = notes
         self._seal = seal
         self._changed = changed
+        self._origins = origins
         self._max_in_flight = max_in_flight
         self._metrics = metrics
         self._tracing = tracing
@@ -195,7 +193,9 @@ class Pipeline:
                 account.close("CANCELLED", started, identity)
                 raise
             except BaseException as error:
-                await context.abort(*self._refusal(error, account, started, identity, caller, context.peer()))
+                await context.abort(
+                    *self._refusal(error, account, started, identity, caller, self._origins.of(context))
+                )
                 raise
             finally:
                 self.in_flight -= 1
@@ -229,7 +229,9 @@ class Pipeline:
                 account.close("CANCELLED", started, identity)
                 raise
             except BaseException as error:
-                await context.abort(*self._refusal(error, account, started, identity, caller, context.peer()))
+                await context.abort(
+                    *self._refusal(error, account, started, identity, caller, self._origins.of(context))
+                )
                 raise
             finally:
                 # As above.
@@ -244,7 +246,7 @@ class Pipeline:
         started: float,
         identity: Identity,
         caller: Caller | None,
-        peer: str,
+        address: str,
     ) -> tuple[grpc.StatusCode, str, Trailers]:
         """Record that a call failed; its status, text and trailers."""
         # The traceback refers to the call's context, which will refer to the error: a circle, as above.
@@ -255,7 +257,7 @@ class Pipeline:
             answer = status_of(error)
             account.close(answer[0].name, started, identity, reason=error.reason)
             if answer[0] in _NO_ACCESS or (answer[0] is grpc.StatusCode.NOT_FOUND and _sees_own_only(caller)):
-                self._notes.refused(identity.name, account.name, error.reason, _address(peer))
+                self._notes.refused(identity.name, account.name, error.reason, address)
             return answer
         error_id = uuid.uuid4().hex[:16]
         account.close("INTERNAL", started, identity, error_id=error_id)
@@ -273,7 +275,7 @@ class Pipeline:
 
     def _call(self, context: grpc.aio.ServicerContext[Any, Any], caller: Caller, account: "_Account") -> Call:
         trace_id = "" if self._tracing is None else self._tracing.trace_id()
-        return Call(context, caller, account.name, self._notes, self._seal, trace_id)
+        return Call(context, caller, account.name, self._notes, self._seal, self._origins, trace_id)
 
 
 def _sees_own_only(caller: Caller | None) -> bool:

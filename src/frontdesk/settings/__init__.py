@@ -4,6 +4,7 @@ This package and `frontdesk.cli` are the only readers of the environment and of 
 """
 
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from frontdesk.settings.addresses import Address, parse
 from frontdesk.settings.certificates import check_certificates, check_pair, read
 from frontdesk.settings.database_url import check_database_url
+from frontdesk.settings.proxies import Proxy, parse_proxies
 
 
 class SettingsError(Exception):
@@ -33,6 +35,13 @@ class Settings(BaseSettings):
     """Whether calls need credentials; not set: `open` on loopback, `required` beyond it, where `open` is refused."""
     access_token_seconds: Annotated[int, Field(ge=60, le=900)] = 900
     """Seconds for which an access token is good."""
+    user_requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] = 300
+    """The calls that a user may make in each minute; an API key has its own limit."""
+    address_requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] = 20
+    """The calls that an address may make in each minute to methods that need no credentials; and likewise those with
+    credentials that are refused."""
+    trusted_proxies: str | None = None
+    """The proxies whose x-forwarded-for is believed: addresses, networks and `unix`, separated by commas."""
     plaintext: Literal["on", "off"] = "off"
     """`on` serves beyond loopback without TLS, because a proxy beside the service ends it."""
     data_dir: Path | None = None
@@ -136,6 +145,13 @@ class Settings(BaseSettings):
         if address.path:
             raise ValueError("is not HOST:PORT")
         return str(address)
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_proxies(value)
+        return value
 
     @field_validator("metrics_listen")
     @classmethod
@@ -242,6 +258,11 @@ class Settings(BaseSettings):
             raise SettingsError(
                 "FRONTDESK_DATA_DIR is needed, or FRONTDESK_DATABASE_URL: this user has no home directory"
             ) from None
+
+    @property
+    def proxies(self) -> Sequence[Proxy]:
+        """`trusted_proxies`, read."""
+        return [] if self.trusted_proxies is None else parse_proxies(self.trusted_proxies)
 
     @property
     def serves_reflection(self) -> bool:
