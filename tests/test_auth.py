@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from clinic.frontdesk.v1 import access_pb2, auth_pb2, clinic_pb2, patient_pb2, policy_pb2
+from clinic.frontdesk.v1 import access_pb2, appointment_pb2, auth_pb2, clinic_pb2, patient_pb2, policy_pb2
 from frontdesk.settings import Settings
-from tests.clinic import Front, details, outcome, reason_of, refusal
+from tests.clinic import Front, details, outcome, reason_of, refusal, tomorrow
 from tests.hostile.methods import register
 from tests.hostile.wire import serving
 from tests.identities import (
@@ -427,6 +427,73 @@ async def test_one_time_passwords(front: Front) -> None:
     front.sql("update user_account set password_expire_time = moment() where id = %s", late.id)
     assert await clinics(front, held) == "CREDENTIALS_INVALID"
     assert await outcome(login(front, late.email, password)) == "BAD_LOGIN"
+
+
+async def test_unverified_emails(front: Front) -> None:
+    """Until the e-mail is verified a patient may only use AuthService, whatever other roles he has."""
+    user, session = (made := await register(front, email=EMAIL)).user, made.session
+    front.sql("update user_account set email_verified = false where id = %s", user.id)
+    for roles in (("PATIENT",), ("PATIENT", "STAFF")):
+        await set_roles(front, user.id, *roles)
+        session = await refresh(front, session.refresh_token)
+        held = carrying(session.access_token)
+        error = await refusal(front.clinics.ListClinics(clinic_pb2.ListClinicsRequest(), metadata=held))
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.PERMISSION_DENIED, "EMAIL_NOT_VERIFIED")
+        assert not (await profile(front, session)).email_verified
+        update = auth_pb2.UpdateProfileRequest(user=auth_pb2.User(name="Ana"))
+        assert await outcome(auth(front).UpdateProfile(update, metadata=held)) == "OK"
+    await set_roles(front, user.id, "STAFF")
+    session = await refresh(front, session.refresh_token)
+    assert await clinics(front, carrying(session.access_token)) == "OK"
+
+
+async def test_a_user_follows_a_merge(front: Front) -> None:
+    """After a merge the user of the other record has the kept one, and sees all its appointments."""
+    doctor, kept = await front.doctor(), await front.patient()
+    made = await register(front, email=EMAIL)
+    booked = await front.book(kept.id, doctor.id, tomorrow())
+    await merge(front, kept.id, made.user.patient_id)
+    await comes_to(front, carrying(made.session.access_token), "CREDENTIALS_EXPIRED")
+    session = await refresh(front, made.session.refresh_token)
+    assert session.user.patient_id == kept.id
+    assert session.user.etag != made.user.etag
+    assert await own(front, session) == [booked.appointment.id]
+
+
+async def test_two_users_of_merged_records(front: Front) -> None:
+    """If both records have a user, both users have the kept one from then on, and a third is not linked to it."""
+    first = await register(front, email=EMAIL)
+    second = await register(front, patient=patient_pb2.Patient(given_name="Rosinha", phone="+5511987654321"))
+    third = await register(front, patient=patient_pb2.Patient(given_name="Rosita", phone="+5511987654321"))
+    doctor = await front.doctor()
+    booked = await front.book(first.user.patient_id, doctor.id, tomorrow())
+    other = await front.book(second.user.patient_id, (await front.doctor()).id, tomorrow())
+    await merge(front, first.user.patient_id, second.user.patient_id)
+    for made in (first, second):
+        session = await refresh(front, made.session.refresh_token)
+        assert await own(front, session) == sorted([booked.appointment.id, other.appointment.id])
+    front.sql("update user_account set patient_id = null where id = %s", third.user.id)
+    for patient in (first.user.patient_id, second.user.patient_id):
+        assert await outcome(link(front, third.user.id, patient)) == "PATIENT_LINKED"
+
+
+async def merge(front: Front, keep: str, other: str) -> None:
+    """Make two patients one."""
+    request = patient_pb2.MergePatientsRequest(keep_patient_id=keep, merge_patient_id=other)
+    await front.patients.MergePatients(request)
+
+
+async def own(front: Front, session: auth_pb2.Session) -> list[str]:
+    """The ids of the appointments that a user sees."""
+    request = appointment_pb2.ListAppointmentsRequest()
+    held = carrying(session.access_token)
+    answer = await front.appointments.ListAppointments(request, metadata=held)
+    for found in answer.appointments:
+        one = appointment_pb2.GetAppointmentRequest(appointment_id=found.id)
+        assert await outcome(front.appointments.GetAppointment(one, metadata=held)) == "OK"
+    mine = patient_pb2.GetPatientRequest(patient_id=session.user.patient_id)
+    assert await outcome(front.patients.GetPatient(mine, metadata=held)) == "OK"
+    return sorted(found.id for found in answer.appointments)
 
 
 async def test_demotion_reaches_every_worker(front: Front, conninfo: str, settings: Settings) -> None:

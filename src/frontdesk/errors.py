@@ -368,6 +368,12 @@ class PasswordChangeRequired(PermissionDenied):
     reason = "PASSWORD_CHANGE_REQUIRED"
 
 
+class EmailNotVerified(PermissionDenied):
+    """The user's e-mail must be verified first."""
+
+    reason = "EMAIL_NOT_VERIFIED"
+
+
 class ClinicNotYours(PermissionDenied):
     """It belongs to a clinic that is not the caller's."""
 

@@ -28,6 +28,8 @@ class Identity:
     """The limit of an API key or a user; None for a service with a certificate, which has none."""
     one_time_password: bool = False
     """Whether the user must change a one-time password first."""
+    unverified_email: bool = False
+    """Whether the user is a patient whose e-mail is not verified."""
     callers: dict[str, "Caller | None"] = field(default_factory=dict, compare=False, repr=False)
     """What the identity may by the name of a policy; filled in as it calls."""
 

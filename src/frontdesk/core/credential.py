@@ -43,7 +43,7 @@ select secret_hash, roles, clinic_ids, requests_per_minute, revoke_time is not n
 from api_key where id = %s
 """
 _user = """
-select roles, patient_id, doctor_id, clinic_ids, password_expire_time is not null
+select roles, patient_id, doctor_id, clinic_ids, password_expire_time is not null, email_verified
 from user_account u
 where id = %(user)s and active and coalesce(password_expire_time > moment(), true)
   and exists (select from session where id = %(session)s and user_id = u.id and end_time is null)
@@ -150,7 +150,7 @@ class Credentials:
         row = await self._db.row(_user, {"user": user_id, "session": session_id}, lambda *columns: columns)
         if row is None:
             raise CredentialsInvalid
-        roles, patient_id, doctor_id, clinic_ids, one_time_password = row
+        roles, patient_id, doctor_id, clinic_ids, one_time_password, email_verified = row
         said = [claims.get(name) for name in ("roles", "patient_id", "doctor_id", "clinic_ids")]
         if said != [roles, patient_id, doctor_id, clinic_ids]:
             raise CredentialsExpired
@@ -162,6 +162,7 @@ class Credentials:
             doctor_id,
             requests_per_minute=self._user_requests_per_minute,
             one_time_password=one_time_password,
+            unverified_email="PATIENT" in roles and not email_verified,
         )
         until = self._clock() + claims["exp"] - time.time()
         return _Judged(identity, until, (identity.name, f"sessions/{session_id}"))

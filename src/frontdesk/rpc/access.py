@@ -14,7 +14,13 @@ from clinic.frontdesk.v1.queue_pb2 import QueueView
 from frontdesk.core.caller import ANONYMOUS, Caller, Identity
 from frontdesk.core.credential import Credentials
 from frontdesk.core.limit import Limits, holder_of
-from frontdesk.errors import CredentialsInvalid, CredentialsRequired, PasswordChangeRequired, RoleRequired
+from frontdesk.errors import (
+    CredentialsInvalid,
+    CredentialsRequired,
+    EmailNotVerified,
+    PasswordChangeRequired,
+    RoleRequired,
+)
 from frontdesk.rpc.origin import Origins
 
 _VIEW = "view_"
@@ -42,6 +48,7 @@ class Policy:
         self.without_credentials: bool = said.without_credentials
         self.always: bool = said.always
         self.one_time_password: bool = said.one_time_password
+        self.unverified_email: bool = said.unverified_email
         self.views: Mapping[int, Policy] = {}
         """Of a method that has them: the policies of the views that are not the default one, by number."""
         if not view:
@@ -122,10 +129,12 @@ class Access:
     def admit(self, identity: Identity, policy: Policy) -> None:
         """Refuse an identity that may not call the method, whatever it asks for.
 
-        Raises RoleRequired, PasswordChangeRequired.
+        Raises RoleRequired, PasswordChangeRequired, EmailNotVerified.
         """
         if identity.one_time_password and not policy.one_time_password:
             raise PasswordChangeRequired
+        if identity.unverified_email and not policy.unverified_email:
+            raise EmailNotVerified
         if all(_caller(identity, one) is None for one in (policy, *policy.views.values())):
             raise RoleRequired(details={"method": policy.method})
 

@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class AuthServiceStub:
     """Lets people register, log in and out, and look after their own users. An access token is sent with each call as
-    `authorization: Bearer TOKEN`; when it expires, RefreshToken answers another one.
+    `authorization: Bearer TOKEN`; when it expires, RefreshToken answers another one. Until the e-mail is verified, a user
+    with ROLE_PATIENT may call only this service (EMAIL_NOT_VERIFIED).
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
@@ -77,7 +78,8 @@ class AuthServiceStub:
 
 class AuthServiceServicer:
     """Lets people register, log in and out, and look after their own users. An access token is sent with each call as
-    `authorization: Bearer TOKEN`; when it expires, RefreshToken answers another one.
+    `authorization: Bearer TOKEN`; when it expires, RefreshToken answers another one. Until the e-mail is verified, a user
+    with ROLE_PATIENT may call only this service (EMAIL_NOT_VERIFIED).
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
@@ -187,7 +189,8 @@ def add_AuthServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AuthService:
     """Lets people register, log in and out, and look after their own users. An access token is sent with each call as
-    `authorization: Bearer TOKEN`; when it expires, RefreshToken answers another one.
+    `authorization: Bearer TOKEN`; when it expires, RefreshToken answers another one. Until the e-mail is verified, a user
+    with ROLE_PATIENT may call only this service (EMAIL_NOT_VERIFIED).
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """

@@ -28,7 +28,8 @@ GRPC_VERSION: str
 
 class AuthServiceStub:
     """Lets people register, log in and out, and look after their own users. An access token is sent with each call as
-    `authorization: Bearer TOKEN`; when it expires, RefreshToken answers another one.
+    `authorization: Bearer TOKEN`; when it expires, RefreshToken answers another one. Until the e-mail is verified, a user
+    with ROLE_PATIENT may call only this service (EMAIL_NOT_VERIFIED).
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
@@ -69,7 +70,8 @@ class AuthServiceStub:
 @_typing.type_check_only
 class AuthServiceAsyncStub(AuthServiceStub):
     """Lets people register, log in and out, and look after their own users. An access token is sent with each call as
-    `authorization: Bearer TOKEN`; when it expires, RefreshToken answers another one.
+    `authorization: Bearer TOKEN`; when it expires, RefreshToken answers another one. Until the e-mail is verified, a user
+    with ROLE_PATIENT may call only this service (EMAIL_NOT_VERIFIED).
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
@@ -106,7 +108,8 @@ class AuthServiceAsyncStub(AuthServiceStub):
 
 class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
     """Lets people register, log in and out, and look after their own users. An access token is sent with each call as
-    `authorization: Bearer TOKEN`; when it expires, RefreshToken answers another one.
+    `authorization: Bearer TOKEN`; when it expires, RefreshToken answers another one. Until the e-mail is verified, a user
+    with ROLE_PATIENT may call only this service (EMAIL_NOT_VERIFIED).
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """

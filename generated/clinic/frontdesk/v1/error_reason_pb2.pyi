@@ -186,6 +186,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_USER_NOT_FOUND: _ErrorReason.ValueType  # 64
     """NOT_FOUND: the user does not exist. Example: GetUser with a mistyped user_id."""
+    ERROR_REASON_EMAIL_NOT_VERIFIED: _ErrorReason.ValueType  # 65
+    """PERMISSION_DENIED: a patient must first show that the e-mail is his. Example: booking right after registering."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
@@ -359,4 +361,6 @@ deactivates himself.
 """
 ERROR_REASON_USER_NOT_FOUND: ErrorReason.ValueType  # 64
 """NOT_FOUND: the user does not exist. Example: GetUser with a mistyped user_id."""
+ERROR_REASON_EMAIL_NOT_VERIFIED: ErrorReason.ValueType  # 65
+"""PERMISSION_DENIED: a patient must first show that the e-mail is his. Example: booking right after registering."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

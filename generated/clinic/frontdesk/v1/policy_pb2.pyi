@@ -97,6 +97,7 @@ class Policy(_message.Message):
     WITHOUT_CREDENTIALS_FIELD_NUMBER: _builtins.int
     ALWAYS_FIELD_NUMBER: _builtins.int
     ONE_TIME_PASSWORD_FIELD_NUMBER: _builtins.int
+    UNVERIFIED_EMAIL_FIELD_NUMBER: _builtins.int
     VIEW_BOARD_FIELD_NUMBER: _builtins.int
     VIEW_OWN_FIELD_NUMBER: _builtins.int
     patient: Global___Policy.Scope.ValueType
@@ -117,6 +118,8 @@ class Policy(_message.Message):
     """True if the method needs credentials on a server with open access too."""
     one_time_password: _builtins.bool
     """True if a user who must first change a one-time password may call it."""
+    unverified_email: _builtins.bool
+    """True if a patient who has not yet shown that the e-mail is his may call it."""
     @_builtins.property
     def view_board(self) -> Global___Policy:
         """Who may call the method with QUEUE_VIEW_BOARD, in the same way. All of the above is then about QUEUE_VIEW_STAFF."""
@@ -137,12 +140,13 @@ class Policy(_message.Message):
         without_credentials: _builtins.bool = ...,
         always: _builtins.bool = ...,
         one_time_password: _builtins.bool = ...,
+        unverified_email: _builtins.bool = ...,
         view_board: Global___Policy | None = ...,
         view_own: Global___Policy | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["view_board", b"view_board", "view_own", b"view_own"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin", b"admin", "always", b"always", "board", b"board", "doctor", b"doctor", "one_time_password", b"one_time_password", "patient", b"patient", "service", b"service", "staff", b"staff", "view_board", b"view_board", "view_own", b"view_own", "without_credentials", b"without_credentials"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin", b"admin", "always", b"always", "board", b"board", "doctor", b"doctor", "one_time_password", b"one_time_password", "patient", b"patient", "service", b"service", "staff", b"staff", "unverified_email", b"unverified_email", "view_board", b"view_board", "view_own", b"view_own", "without_credentials", b"without_credentials"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

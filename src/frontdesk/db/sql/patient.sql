@@ -241,6 +241,13 @@ begin
 
     update patient set merged_into = v_kept.id, version = version + 1, update_time = v_now
     where id = v_merged.id or merged_into = v_merged.id;
+    -- If both have a user, each keeps his: the merged record's id stands for the kept one.
+    with moved as (
+        update user_account u set patient_id = v_kept.id, version = u.version + 1, update_time = v_now
+        where u.patient_id = v_merged.id
+          and not exists (select from user_account o where o.patient_id = v_kept.id)
+        returning u.id)
+    insert into access_change (subject) select 'users/' || id from moved on conflict do nothing;
     perform write_words(v_merged.id, '');
     update patient k
     set phone = case when k.phone = '' and not exists (
