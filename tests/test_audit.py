@@ -5,10 +5,20 @@ from datetime import timedelta
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 from google.type.date_pb2 import Date
 
-from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, patient_pb2, queue_pb2
+from clinic.frontdesk.v1 import (
+    appointment_pb2,
+    audit_pb2,
+    audit_pb2_grpc,
+    clinic_pb2,
+    doctor_pb2,
+    patient_pb2,
+    queue_pb2,
+)
+from frontdesk.core.audit import _list_statement
 from frontdesk.core.notes import Notes
 from frontdesk.db.database import Database
 from frontdesk.errors import DatabaseUnavailable
@@ -17,7 +27,7 @@ from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today
 from tests.hostile.methods import MUTATIONS, call
 from tests.hostile.test_idempotency import SCENARIOS, keyed
-from tests.identities import bearing, create_key, user, user_of
+from tests.identities import ADMIN, bearing, create_key, user, user_of
 from tests.waiting import until
 
 CHANGES: dict[str, list[str]] = {
@@ -265,3 +275,110 @@ async def test_nothing_of_a_patient_but_ids(front: Front) -> None:
         assert number not in row
         assert "example.org" not in row
         assert "room of" not in row
+
+
+async def listed(front: Front, **fields: Any) -> list[audit_pb2.AuditEvent]:
+    """The events of these filters, newest first, page by page of three."""
+    stub: Any = audit_pb2_grpc.AuditServiceStub(front.channel)
+    found: list[audit_pb2.AuditEvent] = []
+    token = ""
+    while True:
+        request = audit_pb2.ListAuditEventsRequest(page_size=3, page_token=token, **fields)
+        answer = await stub.ListAuditEvents(request, metadata=ADMIN)
+        found += answer.audit_events
+        token = answer.next_page_token
+        if not token:
+            return found
+
+
+async def test_the_audit(front: Front) -> None:
+    """ListAuditEvents finds what was done by patient, actor, resource, method and time, newest first, in pages."""
+    key = await create_key(front, "STAFF")
+    staff = bearing(key.key)
+    doctor, (ana, rui) = await front.doctor(), await front.people(2)
+    booked = {}
+    for patient in (ana, rui):
+        target = appointment_pb2.DoctorDay(doctor_id=doctor.id, date=day(today()))
+        request = appointment_pb2.BookAppointmentRequest(patient_id=patient.id, doctor_day=target)
+        booked[patient.id] = (await front.appointments.BookAppointment(request, metadata=staff)).appointment
+    await front.check_in(booked[rui.id].id)
+    await front.appointments.ListAppointments(
+        appointment_pb2.ListAppointmentsRequest(doctor_id=doctor.id), metadata=staff
+    )
+    await until(lambda: len(notes(front, "id")) == 1)
+
+    everything = await listed(front)
+    assert len(everything) == len({event.id for event in everything}) == len(front.sql("select id from log"))
+    assert [event.id for event in everything] == sorted((event.id for event in everything), reverse=True)
+
+    async def methods(**fields: Any) -> list[str]:
+        return [event.method for event in await listed(front, **fields)]
+
+    visit = booked[rui.id]
+    assert await methods(patient_id=ana.id) == ["ListAppointments", "BookAppointment", "RegisterPatient"]
+    assert await methods(patient_id=rui.id, method="CheckIn") == ["CheckIn"]
+    assert await methods(actor=f"keys/{key.api_key.id}") == ["ListAppointments", "BookAppointment", "BookAppointment"]
+    assert await methods(resource=f"appointments/{visit.id}") == ["CheckIn", "BookAppointment"]
+    assert await methods(resource=f"patients/{ana.id}") == ["RegisterPatient"]
+    assert await methods(resource=f"doctors/{doctor.id}", actor="anonymous") == ["CreateDoctor"]
+    assert await methods(method="CreateApiKey") == ["CreateApiKey"]
+    assert await methods(resource=f"doctorDays/{doctor.id}/{today()}") == []
+    await front.doctors.SetDoctorAvailability(
+        doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(today()), is_present=True)
+    )
+    (said,) = await listed(front, resource=f"doctorDays/{doctor.id}/{today()}")
+    assert (said.clinic_id, said.patient_id, said.outcome, said.count) == (doctor.clinic_id, "", "OK", 1)
+    assert said.address in ("127.0.0.1", "::1")
+    middle = everything[3].time
+    later = [event.id for event in await listed(front, time_from=middle)]
+    earlier = [event.id for event in await listed(front, time_to=middle)]
+    assert later[1:] + earlier == [event.id for event in everything]
+    assert everything[3].id in later
+
+    # What was done with a record before it was merged is found under the kept one.
+    await front.patients.MergePatients(
+        patient_pb2.MergePatientsRequest(keep_patient_id=ana.id, merge_patient_id=(await front.patient()).id)
+    )
+    assert (await methods(patient_id=ana.id))[:2] == ["MergePatients", "RegisterPatient"]
+
+
+async def test_who_may_see_the_audit(front: Front) -> None:
+    """Only an administrator of all clinics sees the audit."""
+    stub: Any = audit_pb2_grpc.AuditServiceStub(front.channel)
+    request = audit_pb2.ListAuditEventsRequest()
+    clinic = await front.clinic()
+    some = bearing((await create_key(front, "ADMIN", clinic_ids=[clinic.id])).key)
+    staff = bearing((await create_key(front, "STAFF")).key)
+    assert await outcome(stub.ListAuditEvents(request)) == "CREDENTIALS_REQUIRED"
+    for metadata in (some, staff):
+        assert await outcome(stub.ListAuditEvents(request, metadata=metadata)) == "ROLE_REQUIRED"
+    bad = audit_pb2.ListAuditEventsRequest(resource=f"doctorDays/{clinic.id}/2026-02-30")
+    assert await outcome(stub.ListAuditEvents(bad, metadata=ADMIN)) == "INVALID_FIELD"
+    backwards = audit_pb2.ListAuditEventsRequest()
+    backwards.time_from.FromSeconds(10)
+    backwards.time_to.FromSeconds(9)
+    assert await outcome(stub.ListAuditEvents(backwards, metadata=ADMIN)) == "INVALID_FIELD"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        set(), {"patient_id"}, {"actor"}, {"method"}, {"resource"}, {"of_appointment"}, {"of_doctor"},
+        {"after", "actor"}, {"time_from", "time_to"},
+    ],
+    ids=str,
+)  # fmt: skip
+async def test_an_index_serves_each_filter(front: Front, given: set[str]) -> None:
+    """No filter reads the whole log."""
+    ids = ("patient_id", "of_appointment", "of_doctor", "after", "first_id", "last_id")
+    values: dict[str, Any] = dict.fromkeys(ids, "01900000-0000-7000-8000-000000000009")
+    values |= {"actor": "users/1", "method": "GetPatient", "resource": "clinics/1", "of_date": "2026-11-26"}
+    values |= {"time_from": "2026-11-26", "time_to": "2026-11-27", "size": "50"}
+    with psycopg.connect(front.conninfo) as connection:
+        connection.execute("set plan_cache_mode = force_generic_plan")
+        connection.execute("set enable_seqscan = off")
+        plan = connection.execute(f"explain {_list_statement(frozenset(given))}", values).fetchall()
+    shown = "\n".join(line for (line,) in plan)
+    assert "Seq Scan on log" not in shown, shown
+    if given - {"time_from", "time_to"}:
+        assert "log_pkey" not in shown, shown

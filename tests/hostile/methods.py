@@ -21,6 +21,7 @@ from grpc_tools import protoc  # type: ignore[import-untyped]
 from clinic.frontdesk.v1 import (
     access_pb2,
     appointment_pb2,
+    audit_pb2,
     auth_pb2,
     clinic_pb2,
     doctor_pb2,
@@ -33,7 +34,7 @@ from clinic.frontdesk.v1 import (
 from tests.clinic import Front, day, details, today, tomorrow
 from tests.identities import ADMIN, PASSWORD, Metadata, auth, create_key, user_token
 
-_FILES = (clinic_pb2, patient_pb2, doctor_pb2, slot_pb2, appointment_pb2, queue_pb2, auth_pb2, access_pb2)
+_FILES = (clinic_pb2, patient_pb2, doctor_pb2, slot_pb2, appointment_pb2, queue_pb2, auth_pb2, access_pb2, audit_pb2)
 
 METHODS: dict[str, MethodDescriptor] = {
     method.name: method
@@ -357,6 +358,7 @@ VALID: dict[str, Callable[[World], Message]] = {
     "ParkPatient": _of_appointment("ParkPatient"),
     "MarkMissed": _of_appointment("MarkMissed"),
     "LeaveQueue": _of_appointment("LeaveQueue"),
+    "ListAuditEvents": lambda w: audit_pb2.ListAuditEventsRequest(),
     "CreateApiKey": lambda w: access_pb2.CreateApiKeyRequest(api_key=_api_key(clinic_ids=[w.clinic_id])),
     "ListApiKeys": lambda w: access_pb2.ListApiKeysRequest(),
     "RevokeApiKey": lambda w: access_pb2.RevokeApiKeyRequest(api_key_id=w.api_key_id),

@@ -6,6 +6,7 @@ import grpc
 
 from clinic.frontdesk.v1.access_pb2_grpc import AccessServiceStub
 from clinic.frontdesk.v1.appointment_pb2_grpc import AppointmentServiceStub
+from clinic.frontdesk.v1.audit_pb2_grpc import AuditServiceStub
 from clinic.frontdesk.v1.auth_pb2_grpc import AuthServiceStub
 from clinic.frontdesk.v1.clinic_pb2_grpc import ClinicServiceStub
 from clinic.frontdesk.v1.doctor_pb2_grpc import DoctorServiceStub
@@ -61,6 +62,7 @@ class Stubs(Generic[ChannelT]):
     queues = Service(QueueServiceStub)
     auth = Service(AuthServiceStub)
     access = Service(AccessServiceStub)
+    audit = Service(AuditServiceStub)
 
     def __init__(self, channel: ChannelT) -> None:
         self._channel: ChannelT = channel

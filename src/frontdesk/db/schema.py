@@ -391,6 +391,9 @@ Index(
     "log_revision_key", log.c.doctor_id, log.c.date, log.c.revision, unique=True, postgresql_where=text("revision > 0")
 )
 Index("log_patient_idx", log.c.patient_id, log.c.id, postgresql_where=text("patient_id is not null"))
+Index("log_actor_idx", log.c.actor, log.c.id)
+Index("log_method_idx", log.c.method, log.c.id)
+Index("log_resource_idx", log.c.resource, log.c.id, postgresql_where=text("revision = 0"))
 Index("log_patients_idx", log.c.patient_ids, postgresql_using="gin", postgresql_where=text("patient_ids is not null"))
 
 # The rows of the log in the order that all readers see, chained by hashes (`sql/seal.sql`).

@@ -8,6 +8,11 @@ create or replace function current_patient(p_id uuid) returns uuid language sql 
     select coalesce(p.merged_into, p.id) from patient p where p.id = p_id
 $$;
 
+-- All ids that stand for the same record as this one.
+create or replace function same_record(p_id uuid) returns uuid[] language sql stable as $$
+    select array(select current_patient(p_id) union select p.id from patient p where p.merged_into = current_patient(p_id))
+$$;
+
 -- Find the records of a request about a patient, and name its locks. A corrected name shows in the queues in which the
 -- patient stands; the lock of the day of every live appointment keeps the patient from coming to another one meanwhile.
 create or replace function locate_patient(r request) returns request language plpgsql as $$

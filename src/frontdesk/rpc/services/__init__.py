@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from frontdesk.core.access import ApiKeys, Users
 from frontdesk.core.appointment import Appointments
+from frontdesk.core.audit import Audit
 from frontdesk.core.auth import Auth
 from frontdesk.core.clinic import Clinics
 from frontdesk.core.doctor import Doctors
@@ -17,6 +18,7 @@ from frontdesk.live.feed import Feed
 from frontdesk.rpc.pipeline import Servicer
 from frontdesk.rpc.services.access import AccessServicer
 from frontdesk.rpc.services.appointment import AppointmentServicer
+from frontdesk.rpc.services.audit import AuditServicer
 from frontdesk.rpc.services.auth import AuthServicer
 from frontdesk.rpc.services.clinic import ClinicServicer
 from frontdesk.rpc.services.doctor import DoctorServicer
@@ -40,4 +42,5 @@ def servicers(
         QueueServicer(Queues(db, appointments), feed, max_watchers=max_watchers),
         AuthServicer(Auth(db, passwords, tokens, patients)),
         AccessServicer(Users(db, passwords), ApiKeys(db)),
+        AuditServicer(Audit(db)),
     )

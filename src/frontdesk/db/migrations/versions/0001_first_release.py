@@ -294,6 +294,9 @@ def upgrade() -> None:
         unique=True,
         postgresql_where=sa.text("revision > 0"),
     )
+    op.create_index("log_actor_idx", "log", ["actor", "id"])
+    op.create_index("log_method_idx", "log", ["method", "id"])
+    op.create_index("log_resource_idx", "log", ["resource", "id"], postgresql_where=sa.text("revision = 0"))
     op.create_index("log_transaction_idx", "log", ["transaction"])
     op.create_table(
         "idempotency",
