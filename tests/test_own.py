@@ -86,6 +86,8 @@ async def test_a_merged_record_is_still_ones_own(front: Front) -> None:
     keep, merged = await front.people(2)
     booked = (await front.book(merged.id, doctor.id, notes=NOTES)).appointment
     me = user(front, "PATIENT", patient_id=merged.id)
+    # A user of both: else the merged record's user would get the kept one, and need another token.
+    user(front, "PATIENT", patient_id=keep.id)
     await front.patients.MergePatients(
         patient_pb2.MergePatientsRequest(keep_patient_id=keep.id, merge_patient_id=merged.id)
     )

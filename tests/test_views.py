@@ -112,6 +112,8 @@ async def test_own_needs_an_appointment_of_the_day(front: Front) -> None:
     """A patient sees the queue of a day with an appointment that is not cancelled; a merged record's is the same."""
     doctor = await front.doctor()
     person, double = await front.people(2)
+    # A user of both: else the merged record's user would get the kept one, and need another token.
+    user(front, "PATIENT", patient_id=person.id)
     me = user(front, "PATIENT", patient_id=double.id)
     assert await outcome(seen(front, doctor.id, OWN, me)) == "APPOINTMENT_NOT_FOUND"
     booked = await front.book(double.id, doctor.id)
@@ -186,6 +188,8 @@ async def test_a_stream_of_ones_own_ends_with_the_appointment(front: Front) -> N
     """A patient's stream survives a merge of the record, and ends when the appointment is cancelled."""
     doctor = await front.doctor()
     person, double = await front.people(2)
+    # A user of both: else the merged record's user would get the kept one, and need another token.
+    user(front, "PATIENT", patient_id=person.id)
     booked = await front.book(double.id, doctor.id)
     await front.check_in(booked.appointment.id)
     stream = watch(front, doctor.id, OWN, user(front, "PATIENT", patient_id=double.id))

@@ -433,7 +433,7 @@ class LoginThrottled(Exhausted):
 
 
 class TooManyWatchers(Exhausted):
-    """The server has reached its limit of watchers."""
+    """The server, or this caller, has reached the limit of watchers."""
 
     reason = "TOO_MANY_WATCHERS"
 

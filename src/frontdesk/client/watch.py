@@ -126,6 +126,8 @@ class Watch:
         """Learn from a message; the update to yield, if it has one. Raises RevisionGap."""
         update = None
         if message.HasField("closing"):
+            if self._login is not None and message.closing.reason == queue_pb2.StreamClosing.REASON_AUTH_EXPIRING:
+                self._login.expire()
             self._pushback = min(message.closing.reconnect_delay.ToNanoseconds() / 1e9, LONGEST_PUSHBACK)
         elif message.HasField("update"):
             previous = message.previous_revision

@@ -30,6 +30,10 @@ class Identity:
     """Whether the user must change a one-time password first."""
     unverified_email: bool = False
     """Whether the user is a patient whose e-mail is not verified."""
+    digest: bytes = b""
+    """Of the credentials that have proved the identity; empty if there were none, or a certificate."""
+    until: float | None = None
+    """When those credentials expire, by `time.monotonic`; None if they do not."""
     callers: dict[str, "Caller | None"] = field(default_factory=dict, compare=False, repr=False)
     """What the identity may by the name of a policy; filled in as it calls."""
 

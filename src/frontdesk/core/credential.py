@@ -13,7 +13,7 @@ import hmac
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from frontdesk.core.caller import Identity
@@ -112,6 +112,7 @@ class Credentials:
             unknown()
             looks = self._looks
             known = await self._judge(given)
+            known = replace(known, identity=replace(known.identity, digest=digest, until=known.until))
             # If there was a look meanwhile, it may have told of a change that this judgement has not seen.
             if looks == self._looks:
                 self._keep(digest, known)
@@ -119,6 +120,13 @@ class Credentials:
             self._forget(digest)
             raise CredentialsExpired
         return known.identity
+
+    def knows(self, identity: Identity) -> bool:
+        """Whether nothing has been heard that may change the identity since it was judged. Asks nobody."""
+        if not identity.digest:
+            return True
+        known = self._known.get(identity.digest)
+        return known is not None and known.identity is identity
 
     async def _judge(self, given: str) -> _Judged:
         if given.startswith(KEY_PREFIX):

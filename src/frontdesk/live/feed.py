@@ -5,6 +5,7 @@ the revision in the database. A hint that is lost costs at most one poll.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import date
@@ -45,6 +46,7 @@ class Feed:
         self._wake = asyncio.Event()
         self._hints = Hints(db, _CHANNEL, heard=self._heard, connected=lambda: self._look_at(*self._topics))
         self._background = Background()
+        self._held: Counter[str] = Counter()
         self.watchers = 0
         """How many streams are open."""
         self.draining = False
@@ -70,8 +72,12 @@ class Feed:
         self._look_at((doctor_id, day))
         self._hints.send(f"{doctor_id}/{day}")
 
-    def subscribe(self, doctor_id: str, day: date, view: View) -> Subscription:
-        """Watch a doctor-day until the end of the `with` block that this begins."""
+    def watchers_of(self, holder: str) -> int:
+        """How many of the open streams are this caller's."""
+        return self._held[holder]
+
+    def subscribe(self, doctor_id: str, day: date, view: View, holder: str) -> Subscription:
+        """Watch a doctor-day until the end of the `with` block that this begins. `holder` is the caller's identity."""
         key = (doctor_id, day)
         if not self._topics:
             # Nothing was polled while nobody watched.
@@ -80,7 +86,8 @@ class Feed:
         if topic is None:
             topic = self._topics[key] = Topic(key, self._db, self._updates, self._keep_seconds, look=self._look_at)
         self.watchers += 1
-        return Subscription(topic, view, self._unsubscribed)
+        self._held[holder] += 1
+        return Subscription(topic, view, lambda topic: self._unsubscribed(topic, holder))
 
     @property
     def backlog(self) -> int:
@@ -92,8 +99,11 @@ class Feed:
         """Seconds since all watched doctor-days were last seen as they are; 0 if none is watched."""
         return asyncio.get_running_loop().time() - self._all_read_at if self._topics else 0.0
 
-    def _unsubscribed(self, topic: Topic) -> None:
+    def _unsubscribed(self, topic: Topic, holder: str) -> None:
         self.watchers -= 1
+        self._held[holder] -= 1
+        if not self._held[holder]:
+            del self._held[holder]
         if not topic.watchers and self._topics.get(topic.key) is topic:
             del self._topics[topic.key]
 

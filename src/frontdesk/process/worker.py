@@ -109,7 +109,14 @@ class Worker:
             metrics=metrics,
             tracing=tracing,
         )
-        for servicer in servicers(self._db, self._feed, self._passwords, tokens, max_watchers=settings.max_watchers):
+        for servicer in servicers(
+            self._db,
+            self._feed,
+            self._passwords,
+            tokens,
+            max_watchers=settings.max_watchers,
+            max_watchers_per_caller=settings.max_watchers_per_caller,
+        ):
             self._pipeline.add(servicer)
         self._server = Server(settings, self._pipeline, self._feed, reuse_port=reuse_port)
         self._background = Background()

@@ -23,6 +23,7 @@ from frontdesk.errors import (
 )
 from frontdesk.rpc.origin import Origins
 
+_CREDENTIALS = ("authorization", "x-api-key")
 _VIEW = "view_"
 _WRONG = ""
 """Credentials that are never good."""
@@ -91,7 +92,7 @@ class Access:
         # Keys that end in -bin have bytes; these have text.
         metadata: Any = context.invocation_metadata() or ()
         for key, value in metadata:
-            if key == "authorization" or key == "x-api-key":
+            if key in _CREDENTIALS:
                 # Two are as good as wrong ones, because proxies and we might choose differently.
                 given = _WRONG if given is not None else value if key == "x-api-key" else _bearer(value)
             elif key == "frontdesk-caller" and not label:
@@ -125,6 +126,22 @@ class Access:
 
     def _holder(self, context: grpc.aio.ServicerContext[Any, Any]) -> str:
         return holder_of(self._origins.of(context))
+
+    async def again(
+        self, context: grpc.aio.ServicerContext[Any, Any], identity: Identity, *, policy: Policy, request: Any
+    ) -> tuple[Identity, Caller] | None:
+        """Judge the caller of a stream again; None if nothing about its credentials can have changed. Counts nothing.
+
+        Raises as a new call would.
+        """
+        if self._credentials.knows(identity):
+            return None
+        metadata: Any = context.invocation_metadata()
+        # It was found to be the only one.
+        given = next(value if key == "x-api-key" else _bearer(value) for key, value in metadata if key in _CREDENTIALS)
+        identity = await self._credentials.identity(given, lambda: None)
+        self.admit(identity, policy)
+        return identity, self.caller(identity, policy, request)
 
     def admit(self, identity: Identity, policy: Policy) -> None:
         """Refuse an identity that may not call the method, whatever it asks for.

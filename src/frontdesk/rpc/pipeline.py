@@ -10,6 +10,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
@@ -21,7 +22,7 @@ from google.protobuf.message_factory import GetMessageClass
 from frontdesk.core.caller import ANONYMOUS, Caller, Identity
 from frontdesk.core.notes import Notes
 from frontdesk.db.paging import SharedSeal
-from frontdesk.errors import DeadlineExceeded, Draining, Overloaded, Refused
+from frontdesk.errors import DatabaseUnavailable, DeadlineExceeded, Draining, Overloaded, Refused
 from frontdesk.rpc.access import Access, Policy
 from frontdesk.rpc.origin import Origins
 from frontdesk.rpc.requests import request_from
@@ -65,27 +66,35 @@ class Tracing(Protocol):
     def trace_id(self) -> str: ...
 
 
+Again = Callable[[grpc.aio.ServicerContext[Any, Any], Identity], Awaitable[tuple[Identity, Caller] | None]]
+
+
 class Call:
     """The call, as a servicer sees it beside the request."""
 
-    __slots__ = ("_context", "_notes", "_origins", "caller", "method", "seal", "trace_id")
+    __slots__ = ("_again", "_context", "_notes", "_origins", "caller", "identity", "method", "seal", "trace_id")
 
     def __init__(
         self,
         context: grpc.aio.ServicerContext[Any, Any],
+        identity: Identity,
         caller: Caller,
         method: str,
         notes: Notes,
         seal: SharedSeal,
         origins: Origins,
         trace_id: str,
+        again: Again | None,
     ) -> None:
+        """`again` judges the caller of a stream again."""
         self._context = context
         self._notes = notes
         self._origins = origins
         self.seal = seal
         """Of the tokens of pages."""
+        self.identity = identity
         self.caller = caller
+        self._again = again
         self.method = method
         """The RPC's name, without its service."""
         self.trace_id = trace_id
@@ -99,6 +108,22 @@ class Call:
     def saw(self, patient_ids: Sequence[str], **about: Any) -> None:
         """Note that the call reads records of these patients, one for each id; `about` are columns of the log."""
         self._notes.read(self.caller.identity, self.method, patient_ids, about, self.address, self.trace_id)
+
+    async def judged_anew(self) -> bool:
+        """Whether the caller had to be judged again, because something about the credentials has changed.
+
+        If so, what the caller may reach may be something else now. Raises as a new call would.
+        """
+        assert self._again is not None
+        try:
+            found = await self._again(self._context, self.identity)
+        except DatabaseUnavailable:
+            # Until it is back a stream tells nothing new.
+            return False
+        if found is None:
+            return False
+        self.identity, self.caller = found
+        return True
 
     async def write(self, message: bytes) -> None:
         """Send one serialised message of a stream. Raises CancelledError if the caller has gone."""
@@ -184,7 +209,7 @@ class Pipeline:
                     self._access.admit(identity, policy)
                     request = request_from(raw, kind)
                     caller = self._access.caller(identity, policy, request)
-                    response = await behaviour(request, self._call(context, caller, account))
+                    response = await behaviour(request, self._call(context, identity, caller, account))
                 if changes:
                     self._changed()
                 account.close("OK", started, identity)
@@ -223,7 +248,8 @@ class Pipeline:
                 self._access.admit(identity, policy)
                 request = request_from(raw, kind)
                 caller = self._access.caller(identity, policy, request)
-                await behaviour(request, self._call(context, caller, account))
+                again = partial(self._access.again, policy=policy, request=request)
+                await behaviour(request, self._call(context, identity, caller, account, again))
                 account.close("OK", started, identity, end="DRAINING" if self.draining else "COMPLETED")
             except (asyncio.CancelledError, GeneratorExit):
                 account.close("CANCELLED", started, identity)
@@ -273,9 +299,16 @@ class Pipeline:
         )
         return internal(error_id)
 
-    def _call(self, context: grpc.aio.ServicerContext[Any, Any], caller: Caller, account: "_Account") -> Call:
+    def _call(
+        self,
+        context: grpc.aio.ServicerContext[Any, Any],
+        identity: Identity,
+        caller: Caller,
+        account: "_Account",
+        again: Again | None = None,
+    ) -> Call:
         trace_id = "" if self._tracing is None else self._tracing.trace_id()
-        return Call(context, caller, account.name, self._notes, self._seal, self._origins, trace_id)
+        return Call(context, identity, caller, account.name, self._notes, self._seal, self._origins, trace_id, again)
 
 
 def _sees_own_only(caller: Caller | None) -> bool:

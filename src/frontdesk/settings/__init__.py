@@ -63,6 +63,9 @@ class Settings(BaseSettings):
     """Unary calls that one worker handles at once; one more is UNAVAILABLE with a pushback."""
     max_watchers: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
     """Streams of one worker; one more is RESOURCE_EXHAUSTED. Unary calls do not count."""
+    max_watchers_per_caller: Annotated[int, Field(ge=1, le=1_000_000)] = 50
+    """Streams of one worker that one identity may have open; one more is RESOURCE_EXHAUSTED. Callers without
+    credentials are not told apart, so theirs are not limited by it."""
     max_streams_per_connection: Annotated[int, Field(ge=1, le=1_000_000)] = 100
     """HTTP/2 streams that one connection may have open."""
     drain_seconds: Annotated[float, Field(ge=0, le=600)] = 10.0

@@ -28,7 +28,7 @@ from frontdesk.rpc.services.slot import SlotServicer
 
 
 def servicers(
-    db: Database, feed: Feed, passwords: Passwords, tokens: Tokens, *, max_watchers: int
+    db: Database, feed: Feed, passwords: Passwords, tokens: Tokens, *, max_watchers: int, max_watchers_per_caller: int
 ) -> Sequence[Servicer]:
     """All services of the server, each with its part of the core. Health and reflection follow from this list."""
     appointments = Appointments(db, feed.changed)
@@ -39,7 +39,9 @@ def servicers(
         DoctorServicer(Doctors(db, feed.changed)),
         SlotServicer(Slots(db)),
         AppointmentServicer(appointments),
-        QueueServicer(Queues(db, appointments), feed, max_watchers=max_watchers),
+        QueueServicer(
+            Queues(db, appointments), feed, max_watchers=max_watchers, max_watchers_per_caller=max_watchers_per_caller
+        ),
         AuthServicer(Auth(db, passwords, tokens, patients)),
         AccessServicer(Users(db, passwords), ApiKeys(db)),
         AuditServicer(Audit(db)),

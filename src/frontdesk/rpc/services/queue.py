@@ -24,6 +24,12 @@ MAX_AGE_SECONDS = (20 * 60, 30 * 60)
 DRAIN_SPREAD_SECONDS = 5.0
 """Watchers of a server that stops come back at random within so long."""
 
+AUTH_NOTICE_SECONDS = 30.0
+"""How long before its credentials expire a stream is closed; or a third of what is left of them, if that is less."""
+
+JUDGE_SECONDS = 10.0
+"""A stream notices within so long that something about its caller's credentials has changed."""
+
 WRITE_SECONDS = 30.0
 """How long a watcher may leave a message unread once gRPC takes no more for it."""
 
@@ -85,10 +91,11 @@ class QueueServicer:
 
     service = pb.DESCRIPTOR.services_by_name["QueueService"]
 
-    def __init__(self, queues: Queues, feed: Feed, *, max_watchers: int) -> None:
+    def __init__(self, queues: Queues, feed: Feed, *, max_watchers: int, max_watchers_per_caller: int) -> None:
         self._queues = queues
         self._feed = feed
         self._max_watchers = max_watchers
+        self._max_watchers_per_caller = max_watchers_per_caller
 
     async def CheckIn(self, request: pb.CheckInRequest, call: Call) -> pb.CheckInResponse:
         return await self._change(request, call, pb.CheckInResponse, patient_id=request.patient_id or None)
@@ -132,12 +139,15 @@ class QueueServicer:
             replayed=change.replayed,
         )
 
-    def _require_room(self) -> None:
+    def _require_room(self, call: Call) -> None:
         if self._feed.watchers >= self._max_watchers:
             raise TooManyWatchers
+        of_caller = self._feed.watchers_of(call.identity.name)
+        if of_caller >= self._max_watchers_per_caller and not call.identity.unrestricted:
+            raise TooManyWatchers(details={"watchers": of_caller})
 
     async def WatchQueue(self, request: pb.WatchQueueRequest, call: Call) -> None:
-        self._require_room()
+        self._require_room(call)
         doctor_id, day, view = request.doctor_id, date_from(request, "date"), _VIEWS[request.view]
         resume = ResumeToken.decode(request.resume_token) if request.resume_token else None
         if resume is not None:
@@ -146,25 +156,38 @@ class QueueServicer:
             day = resume.date
         admitted = await self._queues.admit(call.caller, doctor_id, day, view)
         heartbeat = _heartbeat_seconds(request)
-        ends = time.monotonic() + random.uniform(*MAX_AGE_SECONDS)
+        ends, reason = _end(call.identity.until)
         # Others may have come during the round trip.
-        self._require_room()
-        with self._feed.subscribe(doctor_id, admitted.date, admitted.view) as watch:
+        self._require_room(call)
+        with self._feed.subscribe(doctor_id, admitted.date, admitted.view, call.identity.name) as watch:
             message = await watch.begin(resume)
             if view == STAFF:
                 # Once a stream: who watches a queue sees whoever comes to it.
                 _saw(call, watch.queue)
             await _write(call, message or _heartbeat(watch))
-            while not self._feed.draining and (left := ends - time.monotonic()) > 0:
-                if await watch.news(min(heartbeat, left)):
-                    if watch.has_lost_its_own:
-                        watch.view = (await self._queues.admit(call.caller, doctor_id, admitted.date, view)).view
-                    message = await watch.latest()
-                    if message is not None:
-                        await _write(call, message)
-                elif left > heartbeat:
-                    await _write(call, _heartbeat(watch))
-            await _write(call, _closing(watch, draining=self._feed.draining))
+            silent_until = time.monotonic() + heartbeat
+            while not self._feed.draining and (now := time.monotonic()) < ends:
+                news = await watch.news(min(silent_until, ends, now + JUDGE_SECONDS) - now)
+                if await call.judged_anew() or watch.has_lost_its_own:
+                    watch.view = (await self._queues.admit(call.caller, doctor_id, admitted.date, view)).view
+                message = await watch.latest() if news else None
+                if message is None and silent_until <= time.monotonic() < ends:
+                    message = _heartbeat(watch)
+                if message is not None:
+                    await _write(call, message)
+                    silent_until = time.monotonic() + heartbeat
+            await _write(call, _closing(watch, pb.StreamClosing.REASON_DRAINING if self._feed.draining else reason))
+
+
+def _end(expires: float | None) -> tuple[float, pb.StreamClosing.Reason.ValueType]:
+    """When a stream that begins now is closed, by `time.monotonic`, and why; its credentials expire at `expires`."""
+    now = time.monotonic()
+    ends = now + random.uniform(*MAX_AGE_SECONDS)
+    if expires is not None:
+        closes = expires - min(AUTH_NOTICE_SECONDS, (expires - now) / 3)
+        if closes < ends:
+            return closes, pb.StreamClosing.REASON_AUTH_EXPIRING
+    return ends, pb.StreamClosing.REASON_MAX_AGE
 
 
 def _saw(call: Call, queue: Queue) -> None:
@@ -196,10 +219,10 @@ def _heartbeat(watch: Subscription) -> bytes:
     return message.SerializeToString()
 
 
-def _closing(watch: Subscription, *, draining: bool) -> bytes:
-    delay = random.uniform(0, DRAIN_SPREAD_SECONDS) if draining else 0.0
+def _closing(watch: Subscription, reason: pb.StreamClosing.Reason.ValueType) -> bytes:
+    delay = random.uniform(0, DRAIN_SPREAD_SECONDS) if reason == pb.StreamClosing.REASON_DRAINING else 0.0
     closing = pb.StreamClosing(
-        reason=pb.StreamClosing.REASON_DRAINING if draining else pb.StreamClosing.REASON_MAX_AGE,
+        reason=reason,
         reconnect_delay=duration_pb2.Duration(seconds=int(delay), nanos=int(delay % 1 * 1e9)),
     )
     message = pb.WatchQueueResponse(revision=watch.revision, previous_revision=watch.revision, closing=closing)
