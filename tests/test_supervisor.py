@@ -496,8 +496,11 @@ def test_a_socket_nowhere(service: Callable[..., Service], directory: Path, plac
     assert one.said().count("\n") == 1
 
 
-def test_a_terminal_that_closes_ends_the_service(service: Callable[..., Service], directory: Path) -> None:
-    """SIGHUP from a terminal that has gone stops the service, as every program in it."""
+@pytest.mark.parametrize("reloads", [False, True])
+def test_a_terminal_that_closes_ends_the_service(
+    service: Callable[..., Service], directory: Path, reloads: bool
+) -> None:
+    """SIGHUP from a terminal that has gone stops the service, as every program in it, after a reload too."""
     main, terminal = os.openpty()
     given = json.dumps({"listen": "127.0.0.1:0", "data_dir": str(directory / "data"), "database_url": NOWHERE})
     process = subprocess.Popen(
@@ -510,11 +513,17 @@ def test_a_terminal_that_closes_ends_the_service(service: Callable[..., Service]
         preexec_fn=take_terminal,
     )
     os.close(terminal)
-    with process:
+    try:
         assert process.stdout is not None
         assert b"serves on" in process.stdout.readline()
+        if reloads:
+            process.send_signal(signal.SIGHUP)
+            wait_for(lambda: "worker_replaced" in (directory / "log").read_text())
         os.close(main)
         assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def take_terminal() -> None:
