@@ -309,10 +309,12 @@ async def test_stopped_workers_fail_no_call(service: Service, conninfo: str) -> 
 
     async def stop() -> None:
         for threshold in (100, 300):
-            before = service.workers()
             await until(lambda threshold=threshold: len(booked) >= threshold)  # type: ignore[misc]
-            os.kill(before[0], signal.SIGTERM)
-            await until(lambda before=before: len({*service.workers()} - {before[0]}) == 2)  # type: ignore[misc]
+            stopped = service.workers()[0]
+            os.kill(stopped, signal.SIGTERM)
+            # Its successor serves before it ends.
+            await until(lambda stopped=stopped: stopped not in service.workers())  # type: ignore[misc]
+            await until(lambda: len(service.workers()) == 2)
 
     async with asyncio.timeout(60), contextlib.AsyncExitStack() as stack:
         options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]

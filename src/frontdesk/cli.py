@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar, cast
 
 import typer
 
@@ -138,9 +138,12 @@ def _surprise(error: Exception) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    # The status says it too, if nobody can read the line.
-    with suppress(OSError):
+    try:
         print(f"frontdesk: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    except OSError:
+        # The status says it too, unless Python's own attempt to write fails at the end, which makes it 120.
+        if sys.stderr is not None:
+            _discard(sys.stderr)
     return status
 
 
@@ -847,7 +850,11 @@ def _flush_output() -> None:
 def _discard_output() -> None:
     """Discard all further output, so that writing it cannot fail after the reader has gone."""
     if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
+
+
+def _discard(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":
