@@ -16,12 +16,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--clients", type=int, default=Plan.clients)
+    parser.add_argument("--access", choices=("required", "open"), default="required")
     parser.add_argument("--faults", default=",".join(FAULTS), help=f"separated by commas; also {', '.join(ODD_FAULTS)}")
     given = parser.parse_args()
     faults = [kind for kind in given.faults.split(",") if kind]
     if unknown := set(faults) - {*FAULTS, *ODD_FAULTS}:
         parser.error(f"unknown faults: {', '.join(sorted(unknown))}")
-    report = play(Plan(seed=given.seed, seconds=given.minutes * 60, clients=given.clients, faults=faults))
+    plan = Plan(
+        seed=given.seed, seconds=given.minutes * 60, clients=given.clients, faults=faults, access=given.access
+    )  # fmt: skip
+    report = play(plan)
     print(report)
     return 1 if report.violations else 0
 

@@ -1,10 +1,11 @@
 """The rules for a history of the service, whatever faults there were. Pure: records in, violations out.
 
 A history is the clients' record (operations, reads, watches) and the final state of the database (`Facts`). Every
-change has a key, so each row of `event` belongs to one row of `idempotency`, and each doctor-day can be replayed from
-its first revision. All times are from one clock.
+change has a key, so each change in `log` belongs to one row of `idempotency`, and each doctor-day can be replayed from
+its first revision. All times are from one clock, but for those of `Metered`.
 """
 
+import hashlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -64,6 +65,34 @@ REFUSALS: dict[str, set[str]] = {method: {"INVALID_TRANSITION"} for method in KI
 }
 """The reasons for which the harness's requests may be refused. They never name unknown resources."""
 
+BAD_CREDENTIALS = {"CREDENTIALS_REQUIRED", "CREDENTIALS_INVALID", "CREDENTIALS_EXPIRED"}
+NOT_ALLOWED = {"ROLE_REQUIRED", "CLINIC_NOT_YOURS"}
+ACCESS_REFUSALS = BAD_CREDENTIALS | NOT_ALLOWED
+"""The reasons that say something of the caller, and nothing of the visit."""
+
+REVOKED_SECONDS = 5.0
+"""Seconds after which no call is answered that began with credentials or rights that had ended."""
+_CLOCK_SECONDS = 0.05
+"""By which the end of a token is not known exactly."""
+_QUOTA_USED = 0.95
+_LOST_TO_A_FAULT = 4
+"""Calls of a quota that one fault may lose: those that the workers have just leased."""
+
+
+@dataclass(slots=True)
+class Grant:
+    """Credentials of an identity: an API key, or the rights of a user in one session."""
+
+    identity: str
+    """As the log names it."""
+    kind: str
+    ending: float = float("inf")
+    """When somebody first asked to end it."""
+    ended: float = float("inf")
+    """When the answer came that it had ended."""
+    renews: bool = False
+    """Whether a client renews them by itself, at times that nobody else knows."""
+
 
 @dataclass(slots=True)
 class Attempt:
@@ -81,6 +110,10 @@ class Attempt:
     ticket: int = 0
     about: tuple[str, ...] = ()
     """Of an answer: its patient, doctor, date and slot. Of a refusal: its metadata, as names and values in turn."""
+    grant: Grant | None = None
+    """The credentials; None if no rules of access hold."""
+    expires: float = float("inf")
+    """When the token expires."""
 
     @property
     def answer(self) -> tuple[object, ...]:
@@ -104,6 +137,8 @@ class Operation:
     """The patient to book; BookAppointment only."""
     given_up: bool = False
     """Whether it got no answer even after all faults had ended."""
+    identity: str = ""
+    """Who asks, as the log should name him."""
 
     @property
     def successes(self) -> list[Attempt]:
@@ -167,6 +202,46 @@ class Seen:
 
 
 @dataclass(slots=True)
+class Probe:
+    """A call for something that the caller may not see, or not all of it."""
+
+    client: int
+    method: str
+    what: str
+    expected: str
+    """The reason of the refusal; OK if it should be answered, without what is not the caller's."""
+    grant: Grant
+    expires: float
+    invoke: float
+    complete: float = 0.0
+    outcome: str = ""
+    """LEAK if the answer shows what is not the caller's."""
+    appointment: str = ""
+    """What it is about."""
+
+
+@dataclass(slots=True)
+class Metered:
+    """A call with a key whose quota is small. Its times are of the wall clock, because so are the minutes of quotas."""
+
+    invoke: float
+    complete: float
+    outcome: str
+
+
+@dataclass(slots=True)
+class Act:
+    """A change of credentials or rights."""
+
+    actor: str
+    method: str
+    type: str
+    resource: str
+    outcome: str = ""
+    """OK, a refusal, or empty if it was never answered."""
+
+
+@dataclass(slots=True)
 class History:
     """The clients' record."""
 
@@ -179,11 +254,18 @@ class History:
     """Counts of other actions of the clients, for the report only."""
     drains: list[tuple[int, str]] = field(default_factory=list)
     """The end of each stream when the service was told to stop: `closing, OK` if correct."""
+    probes: list[Probe] = field(default_factory=list)
+    metered: list[Metered] = field(default_factory=list)
+    quota: int = 0
+    """Calls a minute of the key of `metered`."""
+    faults: list[float] = field(default_factory=list)
+    """When there was a fault, by the wall clock."""
+    acts: list[Act] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Event:
-    """A row of `event`."""
+    """A row of `log` that is a change of a doctor-day."""
 
     day: Day
     revision: int
@@ -191,6 +273,22 @@ class Event:
     appointment: str
     state: str = ""
     ticket: int = 0
+    actor: str = ""
+    method: str = ""
+
+
+@dataclass(slots=True)
+class Sealed:
+    """A row of `seal`, with the row of `log` that it seals."""
+
+    position: int
+    id: str
+    chain: bytes
+    digest: bytes | None
+    """The hash of the row as it is now; None if there is none."""
+    day: Day | None = None
+    revision: int = 0
+    """Of the row; 0 if it is not a change of a doctor-day."""
 
 
 @dataclass(slots=True)
@@ -236,6 +334,12 @@ class Facts:
     revisions: dict[Day, int] = field(default_factory=dict)
     deadlocks: int = 0
     """Deadlocks that PostgreSQL broke during the run."""
+    acts: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
+    """The rows of `log` about credentials and rights: actor, method, type and resource."""
+    seals: Iterable[Sealed] = ()
+    """By position. May be read once."""
+    unsealed: int = 0
+    """Rows of `log` without a seal, though every transaction has ended."""
 
 
 @dataclass(slots=True)
@@ -490,7 +594,7 @@ class Checker:
 
     PARTS = (
         "acknowledged", "keys", "answers", "replayed", "final", "overlaps", "real_time", "pictures", "watches",
-        "refusals", "asked", "manners",
+        "refusals", "asked", "manners", "access", "probes", "quota", "log", "acts", "seals",
     )  # fmt: skip
     """The parts of the checker, each with some rules."""
 
@@ -575,7 +679,11 @@ class Checker:
                         "answers-disagree", f"{operation.key} was answered {told}, but stored as {memory}", days
                     )
             for one in operation.attempts:
-                if one.outcome == OK or one.outcome.startswith((UNANSWERED, BROKEN)):
+                if (
+                    one.outcome == OK
+                    or one.outcome.startswith((UNANSWERED, BROKEN))
+                    or self._for_access(operation, one)
+                ):
                     continue
                 if successes and one.invoke > successes[0].complete:
                     text = f"{one.outcome} to {_named(operation)} after its success was answered"
@@ -683,7 +791,11 @@ class Checker:
     def _refusals(self) -> Iterator[Violation]:
         for operation in self._history.operations:
             for one in operation.attempts:
-                if one.outcome == OK or one.outcome.startswith((UNANSWERED, BROKEN)):
+                if (
+                    one.outcome == OK
+                    or one.outcome.startswith((UNANSWERED, BROKEN))
+                    or self._for_access(operation, one)
+                ):
                     continue
                 why = "which its method never answers"
                 if one.outcome in REFUSALS[operation.method]:
@@ -804,3 +916,140 @@ class Checker:
         for watcher, end in self._history.drains:
             if end != "closing, OK":
                 yield Violation("drain", f"stream {watcher} of the stopping service ended with: {end}")
+
+    # Access
+
+    def _for_access(self, operation: Operation, one: Attempt) -> bool:
+        """Whether the caller was refused, rather than the change."""
+        if one.grant is None:
+            return False
+        return one.outcome in ACCESS_REFUSALS or (
+            one.outcome == "APPOINTMENT_NOT_FOUND" and self._may_have_left(operation, one.grant)
+        )
+
+    def _may_have_left(self, operation: Operation, grant: Grant) -> bool:
+        """Whether the appointment may have been moved to another doctor: then it is out of this one's sight."""
+        made = {one.appointment for one in operation.successes} | {operation.appointment}
+        return grant.kind == "doctor" and any(replay.moved & made for replay in self._replays.values())
+
+    def _access(self) -> Iterator[Violation]:
+        for operation in self._history.operations:
+            for one in operation.attempts:
+                if one.grant is None or one.outcome.startswith((UNANSWERED, BROKEN)):
+                    continue
+                wrong = _credentials_misjudged(one)
+                if not wrong and one.outcome in NOT_ALLOWED and not self._may_have_left(operation, one.grant):
+                    wrong = ("access-refused", "who may do that")
+                if wrong:
+                    text = (
+                        f"{one.outcome} to {_named(operation)} of {one.grant.identity} ({one.grant.kind}), {wrong[1]}"
+                    )
+                    yield Violation(wrong[0], text, (operation.day,))
+
+    def _probes(self) -> Iterator[Violation]:
+        for probe in self._history.probes:
+            if probe.outcome.startswith(UNANSWERED):
+                continue
+            who = f"{probe.grant.identity} ({probe.grant.kind})"
+            wrong = _credentials_misjudged(probe)
+            if wrong:
+                yield Violation(wrong[0], f"{probe.outcome} to {probe.method} of {who}, {wrong[1]}")
+            elif probe.grant.kind == "doctor" and any(probe.appointment in one.moved for one in self._replays.values()):
+                # The client may have been wrong about whose it is.
+                continue
+            elif probe.outcome != probe.expected and probe.outcome not in BAD_CREDENTIALS:
+                text = f"{probe.method} of {who} for {probe.what} was answered {probe.outcome}, not {probe.expected}"
+                yield Violation("not-his", text)
+
+    def _quota(self) -> Iterator[Violation]:
+        quota = self._history.quota
+        inside: dict[int, list[Metered]] = defaultdict(list)
+        maybe: Counter[int] = Counter()
+        for one in self._history.metered:
+            first, last = int(one.invoke // 60), int(one.complete // 60)
+            if first == last:
+                inside[first].append(one)
+            if one.outcome != "RATE_LIMITED":
+                maybe.update(range(first, last + 1))
+        for minute, calls in inside.items():
+            count = sum(one.outcome == OK for one in calls)
+            if count > quota:
+                yield Violation("quota-exceeded", f"{count} calls were answered in one minute, of {quota}")
+            lost = _LOST_TO_A_FAULT * sum(int(at // 60) == minute for at in self._history.faults)
+            refused = any(one.outcome == "RATE_LIMITED" for one in calls)
+            if refused and maybe[minute] + lost < _QUOTA_USED * quota:
+                text = f"calls were refused after {maybe[minute]} of {quota} in one minute, and {lost} lost to faults"
+                yield Violation("quota-unused", text)
+
+    # The log
+
+    def _log(self) -> Iterator[Violation]:
+        """Each change is logged by its method, under the identity that made it."""
+        for operation in self._history.operations:
+            for day, revision, _ in self._effects(operation):
+                event = self._event.get((day, revision))
+                if event is None or (event.actor, event.method) == (operation.identity, operation.method):
+                    continue
+                if event.appointment in {operation.appointment, *(one.appointment for one in operation.successes)}:
+                    text = (
+                        f"r{revision} of {_told(day)} is logged as {event.method} of {event.actor}, but it was"
+                        f" {_named(operation)} of {operation.identity}"
+                    )
+                    yield Violation("wrong-actor", text, (day,))
+
+    def _acts(self) -> Iterator[Violation]:
+        """Each change of credentials and rights has one row, and nothing else has one."""
+        most, least = Counter[tuple[str, str, str, str]](), Counter[tuple[str, str, str, str]]()
+        for act in self._history.acts:
+            row = (act.actor, act.method, act.type, act.resource)
+            least[row] += act.outcome == OK
+            most[row] += act.outcome in ("", OK)
+        for row in sorted(most.keys() | self._facts.acts.keys()):
+            if not least[row] <= (rows := self._facts.acts[row]) <= most[row]:
+                text = f"{' '.join(row)} has {rows} rows in the log, but was made {least[row]} to {most[row]} times"
+                yield Violation("act-not-logged" if rows < least[row] else "act-logged-twice", text)
+
+    def _seals(self) -> Iterator[Violation]:
+        """Every row has one place in the chain, and those of a doctor-day are in the order of their revisions."""
+        chain, position = bytes(32), 0
+        last: dict[Day, int] = {}
+        said: set[str] = set()
+        for seal in self._facts.seals:
+            wrong = []
+            if seal.position != position + 1:
+                wrong.append(("seal-gap", f"position {position} is followed by {seal.position}"))
+            if seal.digest is None:
+                wrong.append(("seal-gap", f"position {seal.position} seals a row that does not exist"))
+            elif hashlib.sha256(chain + seal.digest).digest() != seal.chain:
+                wrong.append(("chain-broken", f"the row at position {seal.position} is not what was sealed"))
+            if seal.day is not None:
+                if seal.revision != (expected := last.get(seal.day, 1) + 1):
+                    text = f"position {seal.position} is r{seal.revision} of {_told(seal.day)}, but r{expected} is next"
+                    wrong.append(("seal-order", text))
+                last[seal.day] = seal.revision
+            chain, position = seal.chain, seal.position
+            for rule, text in wrong:
+                # Most others are consequences of the first.
+                if rule not in said:
+                    said.add(rule)
+                    yield Violation(rule, text)
+        if self._facts.unsealed:
+            yield Violation("not-sealed", f"{self._facts.unsealed} rows of the log were never sealed")
+
+
+def _credentials_misjudged(one: Attempt | Probe) -> tuple[str, str] | None:
+    """The rule that an answered call breaks by how its credentials were judged, and how; None if it breaks none."""
+    grant = one.grant
+    if grant is None:
+        return None
+    if one.outcome not in BAD_CREDENTIALS:
+        if one.invoke > grant.ended + REVOKED_SECONDS:
+            return "access-late", f"sent {one.invoke - grant.ended:.1f} s after the credentials had ended"
+        if one.invoke > one.expires + _CLOCK_SECONDS:
+            return "access-late", f"sent {one.invoke - one.expires:.2f} s after the token had expired"
+    elif not grant.renews:
+        if one.complete < min(grant.ending, one.expires - _CLOCK_SECONDS):
+            return "access-refused", "whose credentials were good"
+        if one.outcome != "CREDENTIALS_EXPIRED" and one.complete < grant.ending:
+            return "access-refused", "whose token had expired"
+    return None

@@ -2,6 +2,9 @@
 
 The clients share their beliefs about the visits, so that most requests can succeed; now and then they act without
 looking. Each retries with the same key until it has an answer, like the published retry policy, only faster.
+
+Where the service requires credentials, each change is asked for by somebody who may make it, or could before, and some
+calls are probes for what is not the caller's.
 """
 
 import asyncio
@@ -18,9 +21,11 @@ from google.rpc import error_details_pb2, status_pb2
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
 from clinic.frontdesk.v1 import queue_pb2
-from frontdesk.client import FrontdeskClient, Update
+from frontdesk.client import FrontdeskClient, FrontdeskError, Update
 from tests.clinic import Front, day
+from tests.history.callers import QUOTA, Caller, Callers, Clerk
 from tests.history.check import (
+    BAD_CREDENTIALS,
     BROKEN,
     KINDS,
     OK,
@@ -29,8 +34,10 @@ from tests.history.check import (
     Attempt,
     Day,
     History,
+    Metered,
     Operation,
     Picture,
+    Probe,
     Read,
     Seen,
 )
@@ -42,7 +49,8 @@ BUDGET = 400
 
 _APPOINTMENTS = {"BookAppointment", "RescheduleAppointment", "CancelAppointment", "StartAppointment",
                  "CompleteAppointment", "MarkNoShow"}  # fmt: skip
-_ANSWERED = {"FAILED_PRECONDITION", "ALREADY_EXISTS", "NOT_FOUND", "INVALID_ARGUMENT"}
+_ANSWERED = {"FAILED_PRECONDITION", "ALREADY_EXISTS", "NOT_FOUND", "INVALID_ARGUMENT", "UNAUTHENTICATED",
+             "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"}  # fmt: skip
 _VERBS = {
     "CheckIn": 10, "CallNext": 7, "StartAppointment": 5, "CompleteAppointment": 3, "CancelAppointment": 4,
     "LeaveQueue": 2, "ReturnToLine": 4, "ParkPatient": 3, "MarkMissed": 3, "CallAgain": 1, "MarkNoShow": 1,
@@ -156,13 +164,13 @@ class Watcher:
 
 @dataclass
 class Chapter:
-    """A part of a run that is judged alone: it has its own doctors, patients and keys.
+    """A part of a run that is judged alone: it has its own doctors, patients, callers and keys.
 
     A run is a sequence of chapters, however long it is, so that only the present one is in memory.
     """
 
-    caller: str
-    """The caller of this chapter's keys, and of no other's."""
+    name: str
+    """The start of this chapter's keys."""
     waiting: list[Shift]
     """Doctors who take over from others."""
     at_work: list[Shift]
@@ -170,6 +178,7 @@ class Chapter:
     quiet: Shift
     """These two are for the end of the run, with a place for every patient."""
     patients: list[str]
+    callers: Callers
     history: History = field(default_factory=History)
     gone_home: list[Shift] = field(default_factory=list)
     requests: dict[str, Any] = field(default_factory=dict)
@@ -186,7 +195,7 @@ class Chapter:
     def key(self) -> str:
         """A new key."""
         self.keys += 1
-        return f"{self.caller}-{self.keys}"
+        return f"{self.name}-{self.keys}"
 
 
 class Clients:
@@ -194,7 +203,7 @@ class Clients:
 
     def __init__(
         self, chapter: Chapter, fronts: Sequence[Front], *,
-        moves: float, twins: float, bursts: float, haste: float,
+        moves: float, twins: float, bursts: float, haste: float, probes: float,
         relieve: Callable[[Shift], None], healed: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.chapter = chapter
@@ -203,7 +212,10 @@ class Clients:
         self._moves, self._twins, self._bursts, self._haste = moves, twins, bursts, haste
         self._relieve = relieve
         self._healed = healed
-        self._metadata = (("frontdesk-caller", chapter.caller),)
+        self._probes = probes
+        self._callers = chapter.callers
+        self._asking: dict[str, Caller] = {}
+        """Who asks for an operation, by its key."""
 
     async def play(self, number: int, seed: str, end: float) -> None:
         """Act as one client until then."""
@@ -217,6 +229,8 @@ class Clients:
                     self._look(shift, read)
             elif dice < 0.08 + self._bursts:
                 await self._burst(number, mine)
+            elif dice < 0.08 + self._bursts + self._probes:
+                await self._probe(number, mine)
             else:
                 await self._one(number, mine)
 
@@ -236,6 +250,9 @@ class Clients:
         self._history.operations.append(operation)
         if mine.random() < 0.02:
             self.chapter.requests[operation.key] = request
+        known = shift.visits.get(operation.appointment)
+        doctor = shift.doctor if known is not None else ""
+        self.ask(operation, self._callers.chosen(operation, known.patient if known else "", doctor, mine))
         books = operation.method in ("BookAppointment", "RescheduleAppointment")
         shift.arriving += books
         mark = operation.appointment or operation.method
@@ -257,7 +274,15 @@ class Clients:
 
     async def _insist(self, operation: Operation, request: Any, mine: random.Random) -> None:
         healed = 0.0
-        while operation.attempts[-1].outcome.startswith((UNANSWERED, BROKEN)) and not operation.successes:
+        refused = 0
+        while not operation.successes:
+            outcome = operation.attempts[-1].outcome
+            if outcome in BAD_CREDENTIALS:
+                refused += 1
+                if refused > 8 or not self._renewed(operation):
+                    return
+            elif not outcome.startswith((UNANSWERED, BROKEN)):
+                return
             await asyncio.sleep(mine.uniform(0.02, 0.2))
             if self._healed():
                 healed = healed or time.monotonic()
@@ -268,20 +293,40 @@ class Clients:
                 return
             await self.attempt(operation, request, mine.choice(self._fronts))
 
+    def ask(self, operation: Operation, caller: Caller) -> None:
+        """Let the caller ask for the operation."""
+        operation.identity = caller.identity
+        self._asking[operation.key] = caller
+
+    def _renewed(self, operation: Operation) -> bool:
+        """Whether the caller has other credentials now."""
+        caller = self._asking[operation.key]
+        if caller.successor is not None:
+            self._asking[operation.key] = caller.successor
+            return True
+        return caller.renew()
+
     async def attempt(
         self, operation: Operation, request: Any, front: Front, patience: float = 4.0, leave: float = 0.0
     ) -> None:
         """Make one call with the deadline `patience`. If `leave` is not 0, cancel it after so many seconds."""
-        service: Any = front.appointments if operation.method in _APPOINTMENTS else front.queues
+        caller = self._asking[operation.key]
+        desk: Any = caller.desk if isinstance(caller, Clerk) else front
+        service = desk.appointments if operation.method in _APPOINTMENTS else desk.queues
+        metadata, expires = caller.credentials()
+        # Without access rules nothing is said of the caller.
+        by = (caller.grant, expires) if self._callers.programs else (None, expires)
         invoke = time.monotonic()
-        call = getattr(service, operation.method)(request, timeout=patience, metadata=self._metadata)
-        if leave:
+        call = getattr(service, operation.method)(request, timeout=patience, metadata=metadata)
+        if leave and not isinstance(caller, Clerk):
             asyncio.get_running_loop().call_later(leave, call.cancel)
         try:
             answer = await call
-        except grpc.aio.AioRpcError as error:
+        except (grpc.aio.AioRpcError, FrontdeskError) as error:
             outcome, about = _refused(error)
-            operation.attempts.append(Attempt(invoke, time.monotonic(), outcome, about=about))
+            operation.attempts.append(
+                Attempt(invoke, time.monotonic(), outcome, about=about, grant=by[0], expires=by[1])
+            )
             return
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -289,7 +334,7 @@ class Clients:
                 raise
             operation.attempts.append(Attempt(invoke, time.monotonic(), f"{UNANSWERED}CANCELLED"))
             return
-        made = Attempt(invoke, time.monotonic(), OK, answer.replayed, answer.revision)
+        made = Attempt(invoke, time.monotonic(), OK, answer.replayed, answer.revision, grant=by[0], expires=by[1])
         if operation.method == "CallNext":
             made.appointment = answer.entry.appointment_id
             made.about = (answer.entry.patient_id, *operation.day, "")
@@ -311,13 +356,87 @@ class Clients:
         request = queue_pb2.GetQueueRequest(doctor_id=target[0], date=day(datetime.fromisoformat(target[1]).date()))
         invoke = time.monotonic()
         try:
-            answer = await front.queues.GetQueue(request, timeout=4)
+            metadata, _ = self._callers.reader(target[0], mine).credentials()
+            answer = await front.queues.GetQueue(request, timeout=4, metadata=metadata)
         except grpc.aio.AioRpcError:
             await asyncio.sleep(0.05)
             return None
         read = Read(number, target, invoke, time.monotonic(), answer.queue.revision, _picture(answer.queue))
         self._history.reads.append(read)
         return read
+
+    # Probes
+
+    async def _probe(self, number: int, mine: random.Random) -> None:
+        """Ask for what is not the caller's."""
+        shift, other = mine.choice(self.chapter.at_work), mine.choice(self.chapter.at_work)
+        kind = mine.choice(("patient", "patient", "doctor", "stranger"))
+        on = day(datetime.fromisoformat(shift.days[0][1]).date())
+        queue = queue_pb2.GetQueueRequest(doctor_id=shift.doctor, date=on)
+        # A visit that is BOOKED may be moved to the doctor who probes.
+        seen = [
+            (who, known)
+            for who, known in shift.visits.items()
+            if known.patient and (kind != "doctor" or known.at != "BOOKED")
+        ]
+        if not seen or not self._callers.patients:
+            return
+        visit, known = mine.choice(seen)
+        get = pb.GetAppointmentRequest(appointment_id=visit)
+        cancel = pb.CancelAppointmentRequest(appointment_id=visit)
+        start = pb.StartAppointmentRequest(appointment_id=visit)
+        call_next = queue_pb2.CallNextRequest(doctor_id=shift.doctor, date=on)
+        caller: Caller | None
+        unknown = "APPOINTMENT_NOT_FOUND"
+        if kind == "patient":
+            own, caller = mine.choice([*self._callers.patients.items()])
+            if own == known.patient:
+                return
+            board = queue_pb2.GetQueueRequest(doctor_id=shift.doctor, date=on, view=queue_pb2.QUEUE_VIEW_BOARD)
+            book = pb.BookAppointmentRequest(patient_id=known.patient)
+            _aim(book, shift.days[1], "")
+            wishes: list[tuple[str, Any, str]] = [
+                ("GetAppointment", get, unknown), ("CancelAppointment", cancel, unknown),
+                ("BookAppointment", book, "PATIENT_NOT_FOUND"), ("CallNext", call_next, "ROLE_REQUIRED"),
+                ("GetQueue", queue, "ROLE_REQUIRED"), ("GetQueue", board, OK),
+                ("ListAppointments", pb.ListAppointmentsRequest(doctor_id=shift.doctor), OK),
+            ]  # fmt: skip
+        elif kind == "doctor":
+            own, caller = other.doctor, self._callers.doctors.get(other.doctor)
+            if own == shift.doctor:
+                return
+            wishes = [
+                ("GetAppointment", get, unknown), ("CancelAppointment", cancel, unknown),
+                ("StartAppointment", start, "ROLE_REQUIRED"), ("CallNext", call_next, "ROLE_REQUIRED"),
+                ("GetQueue", queue, "ROLE_REQUIRED"),
+                ("ListAppointments", pb.ListAppointmentsRequest(patient_id=known.patient), OK),
+            ]  # fmt: skip
+        else:
+            own, caller = "", self._callers.stranger
+            wishes = [
+                ("GetAppointment", get, "CLINIC_NOT_YOURS"), ("CancelAppointment", cancel, "CLINIC_NOT_YOURS"),
+                ("CallNext", call_next, "CLINIC_NOT_YOURS"), ("GetQueue", queue, "CLINIC_NOT_YOURS"),
+                ("ListAppointments", pb.ListAppointmentsRequest(patient_id=known.patient), OK),
+            ]  # fmt: skip
+        if caller is None or not caller.has_time():
+            return
+        method, request, expected = mine.choice(wishes)
+        front = mine.choice(self._fronts)
+        service: Any = front.appointments if "Appointment" in method else front.queues
+        metadata, expires = caller.credentials()
+        what = f"what is not of {kind} {own[-6:]}"
+        subject = getattr(request, "appointment_id", "")
+        probe = Probe(number, method, what, expected, caller.grant, expires, time.monotonic(), appointment=subject)
+        try:
+            answer = await getattr(service, method)(request, metadata=metadata, timeout=4)
+        except grpc.aio.AioRpcError as error:
+            probe.outcome = _refused(error)[0]
+            if probe.outcome in BAD_CREDENTIALS:
+                caller.renew()
+        else:
+            probe.outcome = "LEAK" if _shows_others(answer, kind, own) else OK
+        probe.complete = time.monotonic()
+        self._history.probes.append(probe)
 
     # Requests
 
@@ -485,6 +604,35 @@ class Clients:
         return next((one for one in self.chapter.at_work if one.doctor == target[0]), near)
 
 
+async def press(caller: Caller, fronts: Sequence[Front], history: History, doctors: Callable[[], str]) -> None:
+    """Call without end, on all connections in turn, with a key whose quota is small."""
+    history.quota = QUOTA
+    number = 0
+    while True:
+        number += 1
+        front = fronts[number % len(fronts)]
+        metadata, _ = caller.credentials()
+        invoke = time.time()
+        try:
+            await front.queues.GetQueue(queue_pb2.GetQueueRequest(doctor_id=doctors()), metadata=metadata, timeout=2)
+        except grpc.aio.AioRpcError as error:
+            outcome = _refused(error)[0]
+        else:
+            outcome = OK
+        history.metered.append(Metered(invoke, time.time(), outcome))
+        await asyncio.sleep(0.05)
+
+
+def _shows_others(answer: Any, kind: str, own: str) -> bool:
+    """Whether an answer shows what is not of this patient or doctor, or of this clinic at all."""
+    if isinstance(answer, pb.ListAppointmentsResponse):
+        whose = [getattr(one, f"{kind}_id", "") for one in answer.appointments]
+        return any(one != own for one in whose) or (kind == "stranger" and bool(whose))
+    if isinstance(answer, queue_pb2.GetQueueResponse):
+        return any(one.patient_id or one.appointment_id or one.patient_name for one in answer.queue.entries)
+    return False
+
+
 def _aim(request: Any, target: Day, slot: str) -> None:
     if slot:
         request.slot_id = slot
@@ -497,8 +645,11 @@ def _date(on: Any) -> str:
     return f"{on.year:04}-{on.month:02}-{on.day:02}"
 
 
-def _refused(error: grpc.aio.AioRpcError) -> tuple[str, tuple[str, ...]]:
+def _refused(error: grpc.aio.AioRpcError | FrontdeskError) -> tuple[str, tuple[str, ...]]:
     """The outcome, and the metadata of the refusal."""
+    if isinstance(error, FrontdeskError):
+        assert isinstance(error.__cause__, grpc.aio.AioRpcError)
+        error = error.__cause__
     info = error_details_pb2.ErrorInfo()
     for name, value in error.trailing_metadata() or ():
         if name == "grpc-status-details-bin" and isinstance(value, bytes):
@@ -508,7 +659,7 @@ def _refused(error: grpc.aio.AioRpcError) -> tuple[str, tuple[str, ...]]:
     if not info.reason:
         # From gRPC on either side, not from the service.
         return f"{UNANSWERED}{code}", ()
-    if code in _ANSWERED:
+    if code in _ANSWERED and info.reason != "TOO_MANY_WATCHERS":
         return info.reason, tuple(part for pair in sorted(info.metadata.items()) for part in pair)
     return (f"{BROKEN}{info.reason} {dict(info.metadata)}" if code == "INTERNAL" else f"{UNANSWERED}{info.reason}"), ()
 

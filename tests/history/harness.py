@@ -26,18 +26,40 @@ from typing import Any
 import grpc
 import psycopg
 
-from clinic.frontdesk.v1 import queue_pb2
+from clinic.frontdesk.v1 import access_pb2, auth_pb2, policy_pb2, queue_pb2
 from frontdesk.client import FrontdeskClient
-from tests.clinic import Front
-from tests.history.check import BROKEN, OK, UNANSWERED, Checker, Day, Event, Facts, History, Memory, Violation, Visit
-from tests.history.clients import Chapter, Clients, Shift, Watcher
+from tests.clinic import Front, reason_of
+from tests.history.callers import QUOTA, Anybody, Caller, Callers, Clerk, Person, add_clerk, add_people, add_program
+from tests.history.check import (
+    ACCESS_REFUSALS,
+    BROKEN,
+    OK,
+    UNANSWERED,
+    Act,
+    Checker,
+    Day,
+    Event,
+    Facts,
+    Grant,
+    History,
+    Memory,
+    Sealed,
+    Violation,
+    Visit,
+)
+from tests.history.clients import Chapter, Clients, Shift, Watcher, press
 from tests.history.shortest import shortest
 from tests.history.world import Cluster, Proxy, Served
+from tests.identities import ADMIN, access, add_identities, auth
+
+ACCESS_FAULTS = ("key-revoked", "user-demoted", "session-ended")
+"""Faults that need rules of access; without them they are left out."""
 
 FAULTS = (
     "worker-kill", "worker-frozen", "service-restart", "postmaster-kill", "terminate-all", "terminate-listen",
     "statements-cancelled", "lock-held", "row-held", "network-cut", "network-reset", "network-slow", "network-frozen",
     "answers-lost", "time-zone", "hints-dropped",
+    *ACCESS_FAULTS,
 )  # fmt: skip
 """The faults of the nemesis."""
 
@@ -53,8 +75,13 @@ _ZONES = ("Pacific/Kiritimati", "Asia/Kathmandu", "America/St_Johns", "Pacific/P
 _PATIENCE = 60.0
 """Seconds in which a watcher must have a change while faults continue."""
 _OLD_CONNECTIONS = 60.0
+_UNANSWERED = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "ABORTED", "UNKNOWN")
 _PROCESSES = 2
 """Judges that run in parallel."""
+_ADMINISTRATION_SECONDS = 20.0
+"""Seconds after which the nemesis gives up a change of credentials that gets no answer."""
+_ADMINISTRATOR = f"keys/{ADMIN[0][1].split('_')[1]}"
+_PATIENTS_WITH_USERS = 24
 _SLOTS = 8
 """Slots of a doctor-day, half an hour each, before midnight."""
 
@@ -90,6 +117,10 @@ class Plan:
     """Whether another doctor-day is busy while the watchers of one get no hints."""
     changed: str = ""
     """A missing safeguard of the workers; see `launcher`."""
+    access: str = "open"
+    """`open`, or `required`: then all callers have credentials, and some lose them."""
+    probes: float = 0.06
+    """With access required, the probability that a client asks for what is not its own."""
 
 
 @dataclass
@@ -104,6 +135,7 @@ class Verdict:
     tally: Counter[str] = field(default_factory=Counter)
     """Bursts, twins, and abandoned operations."""
     reads: int = 0
+    probes: int = 0
     updates: int = 0
     changes: int = 0
     """Changes in the updates to watchers."""
@@ -117,6 +149,7 @@ class Verdict:
         self.outcomes.update(other.outcomes)
         self.tally.update(other.tally)
         self.reads += other.reads
+        self.probes += other.probes
         self.updates += other.updates
         self.changes += other.changes
         self.lags += other.lags
@@ -134,6 +167,10 @@ class Report:
     verdict: Verdict
     internal: Counter[str]
     """The logged causes of INTERNAL answers: exception, SQLSTATE and constraint."""
+    sealed: int
+    """Rows of the log in the chain."""
+    metered: Counter[str]
+    """Outcomes of the calls with a small quota."""
 
     @property
     def violations(self) -> list[Violation]:
@@ -151,8 +188,8 @@ class Report:
 
     @property
     def operations(self) -> int:
-        """The number of reads, and of changes asked, each with its own key."""
-        return self.total["asked"] + self.verdict.reads
+        """The number of reads and probes, and of changes asked, each with its own key."""
+        return self.total["asked"] + self.verdict.reads + self.verdict.probes
 
     def __str__(self) -> str:
         verdict, total = self.verdict, self.total
@@ -162,7 +199,7 @@ class Report:
         rows = [(method, [counts[name] for name in columns]) for method, counts in sorted(methods.items())]
         rows.append(("in all", [sum(counts) for counts in zip(*(row[1] for row in rows), strict=True)]))
         lines = [
-            f"seed {self.plan.seed}: {self.operations} operations in {self.seconds:.0f} s,"
+            f"seed {self.plan.seed}, access {self.plan.access}: {self.operations} operations in {self.seconds:.0f} s,"
             f" {self.operations / self.seconds:.0f} a second; {total['made'] * 100 / max(total['asked'], 1):.0f} % of"
             f" {total['asked']} changes made; judged in {self.judged:.0f} s",
             "",
@@ -177,6 +214,8 @@ class Report:
             f"watchers: {verdict.updates} updates with {verdict.changes} changes, received after"
             f" {lags[len(lags) // 2] * 1000:.0f} ms (median), {lags[len(lags) * 99 // 100] * 1000:.0f} ms (p99, faults"
             " included)",
+            f"probes: {verdict.probes}; rows sealed: {self.sealed}; calls with a quota of {QUOTA} a minute: "
+            + (", ".join(f"{name} {count}" for name, count in self.metered.most_common()) or "none"),
             *(f"internal error {what}: {count}" for what, count in self.internal.most_common(5)),
             f"violations: {len(self.violations)}"
             + "".join(f", {rule} {count}" for rule, count in Counter(v.rule for v in self.violations).most_common()),
@@ -200,10 +239,13 @@ class Run:
         self._faults_over = False
         self._watchers = 0
         self._chapters = 0
-        self._files: list[tuple[Path, str, list[str]]] = []
-        """The file with the history of each chapter, and its caller and doctors."""
+        self._files: list[tuple[Path, str, list[str], list[str]]] = []
+        """The file with the history of each chapter, its name, identities and doctors."""
         self._closing: list[asyncio.Task[None]] = []
-        self._drained = History()
+        self._whole = History()
+        """What is of the run as a whole."""
+        self._required = plan.access == "required"
+        self._clerks: list[Clerk] = []
 
     async def run(self) -> Report:
         """Play the plan. Service and proxy have ended afterwards."""
@@ -214,7 +256,7 @@ class Run:
             self._proxy = Proxy(self._conninfo, Path(short))
             await self._proxy.start()
             self._served = await asyncio.to_thread(
-                Served, self._proxy.conninfo, self._directory, changed=self._plan.changed
+                Served, self._proxy.conninfo, self._directory, changed=self._plan.changed, access=self._plan.access
             )
             try:
                 async with self._connected():
@@ -232,12 +274,14 @@ class Run:
                 await asyncio.to_thread(self._served.end)
                 await self._proxy.close()
         began = time.monotonic()
-        verdict = Verdict(Checker(self._drained, Facts(deadlocks=self._cluster.deadlocks() - deadlocks)).check())
+        sealed, wrong = _judge_whole(self._conninfo, self._whole, self._cluster.deadlocks() - deadlocks)
+        verdict = Verdict(wrong)
         with ProcessPoolExecutor(_PROCESSES, multiprocessing.get_context("spawn")) as judges:
             for one in judges.map(_judge, *zip(*((self._conninfo, *file) for file in self._files), strict=True)):
                 verdict.add(one)
         judged = time.monotonic() - began
-        return Report(self._plan, seconds, judged, self._faults, verdict, self._internal())
+        metered = Counter(one.outcome for one in self._whole.metered)
+        return Report(self._plan, seconds, judged, self._faults, verdict, self._internal(), sealed, metered)
 
     # The clinic
 
@@ -248,10 +292,16 @@ class Run:
         self._today = (now + timedelta(hours=offset)).date()
         self._evening = datetime.combine(self._today, daytime(20), UTC) - timedelta(hours=offset)
         with psycopg.connect(self._conninfo) as admin:
-            (self._clinic_id,) = admin.execute(
-                "insert into clinic (name, time_zone) values ('History', %s) returning id::text",
-                (f"Etc/GMT{-offset:+d}",),
-            ).fetchone() or ("",)
+            clinics = admin.execute(
+                "insert into clinic (name, time_zone) select 'History', %s from generate_series(1, 2)"
+                " returning id::text", (f"Etc/GMT{-offset:+d}",),
+            ).fetchall()  # fmt: skip
+            self._clinic_id, self._other_clinic_id = (one[0] for one in clinics)
+            if self._required:
+                add_identities(admin)
+                self._clerks = [add_clerk(admin, self._clinic_id) for _ in range(2)]
+                self._watching = add_program(admin, "service", "SERVICE")
+                self._pressing = add_program(admin, "service", "SERVICE", limit=QUOTA)
 
     async def _chapter(self) -> Chapter:
         """The next chapter. PostgreSQL may be unavailable for a while."""
@@ -292,12 +342,37 @@ class Run:
                 "insert into patient (given_name, name_key, phone) select 'P', 'p' || %s || '/' || n, '+5511987654321'"
                 " from generate_series(1, %s) n returning id::text", (number, max(plan.patients, plan.clients)),
             ).fetchall()  # fmt: skip
+            everybody = [one[0] for one in patients]
+            name = f"history-{plan.seed}-{number}"
+            callers = self._callers(admin, name, mine, [one[0] for one in doctors], everybody)
         for doctor, capacity in doctors:
             days = [(doctor, str(self._today + timedelta(days=later))) for later in (0, 1)]
             shifts.append(Shift(doctor, days, {target: slots[target] for target in days}, capacity))
         busy, quiet = shifts.pop(), shifts.pop()
         at_work = [shifts.pop() for _ in range(plan.doctors)]
-        return Chapter(f"history-{plan.seed}-{number}", shifts, at_work, busy, quiet, [one[0] for one in patients])
+        return Chapter(name, shifts, at_work, busy, quiet, everybody, callers)
+
+    def _callers(
+        self, admin: psycopg.Connection, name: str, mine: random.Random, doctors: list[str], patients: list[str]
+    ) -> Callers:
+        callers = Callers(Anybody(name))
+        if not self._required:
+            callers.names = {f"name:{name}"}
+            return callers
+        callers.programs = [add_program(admin, "service", "SERVICE") for _ in range(2)]
+        callers.programs += [add_program(admin, "staff", "STAFF", [self._clinic_id]) for _ in range(2)]
+        callers.stranger = add_program(admin, "stranger", "STAFF", [self._other_clinic_id])
+        callers.clerks = self._clerks
+        callers.doctors = add_people(admin, "DOCTOR", mine, doctors)
+        callers.patients = add_people(admin, "PATIENT", mine, patients[:_PATIENTS_WITH_USERS])
+        every: list[Caller] = [
+            *callers.programs,
+            *callers.clerks,
+            *callers.doctors.values(),
+            *callers.patients.values(),
+        ]
+        callers.names = {one.identity for one in every}
+        return callers
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[None]:
@@ -321,10 +396,15 @@ class Run:
             ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
             ("grpc.max_reconnect_backoff_ms", 300),
         ]  # fmt: skip
-        channels = [grpc.aio.insecure_channel(target, options=options) for _ in range(self._plan.channels + 4)]
+        channels = [grpc.aio.insecure_channel(target, options=options) for _ in range(self._plan.channels + 6)]
         self._fronts[:] = [Front(one, self._conninfo, self._served.port) for one in channels[: self._plan.channels]]
-        # The watchers choose among these whenever they resume.
-        self._desks[:] = [FrontdeskClient(one, caller="watch") for one in channels[self._plan.channels :]]
+        # The watchers choose among these whenever they resume: some have a token that expires.
+        key = self._watching.key if self._required else None
+        own = channels[self._plan.channels :]
+        self._desks[:] = [FrontdeskClient(one, caller="watch", api_key=key) for one in own[:4]]
+        for clerk, channel in zip(self._clerks, own[4:], strict=False):
+            clerk.desk = FrontdeskClient(channel, login=clerk.login)
+        self._desks += [clerk.desk for clerk in self._clerks]
         self._connections.append((time.monotonic(), channels, [*self._desks]))
         while self._connections[0][0] < time.monotonic() - _OLD_CONNECTIONS:
             await self._disconnect()
@@ -350,6 +430,10 @@ class Run:
         end = time.monotonic() + self._plan.seconds
         self._now = await self._chapter()
         nemesis = asyncio.create_task(self._nemesis(end))
+        pressing = [
+            asyncio.create_task(press(self._pressing, self._fronts, self._whole, lambda: self._now.at_work[0].doctor))
+            for _ in range(2 if self._required else 0)
+        ]
         while True:
             chapter = self._now
             for shift in chapter.at_work:
@@ -359,12 +443,16 @@ class Run:
             # No short chapter at the end.
             until = end if left < 1.5 * self._plan.chapter else time.monotonic() + self._plan.chapter
             playing = [
-                asyncio.create_task(clients.play(number, f"{chapter.caller}/client/{number}", until))
+                asyncio.create_task(clients.play(number, f"{chapter.name}/client/{number}", until))
                 for number in range(self._plan.clients)
             ]
             if until == end:
                 await nemesis
                 await asyncio.gather(*playing)
+                for task in pressing:
+                    task.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await task
                 await asyncio.gather(*self._closing, *chapter.ending)
                 await self._quiet_end(clients)
                 await self._close(clients, playing, SETTLE_SECONDS)
@@ -396,6 +484,7 @@ class Run:
 
         clients = Clients(
             chapter, self._fronts, moves=plan.moves, twins=plan.twins, bursts=plan.bursts, haste=plan.haste,
+            probes=plan.probes if self._required else 0.0,
             relieve=relieve, healed=lambda: self._faults_over,
         )  # fmt: skip
         return clients
@@ -414,10 +503,10 @@ class Run:
             homes.append(self._go_home(clients, shift, watchers, seconds))
         await asyncio.gather(*homes)
         await asyncio.gather(*chapter.ending)
-        file = self._directory / f"{chapter.caller}.history"
+        file = self._directory / f"{chapter.name}.history"
         await asyncio.get_running_loop().run_in_executor(self._blocking, _put_away, file, chapter.history)
         shifts = [*chapter.shifts, *chapter.waiting]
-        self._files.append((file, chapter.caller, [shift.doctor for shift in shifts]))
+        self._files.append((file, chapter.name, [*chapter.callers.names], [shift.doctor for shift in shifts]))
 
     async def _quiet_end(self, clients: Clients) -> None:
         """While one doctor-day is busy and every hint is lost, the watchers of another must still see its changes."""
@@ -433,6 +522,7 @@ class Run:
 
         async def book(shift: Shift, front: Front, patient: str) -> str:
             operation, request = clients.booking(-1, patient, shift.days[0])
+            clients.ask(operation, chapter.callers.desk(self._random))
             chapter.history.operations.append(operation)
             await clients.attempt(operation, request, front)
             return operation.attempts[0].appointment
@@ -442,6 +532,7 @@ class Run:
                 who = await book(chapter.busy, front, patient)
                 if who:
                     operation, request = clients.cancelling(-1, who, chapter.busy.days[0])
+                    clients.ask(operation, chapter.callers.desk(self._random))
                     chapter.history.operations.append(operation)
                     await clients.attempt(operation, request, front)
                 await asyncio.sleep(0.02)
@@ -488,13 +579,14 @@ class Run:
             for number in range(12):
                 stub = self._fronts[number % len(self._fronts)].queues
                 request = queue_pb2.WatchQueueRequest(doctor_id=shifts[number % len(shifts)].doctor)
-                stream: Any = stub.WatchQueue(request, wait_for_ready=True)
+                metadata, _ = self._watching.credentials() if self._required else ((), 0.0)
+                stream: Any = stub.WatchQueue(request, wait_for_ready=True, metadata=metadata)
                 try:
                     if await stream.read() is not grpc.aio.EOF:
                         streams.append(stream)
                 except grpc.aio.AioRpcError as error:
                     if last:
-                        self._drained.drains.append((number, f"nothing, {error.code().name}"))
+                        self._whole.drains.append((number, f"nothing, {error.code().name}"))
         self._served.process.send_signal(signal.SIGTERM)
 
         async def end(number: int, stream: Any) -> None:
@@ -506,14 +598,14 @@ class Run:
                     code = (await stream.code()).name
             except (grpc.aio.AioRpcError, TimeoutError) as error:
                 code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else "silence"
-            self._drained.drains.append((number, f"{said}, {code}"))
+            self._whole.drains.append((number, f"{said}, {code}"))
 
         await asyncio.gather(*(end(number, stream) for number, stream in enumerate(streams)))
         try:
             status = await asyncio.to_thread(self._served.process.wait, 25)
-            self._drained.drains.append((-1, "closing, OK" if status == 0 else f"exit status {status}"))
+            self._whole.drains.append((-1, "closing, OK" if status == 0 else f"exit status {status}"))
         except Exception as error:
-            self._drained.drains.append((-1, repr(error)))
+            self._whole.drains.append((-1, repr(error)))
 
     # The nemesis
 
@@ -522,17 +614,20 @@ class Run:
         plan = self._plan
         # Each kind comes before any kind comes twice.
         left: list[str] = []
-        while plan.faults:
+        faults = [kind for kind in plan.faults if self._required or kind not in ACCESS_FAULTS]
+        while faults:
             pause = mine.uniform(*plan.pause)
             if time.monotonic() + pause > end - 1:
                 break
             await asyncio.sleep(pause)
             if not left:
-                left = mine.sample(list(plan.faults), len(plan.faults))
+                left = mine.sample(faults, len(faults))
                 await self._connect_anew()
             kind = left.pop()
             self._faults[kind] += 1
+            self._whole.faults.append(time.time())
             await self._break(kind, mine)
+            self._whole.faults.append(time.time())
         await asyncio.sleep(max(0.0, end - time.monotonic()))
         self._proxy.heal()
         with suppress(psycopg.Error):
@@ -593,6 +688,63 @@ class Run:
             proxy.deaf = True
             await asyncio.sleep(mine.uniform(0.5, 2))
             proxy.deaf = False
+        elif kind in ACCESS_FAULTS:
+            await self._end_access(kind, mine)
+
+    async def _end_access(self, kind: str, mine: random.Random) -> None:
+        """Take somebody's credentials or rights away; another takes over. The former goes on trying."""
+        callers = self._now.callers
+        following: Caller
+
+        def anew(role: str, whose: str, *users: str) -> Person:
+            return add_people(admin, role, mine, [whose], users)[whose]
+
+        with psycopg.connect(self._conninfo) as admin:
+            if kind == "key-revoked":
+                program = mine.choice(callers.programs)
+                role, clinics = ("STAFF", [self._clinic_id]) if program.grant.kind == "staff" else ("SERVICE", [])
+                following = add_program(admin, program.grant.kind, role, clinics)
+                revoke = access_pb2.RevokeApiKeyRequest(api_key_id=program.id)
+                one: Caller = program
+            elif kind == "user-demoted":
+                doctor = mine.choice(self._now.at_work).doctor
+                person = callers.doctors[doctor]
+                following = anew("DOCTOR", doctor)
+                one = person
+            else:
+                patient, person = mine.choice([*callers.patients.items()])
+                following = anew("PATIENT", patient, person.said["sub"])
+                one = person
+        resource = f"users/{one.identity.partition('/')[2]}"
+        callers.lost(one, following)
+        if kind == "key-revoked":
+            act = Act(_ADMINISTRATOR, "RevokeApiKey", "api_key.revoked", f"apiKeys/{program.id}")
+            await self._administer(access, revoke, act, one.grant)
+        elif kind == "user-demoted":
+            act = Act(_ADMINISTRATOR, "SetUserRoles", "user.roles_set", resource)
+            demote = access_pb2.SetUserRolesRequest(user_id=person.said["sub"], roles=[policy_pb2.ROLE_PATIENT])
+            await self._administer(access, demote, act, one.grant)
+        else:
+            act = Act(person.identity, "Logout", "user.logged_out", resource)
+            await self._administer(auth, auth_pb2.LogoutRequest(refresh_token=person.refresh_token), act, one.grant)
+
+    async def _administer(self, service: Callable[[Front], Any], request: Any, act: Act, grant: Grant) -> None:
+        """Make a change of credentials, whatever faults there are."""
+        request.idempotency_key = f"{act.resource}/{len(self._whole.acts)}"
+        self._whole.acts.append(act)
+        grant.ending = time.monotonic()
+        while time.monotonic() < grant.ending + _ADMINISTRATION_SECONDS:
+            front = self._random.choice(self._fronts)
+            try:
+                await getattr(service(front), act.method)(request, metadata=ADMIN, timeout=4)
+            except grpc.aio.AioRpcError as error:
+                if error.code().name not in _UNANSWERED:
+                    act.outcome = reason_of(error)
+                    return
+                await asyncio.sleep(0.1)
+            else:
+                act.outcome, grant.ended = OK, time.monotonic()
+                return
 
     async def _signal_worker(self, kind: str, mine: random.Random) -> None:
         workers = self._served.workers()
@@ -645,11 +797,47 @@ def _put_away(file: Path, history: History) -> None:
         pickle.dump(history, to, pickle.HIGHEST_PROTOCOL)
 
 
-def _judge(conninfo: str, file: Path, caller: str, doctors: list[str]) -> Verdict:
+def _judge_whole(conninfo: str, history: History, deadlocks: int) -> tuple[int, list[Violation]]:
+    """Check what is of the run as a whole; with the number of sealed rows."""
+    with psycopg.connect(conninfo) as admin:
+        # Transactions that have ended only now, such as a killed worker's last, were left to the next worker.
+        sealed = waiting = 1
+        while sealed or waiting:
+            row = admin.execute("select sealed, waiting::integer from seal_log()").fetchone()
+            admin.commit()
+            sealed, waiting = row or (0, 0)
+        methods = sorted({act.method for act in history.acts})
+        acts = admin.execute(
+            "select actor, method, type, resource, count(*) from log where type is not null and method = any(%s)"
+            " group by 1, 2, 3, 4", (methods,),
+        ).fetchall()  # fmt: skip
+        (unsealed,) = admin.execute(
+            "select count(*) from log l where not exists (select from seal s where s.id = l.id)"
+        ).fetchone() or (0,)
+        (count,) = admin.execute("select count(*) from seal").fetchone() or (0,)
+        with admin.cursor("seals") as cursor:
+            cursor.itersize = 10_000
+            cursor.execute(
+                "select s.position, s.id::text, s.chain, case when l.id is not null then log_digest(l) end,"
+                " l.doctor_id::text, l.date::text, coalesce(l.revision, 0)"
+                " from seal s left join log l on l.id = s.id order by s.position"
+            )
+            seals = (
+                Sealed(position, who, chain, digest, (doctor, date) if revision else None, revision)
+                for position, who, chain, digest, doctor, date, revision in cursor
+            )
+            facts = Facts(
+                deadlocks=deadlocks, acts=Counter({tuple(row[:4]): row[4] for row in acts}), seals=seals,
+                unsealed=unsealed,
+            )  # fmt: skip
+            return count, Checker(history, facts).check()
+
+
+def _judge(conninfo: str, file: Path, name: str, identities: list[str], doctors: list[str]) -> Verdict:
     """Check the history of a chapter against the database."""
     with file.open("rb") as source:
         history: History = pickle.load(source)
-    facts = _facts(conninfo, caller, doctors)
+    facts = _facts(conninfo, name, identities, doctors)
     verdict = Verdict(Checker(history, facts).check())
     for violation in _firsts(verdict.violations):
         violation.shortest = shortest(history, facts, violation)
@@ -657,8 +845,9 @@ def _judge(conninfo: str, file: Path, caller: str, doctors: list[str]) -> Verdic
         _count(verdict.methods[operation.method], [one.outcome for one in operation.attempts])
         verdict.methods[operation.method]["replayed"] += sum(one.replayed for one in operation.attempts)
         verdict.outcomes.update(" ".join(one.outcome.split()[:2]) for one in operation.attempts)
+    verdict.outcomes.update(one.outcome for one in history.probes if one.outcome in ACCESS_REFUSALS)
     verdict.tally = history.tally
-    verdict.reads, verdict.updates = len(history.reads), len(history.seen)
+    verdict.reads, verdict.updates, verdict.probes = len(history.reads), len(history.seen), len(history.probes)
     verdict.changes = sum(len(seen.changes) for seen in history.seen)
     verdict.lags = _lags(history)
     return verdict
@@ -682,7 +871,7 @@ def _firsts(violations: Sequence[Violation]) -> Iterator[Violation]:
         yield next((one for one in alike if one.shortest), alike[0])
 
 
-def _facts(conninfo: str, caller: str, doctors: list[str]) -> Facts:
+def _facts(conninfo: str, name: str, identities: list[str], doctors: list[str]) -> Facts:
     facts = Facts()
     with psycopg.connect(conninfo) as admin:
         admin.execute("set datestyle = 'ISO'")
@@ -703,7 +892,7 @@ def _facts(conninfo: str, caller: str, doctors: list[str]) -> Facts:
             facts.revisions[doctor, date] = revision
         for doctor, date, *rest in admin.execute(
             "select doctor_id::text, date::text, revision, change_kind(type), coalesce(appointment_id::text, ''),"
-            " coalesce(queue_state, ''), coalesce(ticket, 0) from log"
+            " coalesce(queue_state, ''), coalesce(ticket, 0), actor, method from log"
             " where revision > 0 and doctor_id = any(%s::uuid[])", of,
         ):  # fmt: skip
             facts.events.append(Event((doctor, date), *rest))
@@ -716,7 +905,7 @@ def _facts(conninfo: str, caller: str, doctors: list[str]) -> Facts:
             facts.visits[who] = Visit(who, patient, (doctor, date), number, slot, at, ticket)
         for method, key, who, snapshot, revision, vacated in admin.execute(
             "select method, key, result_id::text, snapshot, revision, coalesce(vacated_revision, 0)"
-            " from idempotency where caller = 'name:' || %s", (caller,),
+            " from idempotency where caller = any(%s) and key like %s", (identities, f"{name}-%"),
         ):  # fmt: skip
             target = (snapshot["doctor_id"], snapshot["date"])
             facts.memories.append(

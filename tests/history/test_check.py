@@ -1,5 +1,6 @@
 """The checker finds the error in one small wrong history per rule, and none in a correct history."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -7,15 +8,20 @@ import pytest
 
 from tests.history import mutants
 from tests.history.check import (
+    Act,
     Attempt,
     Change,
     Checker,
     Event,
     Facts,
+    Grant,
     History,
     Memory,
+    Metered,
     Operation,
+    Probe,
     Read,
+    Sealed,
     Seen,
     Violation,
     Visit,
@@ -60,6 +66,10 @@ def right() -> tuple[History, Facts]:
         Event(DAY, 7, "MOVED_OUT", "b"),
         Event(NEXT, 2, "MOVED_IN", "b"),
     ]
+    for event, method in zip(
+        facts.events, [*(one.method for one in facts.memories), "RescheduleAppointment"], strict=True
+    ):
+        event.method = method
     facts.visits = {"a": Visit("a", "p", DAY, 1, "", "PARKED", 1), "b": Visit("b", "q", NEXT, 1, "", "BOOKED", 0)}
     for number, patient in enumerate("pqr"):
         history.operations[number].patient = patient
@@ -71,7 +81,39 @@ def right() -> tuple[History, Facts]:
     changes: tuple[Change, ...] = ((4, "CHECKED_IN", "a", "WAITING", 1), (5, "CALLED", "a", "CALLED", 1))
     history.seen = [Seen(1, DAY, 2.6, 0, 3, (), ((), 2)), Seen(1, DAY, 5.6, 3, 5, changes, (called, 1), 3)]
     history.drains = [(1, "closing, OK")]
+    _with_access(history, facts)
     return history, facts
+
+
+ACT = ("keys/admin", "RevokeApiKey", "api_key.revoked", "apiKeys/desk")
+
+
+def _with_access(history: History, facts: Facts) -> None:
+    """All operations are of one key, which is revoked at 20 and then tried; two programs probe, one asks too much."""
+    desk = Grant("keys/desk", "service", 20, 20.5)
+    for operation in history.operations:
+        operation.identity = desk.identity
+        for one in operation.attempts:
+            one.grant = desk
+    for event in facts.events:
+        event.actor = desk.identity
+    late = Attempt(30, 30.5, "CREDENTIALS_INVALID", grant=desk)
+    soon = Attempt(21, 21.5, "INVALID_TRANSITION", grant=desk)
+    history.operations.append(Operation(8, "k8", "CheckIn", DAY, "a", attempts=[soon, late], identity="keys/desk"))
+    person = Grant("users/p", "patient")
+    early = Attempt(9, 9.5, "CREDENTIALS_EXPIRED", grant=person, expires=8)
+    history.operations.append(Operation(9, "k9", "CheckIn", DAY, "b", attempts=[early], identity="users/p"))
+    history.probes = [
+        Probe(1, "GetAppointment", "b", "APPOINTMENT_NOT_FOUND", person, 40, 1, 1.5, "APPOINTMENT_NOT_FOUND")
+    ]
+    history.acts, facts.acts[ACT] = [Act(*ACT, outcome="OK")], 1
+    history.quota = 20
+    history.metered = [Metered(61 + n, 61.5 + n, "OK" if n < 20 else "RATE_LIMITED") for n in range(25)]
+    chain, facts.seals = bytes(32), (seals := [])
+    for position, event in enumerate(facts.events, 1):
+        digest = hashlib.sha256(bytes([position])).digest()
+        chain = hashlib.sha256(chain + digest).digest()
+        seals.append(Sealed(position, str(position), chain, digest, event.day, event.revision))
 
 
 def rules(history: History, facts: Facts) -> set[str]:
@@ -284,6 +326,94 @@ def _not_told(history: History, facts: Facts) -> None:
     history.drains.append((2, "update, UNAVAILABLE"))
 
 
+def _late_answer(history: History, facts: Facts) -> None:
+    # The key was revoked 9.5 s before.
+    history.operations[8].attempts[1].outcome = "INVALID_TRANSITION"
+
+
+def _expired_answer(history: History, facts: Facts) -> None:
+    history.operations[9].attempts[0].outcome = "INVALID_TRANSITION"
+
+
+def _good_key_refused(history: History, facts: Facts) -> None:
+    history.operations[2].attempts[0].outcome = "CREDENTIALS_INVALID"
+
+
+def _good_token_refused(history: History, facts: Facts) -> None:
+    history.operations[9].attempts[0].expires = 40
+
+
+def _expired_token_invalid(history: History, facts: Facts) -> None:
+    history.operations[9].attempts[0].outcome = "CREDENTIALS_INVALID"
+
+
+def _good_role_refused(history: History, facts: Facts) -> None:
+    history.operations[2].attempts[0].outcome = "ROLE_REQUIRED"
+
+
+def _shown(history: History, facts: Facts) -> None:
+    history.probes[0].outcome = "OK"
+
+
+def _told_that_it_exists(history: History, facts: Facts) -> None:
+    history.probes[0].outcome = "ROLE_REQUIRED"
+
+
+def _leaked(history: History, facts: Facts) -> None:
+    history.probes[0].expected, history.probes[0].outcome = "OK", "LEAK"
+
+
+def _too_many(history: History, facts: Facts) -> None:
+    history.metered[22].outcome = "OK"
+
+
+def _too_few(history: History, facts: Facts) -> None:
+    history.metered[:2] = []
+
+
+def _logged_as_another(history: History, facts: Facts) -> None:
+    facts.events[0].actor = "keys/another"
+
+
+def _logged_as_another_method(history: History, facts: Facts) -> None:
+    # The day that a move leaves is named by no answer, only by its row.
+    facts.events[5].method = "CancelAppointment"
+
+
+def _act_not_logged(history: History, facts: Facts) -> None:
+    facts.acts.clear()
+
+
+def _act_of_nobody(history: History, facts: Facts) -> None:
+    facts.acts["keys/admin", "RevokeApiKey", "api_key.revoked", "apiKeys/another"] = 1
+
+
+def _seals(facts: Facts) -> list[Sealed]:
+    assert isinstance(facts.seals, list)
+    return facts.seals
+
+
+def _seal_left_out(history: History, facts: Facts) -> None:
+    _seals(facts)[3].position += 1
+
+
+def _row_deleted(history: History, facts: Facts) -> None:
+    _seals(facts)[3].digest = None
+
+
+def _row_changed(history: History, facts: Facts) -> None:
+    _seals(facts)[3].digest = bytes(32)
+
+
+def _sealed_in_another_order(history: History, facts: Facts) -> None:
+    seals = _seals(facts)
+    seals[3].revision, seals[4].revision = seals[4].revision, seals[3].revision
+
+
+def _not_sealed(history: History, facts: Facts) -> None:
+    facts.unsealed = 1
+
+
 WRONG: list[tuple[str, Callable[[History, Facts], None]]] = [
     ("acknowledged-lost", _lost), ("key-twice", _forgotten), ("key-twice", _twice),
     ("key-without-effect", _without_effect), ("answers-disagree", _another_answer),
@@ -299,7 +429,14 @@ WRONG: list[tuple[str, Callable[[History, Facts], None]]] = [
     ("impossible-refusal", _strange), ("impossible-refusal", _not_there), ("impossible-refusal", _not_at_that_time),
     ("real-time", _before_it_was_asked), ("patient-twice", _two_places), ("wrong-answer", _of_another),
     ("wrong-answer", _of_another_day), ("wrong-answer", _anothers_refusal), ("internal", _internal),
-    ("conflict", _conflict), ("deadlock", _deadlock), ("drain", _not_told),
+    ("conflict", _conflict), ("deadlock", _deadlock), ("drain", _not_told), ("access-late", _late_answer),
+    ("access-late", _expired_answer), ("access-refused", _good_key_refused), ("access-refused", _good_token_refused),
+    ("access-refused", _expired_token_invalid), ("access-refused", _good_role_refused), ("not-his", _shown),
+    ("not-his", _told_that_it_exists), ("not-his", _leaked), ("quota-exceeded", _too_many), ("quota-unused", _too_few),
+    ("wrong-actor", _logged_as_another), ("wrong-actor", _logged_as_another_method),
+    ("act-not-logged", _act_not_logged), ("act-logged-twice", _act_of_nobody), ("seal-gap", _seal_left_out),
+    ("seal-gap", _row_deleted), ("chain-broken", _row_changed), ("seal-order", _sealed_in_another_order),
+    ("not-sealed", _not_sealed),
 ]  # fmt: skip
 """The rule, and the change that breaks it."""
 
@@ -324,7 +461,9 @@ class Story:
         self.revision += 1
         day, visit = ("long", DAY[1]), self.facts.visits[who]
         visit.at = at
-        self.facts.events.append(Event(day, self.revision, kind, who, state, visit.ticket if state else 0))
+        self.facts.events.append(
+            Event(day, self.revision, kind, who, state, visit.ticket if state else 0, method=method)
+        )
         key = f"s{self.revision}"
         self.facts.memories.append(Memory(method, key, who, day, visit.number, "", self.revision, 0))
         self.facts.revisions[day] = self.revision

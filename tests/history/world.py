@@ -243,12 +243,13 @@ class _End(asyncio.Protocol):
 class Served(Service):
     """`frontdesk serve` with two workers; with `changed`, workers that lack a safeguard (see `launcher`)."""
 
-    def __init__(self, conninfo: str, directory: Path, changed: str = "") -> None:
+    def __init__(self, conninfo: str, directory: Path, changed: str = "", access: str = "open") -> None:
         self.log = directory / "log"
         self.log.write_text("")
         self.port = _free_port()
         self._conninfo = conninfo
         self._changed = changed
+        self._access = access
         self._launch()
 
     def start_again(self) -> None:
@@ -267,6 +268,12 @@ class Served(Service):
                     "FRONTDESK_DATABASE_URL": self._conninfo,
                     "FRONTDESK_LISTEN": f"127.0.0.1:{self.port}",
                     "FRONTDESK_LOG_LEVEL": "warning",
+                    "FRONTDESK_ACCESS": self._access,
+                    # So that a run has refreshes.
+                    "FRONTDESK_ACCESS_TOKEN_SECONDS": "60",
+                    # All clients are at one address.
+                    "FRONTDESK_ADDRESS_REQUESTS_PER_MINUTE": "100000",
+                    "FRONTDESK_USER_REQUESTS_PER_MINUTE": "100000",
                     "HISTORY_CHANGED": self._changed,
                 },
                 stdout=subprocess.PIPE,
