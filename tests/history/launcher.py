@@ -5,11 +5,20 @@ The supervisor starts each worker in a fresh interpreter, so the safeguard is re
 
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sqlalchemy as sa
+
+from frontdesk.core import access as _access
+from frontdesk.core import appointment as _appointment
+from frontdesk.core import auth as _auth
 from frontdesk.core import queue as _queue
+from frontdesk.core.limit import Limits
+from frontdesk.core.token import Tokens
 from frontdesk.db import batch as _batch
+from frontdesk.db import records as _records
 from frontdesk.db import session as _session
 from frontdesk.live import feed as _feed
 from frontdesk.live import subscription as _subscription
@@ -22,6 +31,10 @@ subscription: Any = _subscription
 batch: Any = _batch
 session: Any = _session
 queue: Any = _queue
+access: Any = _access
+appointment: Any = _appointment
+auth: Any = _auth
+records: Any = _records
 
 
 def _no_poll() -> None:
@@ -88,7 +101,76 @@ def _database_defaults() -> None:
     session._KEEP_COMMITS = "select 1"
 
 
+def _read_everything() -> None:
+    appointment.within = lambda parts, table: sa.true()
+
+
+def _limit_each() -> None:
+    admit = Limits.admit
+
+    async def alone(self: Limits, subject: str, limit: int) -> None:
+        await admit(self, f"{subject}/{os.getpid()}", limit)
+
+    changed: Any = Limits
+    changed.admit = alone
+
+
+def _revocations_untold() -> None:
+    async def silent(*args: Any) -> None:
+        pass
+
+    access.changed = auth.changed = silent
+
+
+def _acts_unlogged() -> None:
+    append = records.append
+
+    async def forgetful(tx: Any, key: Any, event: str, *rest: Any) -> None:
+        if event != "api_key.revoked":
+            await append(tx, key, event, *rest)
+
+    records.append = forgetful
+
+
+def _tokens_forever() -> None:
+    changed: Any = Tokens
+    claims = changed.claims
+
+    async def lasting(self: Any, token: str) -> Mapping[str, Any]:
+        self._clock = lambda: 0.0
+        said: Mapping[str, Any] = await claims(self, token)
+        return {**said, "exp": said["exp"] + 3600}
+
+    changed.claims = lasting
+    # Its clock is early, so all begin later.
+    import frontdesk.core.token
+
+    frontdesk.core.token._AHEAD_SECONDS = 1e12
+
+
+def _clock_ahead() -> None:
+    changed: Any = Tokens
+    claims = changed.claims
+
+    async def early(self: Any, token: str) -> Any:
+        self._clock = lambda: time.time() + 1.0
+        return await claims(self, token)
+
+    changed.claims = early
+
+
+def _labels_logged() -> None:
+    from frontdesk.core import decision
+
+    asked = decision.asked
+    changed: Any = appointment
+    changed.asked = lambda *args, **more: asked(*args, **more) | {"actor": "services/desk"}
+
+
 CHANGES = {
+    "read-everything": _read_everything, "limit-each": _limit_each, "revocations-untold": _revocations_untold,
+    "acts-unlogged": _acts_unlogged, "tokens-forever": _tokens_forever, "clock-ahead": _clock_ahead,
+    "labels-logged": _labels_logged,
     "database-defaults": _database_defaults,
     "no-poll": _no_poll, "changes-skipped": _changes_skipped, "old-queue": _old_queue, "no-closing": _no_closing,
     "answers-swapped": _answers_swapped, "refused-together": _refused_together, "no-batches": _no_batches,

@@ -71,6 +71,10 @@ CROWD = Plan(
     bustle=False,
 )  # fmt: skip
 LONG_LINE = replace(CROWD, doctors=1, capacity=(12, 16))
+GUARDED = replace(CROWD, access="required", patients=40, probes=0.15)
+LOSING = replace(
+    GUARDED, seconds=16, faults=("key-revoked", "user-demoted", "session-ended"), pause=(0.3, 0.6), clients=16
+)
 BROKEN_NET = replace(CROWD, faults=("answers-lost", "network-reset"), pause=(0.2, 0.5))
 
 
@@ -226,6 +230,58 @@ MUTANTS = (
         "CallNext takes the last",
         LONG_LINE,
         _edited("call_next", ("order by a.queued_revision", "order by a.queued_revision desc")),
+    ),
+    Mutant("none, access required", LOSING, tries=1),
+    Mutant(
+        "a patient may change another's visit",
+        GUARDED,
+        _edited("out_of_sight", ("s sight := r.sight;\nbegin", "s sight := r.sight;\nbegin\n    return null;")),
+    ),
+    Mutant("a read shows another's visit", GUARDED, changed="read-everything"),
+    Mutant("a limit counted by each worker", GUARDED, changed="limit-each", tries=5),
+    Mutant("a revocation that is not told", LOSING, changed="revocations-untold"),
+    Mutant("a token that never expires", GUARDED, changed="tokens-forever"),
+    Mutant("a clock that is a second ahead", GUARDED, changed="clock-ahead"),
+    Mutant("a change logged under another's name", CROWD, changed="labels-logged"),
+    Mutant(
+        "a check-in that is not logged",
+        CROWD,
+        _edited(
+            "record_change",
+            (
+                "    insert into log (",
+                "    if p_type = 'queue.checked_in' then return; end if;\n    insert into log (",
+            ),
+        ),
+    ),
+    Mutant("a revocation that is not logged", LOSING, changed="acts-unlogged"),
+    Mutant(
+        # What a transaction that still ran had written is never looked at again.
+        "a sealer that skips a late commit",
+        replace(CROWD, doctors=4),
+        _edited("seal_log", ("pg_snapshot_xmin(s)", "pg_snapshot_xmax(s)")),
+    ),
+    Mutant(
+        "a sealer that knows no revisions",
+        LONG_LINE,
+        _edited(
+            "seal_log",
+            ("l.revision, l.id\n    loop", "l.id desc\n    loop"),
+            ("order by max(l.transaction) over (", "order by max(0) over ("),
+        ),
+    ),
+    Mutant(
+        "a chain without links", CROWD, _edited("seal_log", ("sha256(v_chain || v_row.digest)", "sha256(v_row.digest)"))
+    ),
+    Mutant(
+        "a row that is changed after it was sealed",
+        CROWD,
+        _sql(
+            "create function tamper() returns trigger language plpgsql as $$"
+            " begin update log set trace_id = 'x' where id = new.id; return null; end $$",
+            "create trigger tamper after insert on seal for each row when (new.position % 50 = 7)"
+            " execute function tamper()",
+        ),
     ),
     Mutant(
         "the missed return to their old place",
