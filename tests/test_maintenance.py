@@ -27,9 +27,9 @@ async def test_old_keys_and_changes_go(front: Front) -> None:
 
     db = Database(front.conninfo, pool_size=1)
     await db.open()
-    assert await clean(db, keep_keys_seconds=3 * DAY) == Removed(0)
+    assert await clean(db, keep_keys_seconds=3 * DAY, keep_audit_seconds=DAY) == Removed(0, 0)
     front.sql("update idempotency set create_time = create_time - interval '4 days' where key = 'k0'")
-    assert await clean(db, keep_keys_seconds=3 * DAY) == Removed(1)
+    assert await clean(db, keep_keys_seconds=3 * DAY, keep_audit_seconds=DAY) == Removed(1, 0)
     await db.close()
     # The same day a year ago.
     for table in ("log", "doctor_day", "appointment"):
@@ -62,5 +62,5 @@ async def test_many_rows_go_in_batches(front: Front) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout == "removed 5001 idempotency keys\n"
+    assert done.stdout == "removed 5001 idempotency keys and 0 events of the audit\n"
     assert front.sql("select count(*) from idempotency") == [(0,)]

@@ -309,38 +309,47 @@ def migrate(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> Non
 
 
 @app.command()
-def maintain(database_url: _DatabaseUrl = None) -> None:
-    """Delete old idempotency keys. A running service does this itself every hour."""
-    import asyncio
-
-    from frontdesk.db.database import Database
-    from frontdesk.errors import Refused
+def maintain(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> None:
+    """Delete old idempotency keys and old events of the audit. A running service does this itself every hour."""
     from frontdesk.jobs.maintenance import clean, retention
-    from frontdesk.process.log import configure_log
 
-    settings = _database_settings(database_url=database_url)
-    configure_log(settings.log_level)
-    if settings.database_url is None:
-        raise typer.BadParameter(
-            "is needed: a running service cleans its embedded PostgreSQL itself.", param_hint="'--database-url'"
-        )
-    _check_database(settings.database_url, settings)
+    settings = _settings()
+    removed = _in_database(data_dir, database_url, lambda db: clean(db, **retention(settings)))
+    _say(f"removed {removed.keys} idempotency keys and {removed.audit_events} events of the audit")
 
-    async def once(url: str) -> str:
-        db = Database(url, pool_size=1, pooled=settings.pooler == "transaction")
-        await db.open()
-        try:
-            removed = await clean(db, **retention(settings))
-        finally:
-            await db.close()
-        return f"removed {removed.keys} idempotency keys"
+
+audit = typer.Typer(help="Prove that nobody has changed the audit, in the service's database.", no_args_is_help=True)
+app.add_typer(audit, name="audit")
+
+
+@audit.command("head")
+def audit_head(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> None:
+    """Print the head of the audit's chain. Keep it elsewhere: `verify --head` proves later that nothing was changed."""
+    from frontdesk.jobs.verification import head
+
+    _say(str(_in_database(data_dir, database_url, head)))
+
+
+@audit.command("verify")
+def audit_verify(
+    head: Annotated[
+        str | None, typer.Option(metavar="HEAD", help="What `frontdesk audit head` printed before.")
+    ] = None,
+    data_dir: _DataDir = None,
+    database_url: _DatabaseUrl = None,
+) -> None:
+    """Check that no event of the audit was changed, removed or inserted; status 1 names the first one that was."""
+    from frontdesk.jobs.verification import Head, Tampered, verify
 
     try:
-        _say(asyncio.run(once(settings.database_url)))
-    except Refused as error:
+        known = None if head is None else Head.parse(head)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.", param_hint="'--head'") from None
+    try:
+        found = _in_database(data_dir, database_url, lambda db: verify(db, known))
+    except Tampered as error:
         raise Failure(str(error)) from None
-    except TimeoutError:
-        raise Failure("a deletion took too long: run it again when the database is less busy") from None
+    _say(f"nothing was changed up to {found}")
 
 
 @contextmanager
@@ -757,9 +766,14 @@ def _target(given: str | None) -> str:
 def _migrate(conninfo: str, settings: "Settings") -> str:
     """Migrate; one line that compares the schema with this release."""
     from frontdesk.db.migrate import SchemaError, migrate, newest
+    from frontdesk.process.postgres import SERVICE
 
     try:
-        number = migrate(conninfo, default_time_zone=settings.default_time_zone)
+        number = migrate(
+            conninfo,
+            default_time_zone=settings.default_time_zone,
+            service_role=SERVICE if settings.database_url is None else None,
+        )
     except SchemaError as error:
         raise Failure(str(error)) from None
     if number > newest():

@@ -22,6 +22,7 @@ from buf.validate import validate_pb2
 from clinic.frontdesk.v1 import (
     access_pb2,
     appointment_pb2,
+    audit_pb2,
     clinic_pb2,
     doctor_pb2,
     patient_pb2,
@@ -304,6 +305,7 @@ async def test_page_tokens_of_another_filter(front: Front) -> None:
         "ListAppointments": appointment_pb2.ListAppointmentsRequest(doctor_id=here.doctor_id),
         "ListApiKeys": access_pb2.ListApiKeysRequest(active_only=True),
         "ListUsers": access_pb2.ListUsersRequest(email="tests@example.com"),
+        "ListAuditEvents": audit_pb2.ListAuditEventsRequest(method="GetPatient"),
     }
     assert others.keys() == tokens.keys()
 

@@ -32,7 +32,7 @@ SQL_FILES = (
     "time.sql", "state.sql",
     # After the tables, in the order in which they build on one another.
     "request.sql", "clinic.sql", "lock.sql", "key.sql", "seal.sql", "change.sql", "patient.sql", "place.sql",
-    "appointment.sql", "queue.sql", "doctor.sql", "slot.sql", "limit.sql", "access.sql", "decide.sql",
+    "appointment.sql", "queue.sql", "doctor.sql", "slot.sql", "limit.sql", "access.sql", "decide.sql", "retention.sql",
 )  # fmt: skip
 _BEFORE_TABLES = 2
 
@@ -93,10 +93,11 @@ def newest() -> int:
     return int(head)
 
 
-def migrate(conninfo: str, *, default_time_zone: str = "UTC") -> int:
+def migrate(conninfo: str, *, default_time_zone: str = "UTC", service_role: str | None = None) -> int:
     """Create or update the schema in the database of `conninfo`, in one transaction; its number.
 
-    The first migration also creates the default clinic, in `default_time_zone`. Safe to run at any time: several at
+    The first migration also creates the default clinic, in `default_time_zone`. `service_role` gets the rights that a
+    service needs, which are less than its owner's: it can only add to the log. Safe to run at any time: several at
     once wait for one another, running calls go on, and the schema of a later release is left as it is. Raises
     SchemaError, also if other transactions hold a table for a minute.
     """
@@ -104,7 +105,10 @@ def migrate(conninfo: str, *, default_time_zone: str = "UTC") -> int:
     while True:
         try:
             with _engine(conninfo).begin() as connection:
-                return _migrate(connection, default_time_zone)
+                number = _migrate(connection, default_time_zone)
+                if service_role is not None:
+                    _grant(connection, service_role)
+                return number
         except _ERRORS as error:
             cause = getattr(error, "orig", error)
             if not isinstance(cause, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected):
@@ -156,6 +160,16 @@ def _migrate(connection: sa.Connection, default_time_zone: str) -> int:
             installed._asdict(),
         )
     return number
+
+
+def _grant(connection: sa.Connection, role: str) -> None:
+    schema = connection.exec_driver_sql("select quote_ident(current_schema())").scalar_one()
+    for statement in (
+        f"grant usage on schema {schema} to {role}",
+        f"grant select, insert, update, delete on all tables in schema {schema} to {role}",
+        f"revoke update, delete, truncate on log, seal from {role}",
+    ):
+        connection.exec_driver_sql(statement)
 
 
 def check_schema(conninfo: str, *, pooled: bool = False) -> None:

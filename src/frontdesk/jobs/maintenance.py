@@ -1,4 +1,4 @@
-"""Delete old idempotency keys, so that the tables do not grow without end."""
+"""Delete old idempotency keys and old rows of the log, so that the tables do not grow without end."""
 
 import asyncio
 from dataclasses import dataclass
@@ -42,7 +42,10 @@ delete from signing_key where ctid = any (array(
 
 def retention(settings: Settings) -> dict[str, float]:
     """The arguments of `clean` that the settings ask for."""
-    return {"keep_keys_seconds": settings.keep_keys_hours * 3600}
+    return {
+        "keep_keys_seconds": settings.keep_keys_hours * 3600,
+        "keep_audit_seconds": settings.keep_audit_days * 86400,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +53,21 @@ class Removed:
     """How many rows were deleted."""
 
     keys: int
+    audit_events: int
 
 
-async def clean(db: Database, *, keep_keys_seconds: float) -> Removed:
-    """Delete idempotency keys that are older, in small transactions, beside any traffic.
+async def clean(db: Database, *, keep_keys_seconds: float, keep_audit_seconds: float) -> Removed:
+    """Delete idempotency keys and rows of the log that are older, in small transactions, beside any traffic.
 
     A retry whose key was deleted acts again. Raises DatabaseUnavailable.
     """
     keys = await _delete_in_batches(db, _keys, (keep_keys_seconds, BATCH))
     for statement in (_access_changes, _sessions, _login_attempts, _rate_windows, _signing_keys):
         await _delete_in_batches(db, statement, (BATCH,))
-    return Removed(keys)
+    audit_events = 0
+    while deleted := await db.row("select delete_old_log(%s, %s)", (keep_audit_seconds, BATCH), int):
+        audit_events += deleted
+    return Removed(keys, audit_events)
 
 
 async def _delete_in_batches(db: Database, statement: str, params: tuple[float, ...]) -> int:

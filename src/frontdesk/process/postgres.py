@@ -39,10 +39,13 @@ from frontdesk.process.postgres_programs import (
     this_user,
 )
 
-__all__ = ["NAME", "EmbeddedError", "EmbeddedPostgres", "joined"]
+__all__ = ["NAME", "SERVICE", "EmbeddedError", "EmbeddedPostgres", "joined"]
 
 NAME = "frontdesk"
 """The database, the superuser role, and the user name map."""
+
+SERVICE = "frontdesk_service"
+"""The role with which workers connect: it can only add to the log."""
 
 _SOCKET = ".s.PGSQL.5432"
 _LONGEST_SOCKET = 107
@@ -171,7 +174,12 @@ class EmbeddedPostgres:
         """
         return self._conninfo(NAME)
 
-    def _conninfo(self, database: str) -> str:
+    @property
+    def service_conninfo(self) -> str:
+        """The same for workers, with fewer rights."""
+        return self._conninfo(NAME, SERVICE)
+
+    def _conninfo(self, database: str, role: str = NAME) -> str:
         if self._cluster_fd is None:
             raise EmbeddedError(f"{self._cluster}: PostgreSQL has not been started")
         host = os.fspath(self._cluster)
@@ -180,7 +188,7 @@ class EmbeddedPostgres:
         if len(os.fsencode(f"{host}/{_SOCKET}")) > _LONGEST_SOCKET or "," in host:
             host = f"/proc/{os.getpid()}/fd/{self._cluster_fd}"
         # The port is in the socket's name, and must not come from PGPORT.
-        return make_conninfo(host=host, port=5432, dbname=database, user=NAME)
+        return make_conninfo(host=host, port=5432, dbname=database, user=role)
 
     def _take_lock(self) -> None:
         """Take the data directory, or raise EmbeddedError that names the owner."""
@@ -247,7 +255,7 @@ class EmbeddedPostgres:
         """Write who may connect: the user of this process, and nobody else, not even the server's own account."""
         for file, text in (
             ("pg_hba.conf", f"local all all peer map={NAME}\n"),
-            ("pg_ident.conf", f'{NAME} "{this_user()}" {NAME}\n'),
+            ("pg_ident.conf", "".join(f'{NAME} "{this_user()}" {role}\n' for role in (NAME, SERVICE))),
         ):
             # The directory belongs to the less trusted account. A file that must be new and a rename follow no link.
             fresh = cluster / f"{file}.new"
@@ -322,6 +330,8 @@ class EmbeddedPostgres:
             with psycopg.connect(self._conninfo("postgres"), autocommit=True, connect_timeout=30) as connection:
                 if not connection.execute("SELECT FROM pg_database WHERE datname = %s", [NAME]).rowcount:
                     connection.execute(f"CREATE DATABASE {NAME}")
+                if not connection.execute("SELECT FROM pg_roles WHERE rolname = %s", [SERVICE]).rowcount:
+                    connection.execute(f"CREATE ROLE {SERVICE} LOGIN")
         except psycopg.Error as error:
             raise EmbeddedError(f"{self._cluster}: PostgreSQL refuses us: {failure_in(str(error), 0)}") from error
 

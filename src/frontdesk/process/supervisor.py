@@ -122,8 +122,8 @@ class _Supervisor:
         self._postgres = EmbeddedPostgres(self._settings.embedded_dir, max_connections=connections)
         self._postgres.start(self._told_to_stop)
         self._postgres_started = time.monotonic()
-        self._conninfo = self._postgres.conninfo
-        migrate(self._conninfo)
+        migrate(self._postgres.conninfo)
+        self._conninfo = self._postgres.service_conninfo
 
     def run(self, announce: Callable[[str], None]) -> None:
         """Keep everything running until a signal. Raises StartError when a worker fails before all have served."""

@@ -161,7 +161,7 @@ class Worker:
         while True:
             await asyncio.sleep(random.uniform(0.5, 1.5) * CLEAN_SECONDS)
             removed = await clean(self._db, **retention(self._settings))
-            _log.info("cleaned", keys=removed.keys)
+            _log.info("cleaned", keys=removed.keys, audit_events=removed.audit_events)
 
     async def _keep_measuring(self) -> None:
         assert self._metrics is not None

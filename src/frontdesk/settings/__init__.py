@@ -79,6 +79,8 @@ class Settings(BaseSettings):
     health_listen: str | None = None
     """HOST:PORT of a second port, in plain text and open to all, that answers gRPC health and nothing else. For probes
     that have no client certificate, like those of Kubernetes; port 0 takes a free one."""
+    keep_audit_days: Annotated[float, Field(ge=365, le=36_600)] = 2_190.0
+    """Days for which the audit is kept."""
     tls_cert: Path | None = None
     """PEM file of the server's certificate chain; needs `tls_key`."""
     tls_key: Path | None = None
