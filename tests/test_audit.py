@@ -26,7 +26,7 @@ from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today
 from tests.hostile.methods import MUTATIONS, call
-from tests.hostile.test_idempotency import SCENARIOS, keyed
+from tests.hostile.test_idempotency import ELSEWHERE, SCENARIOS, keyed
 from tests.identities import ADMIN, bearing, create_key, user, user_of
 from tests.waiting import until
 
@@ -69,6 +69,10 @@ CHANGES: dict[str, list[str]] = {
     "Logout": ["user.logged_out"],
     "UpdateProfile": ["user.updated"],
     "ChangePassword": ["user.password_changed"],
+    "EnrollSecondFactor": ["user.second_factor_enrolled"],
+    "ConfirmSecondFactor": ["user.second_factor_confirmed"],
+    "RemoveSecondFactor": ["user.second_factor_removed"],
+    "ResetSecondFactor": ["user.second_factor_reset"],
 }
 """The types of event that each method writes for the request of its scenario."""
 
@@ -89,8 +93,7 @@ def test_every_change_has_a_type() -> None:
     assert CHANGES.keys() == set(MUTATIONS)
 
 
-# ChangePassword ends the session that it is called with: tests/test_auth.py.
-@pytest.mark.parametrize("name", sorted(CHANGES.keys() - {"ChangePassword"}))
+@pytest.mark.parametrize("name", sorted(CHANGES.keys() - ELSEWHERE))
 async def test_a_change_is_logged_once(front: Front, name: str) -> None:
     """A change writes its rows, in its own transaction, with its actor and resource; a replay and a refusal none."""
     scenario = await SCENARIOS[name](front)

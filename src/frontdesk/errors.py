@@ -245,6 +245,13 @@ class LastAdmin(Precondition):
     resource = "user"
 
 
+class SecondFactorState(Precondition):
+    """The user's second factor is not in the state for this."""
+
+    reason = "SECOND_FACTOR_STATE"
+    resource = "user"
+
+
 class AlreadyExists(Refused):
     """An existing resource conflicts with the request."""
 
@@ -341,7 +348,7 @@ class CredentialsExpired(Unauthenticated):
 
 
 class BadLogin(Unauthenticated):
-    """E-mail and password do not go together, or the user is not active."""
+    """The e-mail, the password or the code is wrong, or the user is not active."""
 
     reason = "BAD_LOGIN"
 

@@ -378,6 +378,11 @@ VALID: dict[str, Callable[[World], Message]] = {
         email=f"{uuid.uuid4().hex}@example.com", password=PASSWORD, patient=_patient()
     ),
     "Login": lambda w: auth_pb2.LoginRequest(email="nobody@example.com", password=PASSWORD),
+    "VerifySecondFactor": lambda w: auth_pb2.VerifySecondFactorRequest(challenge="unknown", code="123456"),
+    "EnrollSecondFactor": lambda w: auth_pb2.EnrollSecondFactorRequest(),
+    "ConfirmSecondFactor": lambda w: auth_pb2.ConfirmSecondFactorRequest(code="123456"),
+    "RemoveSecondFactor": lambda w: auth_pb2.RemoveSecondFactorRequest(password="wrong one", code="123456"),
+    "ResetSecondFactor": lambda w: access_pb2.ResetSecondFactorRequest(user_id=w.user_id),
     "RefreshToken": lambda w: auth_pb2.RefreshTokenRequest(refresh_token=w.refresh_token),
     "Logout": lambda w: auth_pb2.LogoutRequest(refresh_token=w.refresh_token),
     "GetProfile": lambda w: auth_pb2.GetProfileRequest(),

@@ -9,6 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from frontdesk.core import second_factor
 from frontdesk.core.auth import User, checked, email_key, end_sessions
 from frontdesk.core.auth import records as users
 from frontdesk.core.caller import Caller
@@ -28,6 +29,7 @@ from frontdesk.errors import (
     LastAdmin,
     PatientLinked,
     PatientNotFound,
+    SecondFactorState,
 )
 
 DEFAULT_REQUESTS_PER_MINUTE = 100
@@ -228,6 +230,24 @@ class Users:
         permit = _permit_user(caller)
         return await users.update(
             self._db, key, user_id, given, version, prepare, permit=permit, event="patient_linked"
+        )
+
+    async def reset_second_factor(self, caller: Caller, user_id: str, version: int | None, *, key: Key) -> Change[User]:
+        """Remove the second factor of somebody who has lost it.
+
+        Raises UserNotFound, ClinicNotYours, EtagMismatch, SecondFactorState if there is none.
+        """
+
+        async def prepare(tx: Transaction, current: User | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
+            assert current is not None
+            if not current.second_factor:
+                raise SecondFactorState(user_id)
+            await second_factor.remove(tx, user_id)
+            return given
+
+        changes, permit = {"second_factor": False}, _permit_user(caller)
+        return await users.update(
+            self._db, key, user_id, changes, version, prepare, permit=permit, event="second_factor_reset"
         )
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from frontdesk.core import second_factor
 from frontdesk.core.caller import Caller
 from frontdesk.core.credential import changed, hash_of
 from frontdesk.core.formats import e164
 from frontdesk.core.limit import holder_of
 from frontdesk.core.password import Passwords, require_acceptable
 from frontdesk.core.patient import Patients
+from frontdesk.core.second_factor import Challenge
 from frontdesk.core.token import Tokens
 from frontdesk.db import schema
 from frontdesk.db.change import Change, Key, acted, claim
@@ -30,6 +32,7 @@ from frontdesk.errors import (
     RefreshReused,
     Refused,
     RoleRequired,
+    SecondFactorState,
     UserNotFound,
 )
 
@@ -177,24 +180,47 @@ class Auth:
             # Not whose it is: the caller is a stranger.
             raise EmailTaken from None
 
-    async def login(self, email: str, password: str, *, key: Key) -> Session:
-        """Begin a session. `key` says whose call it is, and is not kept. Raises BadLogin, LoginThrottled."""
+    async def login(self, email: str, password: str, *, key: Key) -> Session | Challenge:
+        """Begin a session, or say that it takes a second factor. `key` says whose call it is, and is not kept.
+
+        Raises BadLogin, LoginThrottled.
+        """
         attempts = await self._attempt(email_key(email), key.address)
         found = await self._db.row(_password_of_email, (email_key(email),), _Password)
         await self._check(found, password)
         assert found is not None
         await self._tokens.ready()
 
-        async def work(tx: Transaction) -> Session:
+        async def work(tx: Transaction) -> Session | Challenge:
             # Whose password or activity has changed since it was checked, does not get in.
             await self._still(tx, found)
-            await tx.run("update user_account set last_login_time = moment() where id = %s", (found.user_id,))
-            await tx.run(_forget_attempts, (attempts,))
             user = await records.get(tx, found.user_id)
-            await self._log(tx, key, user, "logged_in")
-            return await self._open(tx, user)
+            if user.second_factor:
+                # The attempt counts until the code is right, or who has the password could guess codes without end.
+                return await second_factor.challenge(tx, user.id, attempts)
+            return await self._logged_in(tx, user.id, attempts, key)
 
         return await self._db.transaction(work)
+
+    async def verify_second_factor(self, challenge: str, code: str, *, key: Key) -> Session:
+        """Go on with a login that takes a second factor. Raises BadLogin."""
+        await self._tokens.ready()
+
+        async def work(tx: Transaction) -> Session | None:
+            found = await second_factor.answered(tx, challenge, code)
+            return None if found is None else await self._logged_in(tx, *found, key)
+
+        session = await self._db.transaction(work)
+        if session is None:
+            raise BadLogin
+        return session
+
+    async def _logged_in(self, tx: Transaction, user_id: str, attempts: Sequence[bytes], key: Key) -> Session:
+        await tx.run("update user_account set last_login_time = moment() where id = %s", (user_id,))
+        await tx.run(_forget_attempts, (attempts,))
+        user = await records.get(tx, user_id)
+        await self._log(tx, key, user, "logged_in")
+        return await self._open(tx, user)
 
     async def refresh(self, refresh_token: str) -> Session:
         """Go on with a session. Raises CredentialsInvalid, CredentialsExpired, RefreshReused."""
@@ -311,6 +337,74 @@ class Auth:
         # By the user, who has just proved it, also where the call itself needs no credentials.
         await records.log(tx, replace(key, caller=f"users/{user.id}"), user, event, {})
 
+    async def enroll_second_factor(self, caller: Caller, *, key: Key) -> Change[str]:
+        """Make a secret for the caller's authenticator app; its otpauth URI, which a replay leaves out.
+
+        Raises SecondFactorState if the caller has a second factor already, RoleRequired.
+        """
+        user_id = _own(caller, key.method)
+
+        async def work(tx: Transaction) -> Change[str]:
+            if (await claim(tx, key)).replayed:
+                return Change("", True)
+            user = await records.get(tx, user_id, lock=True)
+            if user.second_factor:
+                raise SecondFactorState(user_id)
+            await self._log(tx, key, user, "second_factor_enrolled")
+            return Change(await second_factor.enroll(tx, user_id, user.email), False)
+
+        return await self._db.transaction(work)
+
+    async def confirm_second_factor(self, caller: Caller, code: str, *, key: Key) -> Change[Sequence[str]]:
+        """Let logins take a second factor from now on; the recovery codes, which a replay leaves out.
+
+        Raises BadLogin, SecondFactorState if none waits to be confirmed, RoleRequired.
+        """
+        codes: Sequence[str] = ()
+
+        async def prepare(tx: Transaction, current: User | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
+            nonlocal codes
+            assert current is not None
+            if current.second_factor:
+                raise SecondFactorState(current.id)
+            codes = await second_factor.confirm(tx, current.id, code)
+            return given
+
+        user_id, changes = _own(caller, key.method), {"second_factor": True}
+        change = await records.update(self._db, key, user_id, changes, None, prepare, event="second_factor_confirmed")
+        return Change(() if change.replayed else codes, change.replayed)
+
+    async def remove_second_factor(self, caller: Caller, password: str, code: str, *, key: Key) -> Change[None]:
+        """Let the caller's logins take no second factor from now on.
+
+        Raises BadLogin, LoginThrottled, SecondFactorState if there is none, RoleRequired.
+        """
+        user_id = _own(caller, key.method)
+        # There is none by then.
+        if key.name and await acted(self._db, key):
+            return Change(None, True)
+        user = await records.get(self._db, user_id)
+        if not user.second_factor:
+            raise SecondFactorState(user_id)
+        attempts = await self._attempt(email_key(user.email), key.address)
+        found = await self._db.row(_password_of_user, (user_id,), _Password)
+        await self._check(found, password)
+
+        async def prepare(tx: Transaction, current: User | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
+            assert current is not None
+            assert found is not None
+            if not current.second_factor:
+                raise SecondFactorState(user_id)
+            await self._still(tx, found)
+            await second_factor.require(tx, user_id, code)
+            await second_factor.remove(tx, user_id)
+            await tx.run(_forget_attempts, (attempts,))
+            return given
+
+        changes = {"second_factor": False}
+        change = await records.update(self._db, key, user_id, changes, None, prepare, event="second_factor_removed")
+        return Change(None, change.replayed)
+
     async def _attempt(self, email: str, address: str) -> Sequence[bytes]:
         """Count an attempt before it is made, so that many at once are no more guesses; what counts it.
 
@@ -363,7 +457,8 @@ def rights(user: User) -> dict[str, Any]:
 
 
 async def end_sessions(tx: Transaction, user_id: str) -> None:
-    """End every session of the user."""
+    """End every session of the user, and every login that waits for its second factor."""
+    await second_factor.end_challenges(tx, user_id)
     for session_id in await tx.rows(_end_sessions, (user_id,), str):
         await changed(tx, f"sessions/{session_id}")
 

@@ -542,6 +542,39 @@ login_attempt = Table(
     PrimaryKeyConstraint("subject"),
 )
 
+# What a user proves beside the password. The secret is stored as it is, because checking a code needs it.
+second_factor = Table(
+    "second_factor",
+    metadata,
+    Column("user_id", Uuid, ForeignKey("user_account.id"), primary_key=True),
+    Column("secret", Text, nullable=False),
+    # The 30 s, counted since 1970, of the latest code that was used: a code is good once.
+    Column("last_window", BigInteger, nullable=False, server_default="0"),
+)
+
+# Recovery codes that are not used up, as SHA-256.
+recovery_code = Table(
+    "recovery_code",
+    metadata,
+    Column("user_id", Uuid, ForeignKey("user_account.id"), nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("user_id", "hash"),
+)
+
+# Logins with the right password that wait for a code, by SHA-256 of the challenge.
+login_challenge = Table(
+    "login_challenge",
+    metadata,
+    Column("hash", LargeBinary, nullable=False),
+    Column("user_id", Uuid, ForeignKey("user_account.id"), nullable=False),
+    # The rows of login_attempt that the right code deletes.
+    Column("attempts", ARRAY(LargeBinary), nullable=False),
+    Column("tries", Integer, nullable=False, server_default="0"),
+    Column("expire_time", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("hash"),
+)
+Index("login_challenge_user_id_idx", login_challenge.c.user_id)
+
 # The public halves of the keys with which the processes sign access tokens.
 signing_key = Table(
     "signing_key",

@@ -70,6 +70,11 @@ class AccessServiceStub:
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.LinkPatientRequest.SerializeToString,
                 response_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.LinkPatientResponse.FromString,
                 _registered_method=True)
+        self.ResetSecondFactor = channel.unary_unary(
+                '/clinic.frontdesk.v1.AccessService/ResetSecondFactor',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.ResetSecondFactorRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.ResetSecondFactorResponse.FromString,
+                _registered_method=True)
         self.CreateApiKey = channel.unary_unary(
                 '/clinic.frontdesk.v1.AccessService/CreateApiKey',
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.CreateApiKeyRequest.SerializeToString,
@@ -144,6 +149,14 @@ class AccessServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResetSecondFactor(self, request, context):
+        """Removes the second factor of a user who has lost it; the next login takes the password alone. Errors: USER_NOT_FOUND,
+        CLINIC_NOT_YOURS, ETAG_MISMATCH, and SECOND_FACTOR_STATE if the user has none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateApiKey(self, request, context):
         """Creates an API key. Errors: CLINIC_NOT_FOUND, CLINIC_NOT_YOURS.
         """
@@ -198,6 +211,11 @@ def add_AccessServiceServicer_to_server(servicer, server):
                     servicer.LinkPatient,
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.LinkPatientRequest.FromString,
                     response_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.LinkPatientResponse.SerializeToString,
+            ),
+            'ResetSecondFactor': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetSecondFactor,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.ResetSecondFactorRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_access__pb2.ResetSecondFactorResponse.SerializeToString,
             ),
             'CreateApiKey': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateApiKey,
@@ -383,6 +401,33 @@ class AccessService:
             '/clinic.frontdesk.v1.AccessService/LinkPatient',
             clinic_dot_frontdesk_dot_v1_dot_access__pb2.LinkPatientRequest.SerializeToString,
             clinic_dot_frontdesk_dot_v1_dot_access__pb2.LinkPatientResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetSecondFactor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AccessService/ResetSecondFactor',
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.ResetSecondFactorRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_access__pb2.ResetSecondFactorResponse.FromString,
             options,
             channel_credentials,
             insecure,

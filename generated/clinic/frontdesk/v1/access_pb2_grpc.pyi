@@ -61,6 +61,10 @@ class AccessServiceStub:
     USER_NOT_FOUND, PATIENT_NOT_FOUND, CLINIC_NOT_YOURS, ETAG_MISMATCH, and PATIENT_LINKED if one of them is linked to
     another.
     """
+    ResetSecondFactor: _grpc.UnaryUnaryMultiCallable[_access_pb2.ResetSecondFactorRequest, _access_pb2.ResetSecondFactorResponse]
+    """Removes the second factor of a user who has lost it; the next login takes the password alone. Errors: USER_NOT_FOUND,
+    CLINIC_NOT_YOURS, ETAG_MISMATCH, and SECOND_FACTOR_STATE if the user has none.
+    """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_access_pb2.CreateApiKeyRequest, _access_pb2.CreateApiKeyResponse]
     """Creates an API key. Errors: CLINIC_NOT_FOUND, CLINIC_NOT_YOURS."""
     ListApiKeys: _grpc.UnaryUnaryMultiCallable[_access_pb2.ListApiKeysRequest, _access_pb2.ListApiKeysResponse]
@@ -102,6 +106,10 @@ class AccessServiceAsyncStub(AccessServiceStub):
     """Says which patient a user is, after a look at a document. Linking the same two again changes nothing. Errors:
     USER_NOT_FOUND, PATIENT_NOT_FOUND, CLINIC_NOT_YOURS, ETAG_MISMATCH, and PATIENT_LINKED if one of them is linked to
     another.
+    """
+    ResetSecondFactor: _aio.UnaryUnaryMultiCallable[_access_pb2.ResetSecondFactorRequest, _access_pb2.ResetSecondFactorResponse]  # type: ignore[assignment]
+    """Removes the second factor of a user who has lost it; the next login takes the password alone. Errors: USER_NOT_FOUND,
+    CLINIC_NOT_YOURS, ETAG_MISMATCH, and SECOND_FACTOR_STATE if the user has none.
     """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_access_pb2.CreateApiKeyRequest, _access_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
     """Creates an API key. Errors: CLINIC_NOT_FOUND, CLINIC_NOT_YOURS."""
@@ -177,6 +185,16 @@ class AccessServiceServicer(metaclass=_abc_1.ABCMeta):
         """Says which patient a user is, after a look at a document. Linking the same two again changes nothing. Errors:
         USER_NOT_FOUND, PATIENT_NOT_FOUND, CLINIC_NOT_YOURS, ETAG_MISMATCH, and PATIENT_LINKED if one of them is linked to
         another.
+        """
+
+    @_abc_1.abstractmethod
+    def ResetSecondFactor(
+        self,
+        request: _access_pb2.ResetSecondFactorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_access_pb2.ResetSecondFactorResponse, _abc.Awaitable[_access_pb2.ResetSecondFactorResponse]]:
+        """Removes the second factor of a user who has lost it; the next login takes the password alone. Errors: USER_NOT_FOUND,
+        CLINIC_NOT_YOURS, ETAG_MISMATCH, and SECOND_FACTOR_STATE if the user has none.
         """
 
     @_abc_1.abstractmethod

@@ -31,7 +31,7 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63linic/frontdesk/v1/auth.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a!clinic/frontdesk/v1/patient.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc0\x04\n\x04User\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1c\n\x05\x65mail\x18\x02 \x01(\tB\r\xbaH\nr\x05\x18\xfe\x01`\x01\xd8\x01\x01\x12\x1a\n\x04name\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12\x1a\n\x05phone\x18\x04 \x01(\tB\x0b\xbaH\x08r\x06\x18(\x88\xb5\x18\x01\x12\x1d\n\x07\x61\x64\x64ress\x18\x05 \x01(\tB\x0c\xbaH\tr\x07\x18\xf4\x03\x90\xb5\x18\x01\x12\x41\n\x05roles\x18\x06 \x03(\x0e\x32\x19.clinic.frontdesk.v1.RoleB\x17\xbaH\x14\x92\x01\x11\x10\x04\x18\x01\"\x0b\x82\x01\x08\x18\x01\x18\x02\x18\x03\x18\x04\x12\x1f\n\npatient_id\x18\x07 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x08 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12%\n\nclinic_ids\x18\t \x03(\tB\x11\xbaH\x0e\x92\x01\x0b\x10\x64\x18\x01\"\x05r\x03\xb0\x01\x01\x12\x16\n\x0e\x65mail_verified\x18\n \x01(\x08\x12\x15\n\rsecond_factor\x18\x0b \x01(\x08\x12\x13\n\x06\x61\x63tive\x18\x0c \x01(\x08H\x00\x88\x01\x01\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0flast_login_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x10 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x42\t\n\x07_active\"\x8e\x01\n\x07Session\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12-\n\nexpires_in\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rrefresh_token\x18\x03 \x01(\t\x12\'\n\x04user\x18\x04 \x01(\x0b\x32\x19.clinic.frontdesk.v1.User\"\xc6\x02\n\x13RegisterUserRequest\x12\x1d\n\x05\x65mail\x18\x01 \x01(\tB\x0e\xbaH\x0br\t\x18\xfe\x01`\x01\x88\xb5\x18\x01\x12 \n\x08password\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x10\x08\x18\x80\x02\x88\xb5\x18\x01\x12\x35\n\x07patient\x18\x03 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.PatientB\x06\xbaH\x03\xc8\x01\x01\x12-\n\x0f\x64\x65\x66\x61ult_country\x18\x04 \x01(\tB\x14\xbaH\x11r\x0c\x32\n^[A-Z]{2}$\xd8\x01\x01\x12+\n\x0fidempotency_key\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:[\xbaHX\x1aV\n\x12patient.given_name\x12\x0bis required\x1a\x33!has(this.patient) || this.patient.given_name != \'\'\"\x80\x01\n\x14RegisterUserResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.User\x12-\n\x07session\x18\x02 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Session\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"O\n\x0cLoginRequest\x12\x1d\n\x05\x65mail\x18\x01 \x01(\tB\x0e\xbaH\x0br\t\x18\xfe\x01`\x01\x88\xb5\x18\x01\x12 \n\x08password\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\x80\x02\x88\xb5\x18\x01\"H\n\rLoginResponse\x12/\n\x07session\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.SessionH\x00\x42\x06\n\x04step\";\n\x13RefreshTokenRequest\x12$\n\rrefresh_token\x18\x01 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18\x64\x88\xb5\x18\x01\"E\n\x14RefreshTokenResponse\x12-\n\x07session\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Session\"v\n\rLogoutRequest\x12$\n\rrefresh_token\x18\x01 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18\x64\x88\xb5\x18\x01\x12\x12\n\neverywhere\x18\x02 \x01(\x08\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\"\n\x0eLogoutResponse\x12\x10\n\x08replayed\x18\x01 \x01(\x08\"\x13\n\x11GetProfileRequest\"=\n\x12GetProfileResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.User\"\xc0\x01\n\x14UpdateProfileRequest\x12/\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.UserB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"R\n\x15UpdateProfileResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.User\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\x90\x01\n\x15\x43hangePasswordRequest\x12$\n\x0cold_password\x18\x01 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\x80\x02\x88\xb5\x18\x01\x12$\n\x0cnew_password\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x10\x08\x18\x80\x02\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"Y\n\x16\x43hangePasswordResponse\x12-\n\x07session\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08\x32\x86\x06\n\x0b\x41uthService\x12k\n\x0cRegisterUser\x12(.clinic.frontdesk.v1.RegisterUserRequest\x1a).clinic.frontdesk.v1.RegisterUserResponse\"\x06\xd2\xb5\x18\x02\x38\x01\x12V\n\x05Login\x12!.clinic.frontdesk.v1.LoginRequest\x1a\".clinic.frontdesk.v1.LoginResponse\"\x06\xd2\xb5\x18\x02\x38\x01\x12k\n\x0cRefreshToken\x12(.clinic.frontdesk.v1.RefreshTokenRequest\x1a).clinic.frontdesk.v1.RefreshTokenResponse\"\x06\xd2\xb5\x18\x02\x38\x01\x12Y\n\x06Logout\x12\".clinic.frontdesk.v1.LogoutRequest\x1a#.clinic.frontdesk.v1.LogoutResponse\"\x06\xd2\xb5\x18\x02\x38\x01\x12q\n\nGetProfile\x12&.clinic.frontdesk.v1.GetProfileRequest\x1a\'.clinic.frontdesk.v1.GetProfileResponse\"\x12\xd2\xb5\x18\x0e\x08\x01\x10\x01\x18\x01 \x01@\x01H\x01P\x01\x12x\n\rUpdateProfile\x12).clinic.frontdesk.v1.UpdateProfileRequest\x1a*.clinic.frontdesk.v1.UpdateProfileResponse\"\x10\xd2\xb5\x18\x0c\x08\x01\x10\x01\x18\x01 \x01@\x01P\x01\x12}\n\x0e\x43hangePassword\x12*.clinic.frontdesk.v1.ChangePasswordRequest\x1a+.clinic.frontdesk.v1.ChangePasswordResponse\"\x12\xd2\xb5\x18\x0e\x08\x01\x10\x01\x18\x01 \x01@\x01H\x01P\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63linic/frontdesk/v1/auth.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a!clinic/frontdesk/v1/patient.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc0\x04\n\x04User\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1c\n\x05\x65mail\x18\x02 \x01(\tB\r\xbaH\nr\x05\x18\xfe\x01`\x01\xd8\x01\x01\x12\x1a\n\x04name\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12\x1a\n\x05phone\x18\x04 \x01(\tB\x0b\xbaH\x08r\x06\x18(\x88\xb5\x18\x01\x12\x1d\n\x07\x61\x64\x64ress\x18\x05 \x01(\tB\x0c\xbaH\tr\x07\x18\xf4\x03\x90\xb5\x18\x01\x12\x41\n\x05roles\x18\x06 \x03(\x0e\x32\x19.clinic.frontdesk.v1.RoleB\x17\xbaH\x14\x92\x01\x11\x10\x04\x18\x01\"\x0b\x82\x01\x08\x18\x01\x18\x02\x18\x03\x18\x04\x12\x1f\n\npatient_id\x18\x07 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x08 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12%\n\nclinic_ids\x18\t \x03(\tB\x11\xbaH\x0e\x92\x01\x0b\x10\x64\x18\x01\"\x05r\x03\xb0\x01\x01\x12\x16\n\x0e\x65mail_verified\x18\n \x01(\x08\x12\x15\n\rsecond_factor\x18\x0b \x01(\x08\x12\x13\n\x06\x61\x63tive\x18\x0c \x01(\x08H\x00\x88\x01\x01\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0flast_login_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x10 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x42\t\n\x07_active\"\x8e\x01\n\x07Session\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12-\n\nexpires_in\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rrefresh_token\x18\x03 \x01(\t\x12\'\n\x04user\x18\x04 \x01(\x0b\x32\x19.clinic.frontdesk.v1.User\"\xc6\x02\n\x13RegisterUserRequest\x12\x1d\n\x05\x65mail\x18\x01 \x01(\tB\x0e\xbaH\x0br\t\x18\xfe\x01`\x01\x88\xb5\x18\x01\x12 \n\x08password\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x10\x08\x18\x80\x02\x88\xb5\x18\x01\x12\x35\n\x07patient\x18\x03 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.PatientB\x06\xbaH\x03\xc8\x01\x01\x12-\n\x0f\x64\x65\x66\x61ult_country\x18\x04 \x01(\tB\x14\xbaH\x11r\x0c\x32\n^[A-Z]{2}$\xd8\x01\x01\x12+\n\x0fidempotency_key\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:[\xbaHX\x1aV\n\x12patient.given_name\x12\x0bis required\x1a\x33!has(this.patient) || this.patient.given_name != \'\'\"\x80\x01\n\x14RegisterUserResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.User\x12-\n\x07session\x18\x02 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Session\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"O\n\x0cLoginRequest\x12\x1d\n\x05\x65mail\x18\x01 \x01(\tB\x0e\xbaH\x0br\t\x18\xfe\x01`\x01\x88\xb5\x18\x01\x12 \n\x08password\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\x80\x02\x88\xb5\x18\x01\"\x84\x01\n\rLoginResponse\x12/\n\x07session\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.SessionH\x00\x12:\n\rsecond_factor\x18\x02 \x01(\x0b\x32!.clinic.frontdesk.v1.SecondFactorH\x00\x42\x06\n\x04step\"R\n\x0cSecondFactor\x12\x11\n\tchallenge\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Z\n\x19VerifySecondFactorRequest\x12 \n\tchallenge\x18\x01 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18\x64\x88\xb5\x18\x01\x12\x1b\n\x04\x63ode\x18\x02 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18\x32\x88\xb5\x18\x01\"K\n\x1aVerifySecondFactorResponse\x12-\n\x07session\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Session\";\n\x13RefreshTokenRequest\x12$\n\rrefresh_token\x18\x01 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18\x64\x88\xb5\x18\x01\"E\n\x14RefreshTokenResponse\x12-\n\x07session\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Session\"v\n\rLogoutRequest\x12$\n\rrefresh_token\x18\x01 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18\x64\x88\xb5\x18\x01\x12\x12\n\neverywhere\x18\x02 \x01(\x08\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\"\n\x0eLogoutResponse\x12\x10\n\x08replayed\x18\x01 \x01(\x08\"\x13\n\x11GetProfileRequest\"=\n\x12GetProfileResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.User\"\xc0\x01\n\x14UpdateProfileRequest\x12/\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.UserB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"R\n\x15UpdateProfileResponse\x12\'\n\x04user\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.User\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\x90\x01\n\x15\x43hangePasswordRequest\x12$\n\x0cold_password\x18\x01 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\x80\x02\x88\xb5\x18\x01\x12$\n\x0cnew_password\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x10\x08\x18\x80\x02\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"Y\n\x16\x43hangePasswordResponse\x12-\n\x07session\x18\x01 \x01(\x0b\x32\x1c.clinic.frontdesk.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"H\n\x19\x45nrollSecondFactorRequest\x12+\n\x0fidempotency_key\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"C\n\x1a\x45nrollSecondFactorResponse\x12\x13\n\x0botpauth_uri\x18\x01 \x01(\t\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"f\n\x1a\x43onfirmSecondFactorRequest\x12\x1b\n\x04\x63ode\x18\x01 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18\x32\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"G\n\x1b\x43onfirmSecondFactorResponse\x12\x16\n\x0erecovery_codes\x18\x01 \x03(\t\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\x87\x01\n\x19RemoveSecondFactorRequest\x12 \n\x08password\x18\x01 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\x80\x02\x88\xb5\x18\x01\x12\x1b\n\x04\x63ode\x18\x02 \x01(\tB\r\xbaH\nr\x08\x10\x01\x18\x32\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\".\n\x1aRemoveSecondFactorResponse\x12\x10\n\x08replayed\x18\x01 \x01(\x08\x32\xa6\n\n\x0b\x41uthService\x12k\n\x0cRegisterUser\x12(.clinic.frontdesk.v1.RegisterUserRequest\x1a).clinic.frontdesk.v1.RegisterUserResponse\"\x06\xd2\xb5\x18\x02\x38\x01\x12V\n\x05Login\x12!.clinic.frontdesk.v1.LoginRequest\x1a\".clinic.frontdesk.v1.LoginResponse\"\x06\xd2\xb5\x18\x02\x38\x01\x12}\n\x12VerifySecondFactor\x12..clinic.frontdesk.v1.VerifySecondFactorRequest\x1a/.clinic.frontdesk.v1.VerifySecondFactorResponse\"\x06\xd2\xb5\x18\x02\x38\x01\x12k\n\x0cRefreshToken\x12(.clinic.frontdesk.v1.RefreshTokenRequest\x1a).clinic.frontdesk.v1.RefreshTokenResponse\"\x06\xd2\xb5\x18\x02\x38\x01\x12Y\n\x06Logout\x12\".clinic.frontdesk.v1.LogoutRequest\x1a#.clinic.frontdesk.v1.LogoutResponse\"\x06\xd2\xb5\x18\x02\x38\x01\x12q\n\nGetProfile\x12&.clinic.frontdesk.v1.GetProfileRequest\x1a\'.clinic.frontdesk.v1.GetProfileResponse\"\x12\xd2\xb5\x18\x0e\x08\x01\x10\x01\x18\x01 \x01@\x01H\x01P\x01\x12x\n\rUpdateProfile\x12).clinic.frontdesk.v1.UpdateProfileRequest\x1a*.clinic.frontdesk.v1.UpdateProfileResponse\"\x10\xd2\xb5\x18\x0c\x08\x01\x10\x01\x18\x01 \x01@\x01P\x01\x12}\n\x0e\x43hangePassword\x12*.clinic.frontdesk.v1.ChangePasswordRequest\x1a+.clinic.frontdesk.v1.ChangePasswordResponse\"\x12\xd2\xb5\x18\x0e\x08\x01\x10\x01\x18\x01 \x01@\x01H\x01P\x01\x12\x87\x01\n\x12\x45nrollSecondFactor\x12..clinic.frontdesk.v1.EnrollSecondFactorRequest\x1a/.clinic.frontdesk.v1.EnrollSecondFactorResponse\"\x10\xd2\xb5\x18\x0c\x08\x01\x10\x01\x18\x01 \x01@\x01P\x01\x12\x8a\x01\n\x13\x43onfirmSecondFactor\x12/.clinic.frontdesk.v1.ConfirmSecondFactorRequest\x1a\x30.clinic.frontdesk.v1.ConfirmSecondFactorResponse\"\x10\xd2\xb5\x18\x0c\x08\x01\x10\x01\x18\x01 \x01@\x01P\x01\x12\x87\x01\n\x12RemoveSecondFactor\x12..clinic.frontdesk.v1.RemoveSecondFactorRequest\x1a/.clinic.frontdesk.v1.RemoveSecondFactorResponse\"\x10\xd2\xb5\x18\x0c\x08\x01\x10\x01\x18\x01 \x01@\x01P\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -74,6 +74,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOGINREQUEST'].fields_by_name['email']._serialized_options = b'\272H\013r\t\030\376\001`\001\210\265\030\001'
   _globals['_LOGINREQUEST'].fields_by_name['password']._loaded_options = None
   _globals['_LOGINREQUEST'].fields_by_name['password']._serialized_options = b'\272H\013r\t\020\001\030\200\002\210\265\030\001'
+  _globals['_VERIFYSECONDFACTORREQUEST'].fields_by_name['challenge']._loaded_options = None
+  _globals['_VERIFYSECONDFACTORREQUEST'].fields_by_name['challenge']._serialized_options = b'\272H\nr\010\020\001\030d\210\265\030\001'
+  _globals['_VERIFYSECONDFACTORREQUEST'].fields_by_name['code']._loaded_options = None
+  _globals['_VERIFYSECONDFACTORREQUEST'].fields_by_name['code']._serialized_options = b'\272H\nr\010\020\001\0302\210\265\030\001'
   _globals['_REFRESHTOKENREQUEST'].fields_by_name['refresh_token']._loaded_options = None
   _globals['_REFRESHTOKENREQUEST'].fields_by_name['refresh_token']._serialized_options = b'\272H\nr\010\020\001\030d\210\265\030\001'
   _globals['_LOGOUTREQUEST'].fields_by_name['refresh_token']._loaded_options = None
@@ -92,10 +96,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHANGEPASSWORDREQUEST'].fields_by_name['new_password']._serialized_options = b'\272H\013r\t\020\010\030\200\002\210\265\030\001'
   _globals['_CHANGEPASSWORDREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
   _globals['_CHANGEPASSWORDREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_ENROLLSECONDFACTORREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
+  _globals['_ENROLLSECONDFACTORREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_CONFIRMSECONDFACTORREQUEST'].fields_by_name['code']._loaded_options = None
+  _globals['_CONFIRMSECONDFACTORREQUEST'].fields_by_name['code']._serialized_options = b'\272H\nr\010\020\001\0302\210\265\030\001'
+  _globals['_CONFIRMSECONDFACTORREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
+  _globals['_CONFIRMSECONDFACTORREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_REMOVESECONDFACTORREQUEST'].fields_by_name['password']._loaded_options = None
+  _globals['_REMOVESECONDFACTORREQUEST'].fields_by_name['password']._serialized_options = b'\272H\013r\t\020\001\030\200\002\210\265\030\001'
+  _globals['_REMOVESECONDFACTORREQUEST'].fields_by_name['code']._loaded_options = None
+  _globals['_REMOVESECONDFACTORREQUEST'].fields_by_name['code']._serialized_options = b'\272H\nr\010\020\001\0302\210\265\030\001'
+  _globals['_REMOVESECONDFACTORREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
+  _globals['_REMOVESECONDFACTORREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
   _globals['_AUTHSERVICE'].methods_by_name['RegisterUser']._loaded_options = None
   _globals['_AUTHSERVICE'].methods_by_name['RegisterUser']._serialized_options = b'\322\265\030\0028\001'
   _globals['_AUTHSERVICE'].methods_by_name['Login']._loaded_options = None
   _globals['_AUTHSERVICE'].methods_by_name['Login']._serialized_options = b'\322\265\030\0028\001'
+  _globals['_AUTHSERVICE'].methods_by_name['VerifySecondFactor']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['VerifySecondFactor']._serialized_options = b'\322\265\030\0028\001'
   _globals['_AUTHSERVICE'].methods_by_name['RefreshToken']._loaded_options = None
   _globals['_AUTHSERVICE'].methods_by_name['RefreshToken']._serialized_options = b'\322\265\030\0028\001'
   _globals['_AUTHSERVICE'].methods_by_name['Logout']._loaded_options = None
@@ -106,6 +124,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUTHSERVICE'].methods_by_name['UpdateProfile']._serialized_options = b'\322\265\030\014\010\001\020\001\030\001 \001@\001P\001'
   _globals['_AUTHSERVICE'].methods_by_name['ChangePassword']._loaded_options = None
   _globals['_AUTHSERVICE'].methods_by_name['ChangePassword']._serialized_options = b'\322\265\030\016\010\001\020\001\030\001 \001@\001H\001P\001'
+  _globals['_AUTHSERVICE'].methods_by_name['EnrollSecondFactor']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['EnrollSecondFactor']._serialized_options = b'\322\265\030\014\010\001\020\001\030\001 \001@\001P\001'
+  _globals['_AUTHSERVICE'].methods_by_name['ConfirmSecondFactor']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['ConfirmSecondFactor']._serialized_options = b'\322\265\030\014\010\001\020\001\030\001 \001@\001P\001'
+  _globals['_AUTHSERVICE'].methods_by_name['RemoveSecondFactor']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['RemoveSecondFactor']._serialized_options = b'\322\265\030\014\010\001\020\001\030\001 \001@\001P\001'
   _globals['_USER']._serialized_start=286
   _globals['_USER']._serialized_end=862
   _globals['_SESSION']._serialized_start=865
@@ -116,28 +140,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERUSERRESPONSE']._serialized_end=1467
   _globals['_LOGINREQUEST']._serialized_start=1469
   _globals['_LOGINREQUEST']._serialized_end=1548
-  _globals['_LOGINRESPONSE']._serialized_start=1550
-  _globals['_LOGINRESPONSE']._serialized_end=1622
-  _globals['_REFRESHTOKENREQUEST']._serialized_start=1624
-  _globals['_REFRESHTOKENREQUEST']._serialized_end=1683
-  _globals['_REFRESHTOKENRESPONSE']._serialized_start=1685
-  _globals['_REFRESHTOKENRESPONSE']._serialized_end=1754
-  _globals['_LOGOUTREQUEST']._serialized_start=1756
-  _globals['_LOGOUTREQUEST']._serialized_end=1874
-  _globals['_LOGOUTRESPONSE']._serialized_start=1876
-  _globals['_LOGOUTRESPONSE']._serialized_end=1910
-  _globals['_GETPROFILEREQUEST']._serialized_start=1912
-  _globals['_GETPROFILEREQUEST']._serialized_end=1931
-  _globals['_GETPROFILERESPONSE']._serialized_start=1933
-  _globals['_GETPROFILERESPONSE']._serialized_end=1994
-  _globals['_UPDATEPROFILEREQUEST']._serialized_start=1997
-  _globals['_UPDATEPROFILEREQUEST']._serialized_end=2189
-  _globals['_UPDATEPROFILERESPONSE']._serialized_start=2191
-  _globals['_UPDATEPROFILERESPONSE']._serialized_end=2273
-  _globals['_CHANGEPASSWORDREQUEST']._serialized_start=2276
-  _globals['_CHANGEPASSWORDREQUEST']._serialized_end=2420
-  _globals['_CHANGEPASSWORDRESPONSE']._serialized_start=2422
-  _globals['_CHANGEPASSWORDRESPONSE']._serialized_end=2511
-  _globals['_AUTHSERVICE']._serialized_start=2514
-  _globals['_AUTHSERVICE']._serialized_end=3288
+  _globals['_LOGINRESPONSE']._serialized_start=1551
+  _globals['_LOGINRESPONSE']._serialized_end=1683
+  _globals['_SECONDFACTOR']._serialized_start=1685
+  _globals['_SECONDFACTOR']._serialized_end=1767
+  _globals['_VERIFYSECONDFACTORREQUEST']._serialized_start=1769
+  _globals['_VERIFYSECONDFACTORREQUEST']._serialized_end=1859
+  _globals['_VERIFYSECONDFACTORRESPONSE']._serialized_start=1861
+  _globals['_VERIFYSECONDFACTORRESPONSE']._serialized_end=1936
+  _globals['_REFRESHTOKENREQUEST']._serialized_start=1938
+  _globals['_REFRESHTOKENREQUEST']._serialized_end=1997
+  _globals['_REFRESHTOKENRESPONSE']._serialized_start=1999
+  _globals['_REFRESHTOKENRESPONSE']._serialized_end=2068
+  _globals['_LOGOUTREQUEST']._serialized_start=2070
+  _globals['_LOGOUTREQUEST']._serialized_end=2188
+  _globals['_LOGOUTRESPONSE']._serialized_start=2190
+  _globals['_LOGOUTRESPONSE']._serialized_end=2224
+  _globals['_GETPROFILEREQUEST']._serialized_start=2226
+  _globals['_GETPROFILEREQUEST']._serialized_end=2245
+  _globals['_GETPROFILERESPONSE']._serialized_start=2247
+  _globals['_GETPROFILERESPONSE']._serialized_end=2308
+  _globals['_UPDATEPROFILEREQUEST']._serialized_start=2311
+  _globals['_UPDATEPROFILEREQUEST']._serialized_end=2503
+  _globals['_UPDATEPROFILERESPONSE']._serialized_start=2505
+  _globals['_UPDATEPROFILERESPONSE']._serialized_end=2587
+  _globals['_CHANGEPASSWORDREQUEST']._serialized_start=2590
+  _globals['_CHANGEPASSWORDREQUEST']._serialized_end=2734
+  _globals['_CHANGEPASSWORDRESPONSE']._serialized_start=2736
+  _globals['_CHANGEPASSWORDRESPONSE']._serialized_end=2825
+  _globals['_ENROLLSECONDFACTORREQUEST']._serialized_start=2827
+  _globals['_ENROLLSECONDFACTORREQUEST']._serialized_end=2899
+  _globals['_ENROLLSECONDFACTORRESPONSE']._serialized_start=2901
+  _globals['_ENROLLSECONDFACTORRESPONSE']._serialized_end=2968
+  _globals['_CONFIRMSECONDFACTORREQUEST']._serialized_start=2970
+  _globals['_CONFIRMSECONDFACTORREQUEST']._serialized_end=3072
+  _globals['_CONFIRMSECONDFACTORRESPONSE']._serialized_start=3074
+  _globals['_CONFIRMSECONDFACTORRESPONSE']._serialized_end=3145
+  _globals['_REMOVESECONDFACTORREQUEST']._serialized_start=3148
+  _globals['_REMOVESECONDFACTORREQUEST']._serialized_end=3283
+  _globals['_REMOVESECONDFACTORRESPONSE']._serialized_start=3285
+  _globals['_REMOVESECONDFACTORRESPONSE']._serialized_end=3331
+  _globals['_AUTHSERVICE']._serialized_start=3334
+  _globals['_AUTHSERVICE']._serialized_end=4652
 # @@protoc_insertion_point(module_scope)

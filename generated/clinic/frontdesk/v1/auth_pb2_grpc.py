@@ -49,6 +49,11 @@ class AuthServiceStub:
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.LoginRequest.SerializeToString,
                 response_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.LoginResponse.FromString,
                 _registered_method=True)
+        self.VerifySecondFactor = channel.unary_unary(
+                '/clinic.frontdesk.v1.AuthService/VerifySecondFactor',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.VerifySecondFactorRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.VerifySecondFactorResponse.FromString,
+                _registered_method=True)
         self.RefreshToken = channel.unary_unary(
                 '/clinic.frontdesk.v1.AuthService/RefreshToken',
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RefreshTokenRequest.SerializeToString,
@@ -74,6 +79,21 @@ class AuthServiceStub:
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ChangePasswordRequest.SerializeToString,
                 response_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ChangePasswordResponse.FromString,
                 _registered_method=True)
+        self.EnrollSecondFactor = channel.unary_unary(
+                '/clinic.frontdesk.v1.AuthService/EnrollSecondFactor',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.EnrollSecondFactorRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.EnrollSecondFactorResponse.FromString,
+                _registered_method=True)
+        self.ConfirmSecondFactor = channel.unary_unary(
+                '/clinic.frontdesk.v1.AuthService/ConfirmSecondFactor',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ConfirmSecondFactorRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ConfirmSecondFactorResponse.FromString,
+                _registered_method=True)
+        self.RemoveSecondFactor = channel.unary_unary(
+                '/clinic.frontdesk.v1.AuthService/RemoveSecondFactor',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RemoveSecondFactorRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RemoveSecondFactorResponse.FromString,
+                _registered_method=True)
 
 
 class AuthServiceServicer:
@@ -94,8 +114,16 @@ class AuthServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Login(self, request, context):
-        """Begins a session. An unknown e-mail and a wrong password get the same answer in the same time. Errors: BAD_LOGIN,
-        LOGIN_THROTTLED.
+        """Begins a session, or asks for the second factor of a user who has one. An unknown e-mail and a wrong password get
+        the same answer in the same time. Errors: BAD_LOGIN, LOGIN_THROTTLED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifySecondFactor(self, request, context):
+        """Goes on with a login that takes a second factor, and begins the session. A challenge takes five codes at most.
+        Errors: BAD_LOGIN if the challenge or the code is wrong, used or too old.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -141,6 +169,31 @@ class AuthServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EnrollSecondFactor(self, request, context):
+        """Makes a secret for the caller's authenticator app (TOTP, RFC 6238). Logins take it from ConfirmSecondFactor on; until
+        then another call replaces it. Errors: SECOND_FACTOR_STATE if the caller has a second factor, ROLE_REQUIRED if the
+        caller is no user.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConfirmSecondFactor(self, request, context):
+        """Shows that the authenticator app has the secret. From now on a login takes a second factor. Errors: BAD_LOGIN if the
+        code is wrong, SECOND_FACTOR_STATE if no secret waits for it, ROLE_REQUIRED if the caller is no user.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveSecondFactor(self, request, context):
+        """Removes the caller's second factor. Errors: BAD_LOGIN if the password or the code is wrong, LOGIN_THROTTLED,
+        SECOND_FACTOR_STATE if the caller has none, ROLE_REQUIRED if the caller is no user.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuthServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -153,6 +206,11 @@ def add_AuthServiceServicer_to_server(servicer, server):
                     servicer.Login,
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.LoginRequest.FromString,
                     response_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.LoginResponse.SerializeToString,
+            ),
+            'VerifySecondFactor': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifySecondFactor,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.VerifySecondFactorRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.VerifySecondFactorResponse.SerializeToString,
             ),
             'RefreshToken': grpc.unary_unary_rpc_method_handler(
                     servicer.RefreshToken,
@@ -178,6 +236,21 @@ def add_AuthServiceServicer_to_server(servicer, server):
                     servicer.ChangePassword,
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ChangePasswordRequest.FromString,
                     response_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ChangePasswordResponse.SerializeToString,
+            ),
+            'EnrollSecondFactor': grpc.unary_unary_rpc_method_handler(
+                    servicer.EnrollSecondFactor,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.EnrollSecondFactorRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.EnrollSecondFactorResponse.SerializeToString,
+            ),
+            'ConfirmSecondFactor': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmSecondFactor,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ConfirmSecondFactorRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ConfirmSecondFactorResponse.SerializeToString,
+            ),
+            'RemoveSecondFactor': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveSecondFactor,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RemoveSecondFactorRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RemoveSecondFactorResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -239,6 +312,33 @@ class AuthService:
             '/clinic.frontdesk.v1.AuthService/Login',
             clinic_dot_frontdesk_dot_v1_dot_auth__pb2.LoginRequest.SerializeToString,
             clinic_dot_frontdesk_dot_v1_dot_auth__pb2.LoginResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifySecondFactor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AuthService/VerifySecondFactor',
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.VerifySecondFactorRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.VerifySecondFactorResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -374,6 +474,87 @@ class AuthService:
             '/clinic.frontdesk.v1.AuthService/ChangePassword',
             clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ChangePasswordRequest.SerializeToString,
             clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ChangePasswordResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EnrollSecondFactor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AuthService/EnrollSecondFactor',
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.EnrollSecondFactorRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.EnrollSecondFactorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmSecondFactor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AuthService/ConfirmSecondFactor',
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ConfirmSecondFactorRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ConfirmSecondFactorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveSecondFactor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AuthService/RemoveSecondFactor',
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RemoveSecondFactorRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RemoveSecondFactorResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,8 +44,12 @@ class AuthServiceStub:
     EMAIL_TAKEN.
     """
     Login: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LoginRequest, _auth_pb2.LoginResponse]
-    """Begins a session. An unknown e-mail and a wrong password get the same answer in the same time. Errors: BAD_LOGIN,
-    LOGIN_THROTTLED.
+    """Begins a session, or asks for the second factor of a user who has one. An unknown e-mail and a wrong password get
+    the same answer in the same time. Errors: BAD_LOGIN, LOGIN_THROTTLED.
+    """
+    VerifySecondFactor: _grpc.UnaryUnaryMultiCallable[_auth_pb2.VerifySecondFactorRequest, _auth_pb2.VerifySecondFactorResponse]
+    """Goes on with a login that takes a second factor, and begins the session. A challenge takes five codes at most.
+    Errors: BAD_LOGIN if the challenge or the code is wrong, used or too old.
     """
     RefreshToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RefreshTokenRequest, _auth_pb2.RefreshTokenResponse]
     """Goes on with a session. Each refresh token works once; the last one may be repeated within 10 s, in case its answer
@@ -66,6 +70,19 @@ class AuthServiceStub:
     """Changes the caller's password, and begins a session in place of all that the caller had. Errors: BAD_LOGIN if the
     old password is wrong, LOGIN_THROTTLED, ROLE_REQUIRED if the caller is no user.
     """
+    EnrollSecondFactor: _grpc.UnaryUnaryMultiCallable[_auth_pb2.EnrollSecondFactorRequest, _auth_pb2.EnrollSecondFactorResponse]
+    """Makes a secret for the caller's authenticator app (TOTP, RFC 6238). Logins take it from ConfirmSecondFactor on; until
+    then another call replaces it. Errors: SECOND_FACTOR_STATE if the caller has a second factor, ROLE_REQUIRED if the
+    caller is no user.
+    """
+    ConfirmSecondFactor: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ConfirmSecondFactorRequest, _auth_pb2.ConfirmSecondFactorResponse]
+    """Shows that the authenticator app has the secret. From now on a login takes a second factor. Errors: BAD_LOGIN if the
+    code is wrong, SECOND_FACTOR_STATE if no secret waits for it, ROLE_REQUIRED if the caller is no user.
+    """
+    RemoveSecondFactor: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RemoveSecondFactorRequest, _auth_pb2.RemoveSecondFactorResponse]
+    """Removes the caller's second factor. Errors: BAD_LOGIN if the password or the code is wrong, LOGIN_THROTTLED,
+    SECOND_FACTOR_STATE if the caller has none, ROLE_REQUIRED if the caller is no user.
+    """
 
 @_typing.type_check_only
 class AuthServiceAsyncStub(AuthServiceStub):
@@ -83,8 +100,12 @@ class AuthServiceAsyncStub(AuthServiceStub):
     EMAIL_TAKEN.
     """
     Login: _aio.UnaryUnaryMultiCallable[_auth_pb2.LoginRequest, _auth_pb2.LoginResponse]  # type: ignore[assignment]
-    """Begins a session. An unknown e-mail and a wrong password get the same answer in the same time. Errors: BAD_LOGIN,
-    LOGIN_THROTTLED.
+    """Begins a session, or asks for the second factor of a user who has one. An unknown e-mail and a wrong password get
+    the same answer in the same time. Errors: BAD_LOGIN, LOGIN_THROTTLED.
+    """
+    VerifySecondFactor: _aio.UnaryUnaryMultiCallable[_auth_pb2.VerifySecondFactorRequest, _auth_pb2.VerifySecondFactorResponse]  # type: ignore[assignment]
+    """Goes on with a login that takes a second factor, and begins the session. A challenge takes five codes at most.
+    Errors: BAD_LOGIN if the challenge or the code is wrong, used or too old.
     """
     RefreshToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.RefreshTokenRequest, _auth_pb2.RefreshTokenResponse]  # type: ignore[assignment]
     """Goes on with a session. Each refresh token works once; the last one may be repeated within 10 s, in case its answer
@@ -104,6 +125,19 @@ class AuthServiceAsyncStub(AuthServiceStub):
     ChangePassword: _aio.UnaryUnaryMultiCallable[_auth_pb2.ChangePasswordRequest, _auth_pb2.ChangePasswordResponse]  # type: ignore[assignment]
     """Changes the caller's password, and begins a session in place of all that the caller had. Errors: BAD_LOGIN if the
     old password is wrong, LOGIN_THROTTLED, ROLE_REQUIRED if the caller is no user.
+    """
+    EnrollSecondFactor: _aio.UnaryUnaryMultiCallable[_auth_pb2.EnrollSecondFactorRequest, _auth_pb2.EnrollSecondFactorResponse]  # type: ignore[assignment]
+    """Makes a secret for the caller's authenticator app (TOTP, RFC 6238). Logins take it from ConfirmSecondFactor on; until
+    then another call replaces it. Errors: SECOND_FACTOR_STATE if the caller has a second factor, ROLE_REQUIRED if the
+    caller is no user.
+    """
+    ConfirmSecondFactor: _aio.UnaryUnaryMultiCallable[_auth_pb2.ConfirmSecondFactorRequest, _auth_pb2.ConfirmSecondFactorResponse]  # type: ignore[assignment]
+    """Shows that the authenticator app has the secret. From now on a login takes a second factor. Errors: BAD_LOGIN if the
+    code is wrong, SECOND_FACTOR_STATE if no secret waits for it, ROLE_REQUIRED if the caller is no user.
+    """
+    RemoveSecondFactor: _aio.UnaryUnaryMultiCallable[_auth_pb2.RemoveSecondFactorRequest, _auth_pb2.RemoveSecondFactorResponse]  # type: ignore[assignment]
+    """Removes the caller's second factor. Errors: BAD_LOGIN if the password or the code is wrong, LOGIN_THROTTLED,
+    SECOND_FACTOR_STATE if the caller has none, ROLE_REQUIRED if the caller is no user.
     """
 
 class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -131,8 +165,18 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.LoginRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.LoginResponse, _abc.Awaitable[_auth_pb2.LoginResponse]]:
-        """Begins a session. An unknown e-mail and a wrong password get the same answer in the same time. Errors: BAD_LOGIN,
-        LOGIN_THROTTLED.
+        """Begins a session, or asks for the second factor of a user who has one. An unknown e-mail and a wrong password get
+        the same answer in the same time. Errors: BAD_LOGIN, LOGIN_THROTTLED.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifySecondFactor(
+        self,
+        request: _auth_pb2.VerifySecondFactorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.VerifySecondFactorResponse, _abc.Awaitable[_auth_pb2.VerifySecondFactorResponse]]:
+        """Goes on with a login that takes a second factor, and begins the session. A challenge takes five codes at most.
+        Errors: BAD_LOGIN if the challenge or the code is wrong, used or too old.
         """
 
     @_abc_1.abstractmethod
@@ -182,6 +226,37 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_auth_pb2.ChangePasswordResponse, _abc.Awaitable[_auth_pb2.ChangePasswordResponse]]:
         """Changes the caller's password, and begins a session in place of all that the caller had. Errors: BAD_LOGIN if the
         old password is wrong, LOGIN_THROTTLED, ROLE_REQUIRED if the caller is no user.
+        """
+
+    @_abc_1.abstractmethod
+    def EnrollSecondFactor(
+        self,
+        request: _auth_pb2.EnrollSecondFactorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.EnrollSecondFactorResponse, _abc.Awaitable[_auth_pb2.EnrollSecondFactorResponse]]:
+        """Makes a secret for the caller's authenticator app (TOTP, RFC 6238). Logins take it from ConfirmSecondFactor on; until
+        then another call replaces it. Errors: SECOND_FACTOR_STATE if the caller has a second factor, ROLE_REQUIRED if the
+        caller is no user.
+        """
+
+    @_abc_1.abstractmethod
+    def ConfirmSecondFactor(
+        self,
+        request: _auth_pb2.ConfirmSecondFactorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ConfirmSecondFactorResponse, _abc.Awaitable[_auth_pb2.ConfirmSecondFactorResponse]]:
+        """Shows that the authenticator app has the secret. From now on a login takes a second factor. Errors: BAD_LOGIN if the
+        code is wrong, SECOND_FACTOR_STATE if no secret waits for it, ROLE_REQUIRED if the caller is no user.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveSecondFactor(
+        self,
+        request: _auth_pb2.RemoveSecondFactorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RemoveSecondFactorResponse, _abc.Awaitable[_auth_pb2.RemoveSecondFactorResponse]]:
+        """Removes the caller's second factor. Errors: BAD_LOGIN if the password or the code is wrong, LOGIN_THROTTLED,
+        SECOND_FACTOR_STATE if the caller has none, ROLE_REQUIRED if the caller is no user.
         """
 
 def add_AuthServiceServicer_to_server(servicer: AuthServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

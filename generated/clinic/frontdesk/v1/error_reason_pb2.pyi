@@ -165,7 +165,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_API_KEY_NOT_FOUND: _ErrorReason.ValueType  # 56
     """NOT_FOUND: the API key does not exist. Example: RevokeApiKey with a mistyped api_key_id."""
     ERROR_REASON_BAD_LOGIN: _ErrorReason.ValueType  # 57
-    """UNAUTHENTICATED: e-mail and password do not go together, or the user is not active. Example: a typing error."""
+    """UNAUTHENTICATED: the e-mail, the password or the code of the second factor is wrong, or the user is not active.
+    Example: a typing error.
+    """
     ERROR_REASON_REFRESH_REUSED: _ErrorReason.ValueType  # 58
     """UNAUTHENTICATED: the refresh token was used before, so its session has ended. Log in. Example: a stolen token."""
     ERROR_REASON_PASSWORD_CHANGE_REQUIRED: _ErrorReason.ValueType  # 59
@@ -188,6 +190,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: the user does not exist. Example: GetUser with a mistyped user_id."""
     ERROR_REASON_EMAIL_NOT_VERIFIED: _ErrorReason.ValueType  # 65
     """PERMISSION_DENIED: a patient must first show that the e-mail is his. Example: booking right after registering."""
+    ERROR_REASON_SECOND_FACTOR_STATE: _ErrorReason.ValueType  # 66
+    """FAILED_PRECONDITION: the user has a second factor already, or has none, or none waits to be confirmed. Example:
+    EnrollSecondFactor in two windows.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
@@ -340,7 +346,9 @@ Example: an access token after 15 min.
 ERROR_REASON_API_KEY_NOT_FOUND: ErrorReason.ValueType  # 56
 """NOT_FOUND: the API key does not exist. Example: RevokeApiKey with a mistyped api_key_id."""
 ERROR_REASON_BAD_LOGIN: ErrorReason.ValueType  # 57
-"""UNAUTHENTICATED: e-mail and password do not go together, or the user is not active. Example: a typing error."""
+"""UNAUTHENTICATED: the e-mail, the password or the code of the second factor is wrong, or the user is not active.
+Example: a typing error.
+"""
 ERROR_REASON_REFRESH_REUSED: ErrorReason.ValueType  # 58
 """UNAUTHENTICATED: the refresh token was used before, so its session has ended. Log in. Example: a stolen token."""
 ERROR_REASON_PASSWORD_CHANGE_REQUIRED: ErrorReason.ValueType  # 59
@@ -363,4 +371,8 @@ ERROR_REASON_USER_NOT_FOUND: ErrorReason.ValueType  # 64
 """NOT_FOUND: the user does not exist. Example: GetUser with a mistyped user_id."""
 ERROR_REASON_EMAIL_NOT_VERIFIED: ErrorReason.ValueType  # 65
 """PERMISSION_DENIED: a patient must first show that the e-mail is his. Example: booking right after registering."""
+ERROR_REASON_SECOND_FACTOR_STATE: ErrorReason.ValueType  # 66
+"""FAILED_PRECONDITION: the user has a second factor already, or has none, or none waits to be confirmed. Example:
+EnrollSecondFactor in two windows.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

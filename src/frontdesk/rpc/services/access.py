@@ -94,6 +94,12 @@ class AccessServicer:
         )
         return pb.LinkPatientResponse(user=to_user(change.result), replayed=change.replayed)
 
+    async def ResetSecondFactor(self, request: pb.ResetSecondFactorRequest, call: Call) -> pb.ResetSecondFactorResponse:
+        change = await self._users.reset_second_factor(
+            call.caller, request.user_id, version_from(request.etag), key=key_of(request, call)
+        )
+        return pb.ResetSecondFactorResponse(user=to_user(change.result), replayed=change.replayed)
+
     async def CreateApiKey(self, request: pb.CreateApiKeyRequest, call: Call) -> pb.CreateApiKeyResponse:
         values = changes_from(request.api_key, EVERY_FIELD, _WRITABLE)
         change = await self._api_keys.create(call.caller, values, key=key_of(request, call))

@@ -7,6 +7,7 @@ from google.protobuf.duration_pb2 import Duration
 from clinic.frontdesk.v1 import auth_pb2 as pb
 from clinic.frontdesk.v1 import policy_pb2
 from frontdesk.core.auth import Auth, Session, User
+from frontdesk.core.second_factor import Challenge
 from frontdesk.db.change import Key
 from frontdesk.rpc.convert import (
     EVERY_FIELD,
@@ -35,6 +36,8 @@ def roles_to(names: Iterable[str]) -> Sequence[int]:
 
 to_user = converter(pb.User, User, roles=lambda user: roles_to(user.roles))
 
+_to_second_factor = converter(pb.SecondFactor, Challenge)
+
 _PROFILE = writable("name", "phone", "address")
 
 
@@ -47,6 +50,10 @@ def _to_session(session: Session | None) -> pb.Session | None:
         refresh_token=session.refresh_token,
         user=to_user(session.user),
     )
+
+
+def _no_key(call: Call) -> Key:
+    return Key(call.caller.identity, call.method, address=call.address, trace_id=call.trace_id)
 
 
 class AuthServicer:
@@ -72,9 +79,16 @@ class AuthServicer:
         )
 
     async def Login(self, request: pb.LoginRequest, call: Call) -> pb.LoginResponse:
-        key = Key(call.caller.identity, call.method, address=call.address, trace_id=call.trace_id)
-        session = await self._auth.login(request.email, request.password, key=key)
-        return pb.LoginResponse(session=_to_session(session))
+        step = await self._auth.login(request.email, request.password, key=_no_key(call))
+        if isinstance(step, Challenge):
+            return pb.LoginResponse(second_factor=_to_second_factor(step))
+        return pb.LoginResponse(session=_to_session(step))
+
+    async def VerifySecondFactor(
+        self, request: pb.VerifySecondFactorRequest, call: Call
+    ) -> pb.VerifySecondFactorResponse:
+        session = await self._auth.verify_second_factor(request.challenge, request.code, key=_no_key(call))
+        return pb.VerifySecondFactorResponse(session=_to_session(session))
 
     async def RefreshToken(self, request: pb.RefreshTokenRequest, call: Call) -> pb.RefreshTokenResponse:
         return pb.RefreshTokenResponse(session=_to_session(await self._auth.refresh(request.refresh_token)))
@@ -100,3 +114,23 @@ class AuthServicer:
             call.caller, request.old_password, request.new_password, call.address, key=key_of(request, call)
         )
         return pb.ChangePasswordResponse(session=_to_session(change.result), replayed=change.replayed)
+
+    async def EnrollSecondFactor(
+        self, request: pb.EnrollSecondFactorRequest, call: Call
+    ) -> pb.EnrollSecondFactorResponse:
+        change = await self._auth.enroll_second_factor(call.caller, key=key_of(request, call))
+        return pb.EnrollSecondFactorResponse(otpauth_uri=change.result, replayed=change.replayed)
+
+    async def ConfirmSecondFactor(
+        self, request: pb.ConfirmSecondFactorRequest, call: Call
+    ) -> pb.ConfirmSecondFactorResponse:
+        change = await self._auth.confirm_second_factor(call.caller, request.code, key=key_of(request, call))
+        return pb.ConfirmSecondFactorResponse(recovery_codes=change.result, replayed=change.replayed)
+
+    async def RemoveSecondFactor(
+        self, request: pb.RemoveSecondFactorRequest, call: Call
+    ) -> pb.RemoveSecondFactorResponse:
+        change = await self._auth.remove_second_factor(
+            call.caller, request.password, request.code, key=key_of(request, call)
+        )
+        return pb.RemoveSecondFactorResponse(replayed=change.replayed)

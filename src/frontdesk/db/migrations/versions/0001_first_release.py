@@ -83,6 +83,32 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("subject", name="login_attempt_pkey"),
     )
     op.create_table(
+        "second_factor",
+        sa.Column("user_id", sa.Uuid(), nullable=False),
+        sa.Column("secret", sa.Text(), nullable=False),
+        sa.Column("last_window", sa.BigInteger(), server_default="0", nullable=False),
+        sa.ForeignKeyConstraint(["user_id"], ["user_account.id"], name="second_factor_user_id_fkey"),
+        sa.PrimaryKeyConstraint("user_id", name="second_factor_pkey"),
+    )
+    op.create_table(
+        "recovery_code",
+        sa.Column("user_id", sa.Uuid(), nullable=False),
+        sa.Column("hash", sa.LargeBinary(), nullable=False),
+        sa.ForeignKeyConstraint(["user_id"], ["user_account.id"], name="recovery_code_user_id_fkey"),
+        sa.PrimaryKeyConstraint("user_id", "hash", name="recovery_code_pkey"),
+    )
+    op.create_table(
+        "login_challenge",
+        sa.Column("hash", sa.LargeBinary(), nullable=False),
+        sa.Column("user_id", sa.Uuid(), nullable=False),
+        sa.Column("attempts", postgresql.ARRAY(sa.LargeBinary()), nullable=False),
+        sa.Column("tries", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("expire_time", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(["user_id"], ["user_account.id"], name="login_challenge_user_id_fkey"),
+        sa.PrimaryKeyConstraint("hash", name="login_challenge_pkey"),
+    )
+    op.create_index("login_challenge_user_id_idx", "login_challenge", ["user_id"], unique=False)
+    op.create_table(
         "signing_key",
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("public_key", sa.LargeBinary(), nullable=False),
