@@ -8,7 +8,8 @@ import grpc
 import pyotp
 import pytest
 
-from clinic.frontdesk.v1 import access_pb2, auth_pb2
+from clinic.frontdesk.v1 import access_pb2, auth_pb2, clinic_pb2
+from frontdesk.client import FrontdeskClient, FrontdeskError, Login
 from frontdesk.settings import Settings
 from tests.clinic import Front, outcome, reason_of, refusal
 from tests.hostile.methods import register
@@ -183,6 +184,18 @@ async def test_a_challenge_is_good_once(front: Front) -> None:
     await auth(front).ChangePassword(request, metadata=person.held)
     assert await outcome(verify(front, waiting, person.recovery_codes[1])) == "BAD_LOGIN"
     await verify(front, await challenge(front, "another good password"), person.recovery_codes[1])
+
+
+async def test_the_client_says_what_it_needs(front: Front) -> None:
+    """The Python client logs a user with a second factor in by the refresh token of a session, not by the password."""
+    person = await owner(front)
+    async with FrontdeskClient(f"127.0.0.1:{front.port}", login=Login(EMAIL, PASSWORD)) as desk:
+        with pytest.raises(FrontdeskError, match="second factor"):
+            await desk.clinics.ListClinics(clinic_pb2.ListClinicsRequest())
+    session = await verify(front, await challenge(front), person.code())
+    login_of_session = Login(refresh_token=session.refresh_token)
+    async with FrontdeskClient(f"127.0.0.1:{front.port}", login=login_of_session) as desk:
+        await desk.clinics.ListClinics(clinic_pb2.ListClinicsRequest())
 
 
 async def test_an_inactive_user_gets_no_further(front: Front) -> None:

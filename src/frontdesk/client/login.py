@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any
 
+import grpc
 from google.protobuf.message import Message
 
 from clinic.frontdesk.v1 import auth_pb2
@@ -66,6 +67,10 @@ class Login:
                 self._take(answer.session)
                 return
         answer = yield "Login", auth_pb2.LoginRequest(email=self._email, password=self._password)
+        if answer.HasField("second_factor"):
+            # A program has no app that shows codes.
+            needed = "the user has a second factor: log in by hand, and give the client that session's refresh token"
+            raise FrontdeskError(grpc.StatusCode.UNAUTHENTICATED, message=needed)
         self._take(answer.session)
 
     def _take(self, session: auth_pb2.Session) -> None:
