@@ -1,12 +1,14 @@
 """The views of a queue: what each shows, to whom, and that a stream stays within its view."""
 
 import asyncio
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 
 from clinic.frontdesk.v1 import patient_pb2, queue_pb2
 from clinic.frontdesk.v1.queue_pb2 import QueueView
+from frontdesk.client import FrontdeskClient
 from tests.clinic import Front, day, details, outcome, refusal, tomorrow
 from tests.identities import ADMIN, Metadata, bearing, create_key, user
 from tests.waiting import SOON
@@ -217,3 +219,24 @@ async def test_a_patients_own_day(front: Front) -> None:
         unknown = await refusal(method(kind(appointment_id=UNKNOWN), metadata=me))
         assert foreign.code() is grpc.StatusCode.NOT_FOUND
         assert (foreign.code(), foreign.details()) == (unknown.code(), unknown.details())
+
+
+async def test_the_client_watches_a_view(front: Front) -> None:
+    """A watch of the Python client has the view that it asks for, also after it was interrupted."""
+    doctor = await front.doctor()
+    await front.arrive(doctor.id)
+    key = (await create_key(front, "BOARD")).key
+    async with FrontdeskClient(f"127.0.0.1:{front.port}", api_key=key) as client:
+        watch = client.watch_updates(doctor.id, view=BOARD)
+        async with aclosing(watch) as updates, asyncio.timeout(SOON):
+            first = await anext(updates)
+            assert first.queue == await seen(front, doctor.id, BOARD)
+        await front.arrive(doctor.id)
+        watch = client.watch_updates(doctor.id, view=BOARD, resume_token=first.resume_token)
+        async with aclosing(watch) as updates, asyncio.timeout(SOON):
+            update = await anext(updates)
+            assert update.previous_revision == first.queue.revision
+            assert [change.entry.patient_name for change in update.changes] == [""] * len(update.changes)
+        queues = client.watch_queue(doctor.id, view=BOARD)
+        async with aclosing(queues) as lines, asyncio.timeout(SOON):
+            assert await anext(lines) == await seen(front, doctor.id, BOARD)

@@ -73,10 +73,11 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
         date: datetime.date | None = None,
         *,
         heartbeat: float = DEFAULT_HEARTBEAT_SECONDS,
+        view: queue_pb2.QueueView.ValueType = queue_pb2.QUEUE_VIEW_STAFF,
         on_connection: OnConnection | None = None,
     ) -> AsyncGenerator[queue_pb2.Queue, None]:
         """Yield the queue now and after every change: `watch_updates` without the changes."""
-        watch = self.watch_updates(doctor_id, date, heartbeat=heartbeat, on_connection=on_connection)
+        watch = self.watch_updates(doctor_id, date, heartbeat=heartbeat, view=view, on_connection=on_connection)
         async with aclosing(watch) as updates:
             async for update in updates:
                 yield update.queue
@@ -87,6 +88,7 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
         date: datetime.date | None = None,
         *,
         heartbeat: float = DEFAULT_HEARTBEAT_SECONDS,
+        view: queue_pb2.QueueView.ValueType = queue_pb2.QUEUE_VIEW_STAFF,
         resume_token: str = "",
         on_connection: OnConnection | None = None,
     ) -> AsyncGenerator[Update, None]:
@@ -96,7 +98,7 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
         that is slower than the clinic gets fewer updates, with more changes each. `date` is the clinic's; default: the
         clinic's today, which stays the watched date after midnight. `heartbeat` is the seconds of silence after which
         the service shows that it is alive (5 to 60, others are clamped); after three of them without a message the
-        stream is opened anew. `resume_token` goes on from an earlier Update.
+        stream is opened anew. `view` is how much is shown; `resume_token` goes on from an earlier Update of that view.
 
         Raises FrontdeskError if another stream would end in the same way: at once for NOT_FOUND, INVALID_ARGUMENT,
         UNIMPLEMENTED, UNAUTHENTICATED and PERMISSION_DENIED, after ten streams in a row without a message (some 20 s)
@@ -107,7 +109,7 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
         Ends when the client is closed. To leave a loop early use `contextlib.aclosing`, which ends the stream at once.
         """
         login = None if self._renewal is None else self._renewal.login
-        watch = Watch(doctor_id, date, heartbeat, resume_token, on_connection, login)
+        watch = Watch(doctor_id, date, heartbeat, view, resume_token, on_connection, login)
         while not self._closed.is_set():
             call: Any = None
             error: Exception | None = None

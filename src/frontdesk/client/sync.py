@@ -66,10 +66,11 @@ class SyncFrontdeskClient(Stubs[grpc.Channel]):
         date: datetime.date | None = None,
         *,
         heartbeat: float = DEFAULT_HEARTBEAT_SECONDS,
+        view: queue_pb2.QueueView.ValueType = queue_pb2.QUEUE_VIEW_STAFF,
         on_connection: OnConnection | None = None,
     ) -> Generator[queue_pb2.Queue, None, None]:
         """Yield the queue now and after every change: `watch_updates` without the changes."""
-        watch = self.watch_updates(doctor_id, date, heartbeat=heartbeat, on_connection=on_connection)
+        watch = self.watch_updates(doctor_id, date, heartbeat=heartbeat, view=view, on_connection=on_connection)
         with closing(watch) as updates:
             for update in updates:
                 yield update.queue
@@ -80,6 +81,7 @@ class SyncFrontdeskClient(Stubs[grpc.Channel]):
         date: datetime.date | None = None,
         *,
         heartbeat: float = DEFAULT_HEARTBEAT_SECONDS,
+        view: queue_pb2.QueueView.ValueType = queue_pb2.QUEUE_VIEW_STAFF,
         resume_token: str = "",
         on_connection: OnConnection | None = None,
     ) -> Generator[Update, None, None]:
@@ -88,7 +90,7 @@ class SyncFrontdeskClient(Stubs[grpc.Channel]):
         Closing the generator ends the stream. Another thread ends the wait for the next update by closing the client.
         """
         login = None if self._renewal is None else self._renewal.login
-        watch = Watch(doctor_id, date, heartbeat, resume_token, on_connection, login)
+        watch = Watch(doctor_id, date, heartbeat, view, resume_token, on_connection, login)
         while not self._closed.is_set():
             error: Exception | None = None
             try:

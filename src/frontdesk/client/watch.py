@@ -91,12 +91,13 @@ class Watch:
         doctor_id: str,
         date: datetime.date | None,
         heartbeat: float,
+        view: queue_pb2.QueueView.ValueType,
         resume_token: str,
         on_connection: OnConnection | None,
         login: Login | None = None,
     ) -> None:
         self._login = login
-        self._request = queue_pb2.WatchQueueRequest(doctor_id=doctor_id)
+        self._request = queue_pb2.WatchQueueRequest(doctor_id=doctor_id, view=view)
         if date is not None:
             self._request.date.CopyFrom(Date(year=date.year, month=date.month, day=date.day))
         heartbeat = min(max(heartbeat, HEARTBEAT_SECONDS[0]), HEARTBEAT_SECONDS[1])
