@@ -46,7 +46,7 @@ ANSWERS = {
 DECIDED = (OK, "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION", "ABORTED", "UNAUTHENTICATED")
 """The statuses of requests that were valid enough to be decided."""
 
-EXAMPLES = 40
+EXAMPLES = 60
 """Requests per example that Hypothesis's profile allows for a test."""
 
 
