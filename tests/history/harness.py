@@ -75,6 +75,7 @@ _ZONES = ("Pacific/Kiritimati", "Asia/Kathmandu", "America/St_Johns", "Pacific/P
 _PATIENCE = 60.0
 """Seconds in which a watcher must have a change while faults continue."""
 _OLD_CONNECTIONS = 60.0
+"""Seconds for which connections stay open when there are new ones."""
 _UNANSWERED = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "ABORTED", "UNKNOWN")
 _PROCESSES = 2
 """Judges that run in parallel."""
@@ -406,7 +407,8 @@ class Run:
             clerk.desk = FrontdeskClient(channel, login=clerk.login)
         self._desks += [clerk.desk for clerk in self._clerks]
         self._connections.append((time.monotonic(), channels, [*self._desks]))
-        while self._connections[0][0] < time.monotonic() - _OLD_CONNECTIONS:
+        # Calls may be under way on those that were replaced only now.
+        while len(self._connections) > 1 and self._connections[1][0] < time.monotonic() - _OLD_CONNECTIONS:
             await self._disconnect()
 
     async def _disconnect(self) -> None:

@@ -271,7 +271,8 @@ class Served(Service):
                     "FRONTDESK_ACCESS": self._access,
                     # So that a run has refreshes.
                     "FRONTDESK_ACCESS_TOKEN_SECONDS": "60",
-                    # All clients are at one address.
+                    # All clients are at one address, and most watchers have one key.
+                    "FRONTDESK_MAX_WATCHERS_PER_CALLER": "20000",
                     "FRONTDESK_ADDRESS_REQUESTS_PER_MINUTE": "100000",
                     "FRONTDESK_USER_REQUESTS_PER_MINUTE": "100000",
                     "HISTORY_CHANGED": self._changed,
