@@ -48,6 +48,10 @@ class Caller:
         """The metadata of a call, and when they expire."""
         raise NotImplementedError
 
+    def lasting(self) -> Metadata:
+        """The metadata of a long call."""
+        return self.credentials()[0]
+
     def renew(self) -> bool:
         """Get other credentials, since these were refused; whether that may help."""
         return False
@@ -99,6 +103,9 @@ class Person(Caller):
         if time.monotonic() > self._until:
             self._sign()
         return carrying(self._token), self._expires
+
+    def lasting(self) -> Metadata:
+        return carrying(signed(claims(**self.said)))
 
     def _sign(self) -> None:
         now, here = time.time(), time.monotonic()

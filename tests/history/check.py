@@ -72,6 +72,10 @@ ACCESS_REFUSALS = BAD_CREDENTIALS | NOT_ALLOWED
 
 REVOKED_SECONDS = 5.0
 """Seconds after which no call is answered that began with credentials or rights that had ended."""
+STREAM_SECONDS = 30.0
+"""Seconds after which no stream goes on whose caller's credentials or rights had ended."""
+_READING_SECONDS = 1.0
+"""By which a busy client reads a message late."""
 _CLOCK_SECONDS = 0.05
 """By which the end of a token is not known exactly."""
 _QUOTA_USED = 0.95
@@ -221,6 +225,15 @@ class Probe:
 
 
 @dataclass(slots=True)
+class Stream:
+    """A stream that was open when its caller lost the credentials."""
+
+    grant: Grant
+    last: float = 0.0
+    """When its last message came; 0 if there was none."""
+
+
+@dataclass(slots=True)
 class Metered:
     """A call with a key whose quota is small. Its times are of the wall clock, because so are the minutes of quotas."""
 
@@ -255,6 +268,7 @@ class History:
     drains: list[tuple[int, str]] = field(default_factory=list)
     """The end of each stream when the service was told to stop: `closing, OK` if correct."""
     probes: list[Probe] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)
     metered: list[Metered] = field(default_factory=list)
     quota: int = 0
     """Calls a minute of the key of `metered`."""
@@ -594,7 +608,7 @@ class Checker:
 
     PARTS = (
         "acknowledged", "keys", "answers", "replayed", "final", "overlaps", "real_time", "pictures", "watches",
-        "refusals", "asked", "manners", "access", "probes", "quota", "log", "acts", "seals",
+        "refusals", "asked", "manners", "access", "streams", "probes", "quota", "log", "acts", "seals",
     )  # fmt: skip
     """The parts of the checker, each with some rules."""
 
@@ -945,6 +959,15 @@ class Checker:
                         f"{one.outcome} to {_named(operation)} of {one.grant.identity} ({one.grant.kind}), {wrong[1]}"
                     )
                     yield Violation(wrong[0], text, (operation.day,))
+
+    def _streams(self) -> Iterator[Violation]:
+        for stream in self._history.streams:
+            if stream.last > stream.grant.ended + STREAM_SECONDS + _READING_SECONDS:
+                seconds = stream.last - stream.grant.ended
+                text = (
+                    f"a stream of {stream.grant.identity} went on for {seconds:.1f} s after the credentials had ended"
+                )
+                yield Violation("stream-late", text)
 
     def _probes(self) -> Iterator[Violation]:
         for probe in self._history.probes:

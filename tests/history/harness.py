@@ -44,6 +44,7 @@ from tests.history.check import (
     History,
     Memory,
     Sealed,
+    Stream,
     Violation,
     Visit,
 )
@@ -172,6 +173,8 @@ class Report:
     """Rows of the log in the chain."""
     metered: Counter[str]
     """Outcomes of the calls with a small quota."""
+    streams: int
+    """Streams that still got a message after their caller's credentials were to end."""
 
     @property
     def violations(self) -> list[Violation]:
@@ -215,7 +218,8 @@ class Report:
             f"watchers: {verdict.updates} updates with {verdict.changes} changes, received after"
             f" {lags[len(lags) // 2] * 1000:.0f} ms (median), {lags[len(lags) * 99 // 100] * 1000:.0f} ms (p99, faults"
             " included)",
-            f"probes: {verdict.probes}; rows sealed: {self.sealed}; calls with a quota of {QUOTA} a minute: "
+            f"probes: {verdict.probes}; rows sealed: {self.sealed}; streams of those who lost their credentials, with a"
+            f" message since: {self.streams}; calls with a quota of {QUOTA} a minute: "
             + (", ".join(f"{name} {count}" for name, count in self.metered.most_common()) or "none"),
             *(f"internal error {what}: {count}" for what, count in self.internal.most_common(5)),
             f"violations: {len(self.violations)}"
@@ -247,6 +251,8 @@ class Run:
         """What is of the run as a whole."""
         self._required = plan.access == "required"
         self._clerks: list[Clerk] = []
+        self._tails: list[asyncio.Task[None]] = []
+        """Read the streams of those who have lost their credentials."""
 
     async def run(self) -> Report:
         """Play the plan. Service and proxy have ended afterwards."""
@@ -281,8 +287,9 @@ class Run:
             for one in judges.map(_judge, *zip(*((self._conninfo, *file) for file in self._files), strict=True)):
                 verdict.add(one)
         judged = time.monotonic() - began
+        over = sum(one.last > one.grant.ending for one in self._whole.streams)
         metered = Counter(one.outcome for one in self._whole.metered)
-        return Report(self._plan, seconds, judged, self._faults, verdict, self._internal(), sealed, metered)
+        return Report(self._plan, seconds, judged, self._faults, verdict, self._internal(), sealed, metered, over)
 
     # The clinic
 
@@ -451,10 +458,11 @@ class Run:
             if until == end:
                 await nemesis
                 await asyncio.gather(*playing)
-                for task in pressing:
+                for task in (*pressing, *self._tails):
                     task.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await task
+                for failure in await asyncio.gather(*pressing, *self._tails, return_exceptions=True):
+                    if isinstance(failure, Exception):
+                        raise failure
                 await asyncio.gather(*self._closing, *chapter.ending)
                 await self._quiet_end(clients)
                 await self._close(clients, playing, SETTLE_SECONDS)
@@ -708,17 +716,26 @@ class Run:
                 following = add_program(admin, program.grant.kind, role, clinics)
                 revoke = access_pb2.RevokeApiKeyRequest(api_key_id=program.id)
                 one: Caller = program
+                watched = mine.choice(self._now.at_work).doctor
             elif kind == "user-demoted":
                 doctor = mine.choice(self._now.at_work).doctor
                 person = callers.doctors[doctor]
                 following = anew("DOCTOR", doctor)
-                one = person
+                one, watched = person, doctor
             else:
                 patient, person = mine.choice([*callers.patients.items()])
                 following = anew("PATIENT", patient, person.said["sub"])
-                one = person
+                one, watched = person, mine.choice(self._now.at_work).doctor
         resource = f"users/{one.identity.partition('/')[2]}"
         callers.lost(one, following)
+        view = queue_pb2.QUEUE_VIEW_BOARD if one.grant.kind == "patient" else queue_pb2.QUEUE_VIEW_STAFF
+        watch = queue_pb2.WatchQueueRequest(doctor_id=watched, view=view)
+        watch.heartbeat_interval.seconds = 5
+        begun = asyncio.Event()
+        self._tails.append(asyncio.create_task(self._tail(one, watch, begun)))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                await begun.wait()
         if kind == "key-revoked":
             act = Act(_ADMINISTRATOR, "RevokeApiKey", "api_key.revoked", f"apiKeys/{program.id}")
             await self._administer(access, revoke, act, one.grant)
@@ -729,6 +746,16 @@ class Run:
         else:
             act = Act(person.identity, "Logout", "user.logged_out", resource)
             await self._administer(auth, auth_pb2.LogoutRequest(refresh_token=person.refresh_token), act, one.grant)
+
+    async def _tail(self, caller: Caller, request: queue_pb2.WatchQueueRequest, begun: asyncio.Event) -> None:
+        told = Stream(caller.grant)
+        self._whole.streams.append(told)
+        call: Any = self._random.choice(self._fronts).queues.WatchQueue(request, metadata=caller.lasting())
+        with suppress(grpc.aio.AioRpcError):
+            while await call.read() is not grpc.aio.EOF:
+                told.last = time.monotonic()
+                begun.set()
+        begun.set()
 
     async def _administer(self, service: Callable[[Front], Any], request: Any, act: Act, grant: Grant) -> None:
         """Make a change of credentials, whatever faults there are."""

@@ -122,6 +122,16 @@ def _revocations_untold() -> None:
     access.changed = auth.changed = silent
 
 
+def _streams_unjudged() -> None:
+    from frontdesk.rpc.pipeline import Call
+
+    async def never(self: Call) -> bool:
+        return False
+
+    changed: Any = Call
+    changed.judged_anew = never
+
+
 def _acts_unlogged() -> None:
     append = records.append
 
@@ -170,7 +180,7 @@ def _labels_logged() -> None:
 CHANGES = {
     "read-everything": _read_everything, "limit-each": _limit_each, "revocations-untold": _revocations_untold,
     "acts-unlogged": _acts_unlogged, "tokens-forever": _tokens_forever, "clock-ahead": _clock_ahead,
-    "labels-logged": _labels_logged,
+    "labels-logged": _labels_logged, "streams-unjudged": _streams_unjudged,
     "database-defaults": _database_defaults,
     "no-poll": _no_poll, "changes-skipped": _changes_skipped, "old-queue": _old_queue, "no-closing": _no_closing,
     "answers-swapped": _answers_swapped, "refused-together": _refused_together, "no-batches": _no_batches,

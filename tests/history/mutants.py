@@ -240,6 +240,12 @@ MUTANTS = (
     Mutant("a read shows another's visit", GUARDED, changed="read-everything"),
     Mutant("a limit counted by each worker", GUARDED, changed="limit-each", tries=5),
     Mutant("a revocation that is not told", LOSING, changed="revocations-untold"),
+    Mutant(
+        "a stream that outlives its caller's rights",
+        replace(LOSING, seconds=45, pause=(3.0, 5.0)),
+        changed="streams-unjudged",
+        tries=2,
+    ),
     Mutant("a token that never expires", GUARDED, changed="tokens-forever"),
     Mutant("a clock that is a second ahead", GUARDED, changed="clock-ahead"),
     Mutant("a change logged under another's name", CROWD, changed="labels-logged"),

@@ -23,6 +23,7 @@ from tests.history.check import (
     Read,
     Sealed,
     Seen,
+    Stream,
     Violation,
     Visit,
 )
@@ -106,6 +107,7 @@ def _with_access(history: History, facts: Facts) -> None:
     history.probes = [
         Probe(1, "GetAppointment", "b", "APPOINTMENT_NOT_FOUND", person, 40, 1, 1.5, "APPOINTMENT_NOT_FOUND")
     ]
+    history.streams = [Stream(desk, 49)]
     history.acts, facts.acts[ACT] = [Act(*ACT, outcome="OK")], 1
     history.quota = 20
     history.metered = [Metered(61 + n, 61.5 + n, "OK" if n < 20 else "RATE_LIMITED") for n in range(25)]
@@ -351,6 +353,10 @@ def _good_role_refused(history: History, facts: Facts) -> None:
     history.operations[2].attempts[0].outcome = "ROLE_REQUIRED"
 
 
+def _stream_went_on(history: History, facts: Facts) -> None:
+    history.streams[0].last = 55
+
+
 def _shown(history: History, facts: Facts) -> None:
     history.probes[0].outcome = "OK"
 
@@ -436,7 +442,7 @@ WRONG: list[tuple[str, Callable[[History, Facts], None]]] = [
     ("wrong-actor", _logged_as_another), ("wrong-actor", _logged_as_another_method),
     ("act-not-logged", _act_not_logged), ("act-logged-twice", _act_of_nobody), ("seal-gap", _seal_left_out),
     ("seal-gap", _row_deleted), ("chain-broken", _row_changed), ("seal-order", _sealed_in_another_order),
-    ("not-sealed", _not_sealed),
+    ("not-sealed", _not_sealed), ("stream-late", _stream_went_on),
 ]  # fmt: skip
 """The rule, and the change that breaks it."""
 
