@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SUPPLY := $(VENV)/supply
 LISTEN := $(or $(FRONTDESK_LISTEN),127.0.0.1:50051)
 DATA := $(or $(FRONTDESK_DATA_DIR),.data)
 PROTOS = $(shell find protos/clinic protos/buf -name '*.proto' | sort)
 
-.PHONY: help install run test check format lint types buf generated generate bench scale soak image lock clean
+.PHONY: help install run test check format lint types buf generated generate audit sbom bench scale soak image lock clean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +26,7 @@ run: install ## Serve a demo clinic on FRONTDESK_LISTEN (127.0.0.1:50051), with 
 test: install ## Run the tests against real servers and a real PostgreSQL
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: install format lint types buf generated $(if $(SKIP_TESTS),,test) ## Run everything that CI requires (SKIP_TESTS=1: without the tests)
+check: install format lint types buf generated audit $(if $(SKIP_TESTS),,test) ## Run everything that CI requires (SKIP_TESTS=1: without the tests)
 
 format: install ## Check the formatting of the code
 	$(BIN)/ruff format --check .
@@ -51,6 +52,24 @@ generated: generate ## Check that generated/ matches protos/
 	git diff --exit-code --stat -- generated
 	@test -z "$$(git status --porcelain -- generated)" || { git status --short -- generated; exit 1; }
 
+audit: ## Look for known vulnerabilities of the service's dependencies, if the database of them can be reached
+	@if $(PYTHON) -c 'import socket; socket.create_connection(("$(ADVISORIES)", 443), 5)' 2>/dev/null; then \
+		$(MAKE) --no-print-directory $(SUPPLY)/installed && $(SUPPLY)/bin/pip-audit --vulnerability-service osv \
+			--disable-pip --requirement requirements.txt --progress-spinner off; \
+	else echo "audit: $(ADVISORIES) cannot be reached, so the dependencies are not audited" >&2; fi
+
+sbom: $(SUPPLY)/installed ## List the service's dependencies in CycloneDX form: sbom.json
+	@$(SUPPLY)/bin/python -W ignore -m cyclonedx_py requirements requirements.txt --pyproject pyproject.toml \
+		--output-reproducible --output-format JSON --output-file sbom.json
+	@echo "sbom.json is written"
+
+ADVISORIES := api.osv.dev
+
+$(SUPPLY)/installed: requirements-supply.txt
+	@test -x $(SUPPLY)/bin/python || $(PYTHON) -m venv $(SUPPLY)
+	$(SUPPLY)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-supply.txt
+	@touch $@
+
 bench: install ## Measure each call against a bare servicer; writes bench.json
 	$(BIN)/python -m benchmarks.bench
 
@@ -65,9 +84,10 @@ soak: install ## Test for longer: random actions, hostile requests, and faults (
 image: ## Build the container image frontdesk:latest
 	docker build --tag frontdesk:latest .
 
-lock: install ## Update requirements.txt (the service) and requirements-dev.txt (with the tools) from pyproject.toml
+lock: install ## Update requirements.txt (the service), requirements-dev.txt (with the tools) and requirements-supply.txt
 	$(COMPILE) --output-file requirements.txt pyproject.toml
 	$(COMPILE) --extra dev --output-file requirements-dev.txt pyproject.toml
+	$(COMPILE) --output-file requirements-supply.txt requirements-supply.in
 
 COMPILE = $(BIN)/python -m piptools compile --quiet --generate-hashes --allow-unsafe --strip-extras \
 	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options --no-header
