@@ -3,10 +3,14 @@
 import asyncio
 import importlib
 import json
+import os
 import pkgutil
 import re
+import signal
+import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -28,6 +32,7 @@ from frontdesk.errors import REFUSALS
 from frontdesk.rpc.status import code_of
 from frontdesk.settings import Settings
 from tests.clinic import Front
+from tests.servers import free_port
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -236,7 +241,7 @@ def test_console_examples_fit_the_contract() -> None:
 async def test_python_example_runs(front: Front, tmp_path: Path) -> None:
     """The README's program books and follows the queue; on the second run the booking is refused as a duplicate."""
     await front.doctor()
-    (program,) = code(ROOT / "README.md", "python")
+    program, _ = code(ROOT / "README.md", "python")
     assert program.count("127.0.0.1:50051") == 1
     path = tmp_path / "example.py"
     path.write_text(program.replace("127.0.0.1:50051", f"127.0.0.1:{front.port}"))
@@ -253,3 +258,53 @@ async def test_python_example_runs(front: Front, tmp_path: Path) -> None:
             await process.wait()
         assert said[0].startswith(first)
         assert said[1] == "0 waiting"
+
+
+def test_the_way_to_a_network(tmp_path: Path) -> None:
+    """The README's commands lead to a service with TLS, an API key, and an administrator who logs in."""
+    (commands,) = [block for block in code(ROOT / "README.md", "sh") if "openssl" in block]
+    port = free_port()
+    for old, new in {
+        ".venv/bin/frontdesk": f"{sys.executable} -m frontdesk.cli",
+        ".venv/bin/buf": str(Path(sys.executable).parent / "buf"),
+        "--schema protos": f"--schema {ROOT / 'protos'}",
+        "50051": str(port),
+        # Not every machine finds its own name.
+        "$(hostname)": "localhost",
+        ".data &\n": '.data & until FRONTDESK_CLIENT_CA=cert.pem health; do sleep 0.2; done\necho "key $KEY"\n',
+    }.items():
+        assert old in commands
+        commands = commands.replace(old, new)
+    health = f"health() {{ {sys.executable} -m frontdesk.cli health --target localhost:{port}; }}\n"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FRONTDESK_")}
+    service = subprocess.Popen(
+        ["bash", "-ec", f"trap 'kill 0' EXIT\n{health}{commands}\necho done\nwait"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert service.stdout is not None
+        said = [*iter(lambda: service.stdout.readline().strip(), "done")]  # type: ignore[union-attr]
+        assert f"frontdesk (access: required) serves on 0.0.0.0:{port}" in said
+        (key,) = [line.removeprefix("key ") for line in said if line.startswith("key ")]
+        _, program = code(ROOT / "README.md", "python")
+        for old, new in {"desk.example.com:50051": f"localhost:{port}", "fdk_…": key, '"…"': f'"{said[0]}"'}.items():
+            assert old in program
+            program = program.replace(old, new)
+        program += """
+from clinic.frontdesk.v1 import auth_pb2, clinic_pb2
+
+assert service.clinics.ListClinics(clinic_pb2.ListClinicsRequest()).clinics
+print(person.auth.GetProfile(auth_pb2.GetProfileRequest()).user.email)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout == "you@example.com\n", done.stderr
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(service.pid, signal.SIGTERM)
+        service.communicate(timeout=60)
