@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import booking, lists, report, watching
+from benchmarks import access, booking, lists, report, watching
 from benchmarks.report import Part, Progress, table
 from benchmarks.stage import Stage
 
@@ -29,6 +29,11 @@ def main() -> int:
 def _booking(stage: Stage, arguments: Namespace, progress: Progress) -> dict[str, Any]:
     quick = arguments.quick
     return booking.measure(stage, calls=600 if quick else 1_500, rounds=1 if quick else 3, progress=progress)
+
+
+def _access(stage: Stage, arguments: Namespace, progress: Progress) -> dict[str, Any]:
+    quick = arguments.quick
+    return access.measure(stage, calls=400, rounds=3 if quick else 15, progress=progress)
 
 
 def _watch(stage: Stage, arguments: Namespace, progress: Progress) -> dict[str, Any]:
@@ -82,6 +87,21 @@ def _show_booking(console: Console, found: dict[str, Any]) -> None:
     console.print(shown)
 
 
+def _show_access(console: Console, found: dict[str, Any]) -> None:
+    shown = table(
+        "Calls with credentials, of the same calls in the mode open: CPU of server and PostgreSQL",
+        "call", "in flight", "open µs", "token µs", "of open", "API key µs", "of open", "failed",
+    )  # fmt: skip
+    for row in found["calls"]:
+        us = row["cpu_us"]
+        shown.add_row(
+            row["name"], str(row["in_flight"]), f"{us['open']:.0f}", f"{us['token']:.0f}",
+            f"{us['token'] / us['open']:.2f}", f"{us['key']:.0f}", f"{us['key'] / us['open']:.2f}",
+            str(sum(row["refused"].values())),
+        )  # fmt: skip
+    console.print(shown)
+
+
 def _show_watch(console: Console, found: dict[str, Any]) -> None:
     shown = table(
         "WatchQueue: from a change to its receipt",
@@ -128,6 +148,12 @@ def _booking_failures(found: dict[str, Any]) -> Iterator[str]:
             yield f"{cost['name']}, {cost['in_flight']} in flight: {cost['refused']}"
 
 
+def _access_failures(found: dict[str, Any]) -> Iterator[str]:
+    for row in found["calls"]:
+        if row["refused"]:
+            yield f"{row['name']}, {row['in_flight']} in flight: {row['refused']}"
+
+
 def _watch_failures(found: dict[str, Any]) -> Iterator[str]:
     for scene in found["scenes"]:
         name = f"{scene['watchers']} watchers on {scene['days']} doctor-days"
@@ -146,6 +172,7 @@ def _list_failures(found: dict[str, Any]) -> Iterator[str]:
 
 _PARTS = {
     "booking": Part(_booking, _show_booking, _booking_failures),
+    "access": Part(_access, _show_access, _access_failures),
     "watch": Part(_watch, _show_watch, _watch_failures),
     "lists": Part(_lists, _show_lists, _list_failures),
 }

@@ -21,6 +21,8 @@ class Kind:
     method: str
     request: Callable[[int], Message]
     made: int = 0
+    credentials: Sequence[str] = ()
+    """API keys or access tokens, which the calls use in turns; without any, the calls have no credentials."""
 
     def next(self, count: int) -> list[bytes]:
         """The next requests. No request is made twice."""
@@ -71,7 +73,13 @@ def spend(
     share = len(clients)
     for n, client in enumerate(clients):
         client.ask(
-            kind.port, kind.method, requests[n::share], in_flight // share, max(1, connections // share), rate / share
+            kind.port,
+            kind.method,
+            requests[n::share],
+            in_flight // share,
+            max(1, connections // share),
+            rate / share,
+            kind.credentials,
         )
     meter = Meter(stage, kind.server, clients)
     background, (read, written) = stage.background, stage.traffic

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -51,8 +52,10 @@ class Loaded:
 
 
 def unary_client(pipe: Connection) -> None:
-    """Serve commands `(port, method, requests, in flight, connections, rate)`: answer when ready, start at the next
-    message.
+    """Serve commands `(port, method, requests, in flight, connections, rate, credentials)`: answer when ready, start at
+    the next message.
+
+    `credentials` are values of the header `authorization`, which the calls use in turns; none send none.
 
     With a rate, send that many requests a second, each at its time, however many are in flight. A latency counts from
     then.
@@ -63,7 +66,7 @@ def unary_client(pipe: Connection) -> None:
 async def _unary_client(pipe: Connection) -> None:
     channels: dict[int, list[grpc.aio.Channel]] = {}
     while True:
-        port, method, requests, in_flight, connections, rate = await asyncio.to_thread(pipe.recv)
+        port, method, requests, in_flight, connections, rate, credentials = await asyncio.to_thread(pipe.recv)
         ways = channels.setdefault(port, [])
         while len(ways) < connections:
             ways.append(channel(port))
@@ -75,17 +78,20 @@ async def _unary_client(pipe: Connection) -> None:
         gc.freeze()
         pipe.send("ready")
         await asyncio.to_thread(pipe.recv)
-        pipe.send(await _load(calls, requests, in_flight, rate))
+        pipe.send(await _load(calls, requests, in_flight, rate, credentials))
 
 
-async def _load(calls: Sequence[Any], requests: Sequence[bytes], in_flight: int, rate: float) -> Loaded:
+async def _load(
+    calls: Sequence[Any], requests: Sequence[bytes], in_flight: int, rate: float, credentials: Sequence[str]
+) -> Loaded:
     left = iter(requests)
+    headers = itertools.cycle([(("authorization", f"Bearer {one}"),) for one in credentials] or [None])
     loaded = Loaded(0.0, [])
     refused: Counter[str] = Counter()
 
     async def make(call: Any, request: bytes, since: float) -> None:
         try:
-            loaded.last = await call(request)
+            loaded.last = await call(request, metadata=next(headers))
         except grpc.aio.AioRpcError as error:
             refused[reason_of(error)] += 1
         loaded.latencies.append(time.perf_counter() - since)
