@@ -140,6 +140,16 @@ def test_commands_exist(page: Path) -> None:
             assert find_spec(module), module
 
 
+@pages
+def test_tests_exist(page: Path) -> None:
+    """Every test that the page names exists."""
+    known = {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    for said in code(page):
+        assert set(re.findall(r"(?<![\w/])test_[a-z_]+\b(?!\.py)", said)) <= known, said
+
+
 def test_readme_names_every_command() -> None:
     """The README names every subcommand."""
     rows = {said.split()[1] for said in code(ROOT / "README.md") if re.match(r"frontdesk [a-z]+", said)}
