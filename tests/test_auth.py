@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections import Counter
+from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
@@ -17,12 +18,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from google.protobuf.field_mask_pb2 import FieldMask
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from clinic.frontdesk.v1 import access_pb2, appointment_pb2, auth_pb2, clinic_pb2, patient_pb2, policy_pb2
 from frontdesk.settings import Settings
 from tests.clinic import Front, details, outcome, reason_of, refusal, tomorrow
 from tests.hostile.methods import register
-from tests.hostile.wire import serving
+from tests.hostile.wire import another_client, serving
 from tests.identities import (
     ADMIN,
     PASSWORD,
@@ -39,7 +41,7 @@ from tests.identities import (
     signed,
     user_token,
 )
-from tests.waiting import SOON
+from tests.waiting import SOON, early_in_a_minute
 
 EMAIL = "rosa@example.com"
 
@@ -249,6 +251,36 @@ async def test_logins_hold_up_nobody(front: Front) -> None:
         assert await clinics(front, ()) == "OK"
     assert not all(task.done() for task in logins)
     assert set(await asyncio.gather(*logins)) == {"BAD_LOGIN"}
+
+
+async def test_a_thousand_logins_at_once(conninfo: str, settings: Settings) -> None:
+    """While a thousand logins come from fifty addresses, another caller's calls and health are answered."""
+    changed = {"trusted_proxies": "127.0.0.1", "address_requests_per_minute": 20, "max_in_flight": 2_000}
+    await early_in_a_minute()
+    async with AsyncExitStack() as stack:
+        _, other = await stack.enter_async_context(serving(settings, conninfo, **changed))
+        # A connection takes a hundred calls at once.
+        crowd = [await stack.enter_async_context(another_client(other)) for _ in range(10)]
+        assert await clinics(other, user_token()) == "OK"
+
+        def attempt(number: int) -> Any:
+            request = auth_pb2.LoginRequest(email=f"{number}@example.com", password=PASSWORD)
+            metadata = (("x-forwarded-for", f"198.51.100.{number % 50}"),)
+            return auth(crowd[number % 10]).Login(request, metadata=metadata)
+
+        logins = [asyncio.create_task(outcome(attempt(number))) for number in range(1_000)]
+        health = health_pb2_grpc.HealthStub(other.channel)
+        beside = 0
+        while not all(login.done() for login in logins):
+            assert await clinics(other, user_token()) == "OK"
+            assert (
+                await health.Check(health_pb2.HealthCheckRequest())
+            ).status == health_pb2.HealthCheckResponse.SERVING
+            beside += 1
+        assert beside >= 5
+        outcomes = Counter(await asyncio.gather(*logins))
+        assert outcomes["BAD_LOGIN"] >= 5, "some are checked"
+        assert outcomes.keys() <= {"BAD_LOGIN", "OVERLOADED", "DEADLINE_EXCEEDED"}
 
 
 def _public_pem() -> bytes:
@@ -557,6 +589,26 @@ async def test_masks_of_a_profile(front: Front, path: str) -> None:
     for name in ("roles", "patient_id", "active", "email"):
         assert getattr(changed, name) == getattr(made.user, name)
     assert (changed.name, changed.phone) == ("Ana", "")
+
+
+async def test_the_mask_of_a_user(front: Front) -> None:
+    """A mask of UpdateUser that names roles or the patient is refused, and `*` leaves them as they are."""
+    user = (await register(front, email=EMAIL)).user
+    wanted = auth_pb2.User(
+        id=user.id, name="Ana", roles=[policy_pb2.ROLE_ADMIN], patient_id=USER, email="a@b.example", active=True
+    )
+
+    def update(*paths: str) -> Any:
+        request = access_pb2.UpdateUserRequest(user=wanted, update_mask=FieldMask(paths=paths))
+        return access(front).UpdateUser(request, metadata=ADMIN)
+
+    for path in ("roles", "patient_id", "clinic_ids", "email", "email_verified"):
+        assert await outcome(update(path)) == "INVALID_FIELD"
+        assert await outcome(update("name", path)) == "INVALID_FIELD"
+    changed = (await update("*")).user
+    for name in ("roles", "patient_id", "email"):
+        assert getattr(changed, name) == getattr(user, name)
+    assert changed.name == "Ana"
 
 
 async def test_profiles_belong_to_users(front: Front) -> None:

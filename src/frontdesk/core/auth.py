@@ -185,10 +185,7 @@ class Auth:
 
         Raises BadLogin, LoginThrottled.
         """
-        attempts = await self._attempt(email_key(email), key.address)
-        found = await self._db.row(_password_of_email, (email_key(email),), _Password)
-        await self._check(found, password)
-        assert found is not None
+        found, attempts = await self._proved(_password_of_email, email_key(email), email, password, key.address)
         await self._tokens.ready()
 
         async def work(tx: Transaction) -> Session | Challenge:
@@ -295,9 +292,7 @@ class Auth:
         """Change columns of the caller's own user. Raises EtagMismatch, InvalidField, RoleRequired."""
         return await records.update(self._db, key, _own(caller, key.method), checked(changes), version)
 
-    async def change_password(
-        self, caller: Caller, old: str, new: str, address: str, *, key: Key
-    ) -> Change[Session | None]:
+    async def change_password(self, caller: Caller, old: str, new: str, *, key: Key) -> Change[Session | None]:
         """Change the caller's password and end all sessions but the new one. A replay has none.
 
         Raises BadLogin, LoginThrottled, InvalidField, RoleRequired.
@@ -308,10 +303,7 @@ class Auth:
             return Change(None, True)
         user = await records.get(self._db, user_id)
         require_acceptable(new, user.email, "new_password", old)
-        attempts = await self._attempt(email_key(user.email), address)
-        found = await self._db.row(_password_of_user, (user_id,), _Password)
-        await self._check(found, old)
-        assert found is not None
+        found, attempts = await self._proved(_password_of_user, user_id, user.email, old, key.address)
         hashed = await self._passwords.hashed(new)
         await self._tokens.ready()
 
@@ -386,13 +378,10 @@ class Auth:
         user = await records.get(self._db, user_id)
         if not user.second_factor:
             raise SecondFactorState(user_id)
-        attempts = await self._attempt(email_key(user.email), key.address)
-        found = await self._db.row(_password_of_user, (user_id,), _Password)
-        await self._check(found, password)
+        found, attempts = await self._proved(_password_of_user, user_id, user.email, password, key.address)
 
         async def prepare(tx: Transaction, current: User | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
             assert current is not None
-            assert found is not None
             if not current.second_factor:
                 raise SecondFactorState(user_id)
             await self._still(tx, found)
@@ -408,10 +397,8 @@ class Auth:
     async def _attempt(self, email: str, address: str) -> Sequence[bytes]:
         """Count an attempt before it is made, so that many at once are no more guesses; what counts it.
 
-        Raises LoginThrottled, Overloaded.
+        Raises LoginThrottled.
         """
-        # Who is turned away would otherwise come back, and have used up the attempts.
-        self._passwords.require_room()
         subjects = [_subject(email, holder_of(address)), _subject(email)]
         for subject, most in zip(subjects, (_FAILURES_OF_ADDRESS, _FAILURES_OF_ALL), strict=True):
             counted = await self._db.row(_count_attempt, {"subject": subject, "most": most}, int)
@@ -420,11 +407,21 @@ class Auth:
                 raise LoginThrottled(retry_after=max(1.0, seconds or 0.0))
         return subjects
 
-    async def _check(self, found: _Password | None, password: str) -> None:
-        if not await self._passwords.matches(None if found is None else found.hash, password):
+    async def _proved(
+        self, statement: str, of: str, email: str, password: str, address: str
+    ) -> tuple[_Password, Sequence[bytes]]:
+        """The stored password, which this is, and the attempts to forget once all else is right.
+
+        Raises BadLogin, LoginThrottled, Overloaded.
+        """
+        # The place comes first: who is turned away has used up no attempt, and the others' calls need the database.
+        with self._passwords.place():
+            attempts = await self._attempt(email_key(email), address)
+            found = await self._db.row(statement, (of,), _Password)
+            right = await self._passwords.matches(None if found is None else found.hash, password)
+        if not right or found is None or found.expired:
             raise BadLogin
-        if found is None or found.expired:
-            raise BadLogin
+        return found, attempts
 
     async def _still(self, tx: Transaction, checked: _Password) -> None:
         same = await tx.row(_password_of_user + " for update", (checked.user_id,), _Password)

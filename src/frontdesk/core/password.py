@@ -4,8 +4,9 @@ import asyncio
 import os
 import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, TypeVar
@@ -44,32 +45,34 @@ class Passwords:
         self._pool: ThreadPoolExecutor | None = None
         self._waiting = 0
 
-    def require_room(self) -> None:
-        """Raise Overloaded if one more could not be hashed or checked."""
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place among those who wait, for as long as the block lasts. Raises Overloaded if there is none left."""
         if self._waiting >= _MOST_WAITING:
             raise Overloaded
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
 
     async def hashed(self, password: str) -> str:
         """The hash to store. Raises Overloaded."""
-        return await self._do(lambda: _hasher().hash(_normal(password)))
+        with self.place():
+            return await self._do(lambda: _hasher().hash(_normal(password)))
 
     async def matches(self, stored: str | None, password: str) -> bool:
         """Whether it is the password of this hash; None is nobody's. Takes the same time whatever the answer.
 
-        Raises Overloaded.
+        The caller has a `place`.
         """
         known = await self._do(lambda: _verify(stored or _NOBODYS, password))
         return known and stored is not None
 
     async def _do(self, work: Callable[[], T]) -> T:
-        self.require_room()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "frontdesk-password", _step_back)
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-        finally:
-            self._waiting -= 1
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def close(self) -> None:
         """Begin no further hash."""

@@ -111,7 +111,7 @@ class AuthServicer:
 
     async def ChangePassword(self, request: pb.ChangePasswordRequest, call: Call) -> pb.ChangePasswordResponse:
         change = await self._auth.change_password(
-            call.caller, request.old_password, request.new_password, call.address, key=key_of(request, call)
+            call.caller, request.old_password, request.new_password, key=key_of(request, call)
         )
         return pb.ChangePasswordResponse(session=_to_session(change.result), replayed=change.replayed)
 
