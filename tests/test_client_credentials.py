@@ -14,12 +14,21 @@ import grpc
 import psycopg
 import pytest
 
-from clinic.frontdesk.v1 import access_pb2, auth_pb2, clinic_pb2, doctor_pb2, policy_pb2
+from clinic.frontdesk.v1 import (
+    access_pb2,
+    appointment_pb2,
+    auth_pb2,
+    clinic_pb2,
+    doctor_pb2,
+    patient_pb2,
+    policy_pb2,
+    queue_pb2,
+)
 from frontdesk.client import FrontdeskClient, FrontdeskError, Login, SyncFrontdeskClient
 from frontdesk.settings import Settings
 from tests.clinic import Front
 from tests.hostile.wire import serving
-from tests.identities import ADMIN, ADMIN_KEY, PASSWORD, access
+from tests.identities import ADMIN, ADMIN_KEY, PASSWORD, access, create_key
 from tests.waiting import SOON
 
 EMAIL = "tests@example.com"
@@ -199,6 +208,37 @@ def frontdesk(*arguments: str, **environment: str) -> "subprocess.CompletedProce
         text=True,
         timeout=120,
     )
+
+
+async def test_a_screen_in_the_waiting_room(locked: Front) -> None:
+    """With a key of the role BOARD, `frontdesk watch --board` shows tickets and no names, and without it nothing."""
+    doctor_id = await doctor_of(locked)
+    key = (await create_key(locked, "BOARD")).key
+    async with FrontdeskClient(target(locked), api_key=ADMIN_KEY) as desk:
+        person = patient_pb2.Patient(given_name="Zyxw", family_name="Vuts", phone="+5511955501234")
+        patient = (await desk.patients.RegisterPatient(patient_pb2.RegisterPatientRequest(patient=person))).patient
+        today = (await desk.queues.GetQueue(queue_pb2.GetQueueRequest(doctor_id=doctor_id))).queue.date
+        day = appointment_pb2.DoctorDay(doctor_id=doctor_id, date=today)
+        booking = appointment_pb2.BookAppointmentRequest(patient_id=patient.id, doctor_day=day)
+        booked = (await desk.appointments.BookAppointment(booking)).appointment
+        await desk.queues.CheckIn(queue_pb2.CheckInRequest(appointment_id=booked.id))
+    command = [sys.executable, "-m", "frontdesk.cli", "watch", "--target", target(locked), "--doctor", "DR-KEY"]
+    watch = await asyncio.create_subprocess_exec(
+        *command, "--board", env={**CLEAN, "FRONTDESK_API_KEY": key}, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert watch.stdout is not None
+        async with asyncio.timeout(60):
+            said = (await watch.stdout.readline()).decode()
+    finally:
+        watch.kill()
+        await watch.wait()
+    assert said.endswith("waiting: 1\n")
+    refused = await asyncio.to_thread(
+        frontdesk, "watch", "--target", target(locked), "--doctor", "DR-KEY", FRONTDESK_API_KEY=key
+    )
+    assert refused.returncode == 1
+    assert "ROLE_REQUIRED" in refused.stderr
 
 
 async def test_the_commands(locked: Front) -> None:

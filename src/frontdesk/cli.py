@@ -397,6 +397,7 @@ def watch(
     doctor: Annotated[str, typer.Option(metavar="ID|CODE", help="The doctor of the queue.")],
     target: _Target = None,
     date: Annotated[str | None, typer.Option(metavar="YYYY-MM-DD", help="Default: the clinic's today.")] = None,
+    board: Annotated[bool, typer.Option("--board", help="Show tickets without names, for a waiting room.")] = False,
     api_key: _ApiKey = None,
 ) -> int:
     """Show a doctor's queue live; a line of text for each update if the output is not a terminal."""
@@ -412,7 +413,7 @@ def watch(
     target = _target(target)
     try:
         with _refusals(target), _terminal() as terminal:
-            asyncio.run(_watch(target, _client_settings(api_key), doctor, day, terminal))
+            asyncio.run(_watch(target, _client_settings(api_key), doctor, day, terminal, names=not board))
     except KeyboardInterrupt:
         # The usual end of a watch.
         _discard_output()
@@ -420,14 +421,20 @@ def watch(
 
 
 async def _watch(
-    target: str, connection: dict[str, Any], doctor: str, day: "datetime.date | None", terminal: "Terminal"
+    target: str,
+    connection: dict[str, Any],
+    doctor: str,
+    day: "datetime.date | None",
+    terminal: "Terminal",
+    *,
+    names: bool,
 ) -> None:
     from frontdesk.client import FrontdeskClient
     from frontdesk.tools.board import UnknownDoctor, follow
 
     async with FrontdeskClient(target, **connection, caller="frontdesk-watch") as client:
         try:
-            await follow(client, doctor, day, terminal)
+            await follow(client, doctor, day, terminal, names=names)
         except UnknownDoctor as error:
             raise Failure(str(error)) from None
 

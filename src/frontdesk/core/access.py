@@ -136,17 +136,15 @@ class Users:
     async def create(self, caller: Caller, values: Mapping[str, Any], *, key: Key) -> Change[CreatedUser]:
         """Raises EmailTaken, ClinicNotFound, DoctorNotFound, ClinicNotYours, InvalidField."""
         password = secrets.token_urlsafe(12)
-        given = {
-            **checked(values),
-            "email_key": email_key(values["email"]),
-            "password_hash": await self._passwords.hashed(password),
-        }
+        given = {**checked(values), "email_key": email_key(values["email"])}
 
         async def prepare(tx: Transaction, current: User | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
             expires: datetime | None = await tx.row(
                 "select moment() + make_interval(hours => %s)", (ONE_TIME_HOURS,), lambda instant: instant
             )
-            return {**given, **await _roles(tx, caller, given), "password_expire_time": expires}
+            complete = {**given, **await _roles(tx, caller, given), "password_expire_time": expires}
+            # Here, so that only the first of several copies of a request takes the time.
+            return {**complete, "password_hash": await self._passwords.hashed(password, key)}
 
         change = await users.create(self._db, key, given, prepare, permit=_permit_user(caller))
         return Change(CreatedUser(change.result, "" if change.replayed else password), change.replayed)

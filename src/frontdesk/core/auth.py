@@ -152,7 +152,7 @@ class Auth:
         Raises EmailTaken, InvalidField.
         """
         require_acceptable(password, email, "password")
-        hashed = await self._passwords.hashed(password)
+        hashed = await self._passwords.hashed(password, key)
         await self._tokens.ready()
 
         async def work(tx: Transaction) -> Change[Registered]:
@@ -304,7 +304,7 @@ class Auth:
         user = await records.get(self._db, user_id)
         require_acceptable(new, user.email, "new_password", old)
         found, attempts = await self._proved(_password_of_user, user_id, user.email, old, key.address)
-        hashed = await self._passwords.hashed(new)
+        hashed = await self._passwords.hashed(new, key)
         await self._tokens.ready()
 
         async def work(tx: Transaction) -> Change[Session | None]:

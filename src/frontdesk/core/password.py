@@ -11,6 +11,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, TypeVar
 
+from frontdesk.db.change import Key
 from frontdesk.errors import InvalidField, Overloaded
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ T = TypeVar("T")
 
 _MOST_WAITING = 200
 """Hashes that are under way or wait: those of ten seconds, after which their callers have given up."""
-_NICE = 10
-"""Below the threads that answer calls."""
+_NICE = 5
+"""Below the threads that answer calls, but not so far that a busy machine lets no one in."""
 _NOBODYS = "$argon2id$v=19$m=19456,t=2,p=1$vJ8jgMB1Zh1pWFd3mRKtEQ$OR3AXVj/+bMHXovvEp/23JV612NiVpNXJX/hrXVS7GY"
 """The hash of a random text, for users who do not exist: checking takes the same time."""
 
@@ -44,6 +45,8 @@ class Passwords:
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._waiting = 0
+        self._for_keys: dict[object, asyncio.Future[str]] = {}
+        """The hashes under way for keyed requests."""
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -56,10 +59,17 @@ class Passwords:
         finally:
             self._waiting -= 1
 
-    async def hashed(self, password: str) -> str:
-        """The hash to store. Raises Overloaded."""
+    async def hashed(self, password: str, key: Key) -> str:
+        """The hash to store, once for all copies of a keyed request that wait together. Raises Overloaded."""
+        same = (key.caller, key.method, key.name, password)
+        if same in self._for_keys:
+            return await asyncio.shield(self._for_keys[same])
         with self.place():
-            return await self._do(lambda: _hasher().hash(_normal(password)))
+            hashing = asyncio.ensure_future(self._do(lambda: _hasher().hash(_normal(password))))
+            if key.name:
+                self._for_keys[same] = hashing
+                hashing.add_done_callback(lambda _: self._for_keys.pop(same, None))
+            return await asyncio.shield(hashing)
 
     async def matches(self, stored: str | None, password: str) -> bool:
         """Whether it is the password of this hash; None is nobody's. Takes the same time whatever the answer.

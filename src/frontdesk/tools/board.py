@@ -41,15 +41,18 @@ class UnknownDoctor(Exception):
     """No doctor has this id or code; the message is one line that names it."""
 
 
-async def follow(client: FrontdeskClient, wanted: str, day: datetime.date | None, console: Console) -> None:
+async def follow(
+    client: FrontdeskClient, wanted: str, day: datetime.date | None, console: Console, *, names: bool = True
+) -> None:
     """Show the queue of the doctor with this id or code on `day` or the clinic's today, until cancelled.
 
-    A board if the console is a terminal that can draw, else a line for each update. Raises UnknownDoctor and
-    FrontdeskError.
+    A board if the console is a terminal that can draw, else a line for each update. Without `names` the service sends
+    none. Raises UnknownDoctor and FrontdeskError.
     """
+    view = queue_pb2.QUEUE_VIEW_STAFF if names else queue_pb2.QUEUE_VIEW_BOARD
     doctor = await _find(client, wanted)
     board = Board(doctor.display_name)
-    async with aclosing(client.watch_queue(doctor.id, day, on_connection=board.connection)) as queues:
+    async with aclosing(client.watch_queue(doctor.id, day, view=view, on_connection=board.connection)) as queues:
         if not console.is_terminal or console.is_dumb_terminal:
             async for queue in queues:
                 print(line(queue), file=console.file, flush=True)
@@ -124,7 +127,7 @@ def line(queue: queue_pb2.Queue) -> str:
     parts = [f"{day(queue)} revision {queue.revision}: {queue.waiting_count} waiting, {queue.expected_count} expected"]
     for state in _ORDER:
         named = [
-            f"{entry.ticket} {entry.patient_name}{f' ({entry.room})' if entry.room else ''}"
+            " ".join(filter(None, (str(entry.ticket), entry.patient_name, entry.room and f"({entry.room})")))
             for entry in queue.entries
             if entry.state == state
         ]
