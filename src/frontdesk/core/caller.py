@@ -16,7 +16,8 @@ class Identity:
     """A known caller and the rights that credentials give, whatever the method."""
 
     name: str
-    """As the audit and the scope of idempotency keys name it: users/ID, keys/ID, services/NAME, anonymous."""
+    """As the audit and the scope of idempotency keys name it: users/ID, keys/ID, services/NAME,
+    issuers/NAME/SUBJECT, anonymous."""
     roles: frozenset[str] = frozenset()
     clinic_ids: tuple[str, ...] = ()
     """Where the roles of the desk hold; empty means every clinic."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from frontdesk.core.caller import Identity
+from frontdesk.core.issuer import Issuers
 from frontdesk.core.token import Tokens
 from frontdesk.db.database import Database, Transaction
 from frontdesk.errors import CredentialsExpired, CredentialsInvalid
@@ -76,6 +77,7 @@ class Credentials:
         self,
         db: Database,
         tokens: Tokens,
+        issuers: Issuers,
         *,
         user_requests_per_minute: int,
         clock: Callable[[], float] = time.monotonic,
@@ -84,6 +86,7 @@ class Credentials:
         self._user_requests_per_minute = user_requests_per_minute
         self._db = db
         self._tokens = tokens
+        self._issuers = issuers
         self._clock = clock
         self._known: dict[bytes, _Judged] = {}
         self._by_subject: dict[str, set[bytes]] = {}
@@ -131,7 +134,16 @@ class Credentials:
     async def _judge(self, given: str) -> _Judged:
         if given.startswith(KEY_PREFIX):
             return await self._judge_key(given)
+        if self._issuers.wrote(given):
+            return await self._judge_outside(given)
         return await self._judge_token(given)
+
+    async def _judge_outside(self, given: str) -> _Judged:
+        proved = await self._issuers.prove(given)
+        identity = Identity(
+            proved.name, proved.roles, proved.clinic_ids, requests_per_minute=self._user_requests_per_minute
+        )
+        return _Judged(identity, self._clock() + proved.exp - time.time(), ())
 
     async def _judge_key(self, given: str) -> _Judged:
         parts = _KEY.fullmatch(given)

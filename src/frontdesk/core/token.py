@@ -26,7 +26,8 @@ _KEY_SECONDS = 24 * 3600.0
 """How long a process signs with one key."""
 _AHEAD_SECONDS = 10.0
 """By how much the clock of another process may be ahead."""
-_MOST_LENGTH = 8_192
+MOST_LENGTH = 8_192
+TYPES = {"at+jwt", "application/at+jwt"}
 _MOST_KEYS = 1_000
 _REQUIRED = ("iss", "aud", "sub", "exp", "iat", "jti", "sid", "roles")
 
@@ -35,6 +36,20 @@ insert into signing_key (id, public_key, expire_time)
 values (%s, %s, moment() + make_interval(secs => %s))
 """
 _public_key = "select public_key from signing_key where id = %s and expire_time > moment()"
+
+
+def check_times(claims: Mapping[str, Any], most: float, now: float) -> None:
+    """Raise CredentialsInvalid for a token that is to be good later, or longer than `most` seconds; CredentialsExpired.
+
+    Raises TypeError or ValueError for times that are no numbers.
+    """
+    exp, iat = float(claims["exp"]), float(claims["iat"])
+    begins = max(iat, float(claims.get("nbf", iat)))
+    # In this form also for numbers that are none (NaN).
+    if not (exp - iat <= most and begins <= now + _AHEAD_SECONDS):
+        raise CredentialsInvalid
+    if exp <= now:
+        raise CredentialsExpired
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +104,11 @@ class Tokens:
         """
         import jwt
 
-        if len(token) > _MOST_LENGTH:
+        if len(token) > MOST_LENGTH:
             raise CredentialsInvalid
         try:
             header = jwt.get_unverified_header(token)
-            if header.get("typ", "").lower() not in ("at+jwt", "application/at+jwt") or "crit" in header:
+            if header.get("typ", "").lower() not in TYPES or "crit" in header:
                 raise CredentialsInvalid
             claims: Mapping[str, Any] = jwt.decode(
                 token,
@@ -104,15 +119,9 @@ class Tokens:
                 # These two below: here they have no leeway of their own.
                 options={"require": list(_REQUIRED), "verify_iat": False, "verify_nbf": False, "verify_exp": False},
             )
-            exp, iat = claims["exp"], claims["iat"]
-            begins = max(iat, claims.get("nbf", iat))
-            lasts = exp - iat
+            check_times(claims, MOST_SECONDS, self._clock())
         except (jwt.PyJWTError, ValueError, TypeError, AttributeError):
             raise CredentialsInvalid from None
-        if lasts > MOST_SECONDS or begins > self._clock() + _AHEAD_SECONDS:
-            raise CredentialsInvalid
-        if exp <= self._clock():
-            raise CredentialsExpired
         return claims
 
     async def _key(self, kid: object) -> "Ed25519PublicKey":

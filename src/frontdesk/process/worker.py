@@ -14,6 +14,7 @@ import structlog
 import uvloop
 
 from frontdesk.core.credential import Credentials
+from frontdesk.core.issuer import Issuer, Issuers
 from frontdesk.core.limit import Limits
 from frontdesk.core.notes import Notes
 from frontdesk.core.password import Passwords
@@ -32,6 +33,7 @@ from frontdesk.rpc.server import Server
 from frontdesk.rpc.services import servicers
 from frontdesk.rpc.services.queue import Updates
 from frontdesk.settings import Settings
+from frontdesk.settings.issuers import TrustedIssuer
 from frontdesk.tasks import Background
 
 if TYPE_CHECKING:
@@ -87,7 +89,12 @@ class Worker:
         )
         self._passwords = Passwords()
         tokens = Tokens(self._db, seconds=settings.access_token_seconds)
-        self._credentials = Credentials(self._db, tokens, user_requests_per_minute=settings.user_requests_per_minute)
+        self._credentials = Credentials(
+            self._db,
+            tokens,
+            Issuers([_issuer(one) for one in settings.issuers]),
+            user_requests_per_minute=settings.user_requests_per_minute,
+        )
         self._limits = Limits(self._db)
         self._sealer = Sealer(self._db)
         self._notes = Notes(self._db, self._sealer.changed)
@@ -191,6 +198,11 @@ class Worker:
             self._metrics.clock_is_real = not clock_is_set
         self._healthy = not read_only
         self._server.serving(self._healthy)
+
+
+def _issuer(trusted: TrustedIssuer) -> Issuer:
+    given = trusted.model_dump()
+    return Issuer(**{**given, "clinic_ids": [str(clinic_id) for clinic_id in trusted.clinic_ids]})
 
 
 def run_worker(

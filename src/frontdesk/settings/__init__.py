@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from frontdesk.settings.addresses import Address, parse
 from frontdesk.settings.certificates import check_certificates, check_pair, read
 from frontdesk.settings.database_url import check_database_url
+from frontdesk.settings.issuers import TrustedIssuer, read_issuers
 from frontdesk.settings.proxies import Proxy, parse_proxies
 
 
@@ -35,6 +36,8 @@ class Settings(BaseSettings):
     """Whether calls need credentials; not set: `open` on loopback, `required` beyond it, where `open` is refused."""
     access_token_seconds: Annotated[int, Field(ge=60, le=900)] = 900
     """Seconds for which an access token is good."""
+    trusted_issuers: Path | None = None
+    """TOML file of outside identity providers whose tokens are good here."""
     user_requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] = 300
     """The calls that a user may make in each minute; an API key has its own limit."""
     address_requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] = 20
@@ -151,6 +154,13 @@ class Settings(BaseSettings):
             raise ValueError("is not HOST:PORT")
         return str(address)
 
+    @field_validator("trusted_issuers")
+    @classmethod
+    def _check_issuers(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            read_issuers(value)
+        return value
+
     @field_validator("trusted_proxies")
     @classmethod
     def _check_proxies(cls, value: str | None) -> str | None:
@@ -263,6 +273,11 @@ class Settings(BaseSettings):
             raise SettingsError(
                 "FRONTDESK_DATA_DIR is needed, or FRONTDESK_DATABASE_URL: this user has no home directory"
             ) from None
+
+    @property
+    def issuers(self) -> Sequence[TrustedIssuer]:
+        """`trusted_issuers`, read."""
+        return [] if self.trusted_issuers is None else read_issuers(self.trusted_issuers)
 
     @property
     def proxies(self) -> Sequence[Proxy]:

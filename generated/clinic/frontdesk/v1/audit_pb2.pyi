@@ -39,8 +39,9 @@ class AuditEvent(_message.Message):
     id: _builtins.str
     """A lower-case UUID, time-ordered."""
     actor: _builtins.str
-    """Who did it: `users/ID`, `keys/ID`, `services/NAME` of a client certificate, `operator` at the command line, `system`
-    for the service itself, or `anonymous`: without credentials, or with ones that were refused.
+    """Who did it: `users/ID`, `keys/ID`, `services/NAME` of a client certificate, `issuers/NAME/SUBJECT` of an outside
+    identity provider, `operator` at the command line, `system` for the service itself, or `anonymous`: without
+    credentials, or with ones that were refused.
     """
     method: _builtins.str
     """The RPC, without its service."""
