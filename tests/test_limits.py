@@ -73,6 +73,17 @@ async def test_a_new_minute(replicas: Sequence[Limits], conninfo: str) -> None:
     assert await admitted([worker], "keys/a", 20, 40) == 20
 
 
+async def test_a_lease_that_waited_into_a_new_minute(replicas: Sequence[Limits], conninfo: str) -> None:
+    """A request that waited for others since before the minute began takes of their quota, and does not renew it."""
+    await early_in_a_minute()
+    assert await admitted(replicas, "keys/a", 20, 40) == 20
+    worker = replicas[0]
+    worker._leases.clear()
+    # To a request of the minute before, the row of the others looks so.
+    await worker._db.run("update rate_window set minute = minute + interval '1 minute'", ())
+    assert await admitted([worker], "keys/a", 20, 1) == 0
+
+
 def limited(settings: Settings, conninfo: str, **changed: object) -> AbstractAsyncContextManager[tuple[Worker, Front]]:
     """One more worker, with the usual limit of an address and a low one of a user."""
     limits = {"address_requests_per_minute": 20, "user_requests_per_minute": 20}

@@ -9,12 +9,14 @@ begin
     insert into rate_window as w (subject, minute, used, granted)
     values (p_subject, v_minute, least(p_block, p_limit), least(p_block, p_limit))
     on conflict (subject) do update
-        -- The old values stand on the right; a row of an earlier minute begins anew.
-        set minute = v_minute,
-            used = case when w.minute = v_minute then least(w.used + p_block, greatest(p_limit, w.used))
+        -- On the right stand the old values. Those of an earlier minute begin anew, and of one that is far ahead, since
+        -- the clock was set back. The next minute's are there if this call has waited for the row since before it began.
+        set (minute, used, granted) = (
+            select case when present then w.minute else v_minute end,
+                   case when present then least(w.used + p_block, greatest(p_limit, w.used))
                         else least(p_block, p_limit) end,
-            granted = case when w.minute = v_minute then least(p_block, greatest(p_limit - w.used, 0))
-                           else least(p_block, p_limit) end
+                   case when present then least(p_block, greatest(p_limit - w.used, 0)) else least(p_block, p_limit) end
+            from (select w.minute in (v_minute, v_minute + interval '1 minute')) as is_of (present))
     returning w.granted into lease.granted;
     seconds := extract(epoch from v_minute + interval '1 minute' - v_now);
 end
