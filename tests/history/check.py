@@ -79,8 +79,8 @@ _READING_SECONDS = 1.0
 _CLOCK_SECONDS = 0.05
 """By which the end of a token is not known exactly."""
 _QUOTA_USED = 0.95
-_LOST_TO_A_FAULT = 4
-"""Calls of a quota that one fault may lose: those that the workers have just leased."""
+_LOST_TO_A_FAULT = 2
+"""Calls of a quota that one fault may lose: those that the two workers are just leasing."""
 
 
 @dataclass(slots=True)
@@ -272,8 +272,8 @@ class History:
     metered: list[Metered] = field(default_factory=list)
     quota: int = 0
     """Calls a minute of the key of `metered`."""
-    faults: list[float] = field(default_factory=list)
-    """When there was a fault, by the wall clock."""
+    faults: list[tuple[float, float]] = field(default_factory=list)
+    """When each fault began and ended, by the wall clock."""
     acts: list[Act] = field(default_factory=list)
 
 
@@ -998,7 +998,8 @@ class Checker:
             count = sum(one.outcome == OK for one in calls)
             if count > quota:
                 yield Violation("quota-exceeded", f"{count} calls were answered in one minute, of {quota}")
-            lost = _LOST_TO_A_FAULT * sum(int(at // 60) == minute for at in self._history.faults)
+            faults = sum(int(begin // 60) <= minute <= int(end // 60) for begin, end in self._history.faults)
+            lost = _LOST_TO_A_FAULT * faults
             refused = any(one.outcome == "RATE_LIMITED" for one in calls)
             if refused and maybe[minute] + lost < _QUOTA_USED * quota:
                 text = f"calls were refused after {maybe[minute]} of {quota} in one minute, and {lost} lost to faults"

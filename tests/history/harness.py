@@ -635,9 +635,10 @@ class Run:
                 await self._connect_anew()
             kind = left.pop()
             self._faults[kind] += 1
-            self._whole.faults.append(time.time())
+            began = time.time()
             await self._break(kind, mine)
-            self._whole.faults.append(time.time())
+            if kind not in ACCESS_FAULTS:
+                self._whole.faults.append((began, time.time()))
         await asyncio.sleep(max(0.0, end - time.monotonic()))
         self._proxy.heal()
         with suppress(psycopg.Error):
