@@ -401,11 +401,50 @@ async def test_logout(front: Front, conninfo: str, settings: Settings) -> None:
         await comes_to(elsewhere, carrying(first.access_token), "CREDENTIALS_INVALID")
         assert await outcome(refresh(front, first.refresh_token)) == "CREDENTIALS_INVALID"
         assert await clinics(elsewhere, carrying(second.access_token)) == "OK"
-        await auth(front).Logout(auth_pb2.LogoutRequest(refresh_token=first.refresh_token, everywhere=True))
+        await auth(front).Logout(auth_pb2.LogoutRequest(refresh_token=first.refresh_token))
+        assert front.sql("select count(*) from log where type = 'user.logged_out'") == [(1,)], "that changed nothing"
+        await auth(front).Logout(auth_pb2.LogoutRequest(refresh_token=second.refresh_token, everywhere=True))
         for session in (second, third):
             await comes_to(elsewhere, carrying(session.access_token), "CREDENTIALS_INVALID")
     unknown = auth_pb2.LogoutRequest(refresh_token="unknown")
     assert await outcome(auth(front).Logout(unknown)) == "CREDENTIALS_INVALID"
+
+
+async def test_old_refresh_tokens_end_no_other_session(front: Front) -> None:
+    """Logout everywhere takes one of the last two tokens of a session that goes on; an older one may be stolen."""
+    first = (await register(front, email=EMAIL)).session
+    other = await login(front)
+
+    def logout(session: auth_pb2.Session, *, everywhere: bool = True) -> Any:
+        request = auth_pb2.LogoutRequest(refresh_token=session.refresh_token, everywhere=everywhere)
+        return outcome(auth(front).Logout(request))
+
+    second = await refresh(front, first.refresh_token)
+    third = await refresh(front, second.refresh_token)
+    assert await logout(first) == "CREDENTIALS_INVALID"
+    assert await outcome(refresh(front, first.refresh_token)) == "REFRESH_REUSED"
+    for session in (first, second, third):
+        assert await logout(session) == "CREDENTIALS_INVALID", "the session has ended"
+        assert await logout(session, everywhere=False) == "OK"
+    other = await refresh(front, (before := other).refresh_token)
+    front.sql("update session set refresh_time = moment() - interval '13 hours'")
+    assert await logout(other) == "CREDENTIALS_INVALID", "the session has expired"
+    front.sql("update session set refresh_time = moment()")
+    assert await logout(before) == "OK", "the answer with the last one may have been lost"
+    assert await outcome(refresh(front, other.refresh_token)) == "CREDENTIALS_INVALID"
+
+
+async def test_a_reused_token_is_logged(front: Front) -> None:
+    """The end of a session whose used token came again is in the log, with its user."""
+    first = (await register(front, email=EMAIL)).session
+    await refresh(front, (await refresh(front, first.refresh_token)).refresh_token)
+    assert await outcome(refresh(front, first.refresh_token)) == "REFRESH_REUSED"
+    logged = front.sql(
+        "select actor, method, type, resource, address from log order by transaction desc, id desc limit 1"
+    )
+    ((*what, address),) = logged
+    assert what == ["anonymous", "RefreshToken", "user.refresh_reused", f"users/{first.user.id}"]
+    assert address in ("127.0.0.1", "::1")
 
 
 async def test_expired_credentials_do_not_hinder_a_refresh(front: Front) -> None:
@@ -490,6 +529,8 @@ async def test_a_user_follows_a_merge(front: Front) -> None:
     assert session.user.patient_id == kept.id
     assert session.user.etag != made.user.etag
     assert await own(front, session) == [booked.appointment.id]
+    logged = front.sql("select method, resource, patient_id::text from log where type = 'user.patient_linked'")
+    assert logged == [("MergePatients", f"users/{made.user.id}", kept.id)]
 
 
 async def test_two_users_of_merged_records(front: Front) -> None:
@@ -563,6 +604,9 @@ async def test_the_last_administrator(front: Front) -> None:
         deactivate(front, USER),
     ):
         assert await outcome(attempt) == "LAST_ADMIN"
+    late, *_ = await create_user(front, "ADMIN")
+    front.sql("update user_account set password_expire_time = moment() where id = %s", late.id)
+    assert await outcome(deactivate(front, USER)) == "LAST_ADMIN", "the other one cannot log in any more"
     for _ in range(5):
         other, *_ = await create_user(front, "ADMIN")
         outcomes = await asyncio.gather(outcome(set_roles(front, USER, "STAFF")), outcome(deactivate(front, other.id)))

@@ -268,7 +268,8 @@ async def _keep_an_administrator(tx: Transaction, user: User) -> None:
     # In a statement of its own, so that the next one sees what was committed during the wait.
     await tx.run("select lock_all(array['administrators'])", ())
     other = await tx.row(
-        "select id from user_account where id <> %s and active and 'ADMIN' = any (roles) and clinic_ids = '{}' limit 1",
+        "select id from user_account where id <> %s and active and 'ADMIN' = any (roles) and clinic_ids = '{}'"
+        " and coalesce(password_expire_time > moment(), true) limit 1",
         (user.id,),
         str,
     )

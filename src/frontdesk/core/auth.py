@@ -219,8 +219,11 @@ class Auth:
         await self._log(tx, key, user, "logged_in")
         return await self._open(tx, user)
 
-    async def refresh(self, refresh_token: str) -> Session:
-        """Go on with a session. Raises CredentialsInvalid, CredentialsExpired, RefreshReused."""
+    async def refresh(self, refresh_token: str, *, key: Key) -> Session:
+        """Go on with a session. `key` says whose call it is, and is not kept.
+
+        Raises CredentialsInvalid, CredentialsExpired, RefreshReused.
+        """
         await self._tokens.ready()
 
         async def work(tx: Transaction) -> Session | Refused:
@@ -240,6 +243,8 @@ class Auth:
                 # Two have it, and nobody knows which of them is the thief.
                 await tx.run("update session set end_time = moment() where id = %s", (session_id,))
                 await changed(tx, f"sessions/{session_id}")
+                # Not by the user: it may be the thief who calls.
+                await records.log(tx, key, await records.get(tx, user_id), "refresh_reused", {})
                 return RefreshReused()
             user = await records.get(tx, user_id)
             if not user.active:
@@ -257,25 +262,31 @@ class Auth:
         return answer
 
     async def logout(self, refresh_token: str, *, everywhere: bool, key: Key) -> bool:
-        """End the session of the token, or all of its user; whether this is a replay. Raises CredentialsInvalid."""
+        """End the session of the token, or all of its user; whether this is a replay.
+
+        All only with a token that a session goes on with: an old one may be stolen. Raises CredentialsInvalid.
+        """
 
         async def work(tx: Transaction) -> bool:
             claimed = await claim(tx, key)
             if claimed.replayed:
                 return True
-            row = await tx.row(
-                "select s.id, s.user_id from refresh_token t join session s on s.id = t.session_id where t.hash = %s",
-                (hash_of(refresh_token),),
-                lambda *columns: columns,
-            )
-            if row is None:
+            token = await tx.row(_token, (hash_of(refresh_token),), lambda *columns: columns)
+            if token is None:
                 raise CredentialsInvalid
-            session_id, user_id = row
+            session_id, generation = token
+            row = await tx.row(_session, (session_id,), lambda *columns: columns)
+            assert row is not None
+            user_id, latest, ended, expired, _ = row
             if everywhere:
+                # The one before the latest too: the answer with the latest may have been lost.
+                if ended or expired or generation < latest - 1:
+                    raise CredentialsInvalid
                 await end_sessions(tx, user_id)
-            elif await tx.run(
-                "update session set end_time = moment() where id = %s and end_time is null", (session_id,)
-            ):
+            elif ended:
+                return False
+            else:
+                await tx.run("update session set end_time = moment() where id = %s", (session_id,))
                 await changed(tx, f"sessions/{session_id}")
             await self._log(tx, key, await records.get(tx, user_id), "logged_out")
             return False

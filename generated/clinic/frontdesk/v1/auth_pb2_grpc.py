@@ -140,7 +140,8 @@ class AuthServiceServicer:
 
     def Logout(self, request, context):
         """Ends the session of a refresh token, or all sessions of its user. Within 5 s their access tokens are refused. A
-        session that has ended may be ended again. Errors: CREDENTIALS_INVALID for an unknown token.
+        session that has ended may be ended again. Errors: CREDENTIALS_INVALID for an unknown token; with `everywhere` also
+        for one older than the last two of its session, and one whose session has ended: it may be stolen.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

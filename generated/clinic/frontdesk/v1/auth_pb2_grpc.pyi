@@ -58,7 +58,8 @@ class AuthServiceStub:
     """
     Logout: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogoutRequest, _auth_pb2.LogoutResponse]
     """Ends the session of a refresh token, or all sessions of its user. Within 5 s their access tokens are refused. A
-    session that has ended may be ended again. Errors: CREDENTIALS_INVALID for an unknown token.
+    session that has ended may be ended again. Errors: CREDENTIALS_INVALID for an unknown token; with `everywhere` also
+    for one older than the last two of its session, and one whose session has ended: it may be stolen.
     """
     GetProfile: _grpc.UnaryUnaryMultiCallable[_auth_pb2.GetProfileRequest, _auth_pb2.GetProfileResponse]
     """Gets the caller's own user. Errors: ROLE_REQUIRED if the caller is no user."""
@@ -114,7 +115,8 @@ class AuthServiceAsyncStub(AuthServiceStub):
     """
     Logout: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogoutRequest, _auth_pb2.LogoutResponse]  # type: ignore[assignment]
     """Ends the session of a refresh token, or all sessions of its user. Within 5 s their access tokens are refused. A
-    session that has ended may be ended again. Errors: CREDENTIALS_INVALID for an unknown token.
+    session that has ended may be ended again. Errors: CREDENTIALS_INVALID for an unknown token; with `everywhere` also
+    for one older than the last two of its session, and one whose session has ended: it may be stolen.
     """
     GetProfile: _aio.UnaryUnaryMultiCallable[_auth_pb2.GetProfileRequest, _auth_pb2.GetProfileResponse]  # type: ignore[assignment]
     """Gets the caller's own user. Errors: ROLE_REQUIRED if the caller is no user."""
@@ -197,7 +199,8 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.LogoutResponse, _abc.Awaitable[_auth_pb2.LogoutResponse]]:
         """Ends the session of a refresh token, or all sessions of its user. Within 5 s their access tokens are refused. A
-        session that has ended may be ended again. Errors: CREDENTIALS_INVALID for an unknown token.
+        session that has ended may be ended again. Errors: CREDENTIALS_INVALID for an unknown token; with `everywhere` also
+        for one older than the last two of its session, and one whose session has ended: it may be stolen.
         """
 
     @_abc_1.abstractmethod

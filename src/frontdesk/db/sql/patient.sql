@@ -251,7 +251,11 @@ begin
         update user_account u set patient_id = v_kept.id, version = u.version + 1, update_time = v_now
         where u.patient_id = v_merged.id
           and not exists (select from user_account o where o.patient_id = v_kept.id)
-        returning u.id)
+        returning u.id),
+    logged as (
+        insert into log (id, time, actor, method, address, trace_id, type, resource, patient_id, data)
+        select log_id(v_now), v_now, r.actor, r.verb, coalesce(r.address, ''), coalesce(r.trace_id, ''),
+               'user.patient_linked', 'users/' || id, v_kept.id, '{"fields": "patient_id"}' from moved)
     insert into access_change (subject) select 'users/' || id from moved on conflict do nothing;
     perform write_words(v_merged.id, '');
     update patient k

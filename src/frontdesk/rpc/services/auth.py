@@ -91,7 +91,8 @@ class AuthServicer:
         return pb.VerifySecondFactorResponse(session=_to_session(session))
 
     async def RefreshToken(self, request: pb.RefreshTokenRequest, call: Call) -> pb.RefreshTokenResponse:
-        return pb.RefreshTokenResponse(session=_to_session(await self._auth.refresh(request.refresh_token)))
+        session = await self._auth.refresh(request.refresh_token, key=_no_key(call))
+        return pb.RefreshTokenResponse(session=_to_session(session))
 
     async def Logout(self, request: pb.LogoutRequest, call: Call) -> pb.LogoutResponse:
         replayed = await self._auth.logout(
