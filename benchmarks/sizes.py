@@ -20,7 +20,7 @@ from benchmarks.load import unary_client
 from benchmarks.people import CLINIC, DOCTOR, PAST, PATIENT, make_id
 from benchmarks.stage import Child, ServerProcess, Stage
 from clinic.frontdesk.v1 import appointment_pb2, patient_pb2, queue_pb2
-from frontdesk.db.paging import KEY, MAKE_KEY, NO_INSTANT, Seal
+from frontdesk.db.paging import KEY, MAKE_KEY, NO_INSTANT, PageTokens
 from frontdesk.rpc.convert import page_owners
 
 IN_FLIGHT = 16
@@ -194,7 +194,7 @@ def _kinds(past: Past, server: ServerProcess, connection: psycopg.Connection, da
         for appointment in _to_check_in(connection, past, day, count)
     ]
     connection.execute(MAKE_KEY, (secrets.token_bytes(32),))
-    seal = Seal(*(connection.execute(KEY).fetchone() or (b"",)))
+    seal = PageTokens(*(connection.execute(KEY).fetchone() or (b"",)))
     desks = set(_desks(past))
     others = [doctor for doctor in range(past.doctors) if doctor not in desks]
     pick = random.Random(past.rows).randrange

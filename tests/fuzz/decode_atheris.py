@@ -12,7 +12,7 @@ from dataclasses import fields
 import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 with atheris.instrument_imports(include=["frontdesk"]):
-    from frontdesk.db.paging import Seal
+    from frontdesk.db.paging import PageTokens
     from frontdesk.errors import InvalidField
     from frontdesk.live.tokens import ResumeToken
     from frontdesk.rpc import convert, status
@@ -28,7 +28,7 @@ from tests.fuzz.requests import CANARY, Known, requests
 from tests.hostile.methods import METHODS, World
 
 _IDS = [f"0192f5d1-7a5c-7b6e-8f00-0123456789{n:02x}" for n in range(len(fields(World)))]
-_SEAL = Seal(bytes(32))
+_TOKENS = PageTokens(bytes(32))
 _KNOWN = Known(
     [World(*_IDS)],
     (2026, 11, 20),
@@ -44,7 +44,7 @@ def _read(message: Message) -> None:
     for field, value in message.ListFields():
         if field.name == "page_token":
             with suppress(ValueError):
-                _SEAL.place(value, b"")
+                _TOKENS.place(value, b"")
         elif field.name == "resume_token":
             ResumeToken.decode(value)
         elif field.name == "etag":

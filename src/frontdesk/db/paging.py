@@ -41,7 +41,7 @@ def cut(page: Page, found: Sequence[T], key: Callable[[T], tuple[str, ...]]) -> 
     return Listing(found[: page.size], key(found[page.size - 1]))
 
 
-class Seal:
+class PageTokens:
     """Makes the tokens of pages: nobody can read, change or forge one, because a place may be a patient's name."""
 
     def __init__(self, key: bytes) -> None:
@@ -66,20 +66,20 @@ KEY = "select value from secret where name = 'page_tokens'"
 MAKE_KEY = "insert into secret (name, value) values ('page_tokens', %s) on conflict do nothing"
 
 
-class SharedSeal:
-    """The seal of all replicas. Its key is in the database, and the first who needs it makes it."""
+class SharedPageTokens:
+    """The page tokens of all replicas. Their key is in the database, and the first who needs it makes it."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._seal: Seal | None = None
+        self._page_tokens: PageTokens | None = None
 
-    async def get(self) -> Seal:
-        """The seal, after the first time without a round trip. Raises DatabaseUnavailable."""
-        if self._seal is None:
+    async def get(self) -> PageTokens:
+        """The tokens, after the first time without a round trip. Raises DatabaseUnavailable."""
+        if self._page_tokens is None:
             key = await self._db.row(KEY, (), bytes)
             if key is None:
                 await self._db.run(MAKE_KEY, (secrets.token_bytes(32),))
                 key = await self._db.row(KEY, (), bytes)
             assert key is not None
-            self._seal = Seal(key)
-        return self._seal
+            self._page_tokens = PageTokens(key)
+        return self._page_tokens

@@ -20,7 +20,7 @@ from frontdesk.core.notes import Notes
 from frontdesk.core.password import Passwords
 from frontdesk.core.token import Tokens
 from frontdesk.db.database import Database
-from frontdesk.db.paging import SharedSeal
+from frontdesk.db.paging import SharedPageTokens
 from frontdesk.errors import Refused
 from frontdesk.jobs.maintenance import clean, retention
 from frontdesk.jobs.sealing import Sealer
@@ -103,7 +103,7 @@ class Worker:
             max_in_flight=settings.max_in_flight,
             notes=self._notes,
             changed=self._sealer.changed,
-            seal=SharedSeal(self._db),
+            page_tokens=SharedPageTokens(self._db),
             access=Access(
                 self._credentials,
                 self._limits,

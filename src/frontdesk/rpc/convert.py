@@ -196,9 +196,9 @@ async def page_from(request: Any, call: Call) -> Page:
     size = min(request.page_size or DEFAULT_PAGE, MOST_PAGE)
     if not request.page_token:
         return Page(size)
-    seal = await call.seal.get()
+    tokens = await call.page_tokens.get()
     try:
-        place = seal.place(request.page_token, *page_owners(request, call.caller.identity))
+        place = tokens.place(request.page_token, *page_owners(request, call.caller.identity))
     except ValueError:
         raise InvalidField(("page_token", "is not a page token of this caller, method and filter")) from None
     return Page(size, place)
@@ -208,7 +208,7 @@ async def page_token(request: Any, call: Call, after: tuple[str, ...] | None) ->
     """The token for the page after this sort key; empty if `after` is None, which means the last page."""
     if after is None:
         return ""
-    return (await call.seal.get()).token(after, *page_owners(request, call.caller.identity))
+    return (await call.page_tokens.get()).token(after, *page_owners(request, call.caller.identity))
 
 
 def page_owners(request: Any, identity: str) -> tuple[bytes, bytes]:

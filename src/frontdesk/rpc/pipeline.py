@@ -21,7 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from frontdesk.core.caller import ANONYMOUS, Caller, Identity
 from frontdesk.core.notes import Notes
-from frontdesk.db.paging import SharedSeal
+from frontdesk.db.paging import SharedPageTokens
 from frontdesk.errors import DatabaseUnavailable, DeadlineExceeded, Draining, Overloaded, Refused
 from frontdesk.rpc.access import Access, Policy
 from frontdesk.rpc.origin import Origins
@@ -72,7 +72,7 @@ Again = Callable[[grpc.aio.ServicerContext[Any, Any], Identity], Awaitable[tuple
 class Call:
     """The call, as a servicer sees it beside the request."""
 
-    __slots__ = ("_again", "_context", "_notes", "_origins", "caller", "identity", "method", "seal", "trace_id")
+    __slots__ = ("_again", "_context", "_notes", "_origins", "caller", "identity", "method", "page_tokens", "trace_id")
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Call:
         caller: Caller,
         method: str,
         notes: Notes,
-        seal: SharedSeal,
+        page_tokens: SharedPageTokens,
         origins: Origins,
         trace_id: str,
         again: Again | None,
@@ -90,7 +90,7 @@ class Call:
         self._context = context
         self._notes = notes
         self._origins = origins
-        self.seal = seal
+        self.page_tokens = page_tokens
         """Of the tokens of pages."""
         self.identity = identity
         self.caller = caller
@@ -143,7 +143,7 @@ class Pipeline:
         max_in_flight: int,
         access: Access,
         notes: Notes,
-        seal: SharedSeal,
+        page_tokens: SharedPageTokens,
         changed: Callable[[], None],
         origins: Origins,
         metrics: Metrics | None = None,
@@ -152,7 +152,7 @@ class Pipeline:
         """`changed` is called when a call has made a change, or found that an earlier one has."""
         self._access = access
         self._notes = notes
-        self._seal = seal
+        self._page_tokens = page_tokens
         self._changed = changed
         self._origins = origins
         self._max_in_flight = max_in_flight
@@ -308,7 +308,9 @@ class Pipeline:
         again: Again | None = None,
     ) -> Call:
         trace_id = "" if self._tracing is None else self._tracing.trace_id()
-        return Call(context, identity, caller, account.name, self._notes, self._seal, self._origins, trace_id, again)
+        return Call(
+            context, identity, caller, account.name, self._notes, self._page_tokens, self._origins, trace_id, again
+        )
 
 
 def _sees_own_only(caller: Caller | None) -> bool:
