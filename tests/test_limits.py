@@ -1,9 +1,10 @@
 """Limits of rate, which all workers and replicas count together."""
 
 import asyncio
+import random
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 
 import grpc
@@ -232,3 +233,27 @@ async def test_old_counts_are_deleted(conninfo: str, settings: Settings) -> None
         front.sql("update rate_window set minute = minute - interval '2 hours'")
         await clean(worker._db, **retention(settings))
         assert front.sql(count) == [(0,)]
+
+
+async def test_a_block_that_is_used_up_at_once(conninfo: str) -> None:
+    """Calls that come in the moment in which a block arrives, and find it used up, wait for the next one."""
+    db = Database(conninfo, pool_size=2)
+    await db.open()
+    limits = Limits(db)
+    pauses = random.Random(1)
+    admitted: Counter[str] = Counter()
+
+    async def calls() -> None:
+        for subject in map(str, range(20)):
+            for _ in range(pauses.randrange(40)):
+                await asyncio.sleep(0)
+            with suppress(RateLimited):
+                # Of so small a limit a block is one call.
+                await limits.admit(subject, 99)
+                admitted[subject] += 1
+
+    await early_in_a_minute()
+    await asyncio.gather(*(calls() for _ in range(150)))
+    assert set(admitted.values()) == {99}
+    await limits.close()
+    await db.close()

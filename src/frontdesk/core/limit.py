@@ -8,6 +8,7 @@ counts it from before it asked, so that it never admits a call with the lease of
 import asyncio
 import ipaddress
 from dataclasses import dataclass
+from functools import partial
 
 from frontdesk.db.database import Database
 from frontdesk.errors import RateLimited
@@ -70,12 +71,18 @@ class Limits:
     async def _renew(self, subject: str, limit: int) -> None:
         """Lease the next block; all who need it meanwhile wait for the same one."""
         asking = self._asking.get(subject)
-        if asking is None:
+        # One that is done may not be forgotten yet, if its block was used up in the same turn of the loop. To wait for
+        # it again would be no wait, and the loop would never turn again.
+        if asking is None or asking.done():
             asking = asyncio.create_task(self._lease(subject, limit))
             self._asking[subject] = asking
-            asking.add_done_callback(lambda _: self._asking.pop(subject, None))
+            asking.add_done_callback(partial(self._forget, subject))
         # One who gives up leaves the others undisturbed.
         await asyncio.shield(asking)
+
+    def _forget(self, subject: str, asked: "asyncio.Task[_Lease]") -> None:
+        if self._asking.get(subject) is asked:
+            del self._asking[subject]
 
     async def _lease(self, subject: str, limit: int) -> _Lease:
         now = asyncio.get_running_loop().time()
