@@ -344,7 +344,8 @@ async def test_keys_of_the_embedded_database(tmp_path: Path) -> None:
 
 async def test_calls_of_a_key_are_limited(front: Front, conninfo: str, settings: Settings) -> None:
     """Two workers together admit as many calls of a key a minute as it may make, and say when to retry the others."""
-    key = bearing((await create_key(front, "STAFF", requests_per_minute=20)).key)
+    created = await create_key(front, "STAFF", requests_per_minute=20)
+    key = bearing(created.key)
     await early_in_a_minute()
     async with serving(settings, conninfo) as (_, other):
         both = (front, other)
@@ -354,7 +355,7 @@ async def test_calls_of_a_key_are_limited(front: Front, conninfo: str, settings:
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         found = details(error)
         assert 0 < found["RetryInfo"].retry_delay.ToMilliseconds() <= 60_000
-        assert found["QuotaFailure"].violations
+        assert found["QuotaFailure"].violations[0].subject == f"keys/{created.api_key.id}"
         pushback = dict(error.trailing_metadata() or ())["grpc-retry-pushback-ms"]
         assert 0 < int(pushback) <= 60_000
         # The refusal comes before the role is judged, and other keys are not concerned.

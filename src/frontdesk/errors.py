@@ -40,7 +40,7 @@ class Refused(Exception):
     def metadata(self) -> dict[str, str]:
         """Details for programs, by name: ids, dates and states only."""
         found = {name: str(value) for name, value in self.details.items() if value is not None}
-        if self.subject:
+        if self.subject and self.resource:
             found[f"{self.resource}_id"] = self.subject
         return found
 
@@ -424,7 +424,7 @@ class Draining(Unavailable):
 
 
 class Exhausted(Refused):
-    """The caller has reached a limit of the server."""
+    """A limit is reached: the server's, or that of the `subject`."""
 
 
 class RateLimited(Exhausted):

@@ -415,7 +415,7 @@ class Auth:
             counted = await self._db.row(_count_attempt, {"subject": subject, "most": most}, int)
             if counted is None:
                 seconds = await self._db.row(_wait, (subject,), lambda seconds: seconds)
-                raise LoginThrottled(retry_after=max(1.0, seconds or 0.0))
+                raise LoginThrottled("login", retry_after=max(1.0, seconds or 0.0))
         return subjects
 
     async def _proved(

@@ -1,8 +1,8 @@
 """Limits of rate, counted for all workers and replicas together, without a round trip for each call.
 
-A worker leases a block of a subject's quota of the present minute, and admits so many calls by itself. What it does not
-use of the block is lost with the minute, so a block is a hundredth of the quota. The minute is PostgreSQL's: a worker
-counts it from before it asked, so that it never admits a call with the lease of a minute that is over.
+A worker leases a block of a subject's quota of the present minute, and admits so many calls by itself (limit.sql says
+how many). The minute is PostgreSQL's: a worker counts it from before it asked, so that it never admits a call with the
+lease of a minute that is over.
 """
 
 import asyncio
@@ -14,7 +14,6 @@ from frontdesk.db.database import Database
 from frontdesk.errors import RateLimited
 from frontdesk.tasks import end
 
-_BLOCKS = 100
 _NETWORK = 64
 """Bits of an IPv6 address that tell customers apart: within them, each has as many addresses as he likes."""
 _MOST_SUBJECTS = 100_000
@@ -26,6 +25,11 @@ def holder_of(address: str) -> str:
     if ":" not in address:
         return address
     return str(ipaddress.IPv6Network((address, _NETWORK), strict=False))
+
+
+def _public(subject: str) -> str:
+    """What a refusal says of the subject: an identity by its name, an address without itself."""
+    return "address" if subject.startswith(("calls/", "refusals/")) else subject
 
 
 @dataclass(slots=True)
@@ -53,7 +57,7 @@ class Limits:
         if lease is not None and lease.used_up and not lease.left:
             seconds = lease.ends - asyncio.get_running_loop().time()
             if seconds > 0:
-                raise RateLimited(retry_after=seconds)
+                raise RateLimited(_public(subject), retry_after=seconds)
 
     async def admit(self, subject: str, limit: int) -> None:
         """Count one call of the subject, of which `limit` a minute are admitted. Raises RateLimited."""
@@ -65,7 +69,7 @@ class Limits:
                     lease.left -= 1
                     return
                 if lease.used_up:
-                    raise RateLimited(retry_after=lease.ends - now())
+                    raise RateLimited(_public(subject), retry_after=lease.ends - now())
             await self._renew(subject, limit)
 
     async def _renew(self, subject: str, limit: int) -> None:
@@ -86,11 +90,10 @@ class Limits:
 
     async def _lease(self, subject: str, limit: int) -> _Lease:
         now = asyncio.get_running_loop().time()
-        block = max(1, limit // _BLOCKS)
         found = await self._db.row(
-            "select granted, seconds from lease(%s, %s, %s)",
-            (subject, limit, block),
-            lambda granted, seconds: _Lease(granted, now + seconds, granted < block),
+            "select granted, seconds, used_up from lease(%s, %s)",
+            (subject, limit),
+            lambda granted, seconds, used_up: _Lease(granted, now + seconds, used_up),
         )
         assert found is not None
         if len(self._leases) >= _MOST_SUBJECTS:

@@ -71,7 +71,8 @@ def status_of(refusal: errors.Refused) -> tuple[grpc.StatusCode, str, Trailers]:
             )
             details.append(error_details_pb2.PreconditionFailure(violations=[violation]))
         case errors.Exhausted():
-            quota = error_details_pb2.QuotaFailure.Violation(subject="server", description=text)
+            subject = refusal.subject or "server"
+            quota = error_details_pb2.QuotaFailure.Violation(subject=subject, description=text)
             details.append(error_details_pb2.QuotaFailure(violations=[quota]))
     trailers: Trailers = ()
     for kind, usual in _RETRY_AFTER.items():

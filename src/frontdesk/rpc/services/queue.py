@@ -144,7 +144,7 @@ class QueueServicer:
             raise TooManyWatchers
         of_caller = self._feed.watchers_of(call.identity.name)
         if of_caller >= self._max_watchers_per_caller and not call.identity.unrestricted:
-            raise TooManyWatchers(details={"watchers": of_caller})
+            raise TooManyWatchers(call.identity.name, {"watchers": of_caller})
 
     async def WatchQueue(self, request: pb.WatchQueueRequest, call: Call) -> None:
         self._require_room(call)
