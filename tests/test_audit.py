@@ -13,6 +13,7 @@ from clinic.frontdesk.v1 import (
     appointment_pb2,
     audit_pb2,
     audit_pb2_grpc,
+    auth_pb2,
     clinic_pb2,
     doctor_pb2,
     patient_pb2,
@@ -27,8 +28,9 @@ from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today
 from tests.hostile.methods import MUTATIONS, call
 from tests.hostile.test_idempotency import ELSEWHERE, SCENARIOS, keyed
-from tests.identities import ADMIN, bearing, create_key, user, user_of
-from tests.waiting import until
+from tests.hostile.wire import serving
+from tests.identities import ADMIN, auth, bearing, create_key, user, user_of, user_token
+from tests.waiting import early_in_a_minute, until
 
 CHANGES: dict[str, list[str]] = {
     "CreateClinic": ["clinic.created"],
@@ -224,6 +226,80 @@ async def test_the_last_notes_are_written(conninfo: str, settings: Settings) -> 
     assert front.sql("select count(*) from log where id not in (select id from seal)") == [(0,)]
 
 
+async def test_what_was_refused(conninfo: str, settings: Settings) -> None:
+    """A refused access is in the log with what its request named, and found by it."""
+    async with serving(settings, conninfo, address_requests_per_minute=3) as (worker, front):
+        doctor, (ana, rui) = await front.doctor(), await front.people(2)
+        visit = (await front.book(rui.id, doctor.id)).appointment.id
+        desk = bearing((await create_key(front, "STAFF", clinic_ids=[(await front.clinic()).id])).key)
+        board = bearing((await create_key(front, "BOARD")).key)
+        own = user(front, "PATIENT", patient_id=ana.id)
+        await early_in_a_minute()
+        target = appointment_pb2.DoctorDay(doctor_id=doctor.id, date=day(today()))
+        read = appointment_pb2.GetAppointmentRequest(appointment_id=visit)
+        book = appointment_pb2.BookAppointmentRequest(patient_id=rui.id, doctor_day=target)
+        look = queue_pb2.GetQueueRequest(doctor_id=doctor.id, date=day(today()))
+        get = patient_pb2.GetPatientRequest(patient_id=rui.id.upper())
+        for attempt, reason in (
+            (front.appointments.GetAppointment(read, metadata=own), "APPOINTMENT_NOT_FOUND"),
+            (front.appointments.BookAppointment(book, metadata=own), "PATIENT_NOT_FOUND"),
+            (front.queues.GetQueue(look, metadata=desk), "CLINIC_NOT_YOURS"),
+            (front.patients.GetPatient(get, metadata=board), "ROLE_REQUIRED"),
+        ):
+            assert await outcome(attempt) == reason
+        outcomes = [await outcome(front.patients.GetPatient(get, metadata=bearing("fdk_wrong"))) for _ in range(4)]
+        assert outcomes == ["CREDENTIALS_INVALID"] * 3 + ["RATE_LIMITED"]
+        await worker._notes.finish()
+        by_resource = {
+            f"appointments/{visit}": [("GetAppointment", "APPOINTMENT_NOT_FOUND", 1, "", "")],
+            f"doctorDays/{doctor.id}/{today()}": [("GetQueue", "CLINIC_NOT_YOURS", 1, doctor.clinic_id, "")],
+            f"patients/{rui.id}": [
+                ("BookAppointment", "PATIENT_NOT_FOUND", 1, doctor.clinic_id, rui.id),
+                ("GetPatient", "CREDENTIALS_INVALID", 3, "", rui.id),
+                ("GetPatient", "RATE_LIMITED", 1, "", rui.id),
+                ("GetPatient", "ROLE_REQUIRED", 1, "", rui.id),
+            ],
+        }
+        for resource, expected in by_resource.items():
+            found = [
+                (event.method, event.outcome, event.count, event.clinic_id, event.patient_id)
+                for event in await listed(front, resource=resource)
+                if event.outcome != "OK"
+            ]
+            assert sorted(found) == expected
+
+
+async def test_throttled_logins_are_logged(conninfo: str, settings: Settings) -> None:
+    """A login that must wait is a refused access; a good caller who is over the limit is not."""
+    async with serving(settings, conninfo, user_requests_per_minute=1) as (worker, front):
+        request = auth_pb2.LoginRequest(email="nobody@example.com", password="a password")
+        outcomes = [await outcome(auth(front).Login(request)) for _ in range(7)]
+        assert outcomes == ["BAD_LOGIN"] * 5 + ["LOGIN_THROTTLED"] * 2
+        await early_in_a_minute()
+        lists = [front.clinics.ListClinics(clinic_pb2.ListClinicsRequest(), metadata=user_token()) for _ in range(2)]
+        assert [await outcome(one) for one in lists] == ["OK", "RATE_LIMITED"]
+        await worker._notes.finish()
+        assert sorted(notes(front, "method", "outcome", "count")) == [
+            ("Login", "BAD_LOGIN", 5),
+            ("Login", "LOGIN_THROTTLED", 2),
+        ]
+
+
+async def test_many_different_refusals(front: Front, conninfo: str) -> None:
+    """Of a caller who names thing after thing, only the first hundred of a minute are told apart."""
+    db = Database(conninfo, pool_size=1)
+    await db.open()
+    summing = Notes(db, lambda: None)
+    for _ in range(2):
+        for n in range(150):
+            summing.refused("users/1", "GetPatient", "PATIENT_NOT_FOUND", "unix", {"resource": f"patients/{n}"})
+        summing.refused("users/2", "GetPatient", "PATIENT_NOT_FOUND", "unix", {"resource": "patients/1"})
+        await summing.finish()
+    await db.close()
+    found = front.sql("select actor, resource is null, count(*), sum(count) from log where type is null group by 1, 2")
+    assert sorted(found) == [("users/1", False, 200, 200), ("users/1", True, 2, 100), ("users/2", False, 2, 2)]
+
+
 async def test_notes_wait_for_the_database(conninfo: str) -> None:
     """Notes of a time without a database are written later, and equal refusals meanwhile are added to them."""
     now = 1000.0
@@ -232,12 +308,12 @@ async def test_notes_wait_for_the_database(conninfo: str) -> None:
     away = Notes(db, grown.set, lambda: now)
     for patient in range(3):
         away.read("users/1", "GetPatient", [f"01900000-0000-7000-8000-00000000000{patient}"], {}, "unix", "")
-    away.refused("name:anybody", "GetPatient", "CREDENTIALS_REQUIRED", "unix")
+    away.refused("name:anybody", "GetPatient", "CREDENTIALS_REQUIRED", "unix", {})
     await db.open()
     with pytest.raises(DatabaseUnavailable):
         await away.finish()
     await db.close()
-    away.refused("name:somebody", "GetPatient", "CREDENTIALS_REQUIRED", "unix")
+    away.refused("name:somebody", "GetPatient", "CREDENTIALS_REQUIRED", "unix", {})
     now += 30
     away._db = db = Database(conninfo, pool_size=1)
     await db.open()

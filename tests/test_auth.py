@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import jwt
+import psycopg
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -320,6 +321,10 @@ BAD_TOKENS: dict[str, Any] = {
     "unknown crit": lambda: signed(claims(), crit=["x"], x=1),
     "no exp": lambda: signed({k: v for k, v in claims().items() if k != "exp"}),
     "exp that is no number": lambda: signed(claims(exp="tomorrow")),
+    "exp that is a text": lambda: signed(claims(exp=str(_now() + 300))),
+    "exp that is a truth value": lambda: signed(claims(exp=True)),
+    "a huge exp": lambda: signed(claims(exp=10**400)),
+    "a huge nbf": lambda: signed(claims(nbf=10**400)),
     "unknown user": lambda: signed(claims(sub=SESSION)),
     "sub that is no id": lambda: signed(claims(sub="root")),
     "unknown session": lambda: signed(claims(sid=USER)),
@@ -347,6 +352,32 @@ async def test_expired_tokens(front: Front) -> None:
     await comes_to(front, brief, "CREDENTIALS_EXPIRED")
     for changed in ({"roles": ["ADMIN", "STAFF"]}, {"clinic_ids": [USER]}, {"patient_id": USER}):
         assert await clinics(front, carrying(signed(claims(**changed)))) == "CREDENTIALS_EXPIRED"
+
+
+async def test_expired_tokens_are_remembered(conninfo: str, settings: Settings) -> None:
+    """A token that was refused as expired is refused again without being judged; with its old rights it is good."""
+    late, demoted = carrying(signed(claims(iat=_now() - 900, exp=_now()))), carrying(signed(claims(roles=["STAFF"])))
+    async with serving(settings, conninfo) as (worker, front):
+        for token in (late, demoted):
+            assert await clinics(front, token) == "CREDENTIALS_EXPIRED"
+        worker._credentials._tokens._public.clear()
+        with psycopg.connect(conninfo) as holder:
+            # A judgement would wait for this one.
+            holder.execute("lock table signing_key, user_account in access exclusive mode")
+            for token in (late, demoted):
+                assert await clinics(front, token) == "CREDENTIALS_EXPIRED"
+        await create_user(front, "ADMIN")
+        await set_roles(front, USER, "STAFF")
+        async with asyncio.timeout(SOON):
+            while await clinics(front, demoted) != "OK":  # noqa: ASYNC110 - the worker must look
+                await asyncio.sleep(0.05)
+
+
+async def test_access_tokens_are_no_api_keys(front: Front) -> None:
+    """An access token in the place of an API key is refused, also where it is known."""
+    token = user_token()
+    assert await clinics(front, token) == "OK"
+    assert await clinics(front, bearing(token[0][1].removeprefix("Bearer "))) == "CREDENTIALS_INVALID"
 
 
 async def test_refreshing(front: Front) -> None:

@@ -24,7 +24,7 @@ from tests.clinic import Front, outcome
 from tests.hostile.wire import serving
 from tests.identities import auth, carrying, user_token
 from tests.test_auth import clinics, comes_to
-from tests.waiting import until
+from tests.waiting import SOON, until
 
 ISSUER = "https://login.example/realms/staff"
 _RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -162,6 +162,10 @@ BAD: dict[str, Any] = {
     "no iat": lambda: token(iat=None),
     "a long life": lambda: token(exp=int(time.time()) + 3_700),
     "not yet valid": lambda: token(nbf=int(time.time()) + 120),
+    "an exp that is a text": lambda: token(exp=str(int(time.time()) + 300)),
+    "a huge exp": lambda: token(exp=10**400),
+    "a huge nbf": lambda: token(nbf=10**400),
+    "deep": lambda: "e30." + base64.urlsafe_b64encode(b'{"iss":' + b"[" * 5_000).decode().rstrip("=") + ".x",
     "endless": lambda: token(exp=float("nan")),
     "unknown crit": lambda: token(header={"crit": ["x"], "x": 1}),
     "typ of another token": lambda: token(header={"typ": "logout+jwt"}),
@@ -241,6 +245,24 @@ async def test_unknown_keys_fetch_seldom(conninfo: str, settings: Settings, tmp_
         assert await clinics(front, carrying(token(kid="new"))) == "OK"
         assert await clinics(front, carrying(token(sub="late"))) == "CREDENTIALS_INVALID", "the old key was withdrawn"
         assert provider.fetches == 2
+
+
+async def test_a_provider_that_is_away_at_the_start(
+    conninfo: str, settings: Settings, tmp_path: Path, provider: Provider
+) -> None:
+    """Until its keys were fetched once, a provider's tokens are refused, and do not use up what an address may."""
+    keys, provider.keys = provider.keys, {"keys": "none"}
+    (tmp_path / "issuers.toml").write_text(toml(provider.url))
+    changed = {"trusted_issuers": tmp_path / "issuers.toml", "address_requests_per_minute": 3}
+    async with serving(settings, conninfo, **changed) as (_, front):
+        for _ in range(10):
+            assert await clinics(front, carrying(token())) == "CREDENTIALS_INVALID"
+        provider.keys = keys
+        async with asyncio.timeout(SOON):
+            while await clinics(front, carrying(token())) != "OK":  # noqa: ASYNC110 - the next fetch
+                await asyncio.sleep(0.1)
+        outcomes = [await clinics(front, carrying(token(kid=f"k{n}"))) for n in range(4)]
+        assert "RATE_LIMITED" in outcomes, "once they are known, wrong ones count"
 
 
 async def test_a_provider_that_hangs(conninfo: str, settings: Settings, tmp_path: Path, provider: Provider) -> None:

@@ -339,6 +339,8 @@ class CredentialsInvalid(Unauthenticated):
     """The credentials are not valid, or no longer."""
 
     reason = "CREDENTIALS_INVALID"
+    counts = True
+    """Whether it counts against its address: it does not if the service cannot judge the credentials."""
 
 
 class CredentialsExpired(Unauthenticated):
@@ -431,6 +433,8 @@ class RateLimited(Exhausted):
     """The caller has used up its calls of this minute."""
 
     reason = "RATE_LIMITED"
+    of_refusals = False
+    """Whether refused credentials have used them up."""
 
 
 class LoginThrottled(Exhausted):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from frontdesk.core.caller import Identity
+from frontdesk.core.caller import ANONYMOUS, Identity
 from frontdesk.core.issuer import Issuers
 from frontdesk.core.token import Tokens
 from frontdesk.db.database import Database, Transaction
@@ -70,6 +70,9 @@ class _Judged:
     """Whose changes end this judgement."""
 
 
+_EXPIRED = _Judged(ANONYMOUS, float("-inf"), ())
+
+
 class Credentials:
     """The identities of one worker's callers, by their credentials."""
 
@@ -114,13 +117,16 @@ class Credentials:
         if known is None:
             unknown()
             looks = self._looks
-            known = await self._judge(given)
+            try:
+                known = await self._judge(given)
+            except CredentialsExpired:
+                # Remembered too, or one that is good but for its time would be judged again without end.
+                known = _EXPIRED
             known = replace(known, identity=replace(known.identity, digest=digest, until=known.until))
             # If there was a look meanwhile, it may have told of a change that this judgement has not seen.
             if looks == self._looks:
                 self._keep(digest, known)
-        if known.until is not None and known.until <= now:
-            self._forget(digest)
+        if known.until is not None and known.until <= self._clock():
             raise CredentialsExpired
         return known.identity
 
@@ -156,8 +162,6 @@ class Credentials:
         stored, roles, clinic_ids, requests_per_minute, revoked, seconds = row
         if not hmac.compare_digest(bytes(stored), hash_of(secret)) or revoked:
             raise CredentialsInvalid
-        if seconds is not None and seconds <= 0:
-            raise CredentialsExpired
         name = f"keys/{key_id}"
         identity = Identity(name, frozenset(roles), tuple(clinic_ids), requests_per_minute=requests_per_minute)
         return _Judged(identity, None if seconds is None else self._clock() + seconds, (name,))
@@ -172,8 +176,9 @@ class Credentials:
             raise CredentialsInvalid
         roles, patient_id, doctor_id, clinic_ids, one_time_password, email_verified = row
         said = [claims.get(name) for name in ("roles", "patient_id", "doctor_id", "clinic_ids")]
+        subjects = (f"users/{user_id}", f"sessions/{session_id}")
         if said != [roles, patient_id, doctor_id, clinic_ids]:
-            raise CredentialsExpired
+            return replace(_EXPIRED, subjects=subjects)
         identity = Identity(
             f"users/{user_id}",
             frozenset(roles),
@@ -185,7 +190,7 @@ class Credentials:
             unverified_email="PATIENT" in roles and not email_verified,
         )
         until = self._clock() + claims["exp"] - time.time()
-        return _Judged(identity, until, (identity.name, f"sessions/{session_id}"))
+        return _Judged(identity, until, subjects)
 
     async def _look(self) -> None:
         asked = self._clock()

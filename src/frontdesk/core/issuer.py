@@ -27,6 +27,8 @@ _OLD_SECONDS = 600.0
 """When keys are fetched again, so that one that the provider has withdrawn is forgotten."""
 _PAUSE_SECONDS = 30.0
 """The shortest time between two fetches."""
+_FIRST_PAUSE_SECONDS = 2.0
+"""The same until the first has succeeded."""
 _FETCH_SECONDS = 5.0
 _SUBJECT = re.compile("[-_.:|0-9A-Za-z]{1,200}")
 """An id. An e-mail is refused, because the subject is in the log."""
@@ -96,11 +98,11 @@ class Issuers:
             subject = claims["sub"]
             if not _SUBJECT.fullmatch(subject):
                 raise CredentialsInvalid
-            check_times(claims, MOST_SECONDS, time.time())
-        except (jwt.PyJWTError, ValueError, TypeError, AttributeError):
+            exp = check_times(claims, MOST_SECONDS, time.time())
+        except (jwt.PyJWTError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise CredentialsInvalid from None
         roles = frozenset(issuer.roles[given] for given in _roles(claims, issuer.roles_claim) if given in issuer.roles)
-        return Proved(f"issuers/{issuer.name}/{subject}", roles, tuple(issuer.clinic_ids), claims["exp"])
+        return Proved(f"issuers/{issuer.name}/{subject}", roles, tuple(issuer.clinic_ids), exp)
 
 
 class _Keys:
@@ -113,19 +115,23 @@ class _Keys:
         self._fetching: asyncio.Task[None] | None = None
 
     async def key(self, kid: object) -> "PyJWK":
-        """The key of this name. Raises CredentialsInvalid."""
+        """The key of this name. Raises CredentialsInvalid, which counts only if any keys are known."""
         if not isinstance(kid, str):
             raise CredentialsInvalid
         if kid not in self._keys or time.monotonic() - self._fetched > _OLD_SECONDS:
             await self._fetch()
         if kid not in self._keys:
-            raise CredentialsInvalid
+            refused = CredentialsInvalid()
+            # Until the first keys are there, good tokens are refused too.
+            refused.counts = self._fetched > float("-inf")
+            raise refused
         return self._keys[kid]
 
     async def _fetch(self) -> None:
         """Fetch the keys unless that was just tried; all who need them meanwhile wait for the same fetch."""
         if self._fetching is None or self._fetching.done():
-            if time.monotonic() - self._asked < _PAUSE_SECONDS:
+            known = self._fetched > float("-inf")
+            if time.monotonic() - self._asked < (_PAUSE_SECONDS if known else _FIRST_PAUSE_SECONDS):
                 return
             self._asked = time.monotonic()
             self._fetching = asyncio.create_task(self._take())
@@ -166,7 +172,7 @@ def _said(token: str) -> str:
         return ""
     try:
         said = jwt.decode(token, options={"verify_signature": False}).get("iss")
-    except (jwt.PyJWTError, ValueError):
+    except (jwt.PyJWTError, ValueError, ArithmeticError, RecursionError):
         return ""
     return said if isinstance(said, str) else ""
 

@@ -8,8 +8,9 @@ notes of its last second, and refusals that it still sums.
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from frontdesk.db.change import actor_of
 from frontdesk.db.database import Database
@@ -20,6 +21,8 @@ SUM_SECONDS = 60.0
 """Seconds for which equal refusals of a caller are summed, from the first one on."""
 _MOST_KEPT = 20_000
 _AT_ONCE = 1_000
+_MOST_DIFFERENT = 100
+"""Different things that a caller's refusals name; those of others are summed without it."""
 
 _write = """
 insert into log (id, time, actor, method, outcome, count, resource, clinic_id, doctor_id, patient_id, patient_ids,
@@ -35,6 +38,16 @@ cross join lateral (select moment() - make_interval(secs => n.age) as t offset 0
 """
 
 
+class _Refusal(NamedTuple):
+    """What refusals have in common that are summed."""
+
+    actor: str
+    method: str
+    reason: str
+    address: str
+    about: tuple[tuple[str, str], ...]
+
+
 class Notes:
     """The notes of one worker."""
 
@@ -44,8 +57,10 @@ class Notes:
         self._grown = grown
         self._clock = clock
         self._reads: list[tuple[float, str, str, Sequence[str], Mapping[str, Any], str, str]] = []
-        self._refusals: dict[tuple[str, str, str, str], tuple[float, int]] = {}
+        self._refusals: dict[_Refusal, tuple[float, int]] = {}
         """When the first of equal refusals came, and how many came."""
+        self._different: Counter[tuple[str, str]] = Counter()
+        """How many of them name a thing, of each actor at an address."""
         self.dropped = 0
         """How many notes were not written because the database was away for too long."""
 
@@ -64,14 +79,30 @@ class Notes:
         else:
             self.dropped += 1
 
-    def refused(self, identity: str, method: str, reason: str, address: str) -> None:
-        """A call was refused access."""
-        what = (actor_of(identity), method, reason, address)
+    def refused(self, identity: str, method: str, reason: str, address: str, about: Mapping[str, str]) -> None:
+        """A call was refused access; `about` are columns of the log: what the request named."""
+        actor = actor_of(identity)
+        what = _Refusal(actor, method, reason, address, tuple(sorted(about.items())))
+        if what not in self._refusals and self._different[actor, address] >= _MOST_DIFFERENT:
+            what = what._replace(about=())
         since, count = self._refusals.get(what, (self._clock(), 0))
         if count or len(self._refusals) < _MOST_KEPT:
-            self._refusals[what] = since, count + 1
+            self._sum(what, since, count + 1)
         else:
             self.dropped += 1
+
+    def _sum(self, what: "_Refusal", since: float, count: int) -> None:
+        if what.about and what not in self._refusals:
+            self._different[what.actor, what.address] += 1
+        self._refusals[what] = since, count
+
+    def _take(self, what: "_Refusal") -> tuple[float, int]:
+        caller = (what.actor, what.address)
+        if what.about:
+            self._different[caller] -= 1
+        if not self._different[caller]:
+            del self._different[caller]
+        return self._refusals.pop(what)
 
     async def follow(self) -> None:
         """Write for ever. Raises DatabaseUnavailable."""
@@ -90,13 +121,13 @@ class Notes:
             # Others may have been appended meanwhile.
             del self._reads[: len(reads)]
         while due := [what for what, (since, _) in self._refusals.items() if since <= refused_before][:_AT_ONCE]:
-            rows = {what: self._row_of_refusal(*what, *self._refusals.pop(what)) for what in due}
+            rows = {what: self._row_of_refusal(what, *self._take(what)) for what in due}
             try:
                 await self._insert([*rows.values()])
             except BaseException:
                 for what, row in rows.items():
                     _, count = self._refusals.get(what, (0.0, 0))
-                    self._refusals[what] = self._clock() - row["age"], count + row["count"]
+                    self._sum(what, self._clock() - row["age"], count + row["count"])
                 raise
 
     async def _insert(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -126,15 +157,14 @@ class Notes:
             "trace_id": trace_id,
         }
 
-    def _row_of_refusal(
-        self, actor: str, method: str, reason: str, address: str, since: float, count: int
-    ) -> dict[str, Any]:
+    def _row_of_refusal(self, what: "_Refusal", since: float, count: int) -> dict[str, Any]:
         return {
             "age": self._clock() - since,
-            "actor": actor,
-            "method": method,
-            "outcome": reason,
+            "actor": what.actor,
+            "method": what.method,
+            "outcome": what.reason,
             "count": count,
-            "address": address,
+            **dict(what.about),
+            "address": what.address,
             "trace_id": "",
         }

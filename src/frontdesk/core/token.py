@@ -38,18 +38,29 @@ values (%s, %s, moment() + make_interval(secs => %s))
 _public_key = "select public_key from signing_key where id = %s and expire_time > moment()"
 
 
-def check_times(claims: Mapping[str, Any], most: float, now: float) -> None:
-    """Raise CredentialsInvalid for a token that is to be good later, or longer than `most` seconds; CredentialsExpired.
+def check_times(claims: Mapping[str, Any], most: float, now: float) -> float:
+    """When the token expires.
 
-    Raises TypeError or ValueError for times that are no numbers.
+    Raises CredentialsInvalid for one that is to be good later, or longer than `most` seconds, or has times that are no
+    numbers; CredentialsExpired.
     """
-    exp, iat = float(claims["exp"]), float(claims["iat"])
-    begins = max(iat, float(claims.get("nbf", iat)))
+    exp, iat = _number(claims["exp"]), _number(claims["iat"])
+    begins = max(iat, _number(claims.get("nbf", iat)))
     # In this form also for numbers that are none (NaN).
     if not (exp - iat <= most and begins <= now + _AHEAD_SECONDS):
         raise CredentialsInvalid
     if exp <= now:
         raise CredentialsExpired
+    return exp
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CredentialsInvalid
+    try:
+        return float(value)
+    except OverflowError:
+        raise CredentialsInvalid from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +131,7 @@ class Tokens:
                 options={"require": list(_REQUIRED), "verify_iat": False, "verify_nbf": False, "verify_exp": False},
             )
             check_times(claims, MOST_SECONDS, self._clock())
-        except (jwt.PyJWTError, ValueError, TypeError, AttributeError):
+        except (jwt.PyJWTError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise CredentialsInvalid from None
         return claims
 

@@ -12,13 +12,14 @@ from google.protobuf.descriptor import MethodDescriptor
 from clinic.frontdesk.v1 import policy_pb2
 from clinic.frontdesk.v1.queue_pb2 import QueueView
 from frontdesk.core.caller import ANONYMOUS, Caller, Identity
-from frontdesk.core.credential import Credentials
+from frontdesk.core.credential import KEY_PREFIX, Credentials
 from frontdesk.core.limit import Limits, holder_of
 from frontdesk.errors import (
     CredentialsInvalid,
     CredentialsRequired,
     EmailNotVerified,
     PasswordChangeRequired,
+    RateLimited,
     RoleRequired,
 )
 from frontdesk.rpc.origin import Origins
@@ -94,7 +95,7 @@ class Access:
         for key, value in metadata:
             if key in _CREDENTIALS:
                 # Two are as good as wrong ones, because proxies and we might choose differently.
-                given = _WRONG if given is not None else value if key == "x-api-key" else _bearer(value)
+                given = _WRONG if given is not None else _given(key, value)
             elif key == "frontdesk-caller" and not label:
                 label = value[:_MOST_LABEL]
         if policy.without_credentials:
@@ -119,9 +120,20 @@ class Access:
 
         try:
             return await self._credentials.identity(given, lambda: self._limits.require_left(refusals()))
-        except CredentialsInvalid:
+        except CredentialsInvalid as refused:
             # Expired ones do not count: a client that notices it late has several calls under way.
-            await self._limits.admit(refusals(), self._address_requests_per_minute)
+            if refused.counts:
+                await self._count_refusal(refusals())
+            raise
+        except RateLimited as limited:
+            limited.of_refusals = True
+            raise
+
+    async def _count_refusal(self, subject: str) -> None:
+        try:
+            await self._limits.admit(subject, self._address_requests_per_minute)
+        except RateLimited as limited:
+            limited.of_refusals = True
             raise
 
     def _holder(self, context: grpc.aio.ServicerContext[Any, Any]) -> str:
@@ -138,7 +150,7 @@ class Access:
             return None
         metadata: Any = context.invocation_metadata()
         # It was found to be the only one.
-        given = next(value if key == "x-api-key" else _bearer(value) for key, value in metadata if key in _CREDENTIALS)
+        given = next(_given(key, value) for key, value in metadata if key in _CREDENTIALS)
         identity = await self._credentials.identity(given, lambda: None)
         self.admit(identity, policy)
         return identity, self.caller(identity, policy, request)
@@ -175,6 +187,12 @@ def _caller(identity: Identity, policy: Policy) -> Caller | None:
     if not (policy.scopes or policy.without_credentials):
         return None
     return identity.calling(policy.name, policy.scopes)
+
+
+def _given(key: str, value: str) -> str:
+    if key == "x-api-key":
+        return value if value.startswith(KEY_PREFIX) else _WRONG
+    return _bearer(value)
 
 
 def _bearer(value: str) -> str:

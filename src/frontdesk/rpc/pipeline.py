@@ -22,7 +22,16 @@ from google.protobuf.message_factory import GetMessageClass
 from frontdesk.core.caller import ANONYMOUS, Caller, Identity
 from frontdesk.core.notes import Notes
 from frontdesk.db.paging import SharedPageTokens
-from frontdesk.errors import DatabaseUnavailable, DeadlineExceeded, Draining, Overloaded, Refused
+from frontdesk.errors import (
+    DatabaseUnavailable,
+    DeadlineExceeded,
+    Draining,
+    LoginThrottled,
+    Overloaded,
+    RateLimited,
+    Refused,
+)
+from frontdesk.rpc.about import about
 from frontdesk.rpc.access import Access, Policy
 from frontdesk.rpc.origin import Origins
 from frontdesk.rpc.requests import request_from
@@ -219,7 +228,7 @@ class Pipeline:
                 raise
             except BaseException as error:
                 await context.abort(
-                    *self._refusal(error, account, started, identity, caller, self._origins.of(context))
+                    *self._refusal(error, account, started, identity, caller, self._origins.of(context), raw, kind)
                 )
                 raise
             finally:
@@ -256,7 +265,7 @@ class Pipeline:
                 raise
             except BaseException as error:
                 await context.abort(
-                    *self._refusal(error, account, started, identity, caller, self._origins.of(context))
+                    *self._refusal(error, account, started, identity, caller, self._origins.of(context), raw, kind)
                 )
                 raise
             finally:
@@ -273,8 +282,10 @@ class Pipeline:
         identity: Identity,
         caller: Caller | None,
         address: str,
+        raw: bytes,
+        kind: type[Message],
     ) -> tuple[grpc.StatusCode, str, Trailers]:
-        """Record that a call failed; its status, text and trailers."""
+        """Record that a call failed; its status, text and trailers. `raw` is the request, a message of `kind`."""
         # The traceback refers to the call's context, which will refer to the error: a circle, as above.
         trace, error.__traceback__ = error.__traceback__, None
         if isinstance(error, TimeoutError):
@@ -282,8 +293,8 @@ class Pipeline:
         if isinstance(error, Refused):
             answer = status_of(error)
             account.close(answer[0].name, started, identity, reason=error.reason)
-            if answer[0] in _NO_ACCESS or (answer[0] is grpc.StatusCode.NOT_FOUND and _sees_own_only(caller)):
-                self._notes.refused(identity.name, account.name, error.reason, address)
+            if _is_no_access(error, answer[0], caller):
+                self._notes.refused(identity.name, account.name, error.reason, address, about(raw, kind, error))
             return answer
         error_id = uuid.uuid4().hex[:16]
         account.close("INTERNAL", started, identity, error_id=error_id)
@@ -311,6 +322,17 @@ class Pipeline:
         return Call(
             context, identity, caller, account.name, self._notes, self._page_tokens, self._origins, trace_id, again
         )
+
+
+def _is_no_access(error: Refused, code: grpc.StatusCode, caller: Caller | None) -> bool:
+    """Whether it refuses access, and not what is asked for."""
+    if isinstance(error, RateLimited):
+        return error.of_refusals
+    return (
+        code in _NO_ACCESS
+        or isinstance(error, LoginThrottled)
+        or (code is grpc.StatusCode.NOT_FOUND and _sees_own_only(caller))
+    )
 
 
 def _sees_own_only(caller: Caller | None) -> bool:

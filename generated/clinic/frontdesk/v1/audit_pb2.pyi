@@ -47,7 +47,8 @@ class AuditEvent(_message.Message):
     """The RPC, without its service."""
     resource: _builtins.str
     """What it was about: `appointments/ID`, `doctorDays/DOCTOR/DATE`, `patients/ID`, `slots/ID`, `clinics/ID`, `doctors/ID`,
-    `users/ID` or `apiKeys/ID`. Empty for lists and refusals.
+    `users/ID` or `apiKeys/ID`. Empty for lists. Of a refused access: what the request named, if anything, unless the
+    same caller has just named many others.
     """
     clinic_id: _builtins.str
     """The clinic that it concerns, if it is one."""
@@ -56,8 +57,8 @@ class AuditEvent(_message.Message):
     outcome: _builtins.str
     """OK, or the reason of the refusal: a name of ErrorReason without the prefix."""
     count: _builtins.int
-    """How many records were read, or how often the same caller was refused the same from the same address within a minute.
-    Else 1.
+    """How many records were read, or how often the same caller was refused the same, about the same, from the same address
+    within a minute. Else 1.
     """
     address: _builtins.str
     """Where the call came from: `192.0.2.1`, `2001:db8::1`, or `unix` for a Unix socket."""
