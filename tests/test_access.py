@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psycopg
@@ -16,11 +17,11 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from clinic.frontdesk.v1 import access_pb2, appointment_pb2, clinic_pb2, patient_pb2, policy_pb2
+from clinic.frontdesk.v1 import access_pb2, appointment_pb2, auth_pb2, clinic_pb2, doctor_pb2, patient_pb2, policy_pb2
 from frontdesk.settings import Settings
 from tests.clinic import Front, details, outcome, reason_of, refusal, tomorrow
 from tests.hostile.wire import serving
-from tests.identities import ADMIN, ADMIN_KEY, Metadata, access, bearing, create_key
+from tests.identities import ADMIN, ADMIN_KEY, Metadata, access, bearing, create_key, user, user_of
 from tests.waiting import SOON, early_in_a_minute, until
 
 UNKNOWN = "01900000-0000-7000-8000-00000000ffff"
@@ -249,6 +250,61 @@ async def test_an_administrator_of_some_clinics(front: Front) -> None:
         request = access_pb2.RevokeApiKeyRequest(api_key_id=other)
         assert await outcome(access(front).RevokeApiKey(request, metadata=here)) == "CLINIC_NOT_YOURS"
     assert (await revoke(front, own, by=here)).id == own
+
+
+async def test_another_clinic_is_refused_before_what_is_taken(front: Front) -> None:
+    """Whoever writes for another clinic is told so, and not that a code, a licence or an e-mail there is taken."""
+    here, there = await front.doctor(license_number="CRM 1"), await front.doctor(license_number="CRM 2")
+    by = bearing((await create_key(front, "ADMIN", clinic_ids=[here.clinic_id])).key)
+    wanted = [
+        doctor_pb2.Doctor(code=there.code, display_name="Dr X", clinic_id=there.clinic_id),
+        doctor_pb2.Doctor(code="D-X", license_number="CRM 2", display_name="Dr X", clinic_id=there.clinic_id),
+    ]
+    for doctor in wanted:
+        create = doctor_pb2.CreateDoctorRequest(doctor=doctor)
+        error = await refusal(front.doctors.CreateDoctor(create, metadata=by))
+        assert reason_of(error) == "CLINIC_NOT_YOURS"
+        assert dict(details(error)["ErrorInfo"].metadata) == {"clinic_id": there.clinic_id}
+        moved = doctor_pb2.UpdateDoctorRequest(
+            doctor=doctor_pb2.Doctor(id=here.id, code=there.code, clinic_id=there.clinic_id)
+        )
+        assert await outcome(front.doctors.UpdateDoctor(moved, metadata=by)) == "CLINIC_NOT_YOURS"
+    made = auth_pb2.User(email="tests@example.com", roles=[policy_pb2.ROLE_STAFF], clinic_ids=[there.clinic_id])
+    for metadata, told in ((by, "CLINIC_NOT_YOURS"), (ADMIN, "EMAIL_TAKEN")):
+        request = access_pb2.CreateUserRequest(user=made)
+        assert await outcome(access(front).CreateUser(request, metadata=metadata)) == told
+
+
+async def test_what_is_of_every_clinic_is_refused_before_the_message_is_read(front: Front) -> None:
+    """An administrator of some clinics is told that it takes another one, whatever the message is."""
+    by = bearing((await create_key(front, "ADMIN", clinic_ids=[(await front.clinic()).id])).key)
+    for method in ("ClinicService/CreateClinic", "AuditService/ListAuditEvents"):
+        for metadata, told in ((by, "ROLE_REQUIRED"), (ADMIN, "INVALID_FIELD")):
+            call: Any = front.channel.unary_unary(f"/clinic.frontdesk.v1.{method}")
+            error = await refusal(call(b"\xff", metadata=metadata))
+            assert reason_of(error) == told
+            if told == "ROLE_REQUIRED":
+                assert dict(details(error)["ErrorInfo"].metadata) == {"method": method.partition("/")[2]}
+
+
+async def test_users_of_another_clinic(front: Front) -> None:
+    """An administrator of some clinics reads their users and patients; others' are refused, unknown ones not found."""
+    mine, yours = [(await front.clinic()).id for _ in range(2)]
+    by = bearing((await create_key(front, "ADMIN", clinic_ids=[mine])).key)
+    for roles, clinic_ids, told in (
+        (["STAFF"], [mine], "OK"),
+        (["PATIENT"], [], "OK"),
+        (["STAFF"], [yours], "CLINIC_NOT_YOURS"),
+        (["STAFF"], [mine, yours], "CLINIC_NOT_YOURS"),
+        (["STAFF"], [], "CLINIC_NOT_YOURS"),
+        (["PATIENT", "STAFF"], [yours], "CLINIC_NOT_YOURS"),
+    ):
+        user_id, _ = user_of(user(front, *roles, clinic_ids=clinic_ids))
+        request = access_pb2.GetUserRequest(user_id=user_id)
+        assert await outcome(access(front).GetUser(request, metadata=by)) == told
+        assert await outcome(access(front).GetUser(request, metadata=ADMIN)) == "OK"
+    unknown = access_pb2.GetUserRequest(user_id=UNKNOWN)
+    assert await outcome(access(front).GetUser(unknown, metadata=by)) == "USER_NOT_FOUND"
 
 
 async def test_clinics_of_a_key_exist(front: Front) -> None:

@@ -2,7 +2,7 @@
 
 import secrets
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -19,7 +19,7 @@ from frontdesk.db import schema
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, Transaction
 from frontdesk.db.paging import Listing, Page
-from frontdesk.db.records import Records
+from frontdesk.db.records import Permit, Records
 from frontdesk.errors import (
     ApiKeyNotFound,
     ClinicNotFound,
@@ -126,6 +126,18 @@ class CreatedUser:
     one_time_password: str
 
 
+_u = schema.user_account.c
+_REACHED = sa.or_(
+    # Patients belong to all clinics.
+    _u.roles == sa.literal_column("'{PATIENT}'"),
+    sa.and_(
+        _u.clinic_ids.op("<@")(sa.cast(sa.bindparam("clinics"), sa.ARRAY(sa.Uuid))),
+        _u.clinic_ids != sa.literal_column("'{}'"),
+    ),
+)
+"""The users whom an administrator of these clinics reaches; `_permit_user` says it of one."""
+
+
 class Users:
     """Create, find and change users."""
 
@@ -151,9 +163,14 @@ class Users:
 
     async def get(self, caller: Caller, user_id: str) -> User:
         """Raises UserNotFound, ClinicNotYours."""
-        user = await users.get(self._db, user_id)
-        _permit_user(caller)(user)
-        return user
+        if caller.sight is None:
+            return await users.get(self._db, user_id)
+        found = await users.find(self._db, user_id, _REACHED, {"clinics": list(_clinics_of(caller))})
+        if found is None:
+            # Only a refusal needs the question why.
+            found = await users.get(self._db, user_id)
+            require_clinics(caller, found.clinic_ids)
+        return found
 
     async def list(self, caller: Caller, page: Page, *, email: str, role: str | None) -> Listing[User]:
         """Those that the caller reaches and for whom every given filter holds, the oldest first."""
@@ -164,10 +181,7 @@ class Users:
         if role is not None:
             filters["role"] = (sa.bindparam("role", type_=sa.Text) == sa.any_(columns.roles), role)
         if caller.sight is not None:
-            own = columns.clinic_ids.op("<@")(sa.cast(sa.bindparam("clinics"), sa.ARRAY(sa.Uuid)))
-            patients_only = columns.roles == sa.literal_column("'{PATIENT}'")
-            within = sa.or_(patients_only, sa.and_(own, columns.clinic_ids != sa.literal_column("'{}'")))
-            filters["clinics"] = (within, list(_clinics_of(caller)))
+            filters["clinics"] = (_REACHED, list(_clinics_of(caller)))
         return await users.page(self._db, page, filters)
 
     async def update(
@@ -277,26 +291,26 @@ async def _keep_an_administrator(tx: Transaction, user: User) -> None:
         raise LastAdmin(user.id)
 
 
-def _permit_user(caller: Caller) -> Callable[[User], None]:
-    def permit(user: User) -> None:
+def _permit_user(caller: Caller) -> Permit:
+    def permit(user: Mapping[str, Any]) -> None:
         # Patients belong to all clinics.
-        if set(user.roles) != {"PATIENT"}:
-            require_clinics(caller, user.clinic_ids)
+        if set(user["roles"]) != {"PATIENT"}:
+            require_clinics(caller, user["clinic_ids"])
 
     return permit
 
 
-def require_clinics(caller: Caller, clinic_ids: Sequence[str]) -> None:
+def require_clinics(caller: Caller, clinic_ids: Sequence[str | uuid.UUID]) -> None:
     """Raise ClinicNotYours unless these, where none means all, are all the caller's."""
     if caller.sight is None:
         return
-    others = set(clinic_ids) - set(_clinics_of(caller))
+    others = set(map(str, clinic_ids)) - set(_clinics_of(caller))
     if others or not clinic_ids:
         raise ClinicNotYours(min(others, default=None))
 
 
-def _permit(caller: Caller) -> Callable[[ApiKey], None]:
-    return lambda api_key: require_clinics(caller, api_key.clinic_ids)
+def _permit(caller: Caller) -> Permit:
+    return lambda api_key: require_clinics(caller, api_key["clinic_ids"])
 
 
 def _clinics_of(caller: Caller) -> Sequence[str]:

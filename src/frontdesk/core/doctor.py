@@ -1,7 +1,7 @@
 """The doctors, and whether they are there on a date."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any
@@ -17,7 +17,7 @@ from frontdesk.db import schema
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, Transaction, compiled
 from frontdesk.db.paging import Listing, Page, cut
-from frontdesk.db.records import Records
+from frontdesk.db.records import Permit, Records
 from frontdesk.errors import CodeTaken, DoctorNotFound, LicenseTaken, Refused
 
 
@@ -168,8 +168,8 @@ def _change(
     return Change(Availability(*day), replayed, revision, affected=affected)
 
 
-def _permit(caller: Caller) -> Callable[[Doctor], None]:
-    return lambda doctor: caller.require_clinic(doctor.clinic_id)
+def _permit(caller: Caller) -> Permit:
+    return lambda doctor: caller.require_clinic(doctor["clinic_id"])
 
 
 async def _completed(tx: Transaction, current: Doctor | None, values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -26,8 +26,8 @@ class Record(Protocol):
 
 R = TypeVar("R", bound=Record)
 
-Permit = Callable[[R], None]
-"""Raises the refusal if the caller may not reach the record; whatever was written is undone."""
+Permit = Callable[[Mapping[str, Any]], None]
+"""Raises the refusal if the caller may not reach the record with these columns."""
 
 Prepare = Callable[[Transaction, R | None, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 """Completes what is to be written: from the transaction, the record as it is (None if it is new) and what was given."""
@@ -67,6 +67,17 @@ class Records(Generic[R]):
             raise self._missing(record_id)
         return found
 
+    async def find(
+        self,
+        via: Database | Transaction,
+        record_id: str,
+        condition: "sa.ColumnElement[bool]",
+        values: Mapping[str, Any],
+    ) -> R | None:
+        """The record, if the condition holds for it; `values` are of the condition's bind parameters."""
+        statement = sa.select(*self._columns).where(self._table.c.id == sa.bindparam("id"), condition)
+        return await via.row(compiled(statement), {"id": record_id, **values}, self._shape)
+
     async def insert(self, tx: Transaction, record_id: str, values: Mapping[str, Any]) -> R:
         """A new record with these columns; the others take their defaults."""
         values = {"id": record_id, **values}
@@ -82,24 +93,26 @@ class Records(Generic[R]):
         values: Mapping[str, Any],
         prepare: Prepare[R] | None = None,
         *,
-        permit: Permit[R] | None = None,
+        permit: Permit | None = None,
     ) -> Change[R]:
         """Create the record once, however often the key comes.
 
-        `prepare` completes the values in the transaction; `permit` is asked about the record, of a replay too. Raises
-        what they raise, IdempotencyKeyReused and the refusals of `taken`.
+        `prepare` completes the values in the transaction; `permit` is asked about them before they are written, and
+        about the record of a replay. Raises what they raise, IdempotencyKeyReused and the refusals of `taken`.
         """
 
         async def work(tx: Transaction) -> Change[R]:
             claimed = await claim(tx, key)
             if claimed.replayed:
                 record = await self.get(tx, claimed.result_id)
+                if permit is not None:
+                    permit(self._values_of(record))
             else:
                 complete = values if prepare is None else await prepare(tx, None, values)
+                if permit is not None:
+                    permit(complete)
                 record = await self.insert(tx, claimed.result_id, complete)
                 await self.log(tx, key, record, "created")
-            if permit is not None:
-                permit(record)
             return Change(record, claimed.replayed)
 
         return await self._unless_taken(db, values, work)
@@ -113,31 +126,31 @@ class Records(Generic[R]):
         version: int | None,
         prepare: Prepare[R] | None = None,
         *,
-        permit: Permit[R] | None = None,
+        permit: Permit | None = None,
         event: str = "updated",
     ) -> Change[R]:
         """Change these columns once, however often the key comes; `version` is the one that the record must have.
 
         `event` is what the log calls the change. `prepare` completes the changes in the transaction, under the record's
-        lock; `permit` is asked about the record before and after. Raises what they raise, IdempotencyKeyReused, the
-        table's NotFound, EtagMismatch and the refusals of `taken`.
+        lock; `permit` is asked about the record as it is, and before the write as it is to be. Raises what they raise,
+        IdempotencyKeyReused, the table's NotFound, EtagMismatch and the refusals of `taken`.
         """
 
         async def work(tx: Transaction) -> Change[R]:
             claimed = await claim(tx, key)
             current = await self.get(tx, record_id, lock=True)
             if permit is not None:
-                permit(current)
+                permit(self._values_of(current))
             if claimed.replayed:
                 return Change(current, True)
             if version is not None and version != current.version:
                 raise EtagMismatch(record_id)
             complete = changes if prepare is None else await prepare(tx, current, changes)
+            if permit is not None:
+                permit({**self._values_of(current), **complete})
             changed = await self._changed(tx, current, complete)
             if complete:
                 await self.log(tx, key, changed, event, complete)
-            if permit is not None:
-                permit(changed)
             return Change(changed, False)
 
         return await self._unless_taken(db, changes, work)
@@ -154,6 +167,9 @@ class Records(Generic[R]):
         if f"{self._noun}_id" in ids:
             ids[f"{self._noun}_id"] = record.id
         await append(tx, key, f"{self._noun}.{event}", f"{self._collection}/{record.id}", ids, data)
+
+    def _values_of(self, record: R) -> Mapping[str, Any]:
+        return {column.name: getattr(record, column.name) for column in self._columns}
 
     async def _changed(self, tx: Transaction, current: R, changes: Mapping[str, Any]) -> R:
         if not changes:

@@ -51,6 +51,7 @@ class Policy:
         self.always: bool = said.always
         self.one_time_password: bool = said.one_time_password
         self.unverified_email: bool = said.unverified_email
+        self.every_clinic: bool = said.every_clinic
         self.views: Mapping[int, Policy] = {}
         """Of a method that has them: the policies of the views that are not the default one, by number."""
         if not view:
@@ -186,7 +187,8 @@ def _caller(identity: Identity, policy: Policy) -> Caller | None:
     # A method that says nothing is for nobody.
     if not (policy.scopes or policy.without_credentials):
         return None
-    return identity.calling(policy.name, policy.scopes)
+    caller = identity.calling(policy.name, policy.scopes)
+    return None if policy.every_clinic and caller is not None and caller.sight is not None else caller
 
 
 def _given(key: str, value: str) -> str:

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n clinic/frontdesk/v1/policy.proto\x12\x13\x63linic.frontdesk.v1\x1a google/protobuf/descriptor.proto\"\xb9\x04\n\x06Policy\x12\x32\n\x07patient\x18\x01 \x01(\x0e\x32!.clinic.frontdesk.v1.Policy.Scope\x12\x31\n\x06\x64octor\x18\x02 \x01(\x0e\x32!.clinic.frontdesk.v1.Policy.Scope\x12\x30\n\x05staff\x18\x03 \x01(\x0e\x32!.clinic.frontdesk.v1.Policy.Scope\x12\x30\n\x05\x61\x64min\x18\x04 \x01(\x0e\x32!.clinic.frontdesk.v1.Policy.Scope\x12\x32\n\x07service\x18\x05 \x01(\x0e\x32!.clinic.frontdesk.v1.Policy.Scope\x12\x30\n\x05\x62oard\x18\x06 \x01(\x0e\x32!.clinic.frontdesk.v1.Policy.Scope\x12\x1b\n\x13without_credentials\x18\x07 \x01(\x08\x12\x0e\n\x06\x61lways\x18\x08 \x01(\x08\x12\x19\n\x11one_time_password\x18\t \x01(\x08\x12\x18\n\x10unverified_email\x18\n \x01(\x08\x12/\n\nview_board\x18\x0b \x01(\x0b\x32\x1b.clinic.frontdesk.v1.Policy\x12-\n\x08view_own\x18\x0c \x01(\x0b\x32\x1b.clinic.frontdesk.v1.Policy\"<\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\r\n\tSCOPE_OWN\x10\x01\x12\r\n\tSCOPE_ALL\x10\x02*\x81\x01\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PATIENT\x10\x01\x12\x0f\n\x0bROLE_DOCTOR\x10\x02\x12\x0e\n\nROLE_STAFF\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x12\x10\n\x0cROLE_SERVICE\x10\x05\x12\x0e\n\nROLE_BOARD\x10\x06:M\n\x06policy\x12\x1e.google.protobuf.MethodOptions\x18\xda\x86\x03 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.Policyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n clinic/frontdesk/v1/policy.proto\x12\x13\x63linic.frontdesk.v1\x1a google/protobuf/descriptor.proto\"\xcf\x04\n\x06Policy\x12\x32\n\x07patient\x18\x01 \x01(\x0e\x32!.clinic.frontdesk.v1.Policy.Scope\x12\x31\n\x06\x64octor\x18\x02 \x01(\x0e\x32!.clinic.frontdesk.v1.Policy.Scope\x12\x30\n\x05staff\x18\x03 \x01(\x0e\x32!.clinic.frontdesk.v1.Policy.Scope\x12\x30\n\x05\x61\x64min\x18\x04 \x01(\x0e\x32!.clinic.frontdesk.v1.Policy.Scope\x12\x32\n\x07service\x18\x05 \x01(\x0e\x32!.clinic.frontdesk.v1.Policy.Scope\x12\x30\n\x05\x62oard\x18\x06 \x01(\x0e\x32!.clinic.frontdesk.v1.Policy.Scope\x12\x1b\n\x13without_credentials\x18\x07 \x01(\x08\x12\x0e\n\x06\x61lways\x18\x08 \x01(\x08\x12\x19\n\x11one_time_password\x18\t \x01(\x08\x12\x18\n\x10unverified_email\x18\n \x01(\x08\x12/\n\nview_board\x18\x0b \x01(\x0b\x32\x1b.clinic.frontdesk.v1.Policy\x12-\n\x08view_own\x18\x0c \x01(\x0b\x32\x1b.clinic.frontdesk.v1.Policy\x12\x14\n\x0c\x65very_clinic\x18\r \x01(\x08\"<\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\r\n\tSCOPE_OWN\x10\x01\x12\r\n\tSCOPE_ALL\x10\x02*\x81\x01\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PATIENT\x10\x01\x12\x0f\n\x0bROLE_DOCTOR\x10\x02\x12\x0e\n\nROLE_STAFF\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x12\x10\n\x0cROLE_SERVICE\x10\x05\x12\x0e\n\nROLE_BOARD\x10\x06:M\n\x06policy\x12\x1e.google.protobuf.MethodOptions\x18\xda\x86\x03 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.Policyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'clinic.frontdesk.v1.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=664
-  _globals['_ROLE']._serialized_end=793
+  _globals['_ROLE']._serialized_start=686
+  _globals['_ROLE']._serialized_end=815
   _globals['_POLICY']._serialized_start=92
-  _globals['_POLICY']._serialized_end=661
-  _globals['_POLICY_SCOPE']._serialized_start=601
-  _globals['_POLICY_SCOPE']._serialized_end=661
+  _globals['_POLICY']._serialized_end=683
+  _globals['_POLICY_SCOPE']._serialized_start=623
+  _globals['_POLICY_SCOPE']._serialized_end=683
 # @@protoc_insertion_point(module_scope)

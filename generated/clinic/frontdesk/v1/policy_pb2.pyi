@@ -100,6 +100,7 @@ class Policy(_message.Message):
     UNVERIFIED_EMAIL_FIELD_NUMBER: _builtins.int
     VIEW_BOARD_FIELD_NUMBER: _builtins.int
     VIEW_OWN_FIELD_NUMBER: _builtins.int
+    EVERY_CLINIC_FIELD_NUMBER: _builtins.int
     patient: Global___Policy.Scope.ValueType
     """For callers with ROLE_PATIENT."""
     doctor: Global___Policy.Scope.ValueType
@@ -120,6 +121,8 @@ class Policy(_message.Message):
     """True if a user who must first change a one-time password may call it."""
     unverified_email: _builtins.bool
     """True if a patient who has not yet shown that the e-mail is his may call it."""
+    every_clinic: _builtins.bool
+    """True if the method is about more than one clinic's: a role that holds in some clinics only may not call it."""
     @_builtins.property
     def view_board(self) -> Global___Policy:
         """Who may call the method with QUEUE_VIEW_BOARD, in the same way. All of the above is then about QUEUE_VIEW_STAFF."""
@@ -143,10 +146,11 @@ class Policy(_message.Message):
         unverified_email: _builtins.bool = ...,
         view_board: Global___Policy | None = ...,
         view_own: Global___Policy | None = ...,
+        every_clinic: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["view_board", b"view_board", "view_own", b"view_own"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin", b"admin", "always", b"always", "board", b"board", "doctor", b"doctor", "one_time_password", b"one_time_password", "patient", b"patient", "service", b"service", "staff", b"staff", "unverified_email", b"unverified_email", "view_board", b"view_board", "view_own", b"view_own", "without_credentials", b"without_credentials"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin", b"admin", "always", b"always", "board", b"board", "doctor", b"doctor", "every_clinic", b"every_clinic", "one_time_password", b"one_time_password", "patient", b"patient", "service", b"service", "staff", b"staff", "unverified_email", b"unverified_email", "view_board", b"view_board", "view_own", b"view_own", "without_credentials", b"without_credentials"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
