@@ -1,6 +1,7 @@
 """The log: every change is in it once, with who made it, and nothing of a patient but ids."""
 
 import asyncio
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -190,6 +191,47 @@ async def test_reads_are_logged(front: Front) -> None:
     actors = [actor for (actor,) in notes(front, "actor")]
     assert actors[0].startswith("keys/")
     assert set(actors[1:]) == {"anonymous"}
+
+
+async def test_answers_with_a_record_are_logged(front: Front) -> None:
+    """A replay, a person who is found again and an empty change are logged as reads: their answers have the record."""
+    doctor, person = await front.doctor(), await front.patient(given_name="Ana")
+    by = bearing((await create_key(front, "STAFF")).key)
+
+    async def reads(method: str, expected: str, call: Callable[[], Any], times: int) -> None:
+        seen = len(notes(front, "id"))
+        for _ in range(times):
+            await call()
+        await until(lambda: len(notes(front, "id")) > seen)
+        found = notes(front, "method", "patient_id::text", "resource", "outcome")[seen:]
+        assert found == [(method, person.id, expected, "OK")]
+
+    record = f"patients/{person.id}"
+    found = patient_pb2.Patient(given_name="Ana", phone=person.phone)
+    register = patient_pb2.RegisterPatientRequest(patient=found)
+    await reads("RegisterPatient", record, lambda: front.patients.RegisterPatient(register, metadata=by), 1)
+    nothing = patient_pb2.UpdatePatientRequest(patient=patient_pb2.Patient(id=person.id))
+    await reads("UpdatePatient", record, lambda: front.patients.UpdatePatient(nothing, metadata=by), 1)
+    changed = patient_pb2.Patient(id=person.id, email="ana@example.com")
+    update = patient_pb2.UpdatePatientRequest(patient=changed, idempotency_key="k")
+    await reads("UpdatePatient", record, lambda: front.patients.UpdatePatient(update, metadata=by), 2)
+    other = (await front.patient()).id
+    merge = patient_pb2.MergePatientsRequest(keep_patient_id=person.id, merge_patient_id=other, idempotency_key="k")
+    await reads("MergePatients", record, lambda: front.patients.MergePatients(merge, metadata=by), 2)
+
+    target = appointment_pb2.DoctorDay(doctor_id=doctor.id, date=day(today()))
+    book = appointment_pb2.BookAppointmentRequest(patient_id=person.id, doctor_day=target, idempotency_key="k")
+    booked = (await front.appointments.BookAppointment(book, metadata=by)).appointment
+    visit = f"appointments/{booked.id}"
+    await reads("BookAppointment", visit, lambda: front.appointments.BookAppointment(book, metadata=by), 1)
+    reason = appointment_pb2.UpdateAppointmentRequest(
+        appointment=appointment_pb2.Appointment(id=booked.id, reason="cough"), idempotency_key="k"
+    )
+    await reads("UpdateAppointment", visit, lambda: front.appointments.UpdateAppointment(reason, metadata=by), 2)
+    arrive = queue_pb2.CheckInRequest(appointment_id=booked.id, idempotency_key="k")
+    await reads("CheckIn", visit, lambda: front.queues.CheckIn(arrive, metadata=by), 2)
+    following = queue_pb2.CallNextRequest(doctor_id=doctor.id, idempotency_key="k")
+    await reads("CallNext", visit, lambda: front.queues.CallNext(following, metadata=by), 2)
 
 
 async def test_the_last_notes_are_written(conninfo: str, settings: Settings) -> None:

@@ -47,18 +47,11 @@ class AppointmentServicer:
             validate_only=request.validate_only,
             key=key_of(request, call),
         )
-        return _answer(change, pb.BookAppointmentResponse)
+        return _answer(change, call, pb.BookAppointmentResponse)
 
     async def GetAppointment(self, request: pb.GetAppointmentRequest, call: Call) -> pb.GetAppointmentResponse:
         found = await self._appointments.get(call.caller, request.appointment_id)
-        call.saw(
-            [found.patient_id],
-            resource=f"appointments/{found.id}",
-            clinic_id=found.clinic_id,
-            doctor_id=found.doctor_id,
-            appointment_id=found.id,
-            date=found.date,
-        )
+        saw(call, found)
         return pb.GetAppointmentResponse(appointment=to_appointment(found))
 
     async def ListAppointments(self, request: pb.ListAppointmentsRequest, call: Call) -> pb.ListAppointmentsResponse:
@@ -92,7 +85,7 @@ class AppointmentServicer:
             notes=changes.get("notes"),
             key=key_of(request, call),
         )
-        return _answer(change, pb.UpdateAppointmentResponse)
+        return _answer(change, call, pb.UpdateAppointmentResponse)
 
     async def RescheduleAppointment(
         self, request: pb.RescheduleAppointmentRequest, call: Call
@@ -104,7 +97,7 @@ class AppointmentServicer:
             version_from(request.etag),
             key=key_of(request, call),
         )
-        return _answer(change, pb.RescheduleAppointmentResponse, vacated_revision=change.vacated_revision)
+        return _answer(change, call, pb.RescheduleAppointmentResponse, vacated_revision=change.vacated_revision)
 
     async def CancelAppointment(self, request: pb.CancelAppointmentRequest, call: Call) -> pb.CancelAppointmentResponse:
         return await self._change(request, call, pb.CancelAppointmentResponse, reason=request.cancel_reason)
@@ -124,10 +117,25 @@ class AppointmentServicer:
         change = await self._appointments.change(
             call.caller, request.appointment_id, version_from(request.etag), reason=reason, key=key_of(request, call)
         )
-        return _answer(change, response)
+        return _answer(change, call, response)
 
 
-def _answer(change: Change[Appointment], response: Callable[..., R], **more: Any) -> R:
+def saw(call: Call, found: Appointment) -> None:
+    """Note that the call reads an appointment."""
+    call.saw(
+        [found.patient_id],
+        resource=f"appointments/{found.id}",
+        clinic_id=found.clinic_id,
+        doctor_id=found.doctor_id,
+        appointment_id=found.id,
+        date=found.date,
+    )
+
+
+def _answer(change: Change[Appointment], call: Call, response: Callable[..., R], **more: Any) -> R:
+    if change.replayed:
+        # A change is in the log; a replay shows it once more.
+        saw(call, change.result)
     return response(
         appointment=to_appointment(change.result), revision=change.revision, replayed=change.replayed, **more
     )

@@ -81,6 +81,11 @@ WRITABLE = writable(
 }
 
 
+def _saw(call: Call, patient: Patient) -> None:
+    """Note that the call reads the record. A change of it is in the log without that."""
+    call.saw([patient.id], resource=f"patients/{patient.id}")
+
+
 class PatientServicer:
     """Translates; `Patients` decides."""
 
@@ -92,6 +97,8 @@ class PatientServicer:
     async def RegisterPatient(self, request: pb.RegisterPatientRequest, call: Call) -> pb.RegisterPatientResponse:
         values = changes_from(request.patient, EVERY_FIELD, WRITABLE)
         change = await self._patients.register(call.caller, values, request.default_country, key=key_of(request, call))
+        if change.replayed or change.result.already_registered:
+            _saw(call, change.result.patient)
         return pb.RegisterPatientResponse(
             patient=to_patient(change.result.patient),
             already_registered=change.result.already_registered,
@@ -100,7 +107,7 @@ class PatientServicer:
 
     async def GetPatient(self, request: pb.GetPatientRequest, call: Call) -> pb.GetPatientResponse:
         found = await self._patients.get(call.caller, request.patient_id)
-        call.saw([found.id], resource=f"patients/{found.id}")
+        _saw(call, found)
         return pb.GetPatientResponse(patient=to_patient(found))
 
     async def UpdatePatient(self, request: pb.UpdatePatientRequest, call: Call) -> pb.UpdatePatientResponse:
@@ -113,12 +120,16 @@ class PatientServicer:
             request.default_country,
             key=key_of(request, call),
         )
+        if change.replayed or not changes:
+            _saw(call, change.result)
         return pb.UpdatePatientResponse(patient=to_patient(change.result), replayed=change.replayed)
 
     async def MergePatients(self, request: pb.MergePatientsRequest, call: Call) -> pb.MergePatientsResponse:
         change = await self._patients.merge(
             call.caller, request.keep_patient_id, request.merge_patient_id, key=key_of(request, call)
         )
+        if change.replayed:
+            _saw(call, change.result)
         return pb.MergePatientsResponse(patient=to_patient(change.result), replayed=change.replayed)
 
     async def ListPatients(self, request: pb.ListPatientsRequest, call: Call) -> pb.ListPatientsResponse:

@@ -15,7 +15,7 @@ from frontdesk.live.subscription import Subscription
 from frontdesk.live.tokens import ResumeToken
 from frontdesk.rpc.convert import converter, date_from, enum_numbers, key_of
 from frontdesk.rpc.pipeline import Call
-from frontdesk.rpc.services.appointment import to_appointment
+from frontdesk.rpc.services.appointment import saw, to_appointment
 from frontdesk.tasks import Timeout
 
 MAX_AGE_SECONDS = (20 * 60, 30 * 60)
@@ -111,6 +111,8 @@ class QueueServicer:
         change = await self._queues.call_next(
             call.caller, request.doctor_id, date_from(request, "date"), request.room, key=key_of(request, call)
         )
+        if change.replayed:
+            saw(call, change.result)
         return pb.CallNextResponse(
             entry=to_entry(entry_of(change.result)), revision=change.revision, replayed=change.replayed
         )
@@ -132,6 +134,8 @@ class QueueServicer:
 
     async def _change(self, request: Any, call: Call, response: Callable[..., R], **more: Any) -> R:
         change = await self._queues.change(call.caller, request.appointment_id, **more, key=key_of(request, call))
+        if change.replayed:
+            saw(call, change.result)
         return response(
             entry=to_entry(entry_of(change.result)),
             appointment=to_appointment(change.result),
