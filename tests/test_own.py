@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from clinic.frontdesk.v1 import appointment_pb2, patient_pb2
-from tests.clinic import Front, day, details, outcome, reason_of, refusal, today, tomorrow
+from tests.clinic import Front, day, details, outcome, reason_of, refusal, soon, today, tomorrow
 from tests.identities import Metadata, user
 
 UNKNOWN = "01900000-0000-7000-8000-00000000ffff"
@@ -210,3 +211,125 @@ async def test_another_doctors_day(front: Front, name: str) -> None:
     ):
         error = await refusal(method(request, metadata=by))
         assert (error.code(), reason_of(error)) == (grpc.StatusCode.PERMISSION_DENIED, "ROLE_REQUIRED")
+
+
+async def test_who_else_is_a_patient(front: Front) -> None:
+    """A patient who takes another one's name and phone is told that there is a record, but not which; the desk is."""
+    mine, yours = await front.people(2)
+    me = user(front, "PATIENT", patient_id=mine.id)
+    for by, told in ((me, ""), ((), yours.id)):
+        error = await refusal(update_patient(front, by, id=mine.id, given_name=yours.given_name, phone=yours.phone))
+        said = details(error)
+        assert reason_of(error) == "PATIENT_EXISTS"
+        assert said["ResourceInfo"].resource_name == told
+        assert dict(said["ErrorInfo"].metadata) == ({"patient_id": told} if told else {})
+
+
+async def test_notes_are_refused_before_rows(front: Front) -> None:
+    """A patient who writes notes is refused for that, whatever the request is about."""
+    mine, yours = await front.people(2)
+    doctor = await front.doctor()
+    booked = (await front.book(yours.id, doctor.id)).appointment
+    me = user(front, "PATIENT", patient_id=mine.id)
+    for patient_id in (yours.id, UNKNOWN):
+        for doctor_id in (doctor.id, UNKNOWN):
+            refused = book(front, me, patient_id, doctor_id, notes=NOTES)
+            assert await field_of(refused) == ("ROLE_REQUIRED", "notes")
+    for appointment_id in (booked.id, UNKNOWN):
+        refused = update_appointment(front, me, id=appointment_id, notes=NOTES)
+        assert await field_of(refused) == ("ROLE_REQUIRED", "notes")
+
+
+async def test_an_unknown_appointment_is_not_moved(front: Front) -> None:
+    """Whoever moves an unknown appointment is told that there is none, whosever the new day is."""
+    here, there = await front.doctor(), await front.doctor()
+    mine = await front.patient()
+    day_there = appointment_pb2.DoctorDay(doctor_id=there.id, date=day(tomorrow()))
+    move = appointment_pb2.RescheduleAppointmentRequest(appointment_id=UNKNOWN, doctor_day=day_there)
+    for by in (
+        user(front, "PATIENT", patient_id=mine.id),
+        user(front, "DOCTOR", doctor_id=here.id),
+        user(front, "STAFF", clinic_ids=[here.clinic_id]),
+    ):
+        call = front.appointments.RescheduleAppointment(move, metadata=by)
+        assert await outcome(call) == "APPOINTMENT_NOT_FOUND"
+
+
+async def test_a_held_lock_tells_nothing(front: Front) -> None:
+    """Another's appointment is refused while its doctor-day is locked, as an unknown one is."""
+    doctor = await front.doctor()
+    mine, yours = await front.people(2)
+    booked = (await front.book(yours.id, doctor.id)).appointment
+    me = user(front, "PATIENT", patient_id=mine.id)
+    staff = user(front, "STAFF", clinic_ids=[(await front.clinic()).id])
+    with psycopg.connect(front.conninfo) as holder:
+        holder.execute("select lock_all(array[doctor_day_name(%s, %s)])", (doctor.id, today()))
+        for by, told in ((me, "APPOINTMENT_NOT_FOUND"), (staff, "CLINIC_NOT_YOURS")):
+            cancel = appointment_pb2.CancelAppointmentRequest(appointment_id=booked.id)
+            assert await outcome(front.appointments.CancelAppointment(cancel, metadata=by, timeout=30)) == told
+        waits = update_patient(front, me, id=yours.id, given_name="R")
+        assert await outcome(waits) == "PATIENT_NOT_FOUND"
+
+
+async def test_lists_of_another_clinic(front: Front) -> None:
+    """Everybody with clinics is told of another one's clinic, doctor or slot, unless something of his own is there."""
+    here, there, mine = await front.doctor(), await front.doctor(), await front.doctor()
+    person = await front.patient()
+    slot = await front.slot(there.id, soon())
+    of_mine = await front.slot(mine.id, soon())
+    desk: dict[str, Any] = {"clinic_ids": [here.clinic_id]}
+    everybody = [
+        user(front, "STAFF", **desk),
+        user(front, "STAFF", "DOCTOR", doctor_id=mine.id, **desk),
+        user(front, "STAFF", "PATIENT", patient_id=person.id, **desk),
+    ]
+    for by in everybody:
+        for fields in ({"clinic_id": there.clinic_id}, {"doctor_id": there.id}, {"slot_id": slot.id}):
+            error = await refusal(listed(front, by, **fields))
+            assert reason_of(error) == "CLINIC_NOT_YOURS"
+            assert details(error)["ErrorInfo"].metadata["clinic_id"] == there.clinic_id
+        for fields in ({"clinic_id": UNKNOWN}, {"doctor_id": UNKNOWN}, {"slot_id": UNKNOWN}):
+            assert await listed(front, by, **fields) == await listed(front, (), **fields) == []
+        assert await listed(front, by, clinic_id=here.clinic_id) == []
+    own: list[dict[str, str]] = [{"clinic_id": mine.clinic_id}, {"doctor_id": mine.id}, {"slot_id": of_mine.id}]
+    for fields in own:
+        found = [await outcome(listed(front, by, **fields)) for by in everybody]
+        assert found == ["CLINIC_NOT_YOURS", "OK", "CLINIC_NOT_YOURS"]
+    await front.book(person.id, there.id)
+    for fields in ({"clinic_id": there.clinic_id}, {"doctor_id": there.id}):
+        later = {**fields, "from_date": day(tomorrow())}
+        assert len(await listed(front, everybody[2], **fields)) == 1
+        assert await listed(front, everybody[2], **later) == []
+    for by in (user(front, "PATIENT", patient_id=(await front.patient()).id), user(front, "DOCTOR", doctor_id=here.id)):
+        assert await listed(front, by, slot_id=slot.id) == []
+
+
+async def test_visits_elsewhere_are_not_named(front: Front) -> None:
+    """A desk or doctor whose booking meets a visit out of sight is told so without its id; who may see it is told."""
+    here, there = await front.doctor(), await front.doctor()
+    mine, again = await front.people(2)
+    slots = {doctor.id: await front.slot(doctor.id, soon()) for doctor in (here, there)}
+
+    def request(patient_id: str) -> appointment_pb2.BookAppointmentRequest:
+        return appointment_pb2.BookAppointmentRequest(patient_id=patient_id, slot_id=slots[here.id].id)
+
+    in_slot = appointment_pb2.BookAppointmentRequest(patient_id=mine.id, slot_id=slots[there.id].id)
+    away = (await front.appointments.BookAppointment(in_slot)).appointment
+    for by, told in (
+        (user(front, "STAFF", clinic_ids=[here.clinic_id]), False),
+        (user(front, "DOCTOR", doctor_id=here.id), False),
+        (user(front, "STAFF", clinic_ids=[here.clinic_id, there.clinic_id]), True),
+        (user(front, "PATIENT", patient_id=mine.id), True),
+        ((), True),
+    ):
+        said = details(await refusal(front.appointments.BookAppointment(request(mine.id), metadata=by)))
+        assert said["ErrorInfo"].reason == "PATIENT_OVERLAP"
+        assert said["ResourceInfo"].resource_name == (away.id if told else "")
+        assert set(said["ErrorInfo"].metadata) == ({"appointment_id", "date"} if told else set())
+    await front.appointments.BookAppointment(request(again.id))
+    merge = patient_pb2.MergePatientsRequest(keep_patient_id=mine.id, merge_patient_id=again.id)
+    for by, told in ((user(front, "STAFF", clinic_ids=[here.clinic_id]), False), ((), True)):
+        said = details(await refusal(front.patients.MergePatients(merge, metadata=by)))
+        assert said["ErrorInfo"].reason == "PATIENT_OVERLAP"
+        assert said["ResourceInfo"].resource_name == (away.id if told else "")
+        assert set(said["ErrorInfo"].metadata) == ({"appointment_id", "date"} if told else set())

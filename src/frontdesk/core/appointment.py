@@ -206,9 +206,6 @@ class Appointments:
         Raises InvalidField, ClinicNotYours.
         """
         parts = {} if caller.sight is None else caller.sight.parts
-        of_a_desk = "sight_clinics" in parts and not {"sight_patient", "sight_doctor"} & parts.keys()
-        if of_a_desk and wanted.clinic_id is not None:
-            caller.require_clinic(wanted.clinic_id.lower())
         narrow = (
             parts.keys() & {"sight_patient", "sight_doctor"}
             or wanted.patient_id
@@ -233,11 +230,11 @@ class Appointments:
         found = await self._db.rows(
             query, {**values, **parts, "size": page.size + 1}, lambda *row: _shown(caller, Appointment(*row))
         )
-        if of_a_desk and wanted.doctor_id is not None and not found:
+        if not found and "sight_clinics" in parts and (wanted.clinic_id or wanted.doctor_id or wanted.slot_id):
             # Only an empty list needs the question why.
-            elsewhere = await self._db.row("select clinic_id from doctor where id = %s", (wanted.doctor_id,), str)
+            elsewhere = await self._db.row(_elsewhere, {**dict.fromkeys(_SIGHT), **values, **parts}, str)
             if elsewhere is not None:
-                caller.require_clinic(elsewhere)
+                raise ClinicNotYours(elsewhere)
         return cut(page, found, _place)
 
     async def decide(self, caller: Caller, key: Key, **attributes: Any) -> Change[Appointment]:
@@ -263,6 +260,25 @@ def _get_statement(parts: frozenset[str] | None) -> str:
     statement = sa.select(*_selected).where(_t.id == sa.bindparam("id"))
     return compiled(statement if parts is None else statement.where(within(parts, _t)))
 
+
+_SIGHT = ("sight_clinics", "sight_patient", "sight_doctor")
+
+# The clinic that a filter leads to and that is not the caller's; none if something of the caller's own is there.
+_elsewhere = """
+select f.clinic_id
+from (select c.id, null::uuid from clinic c where c.id = %(clinic_id)s
+      union all select d.clinic_id, d.id from doctor d where d.id = %(doctor_id)s
+      union all select s.clinic_id, s.doctor_id from slot s where s.id = %(slot_id)s) as f (clinic_id, doctor_id)
+where f.clinic_id <> all (%(sight_clinics)s::uuid[])
+  and not exists (
+      select from doctor d
+      where d.id = %(sight_doctor)s and (f.doctor_id = d.id or f.doctor_id is null and f.clinic_id = d.clinic_id))
+  and not exists (
+      select from appointment a
+      where a.patient_id = current_patient(%(sight_patient)s) and a.clinic_id = f.clinic_id
+        and (f.doctor_id is null or f.doctor_id = a.doctor_id))
+limit 1
+"""
 
 _clinic_of = compiled(sa.select(_t.clinic_id).where(_t.id == sa.bindparam("id")))
 

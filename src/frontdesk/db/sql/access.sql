@@ -1,6 +1,16 @@
 -- The rows that a restricted caller may reach (`Sight` in core/caller.py): everything in his clinics, what is his own as
 -- a patient, or what is his own as a doctor.
 
+-- The refusal of a patient who writes notes, which are the clinic's; null if he writes none.
+create or replace function notes_refused(r request) returns decision language plpgsql as $$
+begin
+    if r.verb = 'BookAppointment' and r.notes <> '' or r.verb = 'UpdateAppointment' and r.notes is not null then
+        return refused('ROLE_REQUIRED', null, jsonb_build_object('method', r.verb, 'field', 'notes'));
+    end if;
+    return null;
+end
+$$;
+
 -- The refusal of somebody who reaches for something of this clinic, doctor and patient; null if he may. Staff are told
 -- that it is another clinic's. A patient is told what an unknown id is told, `p_missing` of `p_subject`, and so is a
 -- doctor, unless that is null: then he is told that it takes another role.
@@ -11,13 +21,7 @@ declare
     s sight := r.sight;
 begin
     if p_clinic = any (s.clinics) or p_doctor = s.doctor then return null; end if;
-    if p_patient = s.patient then
-        -- Notes are the clinic's.
-        if r.verb = 'BookAppointment' and r.notes <> '' or r.verb = 'UpdateAppointment' and r.notes is not null then
-            return refused('ROLE_REQUIRED', null, jsonb_build_object('method', r.verb, 'field', 'notes'));
-        end if;
-        return null;
-    end if;
+    if p_patient = s.patient then return notes_refused(r); end if;
     if s.clinics is not null then return refused('CLINIC_NOT_YOURS', p_clinic); end if;
     if p_missing is null then return refused('ROLE_REQUIRED', null, jsonb_build_object('method', r.verb)); end if;
     return refused(p_missing, p_subject);
@@ -25,18 +29,27 @@ end
 $$;
 
 -- The refusal of a request by a restricted caller who may not reach what it is about; null if he may. What does not
--- exist is left to the act. `p_old` is the appointment of the request.
+-- exist is left to the act, but for the appointment of the request, which is `p_old`.
 create or replace function access_refusal(r request, p_old appointment) returns decision language plpgsql as $$
 declare
     d decision;
     v record;
+    v_own_only boolean := (r.sight).clinics is null and (r.sight).doctor is null;
 begin
+    if v_own_only then
+        -- Whatever it is about.
+        d := notes_refused(r);
+        if d.outcome is not null then return d; end if;
+    end if;
+    if r.appointment is not null and p_old.id is null then
+        return refused('APPOINTMENT_NOT_FOUND', r.appointment);
+    end if;
     if (r.sight).patient is not null then
         r.sight := ((r.sight).clinics, coalesce(current_patient((r.sight).patient), (r.sight).patient), (r.sight).doctor);
     end if;
-    if r.verb in ('BookAppointment', 'UpdatePatient') and (r.sight).clinics is null and (r.sight).doctor is null
+    if r.verb in ('BookAppointment', 'UpdatePatient') and v_own_only
        and r.patient is distinct from (r.sight).patient then
-        return refused('PATIENT_NOT_FOUND', r.patient);
+        return refused('PATIENT_NOT_FOUND', r.wanted);
     end if;
     if p_old.id is not null then
         d := out_of_sight(
@@ -57,9 +70,28 @@ begin
     loop
         d := out_of_sight(
             r, v.clinic_id, v.doctor_id, coalesce(p_old.patient_id, r.patient),
-            case when (r.sight).doctor is null then 'PATIENT_NOT_FOUND' end, r.patient);
+            case when (r.sight).doctor is null then 'PATIENT_NOT_FOUND' end, r.wanted);
         if d.outcome is not null then return d; end if;
     end loop;
     return null;
+end
+$$;
+
+-- Whether the caller may know who is a patient: the desk may.
+create or replace function knows_patients(r request) returns boolean language sql immutable
+    return r.restricted is not true or (r.sight).clinics is not null;
+
+-- The refusal because the patient has another appointment, on that date. A caller who may not see it is not told which.
+create or replace function refused_for(r request, p_reason text, p_appointment uuid, p_date date) returns decision
+language plpgsql as $$
+begin
+    if r.restricted and not exists (
+        select from appointment a
+        where a.id = p_appointment
+          and (a.clinic_id = any ((r.sight).clinics) or a.doctor_id = (r.sight).doctor
+               or a.patient_id = current_patient((r.sight).patient))) then
+        return refused(p_reason, null);
+    end if;
+    return refused(p_reason, p_appointment, jsonb_build_object('date', p_date));
 end
 $$;

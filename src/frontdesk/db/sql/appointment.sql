@@ -7,6 +7,9 @@ declare
 begin
     v_place := find_place(r.patient, r.doctor, r.date, r.slot, null, v_now);
     if v_place.outcome <> 'OK' then
+        if v_place.outcome in ('DUPLICATE_BOOKING', 'PATIENT_OVERLAP') then
+            return refused_for(r, v_place.outcome, v_place.subject, r.date);
+        end if;
         return refused(v_place.outcome, v_place.subject, jsonb_build_object('date', r.date));
     end if;
     d.outcome := 'OK';
@@ -42,6 +45,9 @@ begin
     end if;
     v_place := find_place(p_old.patient_id, r.doctor, r.date, r.slot, p_old, v_now);
     if v_place.outcome <> 'OK' then
+        if v_place.outcome in ('DUPLICATE_BOOKING', 'PATIENT_OVERLAP') then
+            return refused_for(r, v_place.outcome, v_place.subject, r.date);
+        end if;
         return refused(v_place.outcome, v_place.subject, jsonb_build_object('date', r.date));
     end if;
 

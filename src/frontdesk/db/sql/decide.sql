@@ -12,9 +12,10 @@ create or replace function decide(p_requests json) returns setof decision langua
     set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 declare
     v_requests request[];
+    v_refused decision[];
     r request;
     v_old appointment;
-    v_locks text[];
+    v_locks text[] := '{}';
     d decision;
 begin
     v_requests := array(select locate(q) from json_populate_recordset(null::request, p_requests) q);
@@ -22,10 +23,25 @@ begin
         -- Nobody waits long because another one's doctor-day is held: the worker asks again for each alone.
         perform set_config('lock_timeout', '100ms', true);
     end if;
-    perform lock_all(array(select unnest(lock_names(q)) from unnest(v_requests) q));
+    for n in 1 .. cardinality(v_requests) loop
+        r := v_requests[n];
+        if r.restricted then
+            -- Else somebody could tell by the wait for a lock that there is such a thing.
+            v_refused[n] := access_refusal(r, (select a from appointment a where a.id = r.appointment));
+        end if;
+        if (v_refused[n]).outcome is null then
+            v_locks := v_locks || lock_names(r);
+        end if;
+    end loop;
+    perform lock_all(v_locks);
 
-    foreach r in array v_requests loop
-        d := null;
+    for n in 1 .. cardinality(v_requests) loop
+        r := v_requests[n];
+        d := v_refused[n];
+        if d.outcome is not null then
+            return next d;
+            continue;
+        end if;
         v_old := null;
         if r.appointment is not null then
             -- Its own statement, so it sees what was committed while we waited for the lock.
@@ -39,7 +55,7 @@ begin
             end if;
         end if;
         if r.restricted then
-            -- Before the key: a replay too is only for those who may see it.
+            -- Again, of what is true under the locks. Before the key: a replay too is only for those who may see it.
             d := access_refusal(r, v_old);
         end if;
         if d.outcome is null and r.key <> '' then

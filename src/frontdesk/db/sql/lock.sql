@@ -34,6 +34,7 @@ $$;
 -- An appointment and a slot may be moved before we hold their locks; whoever decides about them checks that afterwards.
 create or replace function locate(r request) returns request language plpgsql as $$
 begin
+    r.wanted := coalesce(r.wanted, r.patient);
     if r.record is not null or r.keep is not null then
         return locate_patient(r);
     end if;

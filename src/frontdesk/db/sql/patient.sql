@@ -96,7 +96,8 @@ begin
     v_found := same_person(v_new.phone, v_new.name_key, v_new.birth_date, null);
     if cardinality(v_found) > 1 then
         return refused('PATIENT_AMBIGUOUS', null,
-                       jsonb_build_object('patient_ids', array_to_string(v_found[1:20], ',')));
+                       case when knows_patients(r) then
+                           jsonb_build_object('patient_ids', array_to_string(v_found[1:20], ',')) end);
     end if;
 
     d.already_registered := cardinality(v_found) = 1;
@@ -171,7 +172,7 @@ begin
     if (v_new.name_key, v_new.phone, v_new.birth_date) <> (v_old.name_key, v_old.phone, v_old.birth_date) then
         v_others := same_person(v_new.phone, v_new.name_key, v_new.birth_date, v_old.id);
         if cardinality(v_others) > 0 then
-            return refused('PATIENT_EXISTS', v_others[1]);
+            return refused('PATIENT_EXISTS', case when knows_patients(r) then v_others[1] end);
         end if;
     end if;
 
@@ -231,8 +232,8 @@ begin
     where m.patient_id = v_merged.id and is_live(m.state)
     order by same_day desc, k.date, k.id limit 1;
     if found then
-        return refused(case when v_clash.same_day then 'DUPLICATE_BOOKING' else 'PATIENT_OVERLAP' end, v_clash.id,
-                       jsonb_build_object('date', v_clash.date));
+        return refused_for(r, case when v_clash.same_day then 'DUPLICATE_BOOKING' else 'PATIENT_OVERLAP' end,
+                           v_clash.id, v_clash.date);
     end if;
 
     for a in

@@ -20,8 +20,8 @@ end
 $do$;
 
 -- One change that a caller asks for. `verb` is the name of the RPC, which the idempotency key belongs to as well; `actor`,
--- `address` and `trace_id` are for the log. An attribute that the verb has no use for is null. `restricted`: only what `sight` reaches. `locate` fills in the last
--- four before `keep`, and `locks`.
+-- `address` and `trace_id` are for the log. An attribute that the verb has no use for is null. `restricted`: only what `sight` reaches. `locate` fills in the
+-- `from_` attributes, `locks`, and `wanted`: the patient's id as it was asked for, of a merged record its own.
 do $do$
 begin
     if to_regtype('request') is null then
@@ -32,7 +32,7 @@ begin
             is_present boolean, max_patients integer, slots uuid[], new_slots new_slot[],
             capacity integer, start_time timestamptz, end_time timestamptz,
             from_doctor uuid, from_date date, from_patient uuid, from_dates date[],
-            keep uuid, record jsonb, locks text[]
+            keep uuid, record jsonb, locks text[], wanted uuid
         );
     end if;
 end
