@@ -124,8 +124,8 @@ class AppointmentServiceServicer:
 
     def ListAppointments(self, request, context):
         """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id.
-        Patients and doctors see their own. Staff see those of their clinics, and are refused if they ask for another clinic
-        or its doctor (CLINIC_NOT_YOURS).
+        Patients and doctors see their own. Staff see those of their clinics, and are refused if they ask for another clinic,
+        its doctor or its slot (CLINIC_NOT_YOURS), unless something of their own as a patient or doctor is there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

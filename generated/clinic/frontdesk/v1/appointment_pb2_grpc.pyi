@@ -53,8 +53,8 @@ class AppointmentServiceStub:
     """Gets an appointment. Errors: APPOINTMENT_NOT_FOUND."""
     ListAppointments: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.ListAppointmentsRequest, _appointment_pb2.ListAppointmentsResponse]
     """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id.
-    Patients and doctors see their own. Staff see those of their clinics, and are refused if they ask for another clinic
-    or its doctor (CLINIC_NOT_YOURS).
+    Patients and doctors see their own. Staff see those of their clinics, and are refused if they ask for another clinic,
+    its doctor or its slot (CLINIC_NOT_YOURS), unless something of their own as a patient or doctor is there.
     """
     UpdateAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.UpdateAppointmentRequest, _appointment_pb2.UpdateAppointmentResponse]
     """Changes the reason and the notes, in any visit state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
@@ -104,8 +104,8 @@ class AppointmentServiceAsyncStub(AppointmentServiceStub):
     """Gets an appointment. Errors: APPOINTMENT_NOT_FOUND."""
     ListAppointments: _aio.UnaryUnaryMultiCallable[_appointment_pb2.ListAppointmentsRequest, _appointment_pb2.ListAppointmentsResponse]  # type: ignore[assignment]
     """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id.
-    Patients and doctors see their own. Staff see those of their clinics, and are refused if they ask for another clinic
-    or its doctor (CLINIC_NOT_YOURS).
+    Patients and doctors see their own. Staff see those of their clinics, and are refused if they ask for another clinic,
+    its doctor or its slot (CLINIC_NOT_YOURS), unless something of their own as a patient or doctor is there.
     """
     UpdateAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.UpdateAppointmentRequest, _appointment_pb2.UpdateAppointmentResponse]  # type: ignore[assignment]
     """Changes the reason and the notes, in any visit state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
@@ -170,8 +170,8 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_appointment_pb2.ListAppointmentsResponse, _abc.Awaitable[_appointment_pb2.ListAppointmentsResponse]]:
         """Lists the appointments that match every filter that is set, by date, start time (those without one first) and id.
-        Patients and doctors see their own. Staff see those of their clinics, and are refused if they ask for another clinic
-        or its doctor (CLINIC_NOT_YOURS).
+        Patients and doctors see their own. Staff see those of their clinics, and are refused if they ask for another clinic,
+        its doctor or its slot (CLINIC_NOT_YOURS), unless something of their own as a patient or doctor is there.
         """
 
     @_abc_1.abstractmethod

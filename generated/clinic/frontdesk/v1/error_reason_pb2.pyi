@@ -81,9 +81,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_CLINIC_INACTIVE: _ErrorReason.ValueType  # 22
     """FAILED_PRECONDITION: the doctor's clinic is inactive. Example: booking with a doctor of a closed clinic."""
     ERROR_REASON_DUPLICATE_BOOKING: _ErrorReason.ValueType  # 23
-    """ALREADY_EXISTS: the patient already has a live appointment on this doctor-day. Example: booking the same day twice."""
+    """ALREADY_EXISTS: the patient already has a live appointment on this doctor-day. It is not
+    named to a caller who may not see it. Example: booking the same day twice.
+    """
     ERROR_REASON_PATIENT_OVERLAP: _ErrorReason.ValueType  # 24
-    """ALREADY_EXISTS: the patient already has a live appointment at this time. Example: two doctors at ten o'clock."""
+    """ALREADY_EXISTS: the patient already has a live appointment at this time. It is not named to a
+    caller who may not see it. Example: two doctors at ten o'clock.
+    """
     ERROR_REASON_ALREADY_CHECKED_IN: _ErrorReason.ValueType  # 25
     """ALREADY_EXISTS: the patient is already checked in. Example: CheckIn twice without an idempotency key."""
     ERROR_REASON_SLOT_OVERLAP: _ErrorReason.ValueType  # 26
@@ -93,8 +97,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_LICENSE_TAKEN: _ErrorReason.ValueType  # 28
     """ALREADY_EXISTS: another doctor already has this licence number. Example: creating one doctor under two codes."""
     ERROR_REASON_PATIENT_EXISTS: _ErrorReason.ValueType  # 29
-    """ALREADY_EXISTS: this person already has another patient record. Example: giving a patient the name of another one
-    with the same phone.
+    """ALREADY_EXISTS: this person already has another patient record. It is not named to a patient. Example: giving a
+    patient the name of another one with the same phone.
     """
     ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 30
     """ABORTED: the resource has changed since this etag was read. Get it again before you retry. Example: two people edit
@@ -262,9 +266,13 @@ ERROR_REASON_DOCTOR_INACTIVE: ErrorReason.ValueType  # 21
 ERROR_REASON_CLINIC_INACTIVE: ErrorReason.ValueType  # 22
 """FAILED_PRECONDITION: the doctor's clinic is inactive. Example: booking with a doctor of a closed clinic."""
 ERROR_REASON_DUPLICATE_BOOKING: ErrorReason.ValueType  # 23
-"""ALREADY_EXISTS: the patient already has a live appointment on this doctor-day. Example: booking the same day twice."""
+"""ALREADY_EXISTS: the patient already has a live appointment on this doctor-day. It is not
+named to a caller who may not see it. Example: booking the same day twice.
+"""
 ERROR_REASON_PATIENT_OVERLAP: ErrorReason.ValueType  # 24
-"""ALREADY_EXISTS: the patient already has a live appointment at this time. Example: two doctors at ten o'clock."""
+"""ALREADY_EXISTS: the patient already has a live appointment at this time. It is not named to a
+caller who may not see it. Example: two doctors at ten o'clock.
+"""
 ERROR_REASON_ALREADY_CHECKED_IN: ErrorReason.ValueType  # 25
 """ALREADY_EXISTS: the patient is already checked in. Example: CheckIn twice without an idempotency key."""
 ERROR_REASON_SLOT_OVERLAP: ErrorReason.ValueType  # 26
@@ -274,8 +282,8 @@ ERROR_REASON_CODE_TAKEN: ErrorReason.ValueType  # 27
 ERROR_REASON_LICENSE_TAKEN: ErrorReason.ValueType  # 28
 """ALREADY_EXISTS: another doctor already has this licence number. Example: creating one doctor under two codes."""
 ERROR_REASON_PATIENT_EXISTS: ErrorReason.ValueType  # 29
-"""ALREADY_EXISTS: this person already has another patient record. Example: giving a patient the name of another one
-with the same phone.
+"""ALREADY_EXISTS: this person already has another patient record. It is not named to a patient. Example: giving a
+patient the name of another one with the same phone.
 """
 ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 30
 """ABORTED: the resource has changed since this etag was read. Get it again before you retry. Example: two people edit
