@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psycopg
 import pytest
 
-from frontdesk.db.database import Database
+from frontdesk.db.database import Database, Transaction
+from frontdesk.jobs import verification
 from frontdesk.jobs.maintenance import Removed, clean
 from frontdesk.process.postgres import SERVICE, EmbeddedPostgres, joined
 from tests.clinic import Front
@@ -173,6 +175,30 @@ async def test_retention(conninfo: str) -> None:
         # A session's own clock does not make younger rows old.
         connection.execute("set frontdesk.now = '2100-01-01'")
         assert connection.execute("select delete_old_log(86400, 100)").fetchall() == [(0,)]
+
+
+async def test_retention_while_the_log_is_verified(conninfo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that retention deletes while the log is read are not reported as removed."""
+    for row in fill(conninfo)[:6]:
+        run(conninfo, f"update log set time = now() - interval '372 days' where id = '{row}'")
+    run(conninfo, RESEALED)
+    page = verification._page
+    removed: list[Removed] = []
+
+    async def read(tx: Transaction, after: verification.Head) -> list[Any]:
+        found = await page(tx, after)
+        if not removed:
+            removed.append(await cleaned(conninfo, 370))
+        return found
+
+    monkeypatch.setattr(verification, "_PAGE", 2)
+    monkeypatch.setattr(verification, "_page", read)
+    db = Database(conninfo, pool_size=1)
+    await db.open()
+    assert (await verification.verify(db)).position == ROWS
+    assert removed == [Removed(0, 6)]
+    assert (await verification.verify(db)).position == ROWS
+    await db.close()
 
 
 def test_the_service_can_only_add_to_the_log(tmp_path: Path) -> None:

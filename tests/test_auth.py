@@ -128,6 +128,15 @@ async def test_register(front: Front) -> None:
     assert await outcome(register(front, email="ROSA@example.com")) == "EMAIL_TAKEN"
 
 
+async def test_a_replayed_registration(front: Front) -> None:
+    """Who repeats a registration with its key learns who the user is only with the password."""
+    made = await register(front, email=EMAIL, idempotency_key="k")
+    again = await register(front, email=EMAIL, idempotency_key="k")
+    assert again == auth_pb2.RegisterUserResponse(user=made.user, replayed=True)
+    other = register(front, email=EMAIL, idempotency_key="k", password="some other password")
+    assert await outcome(other) == "BAD_LOGIN"
+
+
 async def test_access_tokens(front: Front) -> None:
     """An access token is a JSON Web Token of RFC 9068, signed with EdDSA, and tells the rights."""
     session = (await register(front, email=EMAIL)).session

@@ -86,10 +86,12 @@ async def test_a_lease_that_waited_into_a_new_minute(replicas: Sequence[Limits],
     assert await admitted([worker], "keys/a", 20, 1) == 0
 
 
+LIMITS = {"address_requests_per_minute": 20, "user_requests_per_minute": 20, "access": "required"}
+
+
 def limited(settings: Settings, conninfo: str, **changed: object) -> AbstractAsyncContextManager[tuple[Worker, Front]]:
-    """One more worker, with the usual limit of an address and a low one of a user."""
-    limits = {"address_requests_per_minute": 20, "user_requests_per_minute": 20}
-    return serving(settings, conninfo, **{**limits, **changed})
+    """One more worker that requires credentials, with the usual limit of an address and a low one of a user."""
+    return serving(settings, conninfo, **{**LIMITS, **changed})
 
 
 def behind(*hops: str) -> Metadata:
@@ -119,7 +121,7 @@ ADMITTED, NONE = {"CREDENTIALS_INVALID": 20, "RATE_LIMITED": 10}, {"RATE_LIMITED
 async def test_calls_of_a_user(conninfo: str, settings: Settings) -> None:
     """All tokens of a user share one limit at all workers, and a caller without credentials has none of it."""
     await early_in_a_minute()
-    async with limited(settings, conninfo) as (_, one), limited(settings, conninfo) as (_, two):
+    async with limited(settings, conninfo, access="open") as (_, one), limited(settings, conninfo) as (_, two):
         outcomes = await asyncio.gather(*(clinics((one, two)[n % 2], user_token()) for n in range(40)))
         assert Counter(outcomes) == {"OK": 20, "RATE_LIMITED": 20}
         assert Counter([await clinics(one) for _ in range(40)]) == {"OK": 40}
@@ -139,7 +141,17 @@ async def test_calls_of_an_address(conninfo: str, settings: Settings) -> None:
         assert found["QuotaFailure"].violations[0].subject == "address"
         assert 0 < int(dict(error.trailing_metadata() or ())["grpc-retry-pushback-ms"]) <= 60_000
         assert one.sql("select count(*) from login_attempt") == [(0,)], "the address is looked at first"
-        assert await clinics(one, user_token()) == await clinics(two) == "OK"
+        assert await clinics(one, user_token()) == await clinics(two, user_token()) == "OK"
+
+
+async def test_open_access(conninfo: str, settings: Settings) -> None:
+    """With open access the calls that need no credentials have no limit, but wrong credentials have one."""
+    await early_in_a_minute()
+    async with limited(settings, conninfo, access="open") as (_, front):
+        assert await counted(front) == {"CREDENTIALS_INVALID": 30}
+        outcomes = [await clinics(front, bearing("fdk_wrong")) for _ in range(21)]
+        assert outcomes == ["CREDENTIALS_INVALID"] * 20 + ["RATE_LIMITED"]
+        assert await clinics(front) == "OK"
 
 
 async def test_refused_credentials(conninfo: str, settings: Settings) -> None:
@@ -202,9 +214,7 @@ async def test_nobody_is_believed_unasked(conninfo: str, settings: Settings) -> 
 async def test_a_unix_socket(conninfo: str, settings: Settings, tmp_path: Path) -> None:
     """The clients on a Unix socket are one address, unless `unix` is among the proxies that are believed."""
     for proxies, expected in ((None, "RATE_LIMITED"), ("unix", "CREDENTIALS_INVALID")):
-        worker = Worker(
-            settings.model_copy(update={"address_requests_per_minute": 20, "trusted_proxies": proxies}), conninfo
-        )
+        worker = Worker(settings.model_copy(update={**LIMITS, "trusted_proxies": proxies}), conninfo)
         path = f"unix:{tmp_path}/{proxies}.sock"
         await worker.start(path)
         await early_in_a_minute()

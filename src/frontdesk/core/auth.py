@@ -149,7 +149,7 @@ class Auth:
     ) -> Change[Registered]:
         """Make a user with the role PATIENT, and the patient if that person is not on file.
 
-        Raises EmailTaken, InvalidField.
+        Raises EmailTaken, InvalidField; BadLogin for a replay without the password that the user has.
         """
         require_acceptable(password, email, "password")
         hashed = await self._passwords.hashed(password, key)
@@ -173,12 +173,25 @@ class Auth:
             return Change(Registered(user, await self._open(tx, user)), False)
 
         try:
-            return await self._db.transaction(work)
+            change = await self._db.transaction(work)
         except Taken as taken:
             if taken.constraint != "user_account_email_key_key":
                 raise
             # Not whose it is: the caller is a stranger.
             raise EmailTaken from None
+        if change.replayed:
+            # All callers without credentials have their keys in common.
+            await self._require_same(change.result.user.id, password, hashed)
+        return change
+
+    async def _require_same(self, user_id: str, password: str, hashed: str) -> None:
+        stored = await self._db.row("select password_hash from user_account where id = %s", (user_id,), str)
+        # Copies of a request that waited together have one hash.
+        if stored == hashed:
+            return
+        with self._passwords.place():
+            if not await self._passwords.matches(stored, password):
+                raise BadLogin
 
     async def login(self, email: str, password: str, *, key: Key) -> Session | Challenge:
         """Begin a session, or say that it takes a second factor. `key` says whose call it is, and is not kept.

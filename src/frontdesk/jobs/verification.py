@@ -73,6 +73,8 @@ async def verify(db: Database, known: Head | None = None) -> Head:
 
 
 async def _verify(tx: Transaction, known: Head | None) -> Head:
+    # All pages show the same moment, or what retention deletes meanwhile would look removed.
+    await tx.run("set transaction isolation level repeatable read, read only", ())
     # By pages, but one statement looks through all.
     await tx.run("set local statement_timeout = 0", ())
     rows = await _page(tx, START)

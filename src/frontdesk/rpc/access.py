@@ -74,7 +74,7 @@ class Access:
     ) -> None:
         """`required`: calls without credentials are refused, unless their method needs none. `client_certificates`: a
         certificate is a credential, for calls that bring no other. `address_requests_per_minute` limits the calls to
-        such methods, and likewise those with credentials that are refused.
+        such methods, if `required`, and in any case those with credentials that are refused.
         """
         self._origins = origins
         self._address_requests_per_minute = address_requests_per_minute
@@ -100,7 +100,9 @@ class Access:
             elif key == "frontdesk-caller" and not label:
                 label = value[:_MOST_LABEL]
         if policy.without_credentials:
-            await self._limits.admit(f"calls/{self._holder(context)}", self._address_requests_per_minute)
+            # Where calls without credentials may do everything, these are not limited either.
+            if self._required:
+                await self._limits.admit(f"calls/{self._holder(context)}", self._address_requests_per_minute)
             return _unproven(label)
         if given is not None:
             identity = await self._judged(given, context)

@@ -216,7 +216,9 @@ class RegisterUserResponse(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """True if an earlier call with the same key made the change. The response then has the user as it is now."""
+    """True if an earlier call with the same key made the change. The response then has the user as it is now; without the
+    password that the user has now the call is refused (BAD_LOGIN).
+    """
     @_builtins.property
     def user(self) -> Global___User:
         """The user."""

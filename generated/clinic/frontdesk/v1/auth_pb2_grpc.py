@@ -107,7 +107,7 @@ class AuthServiceServicer:
     def RegisterUser(self, request, context):
         """Registers a patient with a user of his own, always with ROLE_PATIENT. If the same person is on file already, the
         user is made without `patient_id`, and AccessService.LinkPatient links the two after a look at a document. Errors:
-        EMAIL_TAKEN.
+        EMAIL_TAKEN; BAD_LOGIN for a replay with another password.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,7 @@ class AuthServiceStub:
     RegisterUser: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RegisterUserRequest, _auth_pb2.RegisterUserResponse]
     """Registers a patient with a user of his own, always with ROLE_PATIENT. If the same person is on file already, the
     user is made without `patient_id`, and AccessService.LinkPatient links the two after a look at a document. Errors:
-    EMAIL_TAKEN.
+    EMAIL_TAKEN; BAD_LOGIN for a replay with another password.
     """
     Login: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LoginRequest, _auth_pb2.LoginResponse]
     """Begins a session, or asks for the second factor of a user who has one. An unknown e-mail and a wrong password get
@@ -98,7 +98,7 @@ class AuthServiceAsyncStub(AuthServiceStub):
     RegisterUser: _aio.UnaryUnaryMultiCallable[_auth_pb2.RegisterUserRequest, _auth_pb2.RegisterUserResponse]  # type: ignore[assignment]
     """Registers a patient with a user of his own, always with ROLE_PATIENT. If the same person is on file already, the
     user is made without `patient_id`, and AccessService.LinkPatient links the two after a look at a document. Errors:
-    EMAIL_TAKEN.
+    EMAIL_TAKEN; BAD_LOGIN for a replay with another password.
     """
     Login: _aio.UnaryUnaryMultiCallable[_auth_pb2.LoginRequest, _auth_pb2.LoginResponse]  # type: ignore[assignment]
     """Begins a session, or asks for the second factor of a user who has one. An unknown e-mail and a wrong password get
@@ -158,7 +158,7 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_auth_pb2.RegisterUserResponse, _abc.Awaitable[_auth_pb2.RegisterUserResponse]]:
         """Registers a patient with a user of his own, always with ROLE_PATIENT. If the same person is on file already, the
         user is made without `patient_id`, and AccessService.LinkPatient links the two after a look at a document. Errors:
-        EMAIL_TAKEN.
+        EMAIL_TAKEN; BAD_LOGIN for a replay with another password.
         """
 
     @_abc_1.abstractmethod
