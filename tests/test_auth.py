@@ -263,6 +263,20 @@ async def test_logins_hold_up_nobody(front: Front) -> None:
     assert set(await asyncio.gather(*logins)) == {"BAD_LOGIN"}
 
 
+async def test_new_users_hold_up_nobody(conninfo: str, settings: Settings) -> None:
+    """While a new user's one-time password waits to be hashed, no connection of the database waits with it."""
+    async with serving(settings, conninfo, pool_size=1) as (_, front):
+        assert await clinics(front, ADMIN) == "OK"
+        logins = [asyncio.create_task(outcome(login(front, f"{n}@example.com"))) for n in range(60)]
+        await asyncio.wait(logins, return_when=asyncio.FIRST_COMPLETED)
+        creating = asyncio.create_task(create_user(front, "STAFF"))
+        for _ in range(3):
+            assert await clinics(front, ADMIN) == "OK"
+        assert not creating.done()
+        await creating
+        assert set(await asyncio.gather(*logins)) == {"BAD_LOGIN"}
+
+
 async def test_a_thousand_logins_at_once(conninfo: str, settings: Settings) -> None:
     """While a thousand logins come from fifty addresses, another caller's calls and health are answered."""
     changed = {"trusted_proxies": "127.0.0.1", "address_requests_per_minute": 20, "max_in_flight": 2_000}

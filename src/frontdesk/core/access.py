@@ -16,7 +16,7 @@ from frontdesk.core.caller import Caller
 from frontdesk.core.credential import KEY_PREFIX, changed, hash_of
 from frontdesk.core.password import Passwords
 from frontdesk.db import schema
-from frontdesk.db.change import Change, Key
+from frontdesk.db.change import Change, Key, acted
 from frontdesk.db.database import Database, Transaction
 from frontdesk.db.paging import Listing, Page
 from frontdesk.db.records import Permit, Records
@@ -24,6 +24,7 @@ from frontdesk.errors import (
     ApiKeyNotFound,
     ClinicNotFound,
     ClinicNotYours,
+    Conflict,
     DoctorNotFound,
     InvalidField,
     LastAdmin,
@@ -147,7 +148,10 @@ class Users:
 
     async def create(self, caller: Caller, values: Mapping[str, Any], *, key: Key) -> Change[CreatedUser]:
         """Raises EmailTaken, ClinicNotFound, DoctorNotFound, ClinicNotYours, InvalidField."""
-        password = secrets.token_urlsafe(12)
+        password = hashed = ""
+        # Before the transaction, because a hash may wait for many others. A replay needs none.
+        if not (key.name and await acted(self._db, key)):
+            password, hashed = await self._passwords.one_time(key)
         given = {**checked(values), "email_key": email_key(values["email"])}
 
         async def prepare(tx: Transaction, current: User | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -155,8 +159,10 @@ class Users:
                 "select moment() + make_interval(hours => %s)", (ONE_TIME_HOURS,), lambda instant: instant
             )
             complete = {**given, **await _roles(tx, caller, given), "password_expire_time": expires}
-            # Here, so that only the first of several copies of a request takes the time.
-            return {**complete, "password_hash": await self._passwords.hashed(password, key)}
+            if not hashed:
+                # The key was deleted since it was looked at.
+                raise Conflict
+            return {**complete, "password_hash": hashed}
 
         change = await users.create(self._db, key, given, prepare, permit=_permit_user(caller))
         return Change(CreatedUser(change.result, "" if change.replayed else password), change.replayed)

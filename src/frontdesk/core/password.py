@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -47,6 +48,8 @@ class Passwords:
         self._waiting = 0
         self._for_keys: dict[object, asyncio.Future[str]] = {}
         """The hashes under way for keyed requests."""
+        self._one_time: dict[object, str] = {}
+        """The passwords that `one_time` hashes for them."""
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -70,6 +73,23 @@ class Passwords:
                 self._for_keys[same] = hashing
                 hashing.add_done_callback(lambda _: self._for_keys.pop(same, None))
             return await asyncio.shield(hashing)
+
+    async def one_time(self, key: Key) -> tuple[str, str]:
+        """A new password and its hash, the same for all copies of a keyed request that wait together.
+
+        Raises Overloaded.
+        """
+        same = (key.caller, key.method, key.name)
+        password = self._one_time.get(same) if key.name else None
+        if password is not None:
+            return password, await self.hashed(password, key)
+        password = secrets.token_urlsafe(12)
+        if key.name:
+            self._one_time[same] = password
+        try:
+            return password, await self.hashed(password, key)
+        finally:
+            self._one_time.pop(same, None)
 
     async def matches(self, stored: str | None, password: str) -> bool:
         """Whether it is the password of this hash; None is nobody's. Takes the same time whatever the answer.
