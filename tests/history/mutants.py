@@ -89,7 +89,7 @@ class Mutant:
     tries: int = 3
 
 
-_LOCKS = "perform lock_all(array(select unnest(lock_names(q)) from unnest(v_requests) q));"
+_LOCKS = "perform lock_all(v_locks);"
 _LOOK_AGAIN = "select * into v_old from appointment where id = r.appointment;"
 _SNAPSHOT = "d.appointment := jsonb_populate_record(d.appointment, v_first.snapshot);"
 
@@ -186,7 +186,7 @@ MUTANTS = (
             "decide",
             (_LOCKS, ""),
             ("if cardinality(v_requests) > 1 then", "if false then"),
-            ("        d := null;", "        perform lock_all(lock_names(r));\n        d := null;"),
+            ("        d := v_refused[n];", "        perform lock_all(lock_names(r));\n        d := v_refused[n];"),
         ),
     ),
     Mutant("no closing message", replace(CROWD, seconds=2), changed="no-closing"),
