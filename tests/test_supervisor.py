@@ -529,6 +529,8 @@ def test_a_terminal_that_closes_ends_the_service(
 
 
 def take_terminal() -> None:
+    # Whoever runs the tests may have it ignored, like nohup; then a terminal that closes stops nothing.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

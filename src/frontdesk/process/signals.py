@@ -3,21 +3,15 @@
 import os
 import signal
 import socket
-import time
 from multiprocessing import connection
 from types import FrameType, TracebackType
 from typing import Any, Self
-
-_DOUBT_SECONDS = 5.0
-"""How long after SIGHUP the terminal may still turn out to have closed."""
-_LOOK_SECONDS = 0.2
 
 
 class Signals:
     """Counts SIGTERM, SIGINT and SIGHUP, and ends a wait when one arrives.
 
-    SIGHUP also comes from a terminal that closes; then it counts as a stop, unless it was ignored before (nohup). The
-    terminal was seen to be there still when its signal arrived, so after SIGHUP it is looked at for some seconds.
+    SIGHUP also comes from a terminal that closes; then it counts as a stop, unless it was ignored before (nohup).
     """
 
     def __init__(self) -> None:
@@ -27,7 +21,6 @@ class Signals:
         """Requests to replace the workers."""
         self._reader, self._writer = socket.socketpair()
         self._before: dict[int, Any] = {}
-        self._in_doubt_until = float("-inf")
 
     def __enter__(self) -> Self:
         self._reader.setblocking(False)
@@ -50,18 +43,11 @@ class Signals:
             self.stops += 1
         else:
             self.reloads += 1
-            if self._ends_with_terminal:
-                self._in_doubt_until = time.monotonic() + _DOUBT_SECONDS
 
     def wait(self, others: list[Any], seconds: float | None) -> None:
         """Wait until one of `others` is ready, a signal arrives, or `seconds` have passed."""
-        in_doubt = time.monotonic() < self._in_doubt_until
-        if in_doubt:
-            seconds = _LOOK_SECONDS if seconds is None else min(seconds, _LOOK_SECONDS)
         if self._reader in connection.wait([self._reader, *others], seconds):
             self._reader.recv(4096)
-        if in_doubt and not self.stops and not _has_terminal():
-            self.stops += 1
 
 
 def _has_terminal() -> bool:

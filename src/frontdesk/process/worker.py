@@ -6,7 +6,6 @@ import random
 import resource
 import signal
 import sys
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -153,10 +152,13 @@ class Worker:
         self._passwords.close()
         await self._feed.close()
         await self._limits.close()
-        with suppress(Refused, TimeoutError):
+        try:
             async with asyncio.timeout(_LAST_SECONDS):
                 await self._notes.finish()
                 await self._sealer.finish()
+        except Exception as error:
+            # Whatever the database says: the end goes on, and the text may quote a row.
+            _log.error("last_of_the_log_lost", **failure(error))
         await self._db.close()
 
     async def _keep_checking(self) -> None:
