@@ -86,6 +86,22 @@ class Registered:
 
 
 @dataclass(frozen=True, slots=True)
+class _Presented:
+    """The session of a refresh token that somebody presents."""
+
+    session_id: str
+    user_id: str
+    generation: int
+    """Of the token."""
+    latest: int
+    """Of the session's newest token."""
+    ended: bool
+    expired: bool
+    age: float
+    """Seconds since the newest token was given."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Password:
     user_id: str
     hash: str
@@ -125,12 +141,12 @@ from user_account where {} and active
 _password_of_email = _password.format("email_key = %s")
 _password_of_user = _password.format("id = %s")
 
-_token = "select session_id, generation from refresh_token where hash = %s"
-_session = f"""
-select user_id, generation, end_time is not null,
-       moment() > least(create_time + interval '{_SESSION_DAYS} days', refresh_time + interval '{_IDLE_HOURS} hours'),
-       extract(epoch from moment() - refresh_time)::float8
-from session where id = %s for update
+_session_of_token = f"""
+select s.id, s.user_id, t.generation, s.generation, s.end_time is not null,
+       moment() > least(s.create_time + interval '{_SESSION_DAYS} days',
+                        s.refresh_time + interval '{_IDLE_HOURS} hours'),
+       extract(epoch from moment() - s.refresh_time)::float8
+from refresh_token t join session s on s.id = t.session_id where t.hash = %s for update of s
 """
 _end_sessions = "update session set end_time = moment() where user_id = %s and end_time is null returning id"
 
@@ -240,33 +256,27 @@ class Auth:
         await self._tokens.ready()
 
         async def work(tx: Transaction) -> Session | Refused:
-            token = await tx.row(_token, (hash_of(refresh_token),), lambda *columns: columns)
-            if token is None:
+            found = await tx.row(_session_of_token, (hash_of(refresh_token),), _Presented)
+            if found is None or found.ended:
                 return CredentialsInvalid()
-            session_id, generation = token
-            row = await tx.row(_session, (session_id,), lambda *columns: columns)
-            assert row is not None
-            user_id, latest, ended, expired, age = row
-            if ended:
-                return CredentialsInvalid()
-            if expired:
+            if found.expired:
                 return CredentialsExpired()
-            again = generation == latest - 1 and age <= GRACE_SECONDS
-            if generation != latest and not again:
+            latest = found.latest
+            again = found.generation == latest - 1 and found.age <= GRACE_SECONDS
+            user = await records.get(tx, found.user_id)
+            if found.generation != latest and not again:
                 # Two have it, and nobody knows which of them is the thief.
-                await tx.run("update session set end_time = moment() where id = %s", (session_id,))
-                await changed(tx, f"sessions/{session_id}")
+                await _end_session(tx, found.session_id)
                 # Not by the user: it may be the thief who calls.
-                await records.log(tx, key, await records.get(tx, user_id), "refresh_reused", {})
+                await records.log(tx, key, user, "refresh_reused", {})
                 return RefreshReused()
-            user = await records.get(tx, user_id)
             if not user.active:
                 return CredentialsInvalid()
             if not again:
                 latest += 1
                 renew = "update session set generation = %s, refresh_time = moment() where id = %s"
-                await tx.run(renew, (latest, session_id))
-            return await self._session(tx, user, session_id, latest)
+                await tx.run(renew, (latest, found.session_id))
+            return await self._session(tx, user, found.session_id, latest)
 
         # Answered and not raised, because a refusal is to be committed too.
         answer = await self._db.transaction(work)
@@ -284,24 +294,19 @@ class Auth:
             claimed = await claim(tx, key)
             if claimed.replayed:
                 return True
-            token = await tx.row(_token, (hash_of(refresh_token),), lambda *columns: columns)
-            if token is None:
+            found = await tx.row(_session_of_token, (hash_of(refresh_token),), _Presented)
+            if found is None:
                 raise CredentialsInvalid
-            session_id, generation = token
-            row = await tx.row(_session, (session_id,), lambda *columns: columns)
-            assert row is not None
-            user_id, latest, ended, expired, _ = row
             if everywhere:
                 # The one before the latest too: the answer with the latest may have been lost.
-                if ended or expired or generation < latest - 1:
+                if found.ended or found.expired or found.generation < found.latest - 1:
                     raise CredentialsInvalid
-                await end_sessions(tx, user_id)
-            elif ended:
+                await end_sessions(tx, found.user_id)
+            elif found.ended:
                 return False
             else:
-                await tx.run("update session set end_time = moment() where id = %s", (session_id,))
-                await changed(tx, f"sessions/{session_id}")
-            await self._log(tx, key, await records.get(tx, user_id), "logged_out")
+                await _end_session(tx, found.session_id)
+            await self._log(tx, key, await records.get(tx, found.user_id), "logged_out")
             return False
 
         return await self._db.transaction(work)
@@ -475,6 +480,11 @@ def rights(user: User) -> dict[str, Any]:
         "doctor_id": user.doctor_id,
         "clinic_ids": user.clinic_ids,
     }
+
+
+async def _end_session(tx: Transaction, session_id: str) -> None:
+    await tx.run("update session set end_time = moment() where id = %s", (session_id,))
+    await changed(tx, f"sessions/{session_id}")
 
 
 async def end_sessions(tx: Transaction, user_id: str) -> None:

@@ -78,7 +78,7 @@ async def confirm(tx: Transaction, user_id: str, code: str) -> Sequence[str]:
 
 async def require(tx: Transaction, user_id: str, code: str) -> None:
     """Use up a code of the time or a recovery code. Raises BadLogin."""
-    if not await _is_of_time(tx, user_id, code) and not await _is_recovery(tx, user_id, code):
+    if not await _is_right(tx, user_id, code):
         raise BadLogin
 
 
@@ -106,7 +106,7 @@ async def answered(tx: Transaction, secret: str, code: str) -> tuple[str, Sequen
     if found is None:
         return None
     user_id, _ = found
-    if not await _is_of_time(tx, user_id, code) and not await _is_recovery(tx, user_id, code):
+    if not await _is_right(tx, user_id, code):
         return None
     await tx.run("delete from login_challenge where hash = %s", (hash_of(secret),))
     return found
@@ -115,6 +115,10 @@ async def answered(tx: Transaction, secret: str, code: str) -> tuple[str, Sequen
 async def end_challenges(tx: Transaction, user_id: str) -> None:
     """End the logins of the user that wait for a code."""
     await tx.run("delete from login_challenge where user_id = %s", (user_id,))
+
+
+async def _is_right(tx: Transaction, user_id: str, code: str) -> bool:
+    return await _is_of_time(tx, user_id, code) or await _is_recovery(tx, user_id, code)
 
 
 async def _is_of_time(tx: Transaction, user_id: str, code: str) -> bool:
