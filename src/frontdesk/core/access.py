@@ -4,7 +4,7 @@ import secrets
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -155,14 +155,12 @@ class Users:
         given = {**checked(values), "email_key": email_key(values["email"])}
 
         async def prepare(tx: Transaction, current: User | None, given: Mapping[str, Any]) -> Mapping[str, Any]:
-            expires: datetime | None = await tx.row(
-                "select moment() + make_interval(hours => %s)", (ONE_TIME_HOURS,), lambda instant: instant
-            )
-            complete = {**given, **await _roles(tx, caller, given), "password_expire_time": expires}
             if not hashed:
                 # The key was deleted since it was looked at.
                 raise Conflict
-            return {**complete, "password_hash": hashed}
+            expires = await _now(tx) + timedelta(hours=ONE_TIME_HOURS)
+            roles = await _roles(tx, caller, given)
+            return {**given, **roles, "password_expire_time": expires, "password_hash": hashed}
 
         change = await users.create(self._db, key, given, prepare, permit=_permit_user(caller))
         return Change(CreatedUser(change.result, "" if change.replayed else password), change.replayed)

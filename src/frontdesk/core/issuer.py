@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from frontdesk.core.token import MOST_LENGTH, TYPES, check_times
+from frontdesk.core.token import MOST_LENGTH, TYPES, check_times, header_of, proved
 from frontdesk.errors import CredentialsInvalid
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _PAUSE_SECONDS = 30.0
 _FIRST_PAUSE_SECONDS = 2.0
 """The same until the first has succeeded."""
 _FETCH_SECONDS = 5.0
+_REQUIRED = ("iss", "aud", "sub", "exp", "iat")
 _SUBJECT = re.compile("[-_.:|0-9A-Za-z]{1,200}")
 """An id. An e-mail is refused, because the subject is in the log."""
 
@@ -75,32 +76,14 @@ class Issuers:
 
     async def prove(self, token: str) -> Proved:
         """What a token says that `wrote`. Raises CredentialsExpired if nothing else is wrong, CredentialsInvalid."""
-        import jwt
-
         issuer, keys = self._all[_said(token)]
-        try:
-            header = jwt.get_unverified_header(token)
-            if str(header.get("typ", "JWT")).lower() not in TYPES | {"jwt"} or "crit" in header:
-                raise CredentialsInvalid
-            claims: Mapping[str, Any] = jwt.decode(
-                token,
-                (await keys.key(header.get("kid"))).key,
-                algorithms=list(issuer.algorithms),
-                audience=issuer.audience,
-                issuer=issuer.issuer,
-                options={
-                    "require": ["iss", "aud", "sub", "exp", "iat"],
-                    "verify_iat": False,
-                    "verify_nbf": False,
-                    "verify_exp": False,
-                },
-            )
-            subject = claims["sub"]
-            if not _SUBJECT.fullmatch(subject):
-                raise CredentialsInvalid
-            exp = check_times(claims, MOST_SECONDS, time.time())
-        except (jwt.PyJWTError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
-            raise CredentialsInvalid from None
+        header = header_of(token, TYPES | {"jwt"})
+        key = (await keys.key(header.get("kid"))).key
+        claims = proved(token, key, issuer.algorithms, issuer.audience, issuer.issuer, _REQUIRED)
+        subject = claims["sub"]
+        if not isinstance(subject, str) or not _SUBJECT.fullmatch(subject):
+            raise CredentialsInvalid
+        exp = check_times(claims, MOST_SECONDS, time.time())
         roles = frozenset(issuer.roles[given] for given in _roles(claims, issuer.roles_claim) if given in issuer.roles)
         return Proved(f"issuers/{issuer.name}/{subject}", roles, tuple(issuer.clinic_ids), exp)
 

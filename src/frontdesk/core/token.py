@@ -8,7 +8,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ _AHEAD_SECONDS = 10.0
 """By how much the clock of another process may be ahead."""
 MOST_LENGTH = 8_192
 TYPES = {"at+jwt", "application/at+jwt"}
+_MALFORMED = (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What PyJWT raises beside its own errors for what somebody invented."""
 _MOST_KEYS = 1_000
 _REQUIRED = ("iss", "aud", "sub", "exp", "iat", "jti", "sid", "roles")
 
@@ -36,6 +38,35 @@ insert into signing_key (id, public_key, expire_time)
 values (%s, %s, moment() + make_interval(secs => %s))
 """
 _public_key = "select public_key from signing_key where id = %s and expire_time > moment()"
+
+
+def header_of(token: str, types: Collection[str]) -> Mapping[str, Any]:
+    """The header of a token that is not proved yet. Raises CredentialsInvalid, also if the type is none of these."""
+    import jwt
+
+    if len(token) > MOST_LENGTH:
+        raise CredentialsInvalid
+    try:
+        header = jwt.get_unverified_header(token)
+        if header.get("typ", "jwt").lower() not in types or "crit" in header:
+            raise CredentialsInvalid
+    except (jwt.PyJWTError, *_MALFORMED):
+        raise CredentialsInvalid from None
+    return header
+
+
+def proved(
+    token: str, key: Any, algorithms: Sequence[str], audience: str, issuer: str, required: Sequence[str]
+) -> Mapping[str, Any]:
+    """The claims of a token that this key proves; its times are for `check_times`. Raises CredentialsInvalid."""
+    import jwt
+
+    # The times: by PyJWT they would have no leeway.
+    options: Any = {"require": [*required], "verify_iat": False, "verify_nbf": False, "verify_exp": False}
+    try:
+        return jwt.decode(token, key, algorithms=[*algorithms], audience=audience, issuer=issuer, options=options)
+    except (jwt.PyJWTError, *_MALFORMED):
+        raise CredentialsInvalid from None
 
 
 def check_times(claims: Mapping[str, Any], most: float, now: float) -> float:
@@ -113,26 +144,9 @@ class Tokens:
 
         Raises CredentialsExpired if nothing else is wrong with it, CredentialsInvalid.
         """
-        import jwt
-
-        if len(token) > MOST_LENGTH:
-            raise CredentialsInvalid
-        try:
-            header = jwt.get_unverified_header(token)
-            if header.get("typ", "").lower() not in TYPES or "crit" in header:
-                raise CredentialsInvalid
-            claims: Mapping[str, Any] = jwt.decode(
-                token,
-                await self._key(header.get("kid")),
-                algorithms=["EdDSA"],
-                audience=AUDIENCE,
-                issuer=ISSUER,
-                # These two below: here they have no leeway of their own.
-                options={"require": list(_REQUIRED), "verify_iat": False, "verify_nbf": False, "verify_exp": False},
-            )
-            check_times(claims, MOST_SECONDS, self._clock())
-        except (jwt.PyJWTError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
-            raise CredentialsInvalid from None
+        header = header_of(token, TYPES)
+        claims = proved(token, await self._key(header.get("kid")), ["EdDSA"], AUDIENCE, ISSUER, _REQUIRED)
+        check_times(claims, MOST_SECONDS, self._clock())
         return claims
 
     async def _key(self, kid: object) -> "Ed25519PublicKey":

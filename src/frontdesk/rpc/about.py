@@ -33,12 +33,12 @@ def about(raw: bytes, kind: type[Message], refusal: Refused) -> Mapping[str, str
                 named.setdefault(name, value)
         except DecodeError:
             pass
-    first = None
+    first = next((name for name in _COLLECTIONS if name in named), None)
     if refusal.resource in _COLLECTIONS and refusal.subject and _ID.fullmatch(refusal.subject):
         named[refusal.resource] = refusal.subject
-        # The clinic is why it was refused.
-        first = None if refusal.resource == "clinic" else refusal.resource
-    first = first or next((name for name in _COLLECTIONS if name in named), None)
+        # A clinic is why the call was refused, and what it was about only if nothing else was named.
+        if first is None or refusal.resource != "clinic":
+            first = refusal.resource
     found = {f"{name}_id": named[name] for name in ("clinic", "doctor", "patient") if name in named}
     if first == "doctor" and "date" in named:
         found["resource"] = f"doctorDays/{named['doctor']}/{named['date']}"

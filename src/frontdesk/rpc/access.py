@@ -122,19 +122,13 @@ class Access:
             return f"refusals/{self._holder(context)}"
 
         try:
-            return await self._credentials.identity(given, lambda: self._limits.require_left(refusals()))
-        except CredentialsInvalid as refused:
-            # Expired ones do not count: a client that notices it late has several calls under way.
-            if refused.counts:
-                await self._count_refusal(refusals())
-            raise
-        except RateLimited as limited:
-            limited.of_refusals = True
-            raise
-
-    async def _count_refusal(self, subject: str) -> None:
-        try:
-            await self._limits.admit(subject, self._address_requests_per_minute)
+            try:
+                return await self._credentials.identity(given, lambda: self._limits.require_left(refusals()))
+            except CredentialsInvalid as refused:
+                # Expired ones do not count: a client that notices it late has several calls under way.
+                if refused.counts:
+                    await self._limits.admit(refusals(), self._address_requests_per_minute)
+                raise
         except RateLimited as limited:
             limited.of_refusals = True
             raise
