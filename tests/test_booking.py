@@ -96,7 +96,8 @@ async def test_absent_doctor(front: Front) -> None:
     absent = await say(False)
     assert list(absent.affected_appointment_ids) == [booked.appointment.id]
     assert absent.revision == 3
-    assert await outcome(front.book(two.id, doctor.id)) == "DOCTOR_ABSENT"
+    refused = details(await refusal(front.book(two.id, doctor.id)))["ErrorInfo"]
+    assert (refused.reason, refused.metadata["cause"]) == ("DOCTOR_ABSENT", "AVAILABILITY")
     assert (await front.appointment(booked.appointment.id)).state == pb.Appointment.STATE_BOOKED
     assert list((await say(True)).affected_appointment_ids) == []
     assert await outcome(front.book(two.id, doctor.id)) == "OK"

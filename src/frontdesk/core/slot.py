@@ -58,8 +58,17 @@ class SlotFilter:
 
 _s, _a, _dd = schema.slot.c, schema.appointment.c, schema.doctor_day.c
 _booked = sa.select(sa.func.count()).where(_a.slot_id == _s.id, schema.HOLDING).scalar_subquery().correlate(schema.slot)
-_columns = (
-    _s.id, _s.doctor_id, _s.clinic_id, _s.date, _s.start_time, _s.end_time, _s.capacity, _booked, _s.state,
+
+
+def _state(of: str) -> str:
+    """SQL for the state that a slot is shown with; `of` is the slot's table or alias. Leave of hours blocks it."""
+    leave = f"leaves_over({of}.doctor_id, {of}.date, {of}.start_time, {of}.end_time)"
+    return f"case when exists (select from {leave} l where not l.whole_days) then 'BLOCKED' else {of}.state end"
+
+
+_columns: tuple[sa.ColumnElement[Any], ...] = (
+    _s.id, _s.doctor_id, _s.clinic_id, _s.date, _s.start_time, _s.end_time, _s.capacity, _booked,
+    sa.literal_column(_state("slot")),
     _s.block_reason, _s.version, _s.create_time, _s.update_time,
 )  # fmt: skip
 _get = compiled(sa.select(*_columns).where(_s.id == sa.bindparam("id")))
@@ -70,6 +79,9 @@ _decided = (
         # Counted now, also for a replay.
         f"(select count(*) from appointment where appointment.slot_id = s.id and {schema.HOLDING})"
         if field.name == "booked_count"
+        # So is leave.
+        else _state("s")
+        if field.name == "state"
         else f"s.{field.name}"
         for field in fields(Slot)
     )
@@ -203,6 +215,9 @@ def _list_statement(given: frozenset[str], available_only: bool) -> str:
                 doctor.active,
                 clinic.active,
                 sa.func.coalesce(_dd.is_present, sa.true()),
+                sa.literal_column(
+                    "not exists (select from leaves_over(slot.doctor_id, slot.date, slot.start_time, slot.end_time))"
+                ),
                 _booked < _s.capacity,
                 taken_that_day < sa.func.coalesce(_dd.max_patients, doctor.max_patients_per_day),
             )

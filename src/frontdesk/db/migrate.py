@@ -31,8 +31,9 @@ SQL_FILES = (
     # Before the tables: the defaults of columns and the conditions of indexes call these.
     "time.sql", "state.sql",
     # After the tables, in the order in which they build on one another.
-    "request.sql", "clinic.sql", "lock.sql", "key.sql", "seal.sql", "change.sql", "patient.sql", "place.sql",
-    "appointment.sql", "queue.sql", "doctor.sql", "slot.sql", "limit.sql", "access.sql", "decide.sql", "retention.sql",
+    "request.sql", "clinic.sql", "lock.sql", "key.sql", "seal.sql", "change.sql", "patient.sql", "leave.sql",
+    "place.sql", "appointment.sql", "queue.sql", "doctor.sql", "slot.sql", "limit.sql", "access.sql", "decide.sql",
+    "retention.sql",
 )  # fmt: skip
 _BEFORE_TABLES = 2
 

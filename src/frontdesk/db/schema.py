@@ -23,6 +23,7 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     Table,
     Text,
+    UniqueConstraint,
     Uuid,
     func,
     literal_column,
@@ -254,6 +255,72 @@ slot = Table(
 Index("slot_doctor_idx", slot.c.doctor_id, slot.c.start_time, slot.c.id)
 Index("slot_clinic_idx", slot.c.clinic_id, slot.c.start_time, slot.c.id)
 Index("slot_start_idx", slot.c.start_time, slot.c.id)
+
+# The times for which a doctor is away: whole dates, or an interval. How it acts on a place is derived from these rows
+# (`sql/leave.sql`), never stored with slots or days.
+leave = Table(
+    "leave",
+    metadata,
+    _id(),
+    Column("doctor_id", Uuid, ForeignKey("doctor.id"), nullable=False),
+    # The doctor's when the leave was made; its zone gave dates or instants.
+    Column("clinic_id", Uuid, ForeignKey("clinic.id"), nullable=False),
+    # Both forms have dates and instants: the dates that the interval touches, or the instants between which the dates
+    # lie. The dates are inclusive, the end is not.
+    Column("whole_days", Boolean, nullable=False),
+    Column("from_date", Date, nullable=False),
+    Column("to_date", Date, nullable=False),
+    Column("start_time", DateTime(timezone=True), nullable=False),
+    Column("end_time", DateTime(timezone=True), nullable=False),
+    _text("reason"),
+    Column("policy", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default="APPLYING"),
+    # While it is applied: every appointment of an earlier date is settled.
+    Column("next_date", Date, nullable=False),
+    # Whose change each settled appointment is, as the log names it.
+    Column("actor", Text, nullable=False),
+    _text("address"),
+    _text("trace_id"),
+    *_versioned(),
+    CheckConstraint("from_date <= to_date and start_time < end_time", name="interval"),
+    CheckConstraint("policy in ('KEEP', 'CANCEL', 'MOVE_SAME_DOCTOR', 'MOVE_SAME_SPECIALTY')", name="policy"),
+    CheckConstraint("state in ('APPLYING', 'APPLIED', 'CANCELLED')", name="state"),
+    ExcludeConstraint(
+        (text("uuidrange(doctor_id, doctor_id, '[]')"), "&&"),
+        (text("tstzrange(start_time, end_time)"), "&&"),
+        using="gist",
+        where=text("state <> 'CANCELLED'"),
+        name="leave_doctor_overlap",
+    ),
+)
+Index("leave_doctor_idx", leave.c.doctor_id, leave.c.to_date)
+Index("leave_applying_idx", leave.c.id, postgresql_where=text("state = 'APPLYING'"))
+
+# What became of each live appointment that a leave met, in the order in which they were settled. Once for each, however
+# often the work is taken up again.
+leave_outcome = Table(
+    "leave_outcome",
+    metadata,
+    Column("leave_id", Uuid, nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("appointment_id", Uuid, nullable=False),
+    Column("outcome", Text, nullable=False),
+    # To where it was moved.
+    Column("doctor_id", Uuid),
+    Column("date", Date),
+    Column("slot_id", Uuid),
+    PrimaryKeyConstraint("leave_id", "position"),
+    UniqueConstraint("leave_id", "appointment_id", name="leave_outcome_appointment_key"),
+    CheckConstraint("outcome in ('KEPT', 'CANCELLED', 'MOVED', 'NOT_MOVED')", name="outcome"),
+    CheckConstraint("(outcome = 'MOVED') = (doctor_id is not null and date is not null)", name="moved"),
+)
+Index(
+    "leave_outcome_place_idx",
+    leave_outcome.c.leave_id,
+    leave_outcome.c.doctor_id,
+    leave_outcome.c.date,
+    postgresql_where=text("outcome = 'MOVED'"),
+)
 
 # A booking, the visit and its queue entry: one row, because they change together.
 appointment = Table(

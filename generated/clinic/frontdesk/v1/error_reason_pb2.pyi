@@ -47,9 +47,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_SLOT_FULL: _ErrorReason.ValueType  # 9
     """FAILED_PRECONDITION: the slot has no free place. Example: the second booking of a slot with one place."""
     ERROR_REASON_SLOT_BLOCKED: _ErrorReason.ValueType  # 10
-    """FAILED_PRECONDITION: the slot is blocked. Example: booking a slot after BlockSlots."""
+    """FAILED_PRECONDITION: the slot is blocked, by BlockSlots or by a leave of hours. Example: booking a slot after
+    BlockSlots.
+    """
     ERROR_REASON_DOCTOR_ABSENT: _ErrorReason.ValueType  # 11
-    """FAILED_PRECONDITION: the doctor is absent on this date. Example: booking a day that SetDoctorAvailability marked
+    """FAILED_PRECONDITION: the doctor is absent on this date. The metadata has the `cause`: AVAILABILITY (marked absent by
+    SetDoctorAvailability) or LEAVE (a leave of whole days). Example: booking a day that SetDoctorAvailability marked
     absent.
     """
     ERROR_REASON_DATE_IN_PAST: _ErrorReason.ValueType  # 12
@@ -232,9 +235,12 @@ ERROR_REASON_DAY_FULL: ErrorReason.ValueType  # 8
 ERROR_REASON_SLOT_FULL: ErrorReason.ValueType  # 9
 """FAILED_PRECONDITION: the slot has no free place. Example: the second booking of a slot with one place."""
 ERROR_REASON_SLOT_BLOCKED: ErrorReason.ValueType  # 10
-"""FAILED_PRECONDITION: the slot is blocked. Example: booking a slot after BlockSlots."""
+"""FAILED_PRECONDITION: the slot is blocked, by BlockSlots or by a leave of hours. Example: booking a slot after
+BlockSlots.
+"""
 ERROR_REASON_DOCTOR_ABSENT: ErrorReason.ValueType  # 11
-"""FAILED_PRECONDITION: the doctor is absent on this date. Example: booking a day that SetDoctorAvailability marked
+"""FAILED_PRECONDITION: the doctor is absent on this date. The metadata has the `cause`: AVAILABILITY (marked absent by
+SetDoctorAvailability) or LEAVE (a leave of whole days). Example: booking a day that SetDoctorAvailability marked
 absent.
 """
 ERROR_REASON_DATE_IN_PAST: ErrorReason.ValueType  # 12

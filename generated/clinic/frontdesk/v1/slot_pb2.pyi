@@ -41,7 +41,9 @@ class Slot(_message.Message):
         STATE_OPEN: Slot._State.ValueType  # 1
         """The slot takes bookings."""
         STATE_BLOCKED: Slot._State.ValueType  # 2
-        """BlockSlots has blocked the slot: it takes no new bookings."""
+        """The slot takes no new bookings: BlockSlots has blocked it, or it touches a leave of hours. ReleaseSlots does not
+        open what a leave closes.
+        """
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """Whether the slot takes bookings."""
@@ -51,7 +53,9 @@ class Slot(_message.Message):
     STATE_OPEN: Slot.State.ValueType  # 1
     """The slot takes bookings."""
     STATE_BLOCKED: Slot.State.ValueType  # 2
-    """BlockSlots has blocked the slot: it takes no new bookings."""
+    """The slot takes no new bookings: BlockSlots has blocked it, or it touches a leave of hours. ReleaseSlots does not
+    open what a leave closes.
+    """
 
     ID_FIELD_NUMBER: _builtins.int
     DOCTOR_ID_FIELD_NUMBER: _builtins.int
@@ -90,7 +94,7 @@ class Slot(_message.Message):
     state: Global___Slot.State.ValueType
     """Output only. Whether the slot takes bookings."""
     block_reason: _builtins.str
-    """Output only. Why the slot is blocked; empty if it is open."""
+    """Output only. Why BlockSlots has blocked the slot; empty if it is open or closed by a leave alone."""
     etag: _builtins.str
     """Output only. Changes with every change of the slot."""
     @_builtins.property
@@ -182,7 +186,7 @@ class CreateSlotResponse(_message.Message):
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
     """True if an earlier call with the same key made the change. The slot is then as that call left it, except that its
-    counts are the present ones.
+    counts, and whether a leave closes it, are the present ones.
     """
     @_builtins.property
     def slot(self) -> Global___Slot:
@@ -243,7 +247,7 @@ class BatchCreateSlotsResponse(_message.Message):
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
     """True if an earlier call with the same key made the change. Each slot is then as that call left it, except that its
-    counts are the present ones.
+    counts, and whether a leave closes it, are the present ones.
     """
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slot]:
@@ -333,7 +337,7 @@ class ListSlotsRequest(_message.Message):
     """
     available_only: _builtins.bool
     """If true, only slots that can be booked now: open, in the future, with a free place in the slot and in its
-    doctor-day, and with the doctor present and both doctor and clinic active.
+    doctor-day, and with the doctor present, not on leave, and both doctor and clinic active.
     """
     page_size: _builtins.int
     """The maximum number of slots to return. 0 means 50; above 100 means 100; a negative number is refused."""
@@ -450,7 +454,7 @@ class UpdateSlotResponse(_message.Message):
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
     """True if an earlier call with the same key made the change. The slot is then as that call left it, except that its
-    counts are the present ones.
+    counts, and whether a leave closes it, are the present ones.
     """
     @_builtins.property
     def slot(self) -> Global___Slot:
@@ -516,7 +520,7 @@ class BlockSlotsResponse(_message.Message):
     AFFECTED_APPOINTMENT_IDS_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
     """True if an earlier call with the same key made the change. Each slot is then as that call left it, except that its
-    counts are the present ones.
+    counts, and whether a leave closes it, are the present ones.
     """
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slot]:
@@ -584,7 +588,7 @@ class ReleaseSlotsResponse(_message.Message):
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
     """True if an earlier call with the same key made the change. Each slot is then as that call left it, except that its
-    counts are the present ones.
+    counts, and whether a leave closes it, are the present ones.
     """
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slot]:

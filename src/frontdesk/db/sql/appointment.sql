@@ -10,7 +10,8 @@ begin
         if v_place.outcome in ('DUPLICATE_BOOKING', 'PATIENT_OVERLAP') then
             return refused_for(r, v_place.outcome, v_place.subject, r.date);
         end if;
-        return refused(v_place.outcome, v_place.subject, jsonb_build_object('date', r.date));
+        return refused(
+            v_place.outcome, v_place.subject, jsonb_build_object('date', r.date) || coalesce(v_place.details, '{}'));
     end if;
     d.outcome := 'OK';
 
@@ -48,7 +49,8 @@ begin
         if v_place.outcome in ('DUPLICATE_BOOKING', 'PATIENT_OVERLAP') then
             return refused_for(r, v_place.outcome, v_place.subject, r.date);
         end if;
-        return refused(v_place.outcome, v_place.subject, jsonb_build_object('date', r.date));
+        return refused(
+            v_place.outcome, v_place.subject, jsonb_build_object('date', r.date) || coalesce(v_place.details, '{}'));
     end if;
 
     update appointment as a

@@ -1,9 +1,9 @@
 -- Is there a place for this patient in that slot or doctor-day? Ask under the locks of the doctor-day and of
 -- the patient. Answers OK with a place, or why not. `p_moving` is the appointment that would give up its own place; a
--- move within its doctor-day or slot takes no further place of it.
+-- move within its doctor-day or slot takes no further place of it. `details` is more of a refusal's metadata.
 create or replace function find_place(
     p_patient uuid, p_doctor uuid, p_date date, p_slot uuid, p_moving appointment, p_now timestamptz,
-    out outcome text, out subject uuid,
+    out outcome text, out subject uuid, out details jsonb,
     out clinic_id uuid, out number integer, out start_time timestamptz, out end_time timestamptz
 ) language plpgsql as $$
 declare
@@ -22,6 +22,9 @@ begin
     select p.active as patient_active, p.merged_into, d.id as doctor_id, d.active as doctor_active,
            c.id as clinic_id, c.active as clinic_active, (p_now at time zone c.time_zone)::date as today,
            coalesce(day.is_present, true) as is_present,
+           -- True if a leave takes the whole day, false if one takes hours that the slot touches, else null.
+           (select bool_or(l.whole_days) from leaves_over(p_doctor, p_date, v_slot.start_time, v_slot.end_time) l)
+               as on_leave,
            coalesce(day.max_patients, d.max_patients_per_day) as capacity
     into v
     from (select 1) one
@@ -40,7 +43,7 @@ begin
     if p_slot is not null then
         subject := p_slot;
         if v_slot.id is null then outcome := 'SLOT_NOT_FOUND'; return; end if;
-        if v_slot.state = 'BLOCKED' then outcome := 'SLOT_BLOCKED'; return; end if;
+        if v_slot.state = 'BLOCKED' or not v.on_leave then outcome := 'SLOT_BLOCKED'; return; end if;
         if v_slot.start_time <= p_now then outcome := 'SLOT_IN_PAST'; return; end if;
         start_time := v_slot.start_time;
         end_time := v_slot.end_time;
@@ -51,7 +54,11 @@ begin
     if not v.doctor_active then outcome := 'DOCTOR_INACTIVE'; return; end if;
     if not v.clinic_active then outcome := 'CLINIC_INACTIVE'; return; end if;
     if p_date < v.today then outcome := 'DATE_IN_PAST'; return; end if;
-    if not v.is_present then outcome := 'DOCTOR_ABSENT'; return; end if;
+    if not v.is_present or v.on_leave then
+        outcome := 'DOCTOR_ABSENT';
+        details := jsonb_build_object('cause', case when not v.is_present then 'AVAILABILITY' else 'LEAVE' end);
+        return;
+    end if;
     clinic_id := v.clinic_id;
 
     select id into subject from appointment a

@@ -489,6 +489,70 @@ def upgrade() -> None:
     )
     op.create_index("doctor_specialty_idx", "doctor", ["specialty_key", "id"], unique=False)
 
+    op.create_table(
+        "leave",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("doctor_id", sa.Uuid(), nullable=False),
+        sa.Column("clinic_id", sa.Uuid(), nullable=False),
+        sa.Column("whole_days", sa.Boolean(), nullable=False),
+        sa.Column("from_date", sa.Date(), nullable=False),
+        sa.Column("to_date", sa.Date(), nullable=False),
+        sa.Column("start_time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("end_time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("reason", sa.Text(), server_default="", nullable=False),
+        sa.Column("policy", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), server_default="APPLYING", nullable=False),
+        sa.Column("next_date", sa.Date(), nullable=False),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("address", sa.Text(), server_default="", nullable=False),
+        sa.Column("trace_id", sa.Text(), server_default="", nullable=False),
+        sa.Column("version", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        postgresql.ExcludeConstraint(
+            (sa.text("uuidrange(doctor_id, doctor_id, '[]')"), "&&"),
+            (sa.text("tstzrange(start_time, end_time)"), "&&"),
+            using="gist",
+            where=sa.text("state <> 'CANCELLED'"),
+            name="leave_doctor_overlap",
+        ),
+        sa.CheckConstraint("from_date <= to_date and start_time < end_time", name="leave_interval_check"),
+        sa.CheckConstraint(
+            "policy in ('KEEP', 'CANCEL', 'MOVE_SAME_DOCTOR', 'MOVE_SAME_SPECIALTY')", name="leave_policy_check"
+        ),
+        sa.CheckConstraint("state in ('APPLYING', 'APPLIED', 'CANCELLED')", name="leave_state_check"),
+        sa.ForeignKeyConstraint(["doctor_id"], ["doctor.id"], name="leave_doctor_id_fkey"),
+        sa.ForeignKeyConstraint(["clinic_id"], ["clinic.id"], name="leave_clinic_id_fkey"),
+        sa.PrimaryKeyConstraint("id", name="leave_pkey"),
+    )
+    op.create_index("leave_doctor_idx", "leave", ["doctor_id", "to_date"], unique=False)
+    op.create_index("leave_applying_idx", "leave", ["id"], unique=False, postgresql_where=sa.text("state = 'APPLYING'"))
+    op.create_table(
+        "leave_outcome",
+        sa.Column("leave_id", sa.Uuid(), nullable=False),
+        sa.Column("position", sa.Integer(), nullable=False),
+        sa.Column("appointment_id", sa.Uuid(), nullable=False),
+        sa.Column("outcome", sa.Text(), nullable=False),
+        sa.Column("doctor_id", sa.Uuid(), nullable=True),
+        sa.Column("date", sa.Date(), nullable=True),
+        sa.Column("slot_id", sa.Uuid(), nullable=True),
+        sa.CheckConstraint(
+            "outcome in ('KEPT', 'CANCELLED', 'MOVED', 'NOT_MOVED')", name="leave_outcome_outcome_check"
+        ),
+        sa.CheckConstraint(
+            "(outcome = 'MOVED') = (doctor_id is not null and date is not null)", name="leave_outcome_moved_check"
+        ),
+        sa.PrimaryKeyConstraint("leave_id", "position", name="leave_outcome_pkey"),
+        sa.UniqueConstraint("leave_id", "appointment_id", name="leave_outcome_appointment_key"),
+    )
+    op.create_index(
+        "leave_outcome_place_idx",
+        "leave_outcome",
+        ["leave_id", "doctor_id", "date"],
+        unique=False,
+        postgresql_where=sa.text("outcome = 'MOVED'"),
+    )
+
     op.execute(
         sa.text("insert into clinic (name, time_zone, is_default) values ('Default clinic', :zone, true)").bindparams(
             zone=context.config.attributes["default_time_zone"]
