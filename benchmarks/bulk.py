@@ -141,7 +141,7 @@ def without_indexes(connection: psycopg.Connection, table: str) -> Iterator[None
 _PAST = """
 insert into appointment (id, patient_id, doctor_id, clinic_id, date, number, slot_id, start_time, end_time, state,
                          reason, check_in_time, call_time, start_visit_time, complete_time, cancel_time, no_show_time,
-                         leave_time, ticket, queued_revision, queue_state, room, call_count, version, create_time,
+                         leave_time, ticket, queue_state, room, call_count, version, create_time,
                          update_time)
 select bench_id(%(past)s, i), bench_id(%(patient)s, i * 7919 %% %(known)s), bench_id(%(doctor)s, d),
        bench_id(%(clinic)s, d %% %(clinics)s), date, place, case when slots then bench_id(%(slot)s, i) end,
@@ -154,7 +154,7 @@ select bench_id(%(past)s, i), bench_id(%(patient)s, i * 7919 %% %(known)s), benc
        case when state = 'CANCELLED' then at - interval '2 days' end,
        case when state = 'NO_SHOW' then at + interval '1 hour' end,
        case when state = 'LEFT' then at + interval '1 hour' end,
-       case when line is not null then place end, case when line is not null then place end, line,
+       case when line is not null then place end, line,
        case when line is not null then (d %% 9 + 1)::text else '' end, (line is not null)::integer,
        case when line is not null then 5 else 2 end, at - interval '9 days', at + interval '15 minutes'
 from generate_series(0, %(last)s::bigint) i,

@@ -117,11 +117,10 @@ def _load(connection: psycopg.Connection, rows: int, day: date, zone: str) -> No
         connection.execute(
             """
             insert into appointment (patient_id, doctor_id, clinic_id, date, number, state, ticket, queue_state,
-                                     queued_revision, check_in_time)
+                                     check_in_time)
             select bench_id(%(patient)s, i * 7919 %% %(patients)s), bench_id(%(doctor)s, d),
                    bench_id(%(clinic)s, d %% %(clinics)s), %(day)s::date - 1 - spread, n / %(days)s + 1, state,
                    case when line is not null then n / %(days)s + 1 end, line,
-                   case when line is not null then n / %(days)s + 1 end,
                    case when line is not null then now() end
             from generate_series(0, %(last)s::bigint) i,
                  lateral (select i %% %(doctors)s as d, i / %(doctors)s as n, i * 2654435761 %% 1000 as dice) a,

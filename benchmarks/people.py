@@ -66,11 +66,11 @@ def history(connection: psycopg.Connection, rows: int, doctors: int, patients: i
     """
     connection.execute(
         "insert into appointment (patient_id, doctor_id, clinic_id, date, number, state, ticket, queue_state,"
-        " queued_revision, check_in_time)"
+        " check_in_time)"
         " select bench_id(%(patient)s, i %% %(patients)s), bench_id(%(doctor)s, i / 10 %% %(doctors)s),"
         " bench_id(%(clinic)s, (i / 10 %% %(doctors)s) %% %(clinics)s),"
         " %(before)s::date - 1 - (i / 10 / %(doctors)s)::integer, i %% 10 + 1, 'COMPLETED', i %% 10 + 1, 'DONE',"
-        " i %% 10 + 1, now()"
+        " now()"
         " from generate_series(0, %(last)s::bigint) i",
         {
             "patient": PATIENT, "patients": patients, "doctor": DOCTOR, "doctors": doctors, "clinic": CLINIC,
@@ -87,14 +87,14 @@ def booked(
 
     The n-th appointment is the n-th patient's.
     """
-    line = "'CHECKED_IN', i / %(doctors)s + 1, 'WAITING', i / %(doctors)s + 1, now()"
+    line = "'CHECKED_IN', i / %(doctors)s + 1, 'WAITING', now()"
     connection.execute(
         (
             "insert into appointment (id, patient_id, doctor_id, clinic_id, date, number, state, ticket, queue_state,"
-            " queued_revision, check_in_time)"
+            " check_in_time)"
             " select bench_id(%(kind)s, i), bench_id(%(patient)s, i), bench_id(%(doctor)s, i %% %(doctors)s),"
             " bench_id(%(clinic)s, i %% %(doctors)s %% %(clinics)s), %(on)s, i / %(doctors)s + 1, "
-            + (line if checked_in else "'BOOKED', null, null, null, null")
+            + (line if checked_in else "'BOOKED', null, null, null")
             + " from generate_series(0, %(last)s::bigint) i"
         ).encode(),
         {

@@ -279,9 +279,9 @@ def _lines(connection: psycopg.Connection, past: Past, day: date) -> None:
     )
     connection.execute(
         "insert into appointment (patient_id, doctor_id, clinic_id, date, number, state, ticket, queue_state,"
-        " queued_revision, check_in_time, version)"
+        " check_in_time, version)"
         " select bench_id(%(patient)s, (n::bigint * %(waiting)s + place) * 7919 %% %(known)s), d.id, d.clinic_id,"
-        " %(day)s, 100 + place, 'CHECKED_IN', place, 'WAITING', place, now(), 2"
+        " %(day)s, 100 + place, 'CHECKED_IN', place, 'WAITING', now(), 2"
         " from generate_series(1, %(waiting)s::integer) place, unnest(%(doctors)s::integer[]) n"
         " join doctor d on d.id = bench_id(%(doctor)s, n) order by place, n",
         values,

@@ -58,6 +58,7 @@ CHANGES: dict[str, list[str]] = {
     "CheckIn": ["queue.checked_in"],
     "CallNext": ["queue.called"],
     "CallAgain": ["queue.called_again"],
+    "SetPriority": ["queue.priority_set"],
     "ReturnToLine": ["queue.returned"],
     "ParkPatient": ["queue.parked"],
     "MarkMissed": ["queue.missed"],

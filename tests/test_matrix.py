@@ -148,6 +148,7 @@ FACTS: dict[str, Fact] = {
     ),
     "CallNext": _DAY,
     "CallAgain": _VERB,
+    "SetPriority": _VERB,
     "ReturnToLine": _VERB,
     "ParkPatient": _VERB,
     "MarkMissed": _VERB,

@@ -76,8 +76,10 @@ class Visit:
     state: str = "BOOKED"
     line: str | None = None
     ticket: int = 0
-    order: int = 0
-    """The revision that gave the place in the queue."""
+    priority: int = 3
+    """The number in the contract: the smaller, the earlier."""
+    returned: int = 0
+    """The revision of the return after a missed call."""
 
 
 @dataclass
@@ -269,12 +271,25 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             if verb == "CheckIn":
                 day.last_ticket += 1
                 visit.ticket = day.last_ticket
-            if verb == "CheckIn" or (line == "WAITING" and visit.line == "MISSED"):
-                visit.order = day.revision
+            if line == "WAITING" and visit.line == "MISSED":
+                visit.returned = day.revision
             visit.state = state or visit.state
             visit.line = "LEFT" if verb == "CancelAppointment" and visit.line else line
             if verb == "CancelAppointment" and not visit.ticket:
                 visit.line = None
+
+        @precondition(lambda self: self.visits)
+        @rule(data=st.data(), priority=st.integers(1, 3))
+        def set_priority(self, data: st.DataObject, priority: queue_pb2.Priority.ValueType) -> None:
+            visit = data.draw(st.sampled_from(self.visits[-6:]))
+            request = queue_pb2.SetPriorityRequest(appointment_id=visit.id, priority=priority)
+            answer, reason = attempt(lambda: client.queues.SetPriority(request))
+            if visit.line not in ANY_LINE:
+                assert reason == "INVALID_TRANSITION"
+                return
+            assert answer is not None, reason
+            assert answer.revision == self.changed(visit.doctor, "PRIORITY_SET")
+            visit.priority = priority
 
         @rule(keep=st.integers(0, 5), other=st.integers(4, 5))
         def merge(self, keep: int, other: int) -> None:
@@ -352,7 +367,8 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
 
         def line(self, doctor: int) -> list[Visit]:
             waiting = [v for v in self.visits if v.doctor == doctor and v.line == "WAITING"]
-            return sorted(waiting, key=lambda v: v.order)
+            # The clock stands, so all have checked in at one time.
+            return sorted(waiting, key=lambda v: (v.priority, v.returned, v.ticket))
 
         @invariant()
         def the_queues_agree(self) -> None:
@@ -366,11 +382,11 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                     expected += sorted((v for v in mine if v.line == state), key=lambda v: v.ticket)
                 names = queue_pb2.QueueEntry.State
                 shown = [
-                    (e.appointment_id, e.ticket, names.Name(e.state), e.patient_id, e.patient_name)
+                    (e.appointment_id, e.ticket, names.Name(e.state), e.patient_id, e.patient_name, e.priority)
                     for e in queue.entries
                 ]
                 assert shown == [
-                    (v.id, v.ticket, f"STATE_{v.line}", self.patients[v.patient], self.names[v.patient])
+                    (v.id, v.ticket, f"STATE_{v.line}", self.patients[v.patient], self.names[v.patient], v.priority)
                     for v in expected
                 ]
                 waiting = len(self.line(doctor))

@@ -56,7 +56,7 @@ async def test_the_life_of_a_visit(front: Front) -> None:
 
 
 async def test_places_in_the_line(front: Front) -> None:
-    """A returned patient gets the place of the ticket, after a missed call the end; parked patients wait aside."""
+    """A returned patient gets the place of the check-in, after a missed call the end; parked patients wait aside."""
     doctor = await front.doctor()
     ids = [(await front.arrive(doctor.id)).appointment.id for _ in range(3)]
 
@@ -73,17 +73,17 @@ async def test_places_in_the_line(front: Front) -> None:
     await front.queues.MarkMissed(queue_pb2.MarkMissedRequest(appointment_id=ids[0]))
     back = await front.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=ids[0]))
     assert (back.entry.position, await waiting()) == (3, [2, 3, 1])
-    # A patient who checks in later stays behind the one who missed the call.
+    # The end stays the end: a patient who checks in later comes before the one who missed the call.
     await front.arrive(doctor.id)
-    assert await waiting() == [2, 3, 1, 4]
+    assert await waiting() == [2, 3, 4, 1]
     await front.queues.ParkPatient(queue_pb2.ParkPatientRequest(appointment_id=ids[1]))
-    assert await waiting() == [3, 1, 4]
+    assert await waiting() == [3, 4, 1]
     await front.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=ids[1]))
-    assert await waiting() == [2, 3, 1, 4]
+    assert await waiting() == [2, 3, 4, 1]
     # The place after a missed call stays through park and return, too.
     await front.queues.ParkPatient(queue_pb2.ParkPatientRequest(appointment_id=ids[0]))
     await front.queues.ReturnToLine(queue_pb2.ReturnToLineRequest(appointment_id=ids[0]))
-    assert await waiting() == [2, 3, 1, 4]
+    assert await waiting() == [2, 3, 4, 1]
     states = [entry.state for entry in (await front.queue(doctor.id)).entries]
     assert states == [Entry.STATE_WAITING] * 4
 
@@ -154,6 +154,9 @@ async def test_every_transition(front: Front) -> None:
         "Park": lambda i: q.ParkPatient(queue_pb2.ParkPatientRequest(appointment_id=i)),
         "Miss": lambda i: q.MarkMissed(queue_pb2.MarkMissedRequest(appointment_id=i)),
         "Leave": lambda i: q.LeaveQueue(queue_pb2.LeaveQueueRequest(appointment_id=i)),
+        "SetPriority": lambda i: q.SetPriority(
+            queue_pb2.SetPriorityRequest(appointment_id=i, priority=queue_pb2.PRIORITY_PRIORITY)
+        ),
     }
     ways = {
         "BOOKED": [],
@@ -169,10 +172,10 @@ async def test_every_transition(front: Front) -> None:
     }
     allowed = {
         "BOOKED": {"CheckIn", "Cancel", "NoShow"},
-        "WAITING": {"Start", "Cancel", "Park", "Leave"},
-        "CALLED": {"Start", "Cancel", "CallAgain", "Return", "Park", "Miss", "Leave"},
-        "PARKED": {"Cancel", "Return", "Leave"},
-        "MISSED": {"Cancel", "Return", "Leave"},
+        "WAITING": {"Start", "Cancel", "Park", "Leave", "SetPriority"},
+        "CALLED": {"Start", "Cancel", "CallAgain", "Return", "Park", "Miss", "Leave", "SetPriority"},
+        "PARKED": {"Cancel", "Return", "Leave", "SetPriority"},
+        "MISSED": {"Cancel", "Return", "Leave", "SetPriority"},
         "IN_CONSULTATION": {"Complete"},
     }
     for state, way in ways.items():

@@ -43,7 +43,7 @@ def bare(entry: queue_pb2.QueueEntry) -> queue_pb2.QueueEntry:
     """The entry as a board shows it."""
     shown = queue_pb2.QueueEntry()
     shown.CopyFrom(entry)
-    for field in ("appointment_id", "patient_id", "patient_name", "call_count"):
+    for field in ("appointment_id", "patient_id", "patient_name", "call_count", "priority"):
         shown.ClearField(field)
     return shown
 
@@ -58,7 +58,7 @@ def board(queue: queue_pb2.Queue, but: str = "") -> queue_pb2.Queue:
 
 
 async def test_what_each_view_shows(front: Front) -> None:
-    """A board shows no name, no id and no count of calls; a patient sees the same, and the own entry whole."""
+    """A board shows no name, id, priority or count of calls; a patient sees the same, and the own entry whole."""
     doctor = await front.doctor()
     first, second = [await front.arrive(doctor.id) for _ in range(2)]
     await front.call_next(doctor.id, "7")

@@ -416,7 +416,8 @@ class _Replay:
         self.moved: set[str] = set()
         self._holding: dict[str, str] = {}
         """The part of `at` that holds a place."""
-        self._order: dict[str, int] = {}
+        self._order: dict[str, tuple[int, int]] = {}
+        """The place in the queue: the revision of the return after a missed call, or 0; and that of the check-in."""
         self._last_ticket = 0
         self._capacity = facts.capacities.get(day[0], 0)
         self._facts = facts
@@ -486,9 +487,10 @@ class _Replay:
                 waiting = [one for one, at in self._holding.items() if at == "WAITING"]
                 if waiting and who != (first := min(waiting, key=lambda one: self._order[one])):
                     self._say("transition", f"called {who} before {first}", revision)
-            if after == "WAITING" and (before == "MISSED" or event.kind == "CHECKED_IN" or who not in self._order):
-                # The place in the queue, which stays through park and return.
-                self._order[who] = revision
+            if event.kind == "CHECKED_IN":
+                self._order[who] = (0, revision)
+            elif after == "WAITING" and before == "MISSED":
+                self._order[who] = (revision, self._order[who][1])
             self.place.setdefault(who, (0, ""))
             self._put(who, after)
         else:

@@ -229,7 +229,7 @@ MUTANTS = (
     Mutant(
         "CallNext takes the last",
         LONG_LINE,
-        _edited("call_next", ("order by a.queued_revision", "order by a.queued_revision desc")),
+        _edited("call_next", ("order by place_in_queue(a)", "order by place_in_queue(a) desc")),
     ),
     Mutant("none, access required", LOSING, tries=1),
     Mutant(
@@ -292,7 +292,7 @@ MUTANTS = (
     Mutant(
         "the missed return to their old place",
         LONG_LINE,
-        _edited("change_visit", (" or p_old.queue_state = 'MISSED' and v_new.queue_state = 'WAITING'", "")),
+        _edited("change_visit", ("if p_old.queue_state = 'MISSED' and", "if false and")),
     ),
 )
 

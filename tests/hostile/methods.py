@@ -354,6 +354,9 @@ VALID: dict[str, Callable[[World], Message]] = {
     "WatchQueue": lambda w: queue_pb2.WatchQueueRequest(doctor_id=w.doctor_id, date=day(today())),
     "CallNext": lambda w: queue_pb2.CallNextRequest(doctor_id=w.doctor_id, date=day(today())),
     "CallAgain": _of_appointment("CallAgain"),
+    "SetPriority": lambda w: queue_pb2.SetPriorityRequest(
+        appointment_id=w.appointment_id, priority=queue_pb2.PRIORITY_URGENT
+    ),
     "ReturnToLine": _of_appointment("ReturnToLine"),
     "ParkPatient": _of_appointment("ParkPatient"),
     "MarkMissed": _of_appointment("MarkMissed"),

@@ -330,6 +330,18 @@ async def _call_next(front: Front) -> Scenario:
     return Scenario(to("1"), to("2"), later)
 
 
+async def _set_priority(front: Front) -> Scenario:
+    appointment, _ = await _appointment(front, "CheckIn")
+
+    def to(priority: queue_pb2.Priority.ValueType) -> queue_pb2.SetPriorityRequest:
+        return queue_pb2.SetPriorityRequest(appointment_id=appointment, priority=priority)
+
+    async def later() -> None:
+        await call(front, "SetPriority", to(queue_pb2.PRIORITY_NORMAL))
+
+    return Scenario(to(queue_pb2.PRIORITY_URGENT), to(queue_pb2.PRIORITY_PRIORITY), later, _without_position)
+
+
 async def _create_api_key(front: Front) -> Scenario:
     def named(name: str) -> access_pb2.CreateApiKeyRequest:
         wanted = access_pb2.ApiKey(name=name, roles=[policy_pb2.ROLE_BOARD])
@@ -459,6 +471,7 @@ SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "CheckIn": _visit("CheckIn", later="StartAppointment"),
     "CallNext": _call_next,
     "CallAgain": _visit("CallAgain", "CheckIn", "CallNext", later="StartAppointment"),
+    "SetPriority": _set_priority,
     "ReturnToLine": _visit("ReturnToLine", "CheckIn", "CallNext", "MarkMissed", later="LeaveQueue"),
     "ParkPatient": _visit("ParkPatient", "CheckIn", "CallNext", later="ReturnToLine"),
     "MarkMissed": _visit("MarkMissed", "CheckIn", "CallNext", later="ReturnToLine"),

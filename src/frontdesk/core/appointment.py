@@ -47,6 +47,7 @@ class Appointment:
     room: str
     call_count: int
     call_time: datetime | None
+    priority: str
     version: int
     create_time: datetime
     update_time: datetime

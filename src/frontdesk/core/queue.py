@@ -33,6 +33,8 @@ class QueueEntry:
     check_in_time: datetime
     call_time: datetime | None
     start_time: datetime | None
+    priority: str
+    """UNSPECIFIED if the view does not show it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class View:
     def _entry(self, entry: QueueEntry) -> QueueEntry:
         if self.name == OWN and entry.patient_id == self.patient_id:
             return entry
-        return replace(entry, appointment_id="", patient_id="", patient_name="", call_count=0)
+        return replace(entry, appointment_id="", patient_id="", patient_name="", call_count=0, priority="UNSPECIFIED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ _queues = f"""
 select d.id, d.clinic_id, may.see, self.own, day.date, coalesce(dd.revision, 1),
        coalesce((extract(epoch from dd.update_time) * 1000000)::bigint, 0), expected.count, expected.patients,
        a.ticket, a.id, a.patient_id, concat_ws(' ', p.given_name, nullif(p.family_name, '')), a.queue_state, a.room,
-       a.call_count, a.check_in_time, a.call_time, a.start_visit_time
+       a.call_count, a.check_in_time, a.call_time, a.start_visit_time, a.priority
 from unnest(%(doctors)s::uuid[], %(dates)s::date[]) with ordinality as k (doctor_id, date, n)
 join doctor d on d.id = k.doctor_id
 {_DAY}{_MAY}
@@ -133,12 +135,12 @@ cross join lateral (
            array_agg(b.patient_id) filter (where %(patients)s and b.state <> 'CANCELLED') as patients
     from appointment b where may.see and b.doctor_id = d.id and b.date = day.date) expected
 left join lateral (
-    select * from appointment x
+    select x.*, case x.queue_state when 'WAITING' then place_in_queue(x) end as place from appointment x
     where may.see and x.doctor_id = d.id and x.date = day.date and x.ticket is not null
       and x.queue_state in ('WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED') offset 0) a on true
 left join lateral (select * from patient x where x.id = a.patient_id offset 0) p on true
 order by k.n, array_position(array['WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED'], a.queue_state),
-         case when a.queue_state = 'WAITING' then a.queued_revision else a.ticket end
+         a.place, a.ticket
 """
 
 _admission = f"""
@@ -152,7 +154,7 @@ _changes = """
 select e.doctor_id, e.date, e.revision, (extract(epoch from e.time) * 1000000)::bigint, change_kind(e.type),
        coalesce(e.appointment_id::text, ''),
        e.ticket, a.patient_id, concat_ws(' ', p.given_name, nullif(p.family_name, '')), e.queue_state, e.room,
-       e.call_count, e.check_in_time, e.call_time, e.start_visit_time
+       e.call_count, e.check_in_time, e.call_time, e.start_visit_time, e.priority
 from unnest(%(doctors)s::uuid[], %(dates)s::date[], %(firsts)s::bigint[], %(lasts)s::bigint[])
      as k (doctor_id, date, first, last)
 cross join lateral (
@@ -266,7 +268,7 @@ def entry_of(a: Appointment) -> QueueEntry:
     assert a.check_in_time is not None
     return QueueEntry(
         a.ticket, a.position, a.id, a.patient_id, a.patient_name, a.queue_state, a.room, a.call_count, a.check_in_time,
-        a.call_time, a.start_visit_time,
+        a.call_time, a.start_visit_time, a.priority,
     )  # fmt: skip
 
 
@@ -333,11 +335,20 @@ class Queues:
         return await self._appointments.decide(caller, key, doctor=doctor_id, date=iso(on), room=room)
 
     async def change(
-        self, caller: Caller, appointment_id: str, *, room: str = "", patient_id: str | None = None, key: Key
+        self,
+        caller: Caller,
+        appointment_id: str,
+        *,
+        room: str = "",
+        patient_id: str | None = None,
+        priority: str | None = None,
+        key: Key,
     ) -> Change[Appointment]:
         """One transition of the queue entry: the method of `key`, by the table in `db/sql/state.sql`.
 
-        `patient_id` guards a check-in. Raises AppointmentNotFound, InvalidTransition, AlreadyCheckedIn,
-        PatientMismatch, NotAppointmentDate.
+        `patient_id` guards a check-in; `priority` is the patient's from now on, None the present one. Raises
+        AppointmentNotFound, InvalidTransition, AlreadyCheckedIn, PatientMismatch, NotAppointmentDate, RoleRequired.
         """
-        return await self._appointments.decide(caller, key, appointment=appointment_id, room=room, patient=patient_id)
+        return await self._appointments.decide(
+            caller, key, appointment=appointment_id, room=room, patient=patient_id, priority=priority
+        )

@@ -347,12 +347,13 @@ appointment = Table(
     _instant("leave_time"),
     # From here to call_time: the queue entry, from check-in on.
     Column("ticket", Integer),
-    # The revision that gave the entry its place: of the check-in, or of the return after a missed call.
-    Column("queued_revision", BigInteger),
+    # Of the return after a missed call; 0 if there was none.
+    Column("returned_revision", BigInteger, nullable=False, server_default="0"),
     Column("queue_state", Text),
     _text("room"),
     Column("call_count", Integer, nullable=False, server_default="0"),
     _instant("call_time"),
+    Column("priority", Text, nullable=False, server_default="NORMAL"),
     *_versioned(),
     # Of each state and of both together, in one check: PostgreSQL prepares every check anew for every insert.
     CheckConstraint(
@@ -363,7 +364,9 @@ appointment = Table(
     CheckConstraint(
         "(slot_id is null or start_time is not null) and (start_time is null) = (end_time is null)", name="slot"
     ),
-    CheckConstraint("(ticket is null) = (queue_state is null)", name="ticket"),
+    CheckConstraint(
+        "(ticket is null) = (queue_state is null) and priority in ('URGENT', 'PRIORITY', 'NORMAL')", name="queue_entry"
+    ),
     ExcludeConstraint(
         (text("uuidrange(patient_id, patient_id, '[]')"), "&&"),
         (text("tstzrange(start_time, end_time)"), "&&"),
@@ -451,6 +454,7 @@ log = Table(
     _instant("check_in_time"),
     _instant("call_time"),
     _instant("start_visit_time"),
+    Column("priority", Text),
     PrimaryKeyConstraint("id"),
 )
 Index("log_transaction_idx", log.c.transaction)

@@ -34,7 +34,7 @@ class _QueueViewEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_QueueView.V
     QUEUE_VIEW_STAFF: _QueueView.ValueType  # 1
     """Everything. For ROLE_STAFF, ROLE_ADMIN and ROLE_SERVICE; for ROLE_DOCTOR the doctor's own queues."""
     QUEUE_VIEW_BOARD: _QueueView.ValueType  # 2
-    """Entries and changes without ids, names and counts of calls: a screen in the waiting room shows no more. For everyone
+    """Entries and changes without ids, names, priorities and counts of calls: a screen in the waiting room shows no more. For everyone
     with credentials for the clinic; patients have them for every clinic.
     """
     QUEUE_VIEW_OWN: _QueueView.ValueType  # 3
@@ -50,7 +50,7 @@ QUEUE_VIEW_UNSPECIFIED: QueueView.ValueType  # 0
 QUEUE_VIEW_STAFF: QueueView.ValueType  # 1
 """Everything. For ROLE_STAFF, ROLE_ADMIN and ROLE_SERVICE; for ROLE_DOCTOR the doctor's own queues."""
 QUEUE_VIEW_BOARD: QueueView.ValueType  # 2
-"""Entries and changes without ids, names and counts of calls: a screen in the waiting room shows no more. For everyone
+"""Entries and changes without ids, names, priorities and counts of calls: a screen in the waiting room shows no more. For everyone
 with credentials for the clinic; patients have them for every clinic.
 """
 QUEUE_VIEW_OWN: QueueView.ValueType  # 3
@@ -58,6 +58,34 @@ QUEUE_VIEW_OWN: QueueView.ValueType  # 3
 not cancelled (else APPOINTMENT_NOT_FOUND); without credentials it is refused on every server (CREDENTIALS_REQUIRED).
 """
 Global___QueueView: _TypeAlias = QueueView  # noqa: Y015
+
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """In a view that does not show it. In CheckIn the same as PRIORITY_NORMAL."""
+    PRIORITY_URGENT: _Priority.ValueType  # 1
+    """Before everybody else."""
+    PRIORITY_PRIORITY: _Priority.ValueType  # 2
+    """Before patients with PRIORITY_NORMAL."""
+    PRIORITY_NORMAL: _Priority.ValueType  # 3
+    """The default."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """How urgent a patient is. It comes first in the calling order."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""In a view that does not show it. In CheckIn the same as PRIORITY_NORMAL."""
+PRIORITY_URGENT: Priority.ValueType  # 1
+"""Before everybody else."""
+PRIORITY_PRIORITY: Priority.ValueType  # 2
+"""Before patients with PRIORITY_NORMAL."""
+PRIORITY_NORMAL: Priority.ValueType  # 3
+"""The default."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 @_typing.final
 class QueueEntry(_message.Message):
@@ -123,6 +151,7 @@ class QueueEntry(_message.Message):
     CHECK_IN_TIME_FIELD_NUMBER: _builtins.int
     CALL_TIME_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     ticket: _builtins.int
     """The check-in number on the doctor-day: 1, 2, 3 …, never reused, never skipped."""
     position: _builtins.int
@@ -139,6 +168,8 @@ class QueueEntry(_message.Message):
     """The room of the last call; empty if none was given, and after the patient was returned or parked."""
     call_count: _builtins.int
     """How many times the patient was called; 0 if the view does not show it."""
+    priority: Global___Priority.ValueType
+    """How urgent the patient is; PRIORITY_UNSPECIFIED if the view does not show it."""
     @_builtins.property
     def check_in_time(self) -> _timestamp_pb2.Timestamp:
         """When the patient was checked in."""
@@ -165,10 +196,11 @@ class QueueEntry(_message.Message):
         check_in_time: _timestamp_pb2.Timestamp | None = ...,
         call_time: _timestamp_pb2.Timestamp | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
+        priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["call_time", b"call_time", "check_in_time", b"check_in_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment_id", b"appointment_id", "call_count", b"call_count", "call_time", b"call_time", "check_in_time", b"check_in_time", "patient_id", b"patient_id", "patient_name", b"patient_name", "position", b"position", "room", b"room", "start_time", b"start_time", "state", b"state", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment_id", b"appointment_id", "call_count", b"call_count", "call_time", b"call_time", "check_in_time", b"check_in_time", "patient_id", b"patient_id", "patient_name", b"patient_name", "position", b"position", "priority", b"priority", "room", b"room", "start_time", b"start_time", "state", b"state", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -268,6 +300,8 @@ class QueueChange(_message.Message):
         """A consultation ended."""
         KIND_AVAILABILITY: QueueChange._Kind.ValueType  # 16
         """The doctor's presence or the capacity of the date was set."""
+        KIND_PRIORITY_SET: QueueChange._Kind.ValueType  # 17
+        """A patient's priority was set."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """The kind of change."""
@@ -306,6 +340,8 @@ class QueueChange(_message.Message):
     """A consultation ended."""
     KIND_AVAILABILITY: QueueChange.Kind.ValueType  # 16
     """The doctor's presence or the capacity of the date was set."""
+    KIND_PRIORITY_SET: QueueChange.Kind.ValueType  # 17
+    """A patient's priority was set."""
 
     REVISION_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
@@ -354,6 +390,7 @@ class CheckInRequest(_message.Message):
     APPOINTMENT_ID_FIELD_NUMBER: _builtins.int
     PATIENT_ID_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
     """Required. The appointment's id."""
     patient_id: _builtins.str
@@ -363,16 +400,19 @@ class CheckInRequest(_message.Message):
     characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
     (IDEMPOTENCY_KEY_REUSED).
     """
+    priority: Global___Priority.ValueType
+    """How urgent the patient is. Default: PRIORITY_NORMAL."""
     def __init__(
         self,
         *,
         appointment_id: _builtins.str = ...,
         patient_id: _builtins.str = ...,
         idempotency_key: _builtins.str = ...,
+        priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment_id", b"appointment_id", "idempotency_key", b"idempotency_key", "patient_id", b"patient_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment_id", b"appointment_id", "idempotency_key", b"idempotency_key", "patient_id", b"patient_id", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -835,6 +875,79 @@ class CallAgainResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CallAgainResponse: _TypeAlias = CallAgainResponse  # noqa: Y015
+
+@_typing.final
+class SetPriorityRequest(_message.Message):
+    """Request of SetPriority."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPOINTMENT_ID_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    appointment_id: _builtins.str
+    """Required. The appointment's id."""
+    priority: Global___Priority.ValueType
+    """Required. How urgent the patient is."""
+    idempotency_key: _builtins.str
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
+    """
+    def __init__(
+        self,
+        *,
+        appointment_id: _builtins.str = ...,
+        priority: Global___Priority.ValueType = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment_id", b"appointment_id", "idempotency_key", b"idempotency_key", "priority", b"priority"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPriorityRequest: _TypeAlias = SetPriorityRequest  # noqa: Y015
+
+@_typing.final
+class SetPriorityResponse(_message.Message):
+    """Response of SetPriority."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    APPOINTMENT_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
+    replayed: _builtins.bool
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
+    @_builtins.property
+    def entry(self) -> Global___QueueEntry:
+        """The patient's entry after the change."""
+
+    @_builtins.property
+    def appointment(self) -> _appointment_pb2.Appointment:
+        """The appointment after the change."""
+
+    def __init__(
+        self,
+        *,
+        entry: Global___QueueEntry | None = ...,
+        appointment: _appointment_pb2.Appointment | None = ...,
+        revision: _builtins.int = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["appointment", b"appointment", "entry", b"entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment", b"appointment", "entry", b"entry", "replayed", b"replayed", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPriorityResponse: _TypeAlias = SetPriorityResponse  # noqa: Y015
 
 @_typing.final
 class ReturnToLineRequest(_message.Message):

@@ -37,6 +37,10 @@ class QueueServiceStub:
     change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
     queue entry, if there is one, as `queue_state`.
 
+    The calling order is: urgent patients, then those with priority, then the others. Within each of these, patients who
+    came back after a missed call are at the end, in the order in which they came back; everybody else is in the order of
+    the first check-in, and then of the ticket.
+
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
@@ -70,6 +74,11 @@ class QueueServiceStub:
                 '/clinic.frontdesk.v1.QueueService/CallAgain',
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.CallAgainRequest.SerializeToString,
                 response_deserializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.CallAgainResponse.FromString,
+                _registered_method=True)
+        self.SetPriority = channel.unary_unary(
+                '/clinic.frontdesk.v1.QueueService/SetPriority',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.SetPriorityRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.SetPriorityResponse.FromString,
                 _registered_method=True)
         self.ReturnToLine = channel.unary_unary(
                 '/clinic.frontdesk.v1.QueueService/ReturnToLine',
@@ -105,13 +114,17 @@ class QueueServiceServicer:
     change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
     queue entry, if there is one, as `queue_state`.
 
+    The calling order is: urgent patients, then those with priority, then the others. Within each of these, patients who
+    came back after a missed call are at the end, in the order in which they came back; everybody else is in the order of
+    the first check-in, and then of the ticket.
+
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def CheckIn(self, request, context):
         """Puts a booked patient into the queue and gives the next ticket. Only on the appointment's own date in the clinic's
-        time zone. Errors: APPOINTMENT_NOT_FOUND, PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN,
-        INVALID_TRANSITION.
+        time zone. A patient cannot set a priority (ROLE_REQUIRED, metadata field=priority). Errors: APPOINTMENT_NOT_FOUND,
+        PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN, INVALID_TRANSITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,9 +162,17 @@ class QueueServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetPriority(self, request, context):
+        """Sets the priority of a waiting, called, parked or missed patient, who has the place of that priority from then on.
+        Setting the same priority again is a change too. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReturnToLine(self, request, context):
-        """Returns a patient to the queue to wait. A missed patient goes to the end, and keeps that place from then on; a
-        called or parked patient goes back to the place before. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+        """Returns a patient to the queue to wait. A missed patient goes to the end of the priority, and keeps that place from
+        then on, in whichever priority; a called or parked patient goes back to the place before. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -208,6 +229,11 @@ def add_QueueServiceServicer_to_server(servicer, server):
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.CallAgainRequest.FromString,
                     response_serializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.CallAgainResponse.SerializeToString,
             ),
+            'SetPriority': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPriority,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.SetPriorityRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.SetPriorityResponse.SerializeToString,
+            ),
             'ReturnToLine': grpc.unary_unary_rpc_method_handler(
                     servicer.ReturnToLine,
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.ReturnToLineRequest.FromString,
@@ -247,6 +273,10 @@ class QueueService:
     StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
     change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
     queue entry, if there is one, as `queue_state`.
+
+    The calling order is: urgent patients, then those with priority, then the others. Within each of these, patients who
+    came back after a missed call are at the end, in the order in which they came back; everybody else is in the order of
+    the first check-in, and then of the ticket.
 
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
@@ -376,6 +406,33 @@ class QueueService:
             '/clinic.frontdesk.v1.QueueService/CallAgain',
             clinic_dot_frontdesk_dot_v1_dot_queue__pb2.CallAgainRequest.SerializeToString,
             clinic_dot_frontdesk_dot_v1_dot_queue__pb2.CallAgainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPriority(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.QueueService/SetPriority',
+            clinic_dot_frontdesk_dot_v1_dot_queue__pb2.SetPriorityRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_queue__pb2.SetPriorityResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,10 @@ class QueueServiceStub:
     change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
     queue entry, if there is one, as `queue_state`.
 
+    The calling order is: urgent patients, then those with priority, then the others. Within each of these, patients who
+    came back after a missed call are at the end, in the order in which they came back; everybody else is in the order of
+    the first check-in, and then of the ticket.
+
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
@@ -47,8 +51,8 @@ class QueueServiceStub:
     def __new__(cls, channel: _aio.Channel) -> QueueServiceAsyncStub: ...
     CheckIn: _grpc.UnaryUnaryMultiCallable[_queue_pb2.CheckInRequest, _queue_pb2.CheckInResponse]
     """Puts a booked patient into the queue and gives the next ticket. Only on the appointment's own date in the clinic's
-    time zone. Errors: APPOINTMENT_NOT_FOUND, PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN,
-    INVALID_TRANSITION.
+    time zone. A patient cannot set a priority (ROLE_REQUIRED, metadata field=priority). Errors: APPOINTMENT_NOT_FOUND,
+    PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN, INVALID_TRANSITION.
     """
     GetQueue: _grpc.UnaryUnaryMultiCallable[_queue_pb2.GetQueueRequest, _queue_pb2.GetQueueResponse]
     """Gets the whole queue at one revision, as a view shows it. Errors: DOCTOR_NOT_FOUND; with QUEUE_VIEW_OWN
@@ -65,9 +69,13 @@ class QueueServiceStub:
     """
     CallAgain: _grpc.UnaryUnaryMultiCallable[_queue_pb2.CallAgainRequest, _queue_pb2.CallAgainResponse]
     """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
+    SetPriority: _grpc.UnaryUnaryMultiCallable[_queue_pb2.SetPriorityRequest, _queue_pb2.SetPriorityResponse]
+    """Sets the priority of a waiting, called, parked or missed patient, who has the place of that priority from then on.
+    Setting the same priority again is a change too. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+    """
     ReturnToLine: _grpc.UnaryUnaryMultiCallable[_queue_pb2.ReturnToLineRequest, _queue_pb2.ReturnToLineResponse]
-    """Returns a patient to the queue to wait. A missed patient goes to the end, and keeps that place from then on; a
-    called or parked patient goes back to the place before. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+    """Returns a patient to the queue to wait. A missed patient goes to the end of the priority, and keeps that place from
+    then on, in whichever priority; a called or parked patient goes back to the place before. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
     """
     ParkPatient: _grpc.UnaryUnaryMultiCallable[_queue_pb2.ParkPatientRequest, _queue_pb2.ParkPatientResponse]
     """Sets a waiting or called patient aside, for example for a laboratory test. Errors: APPOINTMENT_NOT_FOUND,
@@ -93,14 +101,18 @@ class QueueServiceAsyncStub(QueueServiceStub):
     change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
     queue entry, if there is one, as `queue_state`.
 
+    The calling order is: urgent patients, then those with priority, then the others. Within each of these, patients who
+    came back after a missed call are at the end, in the order in which they came back; everybody else is in the order of
+    the first check-in, and then of the ticket.
+
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CheckIn: _aio.UnaryUnaryMultiCallable[_queue_pb2.CheckInRequest, _queue_pb2.CheckInResponse]  # type: ignore[assignment]
     """Puts a booked patient into the queue and gives the next ticket. Only on the appointment's own date in the clinic's
-    time zone. Errors: APPOINTMENT_NOT_FOUND, PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN,
-    INVALID_TRANSITION.
+    time zone. A patient cannot set a priority (ROLE_REQUIRED, metadata field=priority). Errors: APPOINTMENT_NOT_FOUND,
+    PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN, INVALID_TRANSITION.
     """
     GetQueue: _aio.UnaryUnaryMultiCallable[_queue_pb2.GetQueueRequest, _queue_pb2.GetQueueResponse]  # type: ignore[assignment]
     """Gets the whole queue at one revision, as a view shows it. Errors: DOCTOR_NOT_FOUND; with QUEUE_VIEW_OWN
@@ -117,9 +129,13 @@ class QueueServiceAsyncStub(QueueServiceStub):
     """
     CallAgain: _aio.UnaryUnaryMultiCallable[_queue_pb2.CallAgainRequest, _queue_pb2.CallAgainResponse]  # type: ignore[assignment]
     """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
+    SetPriority: _aio.UnaryUnaryMultiCallable[_queue_pb2.SetPriorityRequest, _queue_pb2.SetPriorityResponse]  # type: ignore[assignment]
+    """Sets the priority of a waiting, called, parked or missed patient, who has the place of that priority from then on.
+    Setting the same priority again is a change too. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+    """
     ReturnToLine: _aio.UnaryUnaryMultiCallable[_queue_pb2.ReturnToLineRequest, _queue_pb2.ReturnToLineResponse]  # type: ignore[assignment]
-    """Returns a patient to the queue to wait. A missed patient goes to the end, and keeps that place from then on; a
-    called or parked patient goes back to the place before. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+    """Returns a patient to the queue to wait. A missed patient goes to the end of the priority, and keeps that place from
+    then on, in whichever priority; a called or parked patient goes back to the place before. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
     """
     ParkPatient: _aio.UnaryUnaryMultiCallable[_queue_pb2.ParkPatientRequest, _queue_pb2.ParkPatientResponse]  # type: ignore[assignment]
     """Sets a waiting or called patient aside, for example for a laboratory test. Errors: APPOINTMENT_NOT_FOUND,
@@ -144,6 +160,10 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
     change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
     queue entry, if there is one, as `queue_state`.
 
+    The calling order is: urgent patients, then those with priority, then the others. Within each of these, patients who
+    came back after a missed call are at the end, in the order in which they came back; everybody else is in the order of
+    the first check-in, and then of the ticket.
+
     Errors that every method can return are listed at ErrorReason; the methods list only the others.
     """
 
@@ -154,8 +174,8 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.CheckInResponse, _abc.Awaitable[_queue_pb2.CheckInResponse]]:
         """Puts a booked patient into the queue and gives the next ticket. Only on the appointment's own date in the clinic's
-        time zone. Errors: APPOINTMENT_NOT_FOUND, PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN,
-        INVALID_TRANSITION.
+        time zone. A patient cannot set a priority (ROLE_REQUIRED, metadata field=priority). Errors: APPOINTMENT_NOT_FOUND,
+        PATIENT_MISMATCH, NOT_APPOINTMENT_DATE, ALREADY_CHECKED_IN, INVALID_TRANSITION.
         """
 
     @_abc_1.abstractmethod
@@ -198,13 +218,23 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
 
     @_abc_1.abstractmethod
+    def SetPriority(
+        self,
+        request: _queue_pb2.SetPriorityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_queue_pb2.SetPriorityResponse, _abc.Awaitable[_queue_pb2.SetPriorityResponse]]:
+        """Sets the priority of a waiting, called, parked or missed patient, who has the place of that priority from then on.
+        Setting the same priority again is a change too. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+        """
+
+    @_abc_1.abstractmethod
     def ReturnToLine(
         self,
         request: _queue_pb2.ReturnToLineRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.ReturnToLineResponse, _abc.Awaitable[_queue_pb2.ReturnToLineResponse]]:
-        """Returns a patient to the queue to wait. A missed patient goes to the end, and keeps that place from then on; a
-        called or parked patient goes back to the place before. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+        """Returns a patient to the queue to wait. A missed patient goes to the end of the priority, and keeps that place from
+        then on, in whichever priority; a called or parked patient goes back to the place before. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
         """
 
     @_abc_1.abstractmethod

@@ -1,9 +1,12 @@
 -- The rows that a restricted caller may reach (`Sight` in core/caller.py): everything in his clinics, what is his own as
 -- a patient, or what is his own as a doctor.
 
--- The refusal of a patient who writes notes, which are the clinic's; null if he writes none.
-create or replace function notes_refused(r request) returns decision language plpgsql as $$
+-- The refusal of a patient who writes notes or sets a priority, which are the clinic's; null if he does neither.
+create or replace function clinics_own_refused(r request) returns decision language plpgsql as $$
 begin
+    if r.verb = 'CheckIn' and r.priority <> 'NORMAL' then
+        return refused('ROLE_REQUIRED', null, jsonb_build_object('method', r.verb, 'field', 'priority'));
+    end if;
     if r.verb = 'BookAppointment' and r.notes <> '' or r.verb = 'UpdateAppointment' and r.notes is not null then
         return refused('ROLE_REQUIRED', null, jsonb_build_object('method', r.verb, 'field', 'notes'));
     end if;
@@ -21,7 +24,7 @@ declare
     s sight := r.sight;
 begin
     if p_clinic = any (s.clinics) or p_doctor = s.doctor then return null; end if;
-    if p_patient = s.patient then return notes_refused(r); end if;
+    if p_patient = s.patient then return clinics_own_refused(r); end if;
     if s.clinics is not null then return refused('CLINIC_NOT_YOURS', p_clinic); end if;
     if p_missing is null then return refused('ROLE_REQUIRED', null, jsonb_build_object('method', r.verb)); end if;
     return refused(p_missing, p_subject);
@@ -38,7 +41,7 @@ declare
 begin
     if v_own_only then
         -- Whatever it is about.
-        d := notes_refused(r);
+        d := clinics_own_refused(r);
         if d.outcome is not null then return d; end if;
     end if;
     if r.appointment is not null and p_old.id is null then

@@ -45,7 +45,7 @@ begin
 
     insert into log (id, time, actor, method, address, trace_id, type, resource, clinic_id, doctor_id, patient_id,
                      appointment_id, slot_id, date, revision, data, queue_state, ticket, room, call_count,
-                     check_in_time, call_time, start_visit_time)
+                     check_in_time, call_time, start_visit_time, priority)
     values (log_id(p_now), p_now, r.actor, r.verb, coalesce(r.address, ''), coalesce(r.trace_id, ''), p_type,
             coalesce('appointments/' || a.id, 'doctorDays/' || v_doctor || '/' || v_date),
             coalesce(a.clinic_id, (select d.clinic_id from doctor d where d.id = v_doctor)), v_doctor, a.patient_id,
@@ -55,7 +55,7 @@ begin
                  else jsonb_build_object('state', a.state, 'number', a.number, 'start_time', a.start_time,
                                          'end_time', a.end_time) end,
             v_entry.queue_state, record_change.ticket, v_entry.room, v_entry.call_count, v_entry.check_in_time,
-            v_entry.call_time, v_entry.start_visit_time);
+            v_entry.call_time, v_entry.start_visit_time, v_entry.priority);
 end
 $$;
 

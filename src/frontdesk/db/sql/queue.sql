@@ -1,3 +1,18 @@
+-- The place of an entry in its queue, the smallest first: the class of the priority; in the class, those who came back
+-- after a missed call at the end, in the order in which they came back; then the first check-in, then the ticket.
+do $do$
+begin
+    if to_regtype('queue_place') is null then
+        create type queue_place as (class integer, returned_revision bigint, check_in_time timestamptz, ticket integer);
+    end if;
+end
+$do$;
+
+create or replace function place_in_queue(a appointment) returns queue_place language sql immutable parallel safe as $$
+    select row(array_position('{URGENT,PRIORITY,NORMAL}'::text[], a.priority), a.returned_revision, a.check_in_time,
+               a.ticket)::queue_place
+$$;
+
 create or replace function refused_transition(a appointment) returns decision language plpgsql as $$
 begin
     return refused('INVALID_TRANSITION', a.id, jsonb_build_object('state', a.state, 'queue_state', a.queue_state));
@@ -42,7 +57,10 @@ begin
     v_new.state := t.new_state;
     v_new.queue_state := nullif(t.new_queue_state, '');
     case t.sets
-        when 'check_in_time' then v_new.check_in_time := v_now;
+        when 'check_in_time' then
+            v_new.check_in_time := v_now;
+            v_new.priority := coalesce(r.priority, p_old.priority);
+        when 'priority' then v_new.priority := r.priority;
         when 'call_time' then
             v_new.call_time := v_now;
             v_new.call_count := p_old.call_count + 1;
@@ -60,14 +78,14 @@ begin
 
     v_change := record_change(r, t.type, v_new, v_new.queue_state is not null, v_now);
     v_new.ticket := v_change.ticket;
-    if r.verb = 'CheckIn' or p_old.queue_state = 'MISSED' and v_new.queue_state = 'WAITING' then
-        -- Behind everyone who has a ticket now, and before everyone who will.
-        v_new.queued_revision := v_change.revision;
+    if p_old.queue_state = 'MISSED' and v_new.queue_state = 'WAITING' then
+        v_new.returned_revision := v_change.revision;
     end if;
 
     update appointment a
     set state = v_new.state, queue_state = v_new.queue_state, ticket = v_new.ticket,
-        queued_revision = v_new.queued_revision, room = v_new.room, call_count = v_new.call_count,
+        returned_revision = v_new.returned_revision, priority = v_new.priority, room = v_new.room,
+        call_count = v_new.call_count,
         call_time = v_new.call_time, check_in_time = v_new.check_in_time, start_visit_time = v_new.start_visit_time,
         complete_time = v_new.complete_time, cancel_time = v_new.cancel_time, cancel_reason = v_new.cancel_reason,
         no_show_time = v_new.no_show_time, leave_time = v_new.leave_time,
@@ -87,7 +105,7 @@ declare
 begin
     select * into v_first from appointment a
     where a.doctor_id = r.doctor and a.date = r.date and a.ticket is not null and a.queue_state = 'WAITING'
-    order by a.queued_revision limit 1;
+    order by place_in_queue(a) limit 1;
     if not found then
         perform from doctor where id = r.doctor;
         return refused(case when found then 'QUEUE_EMPTY' else 'DOCTOR_NOT_FOUND' end, r.doctor,
@@ -99,12 +117,15 @@ $$;
 
 -- The entry's present position and the patient's name, for the answer.
 create or replace function with_place_in_queue(d decision) returns decision language plpgsql as $$
+declare
+    v_place queue_place;
 begin
     if (d.appointment).queue_state = 'WAITING' then
+        v_place := place_in_queue(d.appointment);
         select count(*) into d."position" from appointment a
         where a.doctor_id = (d.appointment).doctor_id and a.date = (d.appointment).date
           and a.ticket is not null and a.queue_state = 'WAITING'
-          and a.queued_revision <= (d.appointment).queued_revision;
+          and place_in_queue(a) <= v_place;
     end if;
     select concat_ws(' ', p.given_name, nullif(p.family_name, '')) into d.patient_name
     from patient p where p.id = (d.appointment).patient_id;

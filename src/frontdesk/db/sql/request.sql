@@ -32,7 +32,7 @@ begin
             is_present boolean, max_patients integer, slots uuid[], new_slots new_slot[],
             capacity integer, start_time timestamptz, end_time timestamptz,
             from_doctor uuid, from_date date, from_patient uuid, from_dates date[],
-            keep uuid, record jsonb, locks text[], wanted uuid
+            keep uuid, record jsonb, locks text[], wanted uuid, priority text
         );
     end if;
 end

@@ -8,7 +8,8 @@ create or replace function log_digest(l log) returns bytea language sql stable a
     select sha256(record_send(row(
         l.transaction, l.id, l.time, l.actor, l.method, l.type, l.resource, l.clinic_id, l.doctor_id, l.patient_id,
         l.patient_ids, l.appointment_id, l.slot_id, l.date, l.revision, l.data, l.outcome, l.count, l.address,
-        l.trace_id, l.queue_state, l.ticket, l.room, l.call_count, l.check_in_time, l.call_time, l.start_visit_time)))
+        l.trace_id, l.queue_state, l.ticket, l.room, l.call_count, l.check_in_time, l.call_time, l.start_visit_time,
+        l.priority)))
 $$;
 
 -- The chain before the first position.

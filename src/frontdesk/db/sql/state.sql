@@ -13,7 +13,8 @@ create or replace function is_live(p_state text) returns boolean language sql im
 --
 -- A verb is the name of its RPC. It is allowed from `state`, with the queue entry in one of `queue_states` ('' = the
 -- patient is not in the queue), and leaves `new_state` and `new_queue_state`. `type` is how the event is called,
--- `sets` the time that it sets. A call also counts in `call_count` and gives a room; `leaves_room` clears it.
+-- `sets` the column that it sets. A check-in also sets the priority; a call counts in `call_count` and gives a room, and
+-- `leaves_room` clears it.
 create or replace function transitions() returns table (
     verb text, state text, queue_states text[], new_state text, new_queue_state text, type text, sets text,
     leaves_room boolean
@@ -21,6 +22,14 @@ create or replace function transitions() returns table (
     values
     ('CheckIn', 'BOOKED', '{""}'::text[],
         'CHECKED_IN', 'WAITING', 'queue.checked_in', 'check_in_time', false),
+    ('SetPriority', 'CHECKED_IN', '{WAITING}',
+        'CHECKED_IN', 'WAITING', 'queue.priority_set', 'priority', false),
+    ('SetPriority', 'CHECKED_IN', '{CALLED}',
+        'CHECKED_IN', 'CALLED', 'queue.priority_set', 'priority', false),
+    ('SetPriority', 'CHECKED_IN', '{PARKED}',
+        'CHECKED_IN', 'PARKED', 'queue.priority_set', 'priority', false),
+    ('SetPriority', 'CHECKED_IN', '{MISSED}',
+        'CHECKED_IN', 'MISSED', 'queue.priority_set', 'priority', false),
     ('CallNext', 'CHECKED_IN', '{WAITING}',
         'CHECKED_IN', 'CALLED', 'queue.called', 'call_time', false),
     ('CallAgain', 'CHECKED_IN', '{CALLED}',

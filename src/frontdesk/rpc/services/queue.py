@@ -51,6 +51,7 @@ _VIEWS = {
     pb.QUEUE_VIEW_BOARD: BOARD,
     pb.QUEUE_VIEW_OWN: OWN,
 }
+_PRIORITIES = {number: name for name, number in enum_numbers(pb.Priority.DESCRIPTOR).items()}
 _KINDS: dict[str, Any] = enum_numbers(pb.QueueChange.Kind.DESCRIPTOR)
 
 
@@ -98,7 +99,12 @@ class QueueServicer:
         self._max_watchers_per_caller = max_watchers_per_caller
 
     async def CheckIn(self, request: pb.CheckInRequest, call: Call) -> pb.CheckInResponse:
-        return await self._change(request, call, pb.CheckInResponse, patient_id=request.patient_id or None)
+        return await self._change(
+            request, call, pb.CheckInResponse, patient_id=request.patient_id or None, priority=_priority(request)
+        )
+
+    async def SetPriority(self, request: pb.SetPriorityRequest, call: Call) -> pb.SetPriorityResponse:
+        return await self._change(request, call, pb.SetPriorityResponse, priority=_priority(request))
 
     async def GetQueue(self, request: pb.GetQueueRequest, call: Call) -> pb.GetQueueResponse:
         view = _VIEWS[request.view]
@@ -181,6 +187,10 @@ class QueueServicer:
                     await _write(call, message)
                     silent_until = time.monotonic() + heartbeat
             await _write(call, _closing(watch, pb.StreamClosing.REASON_DRAINING if self._feed.draining else reason))
+
+
+def _priority(request: Any) -> str | None:
+    return _PRIORITIES[request.priority] if request.priority else None
 
 
 def _end(expires: float | None) -> tuple[float, pb.StreamClosing.Reason.ValueType]:

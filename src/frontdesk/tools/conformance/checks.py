@@ -378,7 +378,8 @@ async def folding(desk: Desk) -> None:
         for change in update.update.changes:
             if change.HasField("entry"):
                 entries[change.appointment_id] = change.entry
-                queue_order.take(change.appointment_id, change.entry.state, change.entry.ticket, change.revision)
+                entry = change.entry
+                queue_order.take(change.appointment_id, entry.state, entry.ticket, entry.priority, change.revision)
         folded = queue_pb2.Queue()
         for place, (appointment_id, state) in enumerate(queue_order.order(), start=1):
             entry = folded.entries.add()

@@ -13,6 +13,7 @@ from frontdesk.client import FrontdeskError
 
 State = queue_pb2.QueueEntry.State
 Kind = queue_pb2.QueueChange.Kind
+Priority = queue_pb2.Priority
 Response = queue_pb2.WatchQueueResponse
 
 

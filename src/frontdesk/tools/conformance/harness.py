@@ -22,7 +22,7 @@ from google.type.date_pb2 import Date
 from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, patient_pb2, queue_pb2, slot_pb2
 from frontdesk.client.channel import Options
 from frontdesk.client.stubs import Stubs
-from frontdesk.tools.conformance.expect import Kind, Mismatch, Response, Skipped, State, expect
+from frontdesk.tools.conformance.expect import Kind, Mismatch, Priority, Response, Skipped, State, expect
 
 _CALL_SECONDS = 10.0
 _CAPACITY = 200
@@ -136,26 +136,29 @@ class QueueOrder:
     """The order of a queue by the contract's words alone."""
 
     def __init__(self, entries: Sequence[queue_pb2.QueueEntry] = ()) -> None:
-        self._places: dict[str, tuple[State.ValueType, tuple[int, int]]] = {}
-        self._last_ticket = 0
+        self._places: dict[str, tuple[State.ValueType, tuple[int, int, int]]] = {}
         for entry in entries:
-            self.take(entry.appointment_id, entry.state, entry.ticket, 0)
+            self.take(entry.appointment_id, entry.state, entry.ticket, entry.priority, 0)
 
-    def take(self, appointment_id: str, state: State.ValueType, ticket: int, revision: int) -> None:
-        """Put the patient with this ticket into this state, by the change that made this revision."""
+    def take(
+        self, appointment_id: str, state: State.ValueType, ticket: int, priority: Priority.ValueType, revision: int
+    ) -> None:
+        """Put the patient with this ticket and priority into this state, by the change that made this revision."""
         before = self._places.pop(appointment_id, None)
-        self._last_ticket = max(self._last_ticket, ticket)
-        place = (ticket, 0)
+        # Who comes back after a missed call keeps the place at the end.
+        returned = 0 if before is None else before[1][1]
         if state == State.STATE_WAITING and before is not None and before[0] == State.STATE_MISSED:
-            # At the end: after every ticket that was given, before those that will be.
-            place = (self._last_ticket, revision)
+            returned = revision
         if state not in DEPARTED:
-            self._places[appointment_id] = (state, place)
+            self._places[appointment_id] = (state, (priority, returned, ticket))
 
     def order(self) -> list[tuple[str, State.ValueType]]:
         """The appointments that a queue shows, in its order, with their states."""
-        ordered = sorted(self._places.items(), key=lambda item: (_GROUPS.index(item[1][0]), item[1][1]))
-        return [(appointment_id, state) for appointment_id, (state, _) in ordered]
+        ordered = sorted(
+            (_GROUPS.index(state), place if state == State.STATE_WAITING else (0, 0, place[2]), appointment_id, state)
+            for appointment_id, (state, place) in self._places.items()
+        )
+        return [(appointment_id, state) for _, _, appointment_id, state in ordered]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +186,7 @@ class Day:
         self._order = QueueOrder()
         self._expected: set[str] = set()
         self._tickets: dict[str, int] = {}
+        self._priorities: dict[str, Priority.ValueType] = {}
         self.doctor_id = doctor_id
         self.date = date
         self.steps: list[Step] = []
@@ -246,6 +250,13 @@ class Day:
         self._expected.discard(appointment_id)
         return self._record(verb, kind, answer, appointment_id, state)
 
+    async def set_priority(self, appointment_id: str, priority: Priority.ValueType) -> Step:
+        """Set the priority of a patient in the queue."""
+        request = queue_pb2.SetPriorityRequest(appointment_id=appointment_id, priority=priority)
+        answer = await ask(self._desk.queues.SetPriority, request)
+        self._priorities[appointment_id] = priority
+        return self._record("SetPriority", Kind.KIND_PRIORITY_SET, answer, appointment_id, answer.entry.state)
+
     async def call_next(self, room: str = "") -> Step:
         """Call the patient whom the server picks."""
         request = queue_pb2.CallNextRequest(doctor_id=self.doctor_id, date=wire_date(self.date), room=room)
@@ -273,7 +284,9 @@ class Day:
         self, verb: str, kind: Kind.ValueType, answer: Any, appointment_id: str, state: State.ValueType | None
     ) -> Step:
         if state is not None:
-            self._order.take(appointment_id, state, self._tickets.get(appointment_id, 0), answer.revision)
+            ticket = self._tickets.get(appointment_id, 0)
+            priority = self._priorities.get(appointment_id, Priority.PRIORITY_NORMAL)
+            self._order.take(appointment_id, state, ticket, priority, answer.revision)
         entry = answer.entry if "entry" in answer.DESCRIPTOR.fields_by_name else None
         step = Step(verb, kind, answer.revision, appointment_id, state, entry, self._order.order(), len(self._expected))
         self.steps.append(step)

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 
 from clinic.frontdesk.v1 import queue_pb2
-from frontdesk.tools.conformance.expect import Mismatch
+from frontdesk.tools.conformance.expect import Mismatch, Priority
 from frontdesk.tools.conformance.harness import Day, Desk, Step, Watch, together
 
 CALLERS = 24
@@ -53,6 +53,11 @@ async def play(desk: Desk, day: Day) -> AsyncGenerator[Step]:
     yield step
     h = step.appointment_id
     yield await day.do("CheckIn", h)
+    # The one at the end of the queue is first of all, then the end of another priority.
+    yield await day.set_priority(a, Priority.PRIORITY_URGENT)
+    yield await day.set_priority(h, Priority.PRIORITY_PRIORITY)
+    yield await day.set_priority(a, Priority.PRIORITY_PRIORITY)
+    yield await day.set_priority(c, Priority.PRIORITY_NORMAL)
     yield await day.do("CompleteAppointment", b)
     yield await day.do("StartAppointment", a)
     yield await day.do("LeaveQueue", h)

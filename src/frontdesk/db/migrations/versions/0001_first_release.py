@@ -168,11 +168,12 @@ def upgrade() -> None:
         sa.Column("no_show_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("leave_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("ticket", sa.Integer(), nullable=True),
-        sa.Column("queued_revision", sa.BigInteger(), nullable=True),
+        sa.Column("returned_revision", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("queue_state", sa.Text(), nullable=True),
         sa.Column("room", sa.Text(), server_default="", nullable=False),
         sa.Column("call_count", sa.Integer(), server_default="0", nullable=False),
         sa.Column("call_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("priority", sa.Text(), server_default="NORMAL", nullable=False),
         sa.Column("version", sa.Integer(), server_default="1", nullable=False),
         sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
         sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
@@ -193,7 +194,10 @@ def upgrade() -> None:
             "(slot_id is null or start_time is not null) and (start_time is null) = (end_time is null)",
             name="appointment_slot_check",
         ),
-        sa.CheckConstraint("(ticket is null) = (queue_state is null)", name="appointment_ticket_check"),
+        sa.CheckConstraint(
+            "(ticket is null) = (queue_state is null) and priority in ('URGENT', 'PRIORITY', 'NORMAL')",
+            name="appointment_queue_entry_check",
+        ),
         sa.CheckConstraint("number between 1 and 1000", name="appointment_number_check"),
         sa.PrimaryKeyConstraint("id", name="appointment_pkey"),
     )
@@ -303,6 +307,7 @@ def upgrade() -> None:
         sa.Column("check_in_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("call_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("start_visit_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("priority", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("id", name="log_pkey"),
     )
     op.create_index("log_patient_idx", "log", ["patient_id", "id"], postgresql_where=sa.text("patient_id is not null"))
