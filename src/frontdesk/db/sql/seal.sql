@@ -64,7 +64,9 @@ begin
                or v_last.cluster is distinct from v_cluster
                   -- By the snapshot of this statement: the next id at its beginning.
                   and l.transaction >= (select pg_snapshot_xmax(pg_current_snapshot())::text::bigint))
-          and not exists (select from seal s where s.id = l.id)
+          -- A subquery for each row, by the index. As a join the planner would read the whole of `seal` for each row: when it
+          -- made the plan that is kept, `seal` was empty.
+          and (select s.position from seal s where s.id = l.id) is null
         order by max(l.transaction) over (
                      partition by case when l.revision = 0 then l.id else l.doctor_id end,
                                   case when l.revision = 0 then null else l.date end
@@ -87,7 +89,8 @@ begin
     end if;
 
     select extract(epoch from moment() - l.time) into age from log l
-    where l.transaction >= v_horizon and l.transaction < v_next and not exists (select from seal s where s.id = l.id)
+    where l.transaction >= v_horizon and l.transaction < v_next
+      and (select s.position from seal s where s.id = l.id) is null
     order by l.transaction limit 1;
     waiting := found;
     age := greatest(coalesce(age, 0), 0);
