@@ -210,7 +210,8 @@ _PICK = """
 _BARE = _PICK + "select * from bare_book(bench_id(3, :patient), bench_id(2, :doctor), date 'DAY');\n"
 _REAL = _PICK + (
     "select outcome, (appointment).id from decide(json_build_array(json_build_object('verb', 'BookAppointment',"
-    " 'caller', 'bench', 'key', 'pgbench-' || :call, 'fingerprint', '\\x00', 'patient', bench_id(3, :patient),"
+    " 'caller', 'bench', 'actor', 'anonymous', 'key',"
+    " 'pgbench-' || :call, 'fingerprint', '\\x00', 'patient', bench_id(3, :patient),"
     " 'doctor', bench_id(2, :doctor), 'date', 'DAY', 'reason', '', 'notes', '')));\n"
 )
 
