@@ -36,7 +36,9 @@ class Desk:
     """A batcher, and another connection that holds a lock for which the first request waits."""
 
     def __init__(self, db: Database, other: psycopg.AsyncConnection) -> None:
-        self.batcher = Batcher(db, "select n, transaction from answer(%s)", lambda n, transaction: (n, transaction))
+        self.batcher: Batcher[tuple[int, int]] = Batcher(
+            db, "select n, transaction from answer(%s)", lambda n, transaction: (n, transaction)
+        )
         self.db = db
         self.other = other
 

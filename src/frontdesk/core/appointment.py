@@ -117,7 +117,7 @@ class Appointments:
     def __init__(self, db: Database, changed: Changed) -> None:
         self._db = db
         self._changed = changed
-        self._deciding = Batcher(db, _decided, _decision)
+        self._deciding: Batcher[_Decided | Refused] = Batcher(db, _decided, _decision)
 
     async def book(
         self,

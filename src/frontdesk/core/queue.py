@@ -1,14 +1,15 @@
 """The queue of a doctor-day: at a revision, and what changed since another."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
-from itertools import groupby
 from typing import Any
 
 from frontdesk.core.appointment import Appointment, Appointments
 from frontdesk.core.caller import Caller, Sight
 from frontdesk.core.decision import iso
+from frontdesk.db.batch import Batcher
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database
 from frontdesk.errors import AppointmentNotFound, ClinicNotYours, DoctorNotFound, RoleRequired
@@ -100,39 +101,40 @@ class Admission:
     view: View
 
 
-_DAY = """
+# The doctor-days that somebody asks for, and what each of them may see.
+_ASKED = """
+from rows from (json_to_recordset(%s::json)
+                as (doctor uuid, date date, patients boolean, restricted boolean, sight sight))
+     with ordinality as k (doctor, date, patients, restricted, sight, n)
+join lateral (select * from doctor x where x.id = k.doctor offset 0) d on true
 cross join lateral (
     select coalesce(k.date, (select (moment() at time zone c.time_zone)::date from clinic c where c.id = d.clinic_id))
-           as date offset 0) day"""
-
-# Whether the caller may see the queue of the day; `own` is the present record of the caller's patient.
-_MAY = """
+           as date offset 0) day
 cross join lateral (
-    select case when %(sight_patient)s::uuid is not null then current_patient(%(sight_patient)s::uuid) end as own
-    offset 0) self
+    select case when (k.sight).patient is not null then current_patient((k.sight).patient) end as own offset 0) self
 cross join lateral (
-    select %(anyone)s or d.clinic_id = any (%(sight_clinics)s::uuid[]) or d.id = %(sight_doctor)s::uuid
+    select not k.restricted or d.clinic_id = any ((k.sight).clinics) or d.id = (k.sight).doctor
            or self.own is not null and exists (
                select from appointment x
                where x.doctor_id = d.id and x.date = day.date and x.patient_id = self.own and x.state <> 'CANCELLED')
            as see offset 0) may"""
 
+# `may` says whether the caller may see the queue of the day; `own` is the present record of the caller's patient.
+#
 # One statement, so one snapshot: the entries are those of the revision. The day is fenced off (offset 0), so that it is
 # computed once, and what is looked up by it uses both columns of an index. No condition on `state`: nearly all who are
 # checked in are so today, which the planner does not know: it would read the whole service's by appointment_date_idx.
 _queues = f"""
-select d.id, d.clinic_id, may.see, self.own, day.date, coalesce(dd.revision, 1),
+select k.n, d.id, d.clinic_id, may.see, self.own, day.date, coalesce(dd.revision, 1),
        coalesce((extract(epoch from dd.update_time) * 1000000)::bigint, 0), expected.count, expected.patients,
        a.ticket, a.id, a.patient_id, concat_ws(' ', p.given_name, nullif(p.family_name, '')), a.queue_state, a.room,
        a.call_count, a.check_in_time, a.call_time, a.start_visit_time, a.priority
-from unnest(%(doctors)s::uuid[], %(dates)s::date[]) with ordinality as k (doctor_id, date, n)
-join doctor d on d.id = k.doctor_id
-{_DAY}{_MAY}
+{_ASKED}
 left join lateral (
     select * from doctor_day x where x.doctor_id = d.id and x.date = day.date offset 0) dd on true
 cross join lateral (
     select count(*) filter (where b.state = 'BOOKED') as count,
-           array_agg(b.patient_id) filter (where %(patients)s and b.state <> 'CANCELLED') as patients
+           array_agg(b.patient_id) filter (where k.patients and b.state <> 'CANCELLED') as patients
     from appointment b where may.see and b.doctor_id = d.id and b.date = day.date) expected
 left join lateral (
     select x.*, case x.queue_state when 'WAITING' then place_in_queue(x) end as place from appointment x
@@ -145,9 +147,7 @@ order by k.n, array_position(array['WAITING', 'CALLED', 'IN_CONSULTATION', 'PARK
 
 _admission = f"""
 select d.clinic_id, may.see, self.own, day.date
-from (values (%(doctor)s::uuid, %(date)s::date)) as k (doctor_id, date)
-join doctor d on d.id = k.doctor_id
-{_DAY}{_MAY}
+{_ASKED}
 """
 
 _changes = """
@@ -178,17 +178,32 @@ left join doctor_day dd on dd.doctor_id = k.doctor_id and dd.date = k.date
 
 async def read_queues(db: Database, days: Sequence[tuple[str, date]]) -> list[Queue]:
     """The queues now, whole, in this order, without those whose doctor does not exist."""
-    rows = await db.rows(
-        _queues,
-        {
-            "doctors": [doctor for doctor, _ in days],
-            "dates": [on for _, on in days],
-            "patients": True,
-            **_sight_values(None),
-        },
-        lambda *columns: columns,
-    )
-    return [_queue([*line]) for _, line in groupby(rows, key=lambda row: (row[0], row[4]))]
+    asked = json.dumps([_asked(doctor, on, None, patients=True) for doctor, on in days])
+    rows = await db.rows(_queues, (asked,), _columns)
+    return [_queue(found) for found in _by_request(rows, len(days)) if found]
+
+
+def _asked(doctor_id: str, on: date | None, sight: Sight | None, *, patients: bool = False) -> dict[str, Any]:
+    """A request of `_ASKED`. `patients`: tell who has an appointment of the day."""
+    return {
+        "doctor": doctor_id,
+        "date": iso(on),
+        "patients": patients,
+        "restricted": sight is not None,
+        "sight": None if sight is None else sight.as_json(),
+    }
+
+
+def _columns(*columns: Any) -> Any:
+    return columns
+
+
+def _by_request(rows: Sequence[Any], requests: int) -> list[list[Any]]:
+    """The rows of each request, by the number that leads them; none if the doctor does not exist."""
+    found: list[list[Any]] = [[] for _ in range(requests)]
+    for number, *columns in rows:
+        found[number - 1].append(columns)
+    return found
 
 
 def _queue(rows: Sequence[Any]) -> Queue:
@@ -202,11 +217,6 @@ def _queue(rows: Sequence[Any]) -> Queue:
                 QueueEntry(ticket, place if state == "WAITING" else 0, appointment, patient, name, state, *rest)
             )
     return Queue(doctor, day, revision, micros, tuple(entries), expected, frozenset(patients or ()))
-
-
-def _sight_values(sight: Sight | None) -> dict[str, Any]:
-    nothing: dict[str, Any] = {"sight_clinics": None, "sight_doctor": None, "sight_patient": None}
-    return {"anyone": sight is None, **nothing, **({} if sight is None else sight.parts)}
 
 
 async def read_changes_of(
@@ -296,17 +306,14 @@ class Queues:
     def __init__(self, db: Database, appointments: Appointments) -> None:
         self._db = db
         self._appointments = appointments
+        self._reading: Batcher[list[Any]] = Batcher(db, _queues, _columns, _by_request)
 
     async def get(self, caller: Caller, doctor_id: str, on: date | None, view: str) -> Queue:
         """The queue now, as the view shows it; `on` defaults to the clinic's today.
 
         Raises DoctorNotFound, and the refusals of `admit`.
         """
-        rows = await self._db.rows(
-            _queues,
-            {"doctors": [doctor_id], "dates": [on], "patients": False, **_sight_values(caller.sight)},
-            lambda *columns: columns,
-        )
+        rows = await self._reading.ask(_asked(doctor_id, on, caller.sight))
         if not rows:
             raise DoctorNotFound(doctor_id)
         return _seen(caller, view, "GetQueue", *rows[0][1:4]).queue(_queue(rows))
@@ -320,7 +327,7 @@ class Queues:
             return Admission(on, View(view))
         found = await self._db.row(
             _admission,
-            {"doctor": doctor_id, "date": on, **_sight_values(caller.sight)},
+            (json.dumps([_asked(doctor_id, on, caller.sight)]),),
             lambda clinic_id, may_see, own, day: (day, clinic_id, may_see, own),
         )
         if found is None:

@@ -30,8 +30,13 @@ class _Asked:
         self.sender: asyncio.Task[None] | None = None
 
 
+def one_row_each(rows: Sequence[T], requests: int) -> Sequence[T]:
+    """The answers of a query that has a row for each request, in their order."""
+    return rows
+
+
 class Batcher(Generic[T]):
-    """Sends requests to a function that takes a JSON array of them and answers with a row for each, in their order.
+    """Sends requests to a query that takes a JSON array of them.
 
     A lone request goes at once. Those that come while the database works on it go together after it, in one
     transaction: they share the cost of its messages, its commit and its flush. If that transaction fails, each request
@@ -42,10 +47,20 @@ class Batcher(Generic[T]):
     A caller that gives up leaves the others undisturbed; the statement is cancelled when all have given up.
     """
 
-    def __init__(self, db: Database, query: str, make: Callable[..., T]) -> None:
+    def __init__(
+        self,
+        db: Database,
+        query: str,
+        make: Callable[..., Any],
+        answers: Callable[[Sequence[Any], int], Sequence[T]] = one_row_each,
+    ) -> None:
+        """`make` is called with the columns of each row, and `answers` with what it made and the number of requests: it
+        returns an answer for each request, in their order.
+        """
         self._db = db
         self._query = query
         self._make = make
+        self._answers = answers
         self._waiting: list[_Asked] = []
         self._next_sender: asyncio.Task[None] | None = None
         """The sender that will take the waiting requests. Any other one ends with its round trip."""
@@ -53,7 +68,7 @@ class Batcher(Generic[T]):
         self._under_way: dict[asyncio.Task[None], Sequence[_Asked]] = {}
 
     async def ask(self, request: Mapping[str, Any]) -> T:
-        """The answer to one request, made by calling `make` with the columns of its row.
+        """The answer to one request.
 
         Raises DatabaseUnavailable, Conflict, and whatever `Database.rows` makes of another error.
         """
@@ -110,7 +125,8 @@ class Batcher(Generic[T]):
                     rows = await self._db.rows(self._query, (requests,), self._make, on=connection)
                     late.cancel()
                     # If nobody wanted an answer the sender is being cancelled; it ends before it takes other requests.
-                    goes_on = _answer(asked, rows) and self._next_sender is sender
+                    answers = self._answers(rows, len(asked))
+                    goes_on = _answer(asked, answers) and self._next_sender is sender
                     # The next round trip goes out before any caller looks at these answers: the database works
                     # meanwhile.
                     asked = self._take() if goes_on else ()
@@ -147,11 +163,11 @@ class Batcher(Generic[T]):
             end(asked.sender)
 
 
-def _answer(asked: Sequence[_Asked], rows: Sequence[Any]) -> bool:
-    """Give each request its row; whether any caller still waited."""
+def _answer(asked: Sequence[_Asked], answers: Sequence[Any]) -> bool:
+    """Give each request its answer; whether any caller still waited."""
     wanted = False
-    for one, row in zip(asked, rows, strict=True):
+    for one, answer in zip(asked, answers, strict=True):
         if not one.answer.done():
-            one.answer.set_result(row)
+            one.answer.set_result(answer)
             wanted = True
     return wanted
