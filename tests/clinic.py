@@ -25,6 +25,7 @@ from clinic.frontdesk.v1 import (
     patient_pb2_grpc,
     queue_pb2,
     queue_pb2_grpc,
+    schedule_pb2_grpc,
     slot_pb2,
     slot_pb2_grpc,
 )
@@ -107,6 +108,7 @@ class Front:
         self.clinics = clinic_pb2_grpc.ClinicServiceStub(self.channel)
         self.patients = patient_pb2_grpc.PatientServiceStub(self.channel)
         self.doctors = doctor_pb2_grpc.DoctorServiceStub(self.channel)
+        self.schedules = schedule_pb2_grpc.ScheduleServiceStub(self.channel)
         self.slots = slot_pb2_grpc.SlotServiceStub(self.channel)
         self.appointments = appointment_pb2_grpc.AppointmentServiceStub(self.channel)
         self.queues = queue_pb2_grpc.QueueServiceStub(self.channel)

@@ -42,6 +42,7 @@ CHANGES: dict[str, list[str]] = {
     "CreateDoctor": ["doctor.created"],
     "UpdateDoctor": ["doctor.updated"],
     "SetDoctorAvailability": ["doctor_day.availability_set"],
+    "SetWeeklySchedule": ["schedule.set"],
     "CreateSlot": ["slot.created"],
     "BatchCreateSlots": ["slot.created"],
     "UpdateSlot": ["slot.updated"],
@@ -84,6 +85,7 @@ CHANGES: dict[str, list[str]] = {
 RESOURCES = {
     "appointment": "appointments/", "queue": "appointments/", "doctor_day": "doctorDays/", "clinic": "clinics/",
     "patient": "patients/", "doctor": "doctors/", "slot": "slots/", "api_key": "apiKeys/", "user": "users/",
+    "schedule": "schedules/",
 }  # fmt: skip
 
 

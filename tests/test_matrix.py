@@ -118,6 +118,8 @@ FACTS: dict[str, Fact] = {
     "ListDoctors": _FREE,
     "SetDoctorAvailability": _DAY,
     "ListDoctorAvailability": _about("public", "DOCTOR_NOT_FOUND"),
+    "SetWeeklySchedule": _DAY,
+    "ListWeeklySchedules": _about("public", "DOCTOR_NOT_FOUND"),
     "CreateSlot": _DAY,
     "BatchCreateSlots": _DAY,
     "GetSlot": _about("public", "SLOT_NOT_FOUND"),

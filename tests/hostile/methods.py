@@ -16,6 +16,8 @@ from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from google.type.date_pb2 import Date
+from google.type.dayofweek_pb2 import MONDAY
+from google.type.timeofday_pb2 import TimeOfDay
 from grpc_tools import protoc  # type: ignore[import-untyped]
 
 from clinic.frontdesk.v1 import (
@@ -29,12 +31,16 @@ from clinic.frontdesk.v1 import (
     patient_pb2,
     policy_pb2,
     queue_pb2,
+    schedule_pb2,
     slot_pb2,
 )
 from tests.clinic import Front, day, details, today, tomorrow
 from tests.identities import ADMIN, PASSWORD, Metadata, auth, create_key, user_token
 
-_FILES = (clinic_pb2, patient_pb2, doctor_pb2, slot_pb2, appointment_pb2, queue_pb2, auth_pb2, access_pb2, audit_pb2)
+_FILES = (
+    clinic_pb2, patient_pb2, doctor_pb2, schedule_pb2, slot_pb2, appointment_pb2, queue_pb2, auth_pb2, access_pb2,
+    audit_pb2,
+)  # fmt: skip
 
 METHODS: dict[str, MethodDescriptor] = {
     method.name: method
@@ -267,6 +273,16 @@ def slot_at(doctor_id: str, start: datetime, minutes: int = 30) -> slot_pb2.Slot
     return made
 
 
+def hours_at(start: int, end: int, minutes: int = 30, capacity: int = 1) -> dict[str, Any]:
+    """The fields of hours from one hour of the day to another, with visits of so many minutes."""
+    return {
+        "start": TimeOfDay(hours=start),
+        "end": TimeOfDay(hours=end),
+        "visit_length": timedelta(minutes=minutes),
+        "capacity": capacity,
+    }
+
+
 def _insured() -> patient_pb2.Insurance:
     return patient_pb2.Insurance(country="PE", number="00123")
 
@@ -326,6 +342,12 @@ VALID: dict[str, Callable[[World], Message]] = {
         doctor_id=w.doctor_id, date=day(tomorrow()), is_present=True
     ),
     "ListDoctorAvailability": lambda w: doctor_pb2.ListDoctorAvailabilityRequest(doctor_id=w.doctor_id),
+    "SetWeeklySchedule": lambda w: schedule_pb2.SetWeeklyScheduleRequest(
+        doctor_id=w.doctor_id,
+        effective_from=day(tomorrow()),
+        rules=[schedule_pb2.WeeklyRule(weekday=MONDAY, **hours_at(9, 12))],
+    ),
+    "ListWeeklySchedules": lambda w: schedule_pb2.ListWeeklySchedulesRequest(doctor_id=w.doctor_id),
     "CreateSlot": lambda w: slot_pb2.CreateSlotRequest(slot=slot_at(w.doctor_id, noon(3))),
     "BatchCreateSlots": lambda w: slot_pb2.BatchCreateSlotsRequest(slots=[slot_at(w.doctor_id, noon(4))]),
     "GetSlot": lambda w: slot_pb2.GetSlotRequest(slot_id=w.slot_id),

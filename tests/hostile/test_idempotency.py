@@ -11,6 +11,7 @@ import grpc
 import psycopg
 import pytest
 from google.protobuf.message import Message
+from google.type.dayofweek_pb2 import MONDAY, TUESDAY, WEDNESDAY, DayOfWeek
 
 from clinic.frontdesk.v1 import (
     access_pb2,
@@ -21,11 +22,22 @@ from clinic.frontdesk.v1 import (
     patient_pb2,
     policy_pb2,
     queue_pb2,
+    schedule_pb2,
     slot_pb2,
 )
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today, tomorrow
-from tests.hostile.methods import MUTATIONS, call, credentials_for, manners, noon, register, request_class, slot_at
+from tests.hostile.methods import (
+    MUTATIONS,
+    call,
+    credentials_for,
+    hours_at,
+    manners,
+    noon,
+    register,
+    request_class,
+    slot_at,
+)
 from tests.hostile.wire import Line, serving
 from tests.identities import bearing, create_key
 from tests.waiting import until
@@ -203,6 +215,19 @@ async def _set_availability(front: Front) -> Scenario:
         await front.appointments.CancelAppointment(cancel)
 
     return Scenario(said("ill"), said("away"), later)
+
+
+async def _set_weekly_schedule(front: Front) -> Scenario:
+    doctor = await front.doctor()
+
+    def on(weekday: "DayOfWeek.ValueType") -> schedule_pb2.SetWeeklyScheduleRequest:
+        rule = schedule_pb2.WeeklyRule(weekday=weekday, **hours_at(9, 12))
+        return schedule_pb2.SetWeeklyScheduleRequest(doctor_id=doctor.id, effective_from=day(tomorrow()), rules=[rule])
+
+    async def later() -> None:
+        await front.schedules.SetWeeklySchedule(on(WEDNESDAY))
+
+    return Scenario(on(MONDAY), on(TUESDAY), later)
 
 
 async def _delete_slots_of(front: Front, doctor_id: str) -> None:
@@ -455,6 +480,7 @@ SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "CreateDoctor": _create_doctor,
     "UpdateDoctor": _update_doctor,
     "SetDoctorAvailability": _set_availability,
+    "SetWeeklySchedule": _set_weekly_schedule,
     "CreateSlot": _create_slot,
     "BatchCreateSlots": _batch_create_slots,
     "UpdateSlot": _update_slot,

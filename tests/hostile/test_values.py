@@ -27,6 +27,7 @@ from clinic.frontdesk.v1 import (
     doctor_pb2,
     patient_pb2,
     rules_pb2,
+    schedule_pb2,
     slot_pb2,
 )
 from frontdesk import errors
@@ -221,6 +222,10 @@ async def _tokens(front: Front) -> dict[str, tuple[Message, str]]:
         said.date.year += n  # type: ignore[attr-defined]
         said.date.day = 1  # type: ignore[attr-defined]
         await call(front, "SetDoctorAvailability", said)
+        held = VALID["SetWeeklySchedule"](here)
+        held.effective_from.year += 1 + n  # type: ignore[attr-defined]
+        held.effective_from.day = 1  # type: ignore[attr-defined]
+        await call(front, "SetWeeklySchedule", held)
     found = {}
     for name in LISTS:
         request = VALID[name](here)
@@ -301,6 +306,7 @@ async def test_page_tokens_of_another_filter(front: Front) -> None:
         "ListPatients": patient_pb2.ListPatientsRequest(name_prefix="P"),
         "ListDoctors": doctor_pb2.ListDoctorsRequest(specialty="x"),
         "ListDoctorAvailability": doctor_pb2.ListDoctorAvailabilityRequest(doctor_id=here.doctor_id),
+        "ListWeeklySchedules": schedule_pb2.ListWeeklySchedulesRequest(doctor_id=here.doctor_id),
         "ListSlots": slot_pb2.ListSlotsRequest(available_only=True),
         "ListAppointments": appointment_pb2.ListAppointmentsRequest(doctor_id=here.doctor_id),
         "ListApiKeys": access_pb2.ListApiKeysRequest(active_only=True),

@@ -12,6 +12,7 @@ from clinic.frontdesk.v1.clinic_pb2_grpc import ClinicServiceStub
 from clinic.frontdesk.v1.doctor_pb2_grpc import DoctorServiceStub
 from clinic.frontdesk.v1.patient_pb2_grpc import PatientServiceStub
 from clinic.frontdesk.v1.queue_pb2_grpc import QueueServiceStub
+from clinic.frontdesk.v1.schedule_pb2_grpc import ScheduleServiceStub
 from clinic.frontdesk.v1.slot_pb2_grpc import SlotServiceStub
 
 ChannelT = TypeVar("ChannelT", grpc.Channel, grpc.aio.Channel)
@@ -57,6 +58,7 @@ class Stubs(Generic[ChannelT]):
     clinics = Service(ClinicServiceStub)
     patients = Service(PatientServiceStub)
     doctors = Service(DoctorServiceStub)
+    schedules = Service(ScheduleServiceStub)
     slots = Service(SlotServiceStub)
     appointments = Service(AppointmentServiceStub)
     queues = Service(QueueServiceStub)

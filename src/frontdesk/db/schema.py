@@ -29,7 +29,7 @@ from sqlalchemy import (
     literal_column,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB, ExcludeConstraint
+from sqlalchemy.dialects.postgresql import DATEMULTIRANGE, JSONB, ExcludeConstraint
 
 HOLDING = text("holds_place(appointment.state)")
 """The visits that hold a place of their doctor-day and slot (`sql/state.sql`)."""
@@ -255,6 +255,52 @@ slot = Table(
 Index("slot_doctor_idx", slot.c.doctor_id, slot.c.start_time, slot.c.id)
 Index("slot_clinic_idx", slot.c.clinic_id, slot.c.start_time, slot.c.id)
 Index("slot_start_idx", slot.c.start_time, slot.c.id)
+
+# The hours that a doctor holds week by week. Those of one doctor never overlap in time.
+schedule = Table(
+    "schedule",
+    metadata,
+    _id(),
+    Column("doctor_id", Uuid, nullable=False),
+    Column("effective_from", Date, nullable=False),
+    # Inclusive; null means that there is no end.
+    Column("effective_until", Date),
+    # [{"weekday": 1, "start": 540, "end": 780, "visit_length": 15, "capacity": 1}], in minutes of the clinic's day, by
+    # weekday (1 is Monday) and start.
+    Column("rules", JSONB, nullable=False),
+    *_versioned(),
+    CheckConstraint("effective_from <= effective_until", name="dates"),
+    ExcludeConstraint(
+        (text("uuidrange(doctor_id, doctor_id, '[]')"), "&&"),
+        (text("daterange(effective_from, effective_until, '[]')"), "&&"),
+        using="gist",
+        name="schedule_doctor_overlap",
+    ),
+)
+Index("schedule_doctor_key", schedule.c.doctor_id, schedule.c.effective_from, unique=True)
+
+# What holds on one date in place of the weekly hours.
+schedule_exception = Table(
+    "schedule_exception",
+    metadata,
+    Column("doctor_id", Uuid, nullable=False),
+    Column("date", Date, nullable=False),
+    Column("closed", Boolean, nullable=False),
+    # As the rules of a schedule, without a weekday; empty if closed.
+    Column("hours", JSONB, nullable=False),
+    *_versioned(),
+    PrimaryKeyConstraint("doctor_id", "date"),
+    CheckConstraint("closed = (hours = '[]')", name="hours"),
+)
+
+# The dates for which a doctor's slots have been generated since his hours last changed. A row for each doctor who has
+# ever had a schedule.
+slot_horizon = Table(
+    "slot_horizon",
+    metadata,
+    Column("doctor_id", Uuid, primary_key=True),
+    Column("generated", DATEMULTIRANGE, nullable=False, server_default=text("'{}'")),
+)
 
 # The times for which a doctor is away: whole dates, or an interval. How it acts on a place is derived from these rows
 # (`sql/leave.sql`), never stored with slots or days.

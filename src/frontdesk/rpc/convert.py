@@ -8,10 +8,10 @@ from functools import cache
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from google.protobuf import timestamp_pb2
+from google.protobuf import duration_pb2, timestamp_pb2
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
-from google.type import date_pb2
+from google.type import date_pb2, timeofday_pb2
 
 from frontdesk.db.change import Key
 from frontdesk.db.paging import Page
@@ -76,6 +76,28 @@ def required_instant(message: Message, field: str, within: str = "") -> datetime
     if found is None:
         raise InvalidField((within + field, "is required"))
     return found
+
+
+def minute_from(message: Message, field: str, within: str = "") -> int:
+    """The time of day in a required field, as the minute of the day: 1,440 for 24:00. Raises InvalidField."""
+    value: timeofday_pb2.TimeOfDay = getattr(message, field)
+    minute: int = value.hours * 60 + value.minutes
+    if value.hours < 0 or not 0 <= value.minutes < 60 or value.seconds or value.nanos or minute > 24 * 60:
+        raise InvalidField((within + field, "is not a whole minute from 00:00 to 24:00"))
+    return minute
+
+
+def minute_to(minute: int) -> timeofday_pb2.TimeOfDay:
+    """The time of day of this minute of the day."""
+    return timeofday_pb2.TimeOfDay(hours=minute // 60, minutes=minute % 60)
+
+
+def minutes_from(message: Message, field: str, within: str = "") -> int:
+    """The length of time in a required field. Raises InvalidField unless it is whole minutes, 1 min to 24 h."""
+    value: duration_pb2.Duration = getattr(message, field)
+    if value.nanos or value.seconds % 60 or not 60 <= value.seconds <= 24 * 3600:
+        raise InvalidField((within + field, "is not a number of whole minutes from 1 to 1,440"))
+    return int(value.seconds) // 60
 
 
 def converter(message: type[M], shape: type[Any], **others: Callable[[Any], Any]) -> Callable[[Any], M]:

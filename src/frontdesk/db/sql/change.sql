@@ -70,3 +70,15 @@ begin
             p_data);
 end
 $$;
+
+-- Append one change to the log that is of a doctor, on or from a date, and is no change of the doctor-day: of his hours.
+create or replace function append_of_doctor(
+    r request, p_type text, p_resource text, p_date date, p_now timestamptz, p_data jsonb
+) returns void language plpgsql as $$
+begin
+    insert into log (id, time, actor, method, address, trace_id, type, resource, clinic_id, doctor_id, date, data)
+    select log_id(p_now), p_now, r.actor, r.verb, coalesce(r.address, ''), coalesce(r.trace_id, ''), p_type, p_resource,
+           x.clinic_id, x.id, p_date, p_data
+    from doctor x where x.id = r.doctor;
+end
+$$;

@@ -77,6 +77,7 @@ begin
                 when 'UpdateAppointment' then update_appointment(r, v_old)
                 when 'CallNext' then call_next(r)
                 when 'SetDoctorAvailability' then set_availability(r)
+                when 'SetWeeklySchedule' then set_schedule(r)
                 when 'CreateSlot' then create_slots(r)
                 when 'BatchCreateSlots' then create_slots(r)
                 when 'UpdateSlot' then update_slot(r)

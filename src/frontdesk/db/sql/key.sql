@@ -27,8 +27,8 @@ begin
 end
 $$;
 
--- Store what the key did: of an appointment all that a later change may overwrite, and no text of the patient; of slots
--- and days everything, since a slot may be deleted; of a patient the id.
+-- Store what the key did: of an appointment all that a later change may overwrite, and no text of the patient; of slots,
+-- days and schedules everything, since a slot may be deleted; of a patient the id.
 --
 -- It is the last write of the transaction: a twin that holds another lock waits here, then starts again, and finds this
 -- answer. Refusals are not stored.
@@ -42,7 +42,9 @@ begin
                 when (d.patient).id is not null
                 then jsonb_build_object('patient', jsonb_build_object('id', (d.patient).id),
                                         'already_registered', d.already_registered)
-                else jsonb_build_object('day', d.day, 'slots', d.slots, 'affected', d.affected) end,
+                else jsonb_build_object('day', d.day, 'slots', d.slots, 'affected', d.affected,
+                                        'schedule', d.schedule, 'schedule_exception', d.schedule_exception,
+                                        'stale', d.stale, 'generated', d.generated) end,
             d.revision, d.vacated_revision)
     on conflict do nothing;
     if not found then

@@ -4,6 +4,10 @@
 create or replace function doctor_day_name(p_doctor uuid, p_date date) returns text language sql immutable
     return 'doctor-day/' || p_doctor || '/' || (p_date - date '2000-01-01');
 
+-- Of a doctor's hours, and of which slots he has.
+create or replace function schedule_name(p_doctor uuid) returns text language sql immutable
+    return 'schedule/' || p_doctor;
+
 -- Lock to the end of the transaction: everything at once, each once, ascending by the hashed key, so that two
 -- transactions never wait for each other. Advisory and of the transaction, so that PgBouncer may share connections by
 -- transaction.
@@ -74,6 +78,9 @@ declare
 begin
     if r.locks is not null then
         return r.locks;
+    end if;
+    if r.verb = 'SetWeeklySchedule' then
+        return array[schedule_name(r.doctor)];
     end if;
     if r.verb in ('BookAppointment', 'RescheduleAppointment') then
         v_names := v_names || ('patient/' || coalesce(r.from_patient, r.patient));

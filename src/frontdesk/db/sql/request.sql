@@ -32,7 +32,8 @@ begin
             is_present boolean, max_patients integer, slots uuid[], new_slots new_slot[],
             capacity integer, start_time timestamptz, end_time timestamptz,
             from_doctor uuid, from_date date, from_patient uuid, from_dates date[],
-            keep uuid, record jsonb, locks text[], wanted uuid, priority text
+            keep uuid, record jsonb, locks text[], wanted uuid, priority text,
+            to_date date, hours jsonb, closed boolean
         );
     end if;
 end
@@ -41,7 +42,8 @@ $do$;
 -- The answer. `outcome` is OK or the reason of a refusal, `subject` the id that the refusal is about, `details` more of
 -- its metadata. The rest is the change: the appointment, day or slots after it; the revision of its doctor-day, and of
 -- the one that a reschedule left; the place in the queue; the appointments that it concerns; the patient, and the
--- doctor-days that changed with the patient ([[doctor, date], …]).
+-- doctor-days that changed with the patient ([[doctor, date], …]); the schedule or its exception; the open slots of hours
+-- that are no more; how many slots were generated, and why others were not.
 do $do$
 begin
     if to_regtype('decision') is null then
@@ -50,7 +52,8 @@ begin
             revision bigint, vacated_revision bigint, vacated_doctor uuid, vacated_date date,
             "position" integer, patient_name text,
             appointment appointment, day doctor_day, slots slot[], affected uuid[],
-            patient patient, already_registered boolean, days jsonb
+            patient patient, already_registered boolean, days jsonb,
+            schedule schedule, schedule_exception schedule_exception, stale uuid[], generated jsonb
         );
     end if;
 end

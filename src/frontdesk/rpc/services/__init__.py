@@ -11,6 +11,7 @@ from frontdesk.core.doctor import Doctors
 from frontdesk.core.password import Passwords
 from frontdesk.core.patient import Patients
 from frontdesk.core.queue import Queues
+from frontdesk.core.schedule import Schedules
 from frontdesk.core.slot import Slots
 from frontdesk.core.token import Tokens
 from frontdesk.db.database import Database
@@ -24,6 +25,7 @@ from frontdesk.rpc.services.clinic import ClinicServicer
 from frontdesk.rpc.services.doctor import DoctorServicer
 from frontdesk.rpc.services.patient import PatientServicer
 from frontdesk.rpc.services.queue import QueueServicer
+from frontdesk.rpc.services.schedule import ScheduleServicer
 from frontdesk.rpc.services.slot import SlotServicer
 
 
@@ -37,6 +39,7 @@ def servicers(
         ClinicServicer(Clinics(db)),
         PatientServicer(patients),
         DoctorServicer(Doctors(db, feed.changed)),
+        ScheduleServicer(Schedules(db)),
         SlotServicer(Slots(db)),
         AppointmentServicer(appointments),
         QueueServicer(

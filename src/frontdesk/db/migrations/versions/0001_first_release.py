@@ -436,6 +436,44 @@ def upgrade() -> None:
         sa.UniqueConstraint("id", name="seal_id_key"),
     )
     op.create_table(
+        "schedule",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("doctor_id", sa.Uuid(), nullable=False),
+        sa.Column("effective_from", sa.Date(), nullable=False),
+        sa.Column("effective_until", sa.Date(), nullable=True),
+        sa.Column("rules", postgresql.JSONB(), nullable=False),
+        sa.Column("version", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        postgresql.ExcludeConstraint(
+            (sa.text("uuidrange(doctor_id, doctor_id, '[]')"), "&&"),
+            (sa.text("daterange(effective_from, effective_until, '[]')"), "&&"),
+            using="gist",
+            name="schedule_doctor_overlap",
+        ),
+        sa.CheckConstraint("effective_from <= effective_until", name="schedule_dates_check"),
+        sa.PrimaryKeyConstraint("id", name="schedule_pkey"),
+    )
+    op.create_index("schedule_doctor_key", "schedule", ["doctor_id", "effective_from"], unique=True)
+    op.create_table(
+        "schedule_exception",
+        sa.Column("doctor_id", sa.Uuid(), nullable=False),
+        sa.Column("date", sa.Date(), nullable=False),
+        sa.Column("closed", sa.Boolean(), nullable=False),
+        sa.Column("hours", postgresql.JSONB(), nullable=False),
+        sa.Column("version", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.CheckConstraint("closed = (hours = '[]')", name="schedule_exception_hours_check"),
+        sa.PrimaryKeyConstraint("doctor_id", "date", name="schedule_exception_pkey"),
+    )
+    op.create_table(
+        "slot_horizon",
+        sa.Column("doctor_id", sa.Uuid(), nullable=False),
+        sa.Column("generated", postgresql.DATEMULTIRANGE(), server_default=sa.text("'{}'"), nullable=False),
+        sa.PrimaryKeyConstraint("doctor_id", name="slot_horizon_pkey"),
+    )
+    op.create_table(
         "slot",
         sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
         sa.Column("doctor_id", sa.Uuid(), nullable=False),
