@@ -34,8 +34,8 @@ class _QueueViewEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_QueueView.V
     QUEUE_VIEW_STAFF: _QueueView.ValueType  # 1
     """Everything. For ROLE_STAFF, ROLE_ADMIN and ROLE_SERVICE; for ROLE_DOCTOR the doctor's own queues."""
     QUEUE_VIEW_BOARD: _QueueView.ValueType  # 2
-    """Entries and changes without ids, names, priorities and counts of calls: a screen in the waiting room shows no more. For everyone
-    with credentials for the clinic; patients have them for every clinic.
+    """Entries and changes without ids, names, priorities and counts of calls: a screen in the waiting room shows no more.
+    For everyone with credentials for the clinic; patients have them for every clinic.
     """
     QUEUE_VIEW_OWN: _QueueView.ValueType  # 3
     """QUEUE_VIEW_BOARD, but with the caller's own entry whole. For a patient with an appointment on the doctor-day that is
@@ -50,8 +50,8 @@ QUEUE_VIEW_UNSPECIFIED: QueueView.ValueType  # 0
 QUEUE_VIEW_STAFF: QueueView.ValueType  # 1
 """Everything. For ROLE_STAFF, ROLE_ADMIN and ROLE_SERVICE; for ROLE_DOCTOR the doctor's own queues."""
 QUEUE_VIEW_BOARD: QueueView.ValueType  # 2
-"""Entries and changes without ids, names, priorities and counts of calls: a screen in the waiting room shows no more. For everyone
-with credentials for the clinic; patients have them for every clinic.
+"""Entries and changes without ids, names, priorities and counts of calls: a screen in the waiting room shows no more.
+For everyone with credentials for the clinic; patients have them for every clinic.
 """
 QUEUE_VIEW_OWN: QueueView.ValueType  # 3
 """QUEUE_VIEW_BOARD, but with the caller's own entry whole. For a patient with an appointment on the doctor-day that is
