@@ -50,7 +50,7 @@
 44 statements past the deadline: test_the_servers_own_limit test_the_callers_deadline
    test_the_limit_holds_for_those_who_wait_for_a_connection
 45 backstops: test_backstops
-46 the unforeseen: test_no_canary_gets_out test_no_canary_is_measured
+46 the unforeseen: test_no_canary_gets_out test_what_is_said_is_heard
 47 restless watchers: test_every_replay_equals_the_database test_two_servers_tell_the_same
 48 readers that do not read: test_readers_that_never_read_take_a_bounded_memory test_a_reader_that_does_not_read
    test_a_watcher_too_slow test_idle_streams_take_little_memory

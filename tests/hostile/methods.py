@@ -211,6 +211,12 @@ def is_output_only(field: FieldDescriptor) -> bool:
     return _comments()[field.full_name].strip().startswith("Output only")
 
 
+def is_taken(place: Place) -> bool:
+    """Whether the service takes a value from there: neither the field nor what it is in is output only."""
+    ours = (step for step in place.steps if step.containing_type and step.containing_type.full_name.count(".") == 3)
+    return not any(is_output_only(step) for step in ours)
+
+
 # Valid requests
 
 

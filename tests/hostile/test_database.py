@@ -1,12 +1,10 @@
 """Cases 41 to 46: the service while its database is unavailable; and no internal text in any answer."""
 
 import asyncio
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,7 +13,7 @@ import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, patient_pb2, queue_pb2
+from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, queue_pb2
 from frontdesk.db.migrate import migrate
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, details, outcome, reason_of, refusal, today, tomorrow
@@ -23,12 +21,10 @@ from tests.hostile.methods import METHODS, VALID, call, manners, noon, world
 from tests.hostile.test_domain import sound
 from tests.hostile.test_wire import waiting
 from tests.hostile.wire import database_of, serving
-from tests.servers import Cluster, Service, directories
-from tests.test_metrics import text
+from tests.servers import Cluster, directories
 from tests.waiting import SOON, until, until_true
 
 BACK_WITHIN = 5.0
-CANARY = "Zzyzx-canary"
 
 
 @pytest.fixture
@@ -308,100 +304,6 @@ async def test_backstops(front: Front) -> None:
     assert set(ids[:3]) == logged
     assert front.sql("select count(*) from appointment") == [(2,)]
     sound(front)
-
-
-async def test_no_canary_gets_out(
-    front: Front, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    """A patient's name in the data, or in the text of an exception, is in no status and no log."""
-    caplog.set_level(logging.DEBUG)
-    doctor = await front.doctor()
-    person = patient_pb2.Patient(given_name=CANARY, phone="+5511987654329", email=f"{CANARY}@example.org",
-                                 allergies=[CANARY])  # fmt: skip
-    patient = await front.patient(given_name=CANARY, phone="+5511987654329")
-    booked = await front.book(patient.id, doctor.id, reason=CANARY, notes=CANARY)
-    failing(front, 1000, "P0001", CANARY)
-    errors = [await refusal(front.book((await front.patient()).id, doctor.id))]
-    front.sql(
-        "create function spill() returns trigger language plpgsql as $$ begin"
-        f" raise exception 'row % {CANARY}', new using detail = '{CANARY}', hint = '{CANARY}'; end $$"
-    )
-    for table in ("patient", "clinic", "doctor", "slot", "log"):
-        front.sql(f"create trigger spill before insert or update on {table} for each row execute function spill()")
-    # PostgreSQL's own text, from a check constraint that quotes the row.
-    front.sql("alter table appointment add constraint no_notes check (notes = '') not valid")
-    here = appointment_pb2.Appointment(id=booked.appointment.id, notes=CANARY)
-    errors += [
-        await refusal(front.clinic()),
-        await refusal(front.patient(given_name=f"{CANARY} 2")),
-        await refusal(
-            front.patients.UpdatePatient(patient_pb2.UpdatePatientRequest(patient=patient_with(patient, person)))
-        ),
-        await refusal(front.check_in(booked.appointment.id)),
-        await refusal(front.appointments.UpdateAppointment(appointment_pb2.UpdateAppointmentRequest(appointment=here))),
-        await refusal(
-            front.appointments.CancelAppointment(
-                appointment_pb2.CancelAppointmentRequest(appointment_id=booked.appointment.id, cancel_reason=CANARY)
-            )
-        ),
-    ]
-    for error in errors:
-        assert (error.code(), reason_of(error)) == (grpc.StatusCode.INTERNAL, "INTERNAL")
-        assert not manners(error, CANARY, "987654329")
-    # A change that was refused or cut off writes nothing more.
-    assert await outcome(front.book(patient.id, doctor.id, reason=CANARY)) == "DUPLICATE_BOOKING"
-    watch: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor.id))
-    await watch.read()
-    watch.cancel()
-    call_ = front.patients.GetPatient(patient_pb2.GetPatientRequest(patient_id=patient.id))
-    call_.cancel()
-    with suppress(asyncio.CancelledError):
-        await call_
-    await front.patients.ListPatients(patient_pb2.ListPatientsRequest(name_prefix=CANARY))
-    out, err = capfd.readouterr()
-    logged = out + err + caplog.text
-    assert logged.count("internal_error") >= len(errors)
-    for error in errors:
-        assert details(error)["ErrorInfo"].metadata["error_id"] in logged
-    for secret in (CANARY, CANARY.lower(), "987654329"):
-        assert secret not in logged
-
-
-async def test_no_canary_is_measured(conninfo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A patient's name is in no metric and no log line of a real service; a caller's own name is in no metric."""
-    monkeypatch.setenv("FRONTDESK_METRICS_LISTEN", "127.0.0.1:0")
-    service = Service(tmp_path / "log", conninfo, workers=2)
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{service.port}") as channel:
-            front = Front(channel, conninfo, service.port)
-            doctor = await front.doctor()
-            patient = await front.patient(given_name=CANARY, email=f"{CANARY}@example.org", allergies=[CANARY])
-            assert await outcome(front.book(patient.id, doctor.id, reason=CANARY)) == "OK"
-            assert await outcome(front.book(patient.id, doctor.id, reason=CANARY)) == "DUPLICATE_BOOKING"
-            assert await outcome(front.queue(CANARY)) == "INVALID_FIELD"
-            failing(front, 1000, "P0001", CANARY)
-            other = await front.patient()
-            assert await outcome(front.book(other.id, doctor.id, reason=CANARY)) == "INTERNAL"
-            unknown: Any = channel.unary_unary(f"/{CANARY}/{CANARY}")
-            await refusal(unknown(b"", timeout=SOON))
-            await front.clinics.ListClinics(
-                clinic_pb2.ListClinicsRequest(), metadata=[("frontdesk-caller", "kiosk-of-nobody")]
-            )
-            page = await asyncio.to_thread(text, service)
-            assert "frontdesk_" in page
-            assert "kiosk-of-nobody" not in page
-            for said in (page, service.log.read_text()):
-                assert CANARY not in said
-    finally:
-        await asyncio.to_thread(service.stop)
-
-
-def patient_with(old: patient_pb2.Patient, new: patient_pb2.Patient) -> patient_pb2.Patient:
-    """The changes to make to this patient."""
-    changed = patient_pb2.Patient()
-    changed.CopyFrom(new)
-    changed.id = old.id
-    return changed
 
 
 async def test_a_restart_loses_nothing(front: Front, admin: psycopg.Connection[tuple[object, ...]]) -> None:
