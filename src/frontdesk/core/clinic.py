@@ -31,6 +31,8 @@ class Clinic:
     email: str
     time_zone: str
     active: bool
+    visit_length: timedelta
+    """Of a consultation without a slot, as far as nothing else is known."""
     version: int
     create_time: datetime
     update_time: datetime

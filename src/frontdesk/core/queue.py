@@ -1,14 +1,17 @@
 """The queue of a doctor-day: at a revision, and what changed since another."""
 
 import json
+import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from typing import Any
 
 from frontdesk.core.appointment import Appointment, Appointments
 from frontdesk.core.caller import Caller, Sight
 from frontdesk.core.decision import iso
+from frontdesk.core.estimate import Estimate, Pace, Visit, estimates
 from frontdesk.db.batch import Batcher
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database
@@ -16,6 +19,10 @@ from frontdesk.errors import AppointmentNotFound, ClinicNotYours, DoctorNotFound
 
 STAFF, BOARD, OWN = "STAFF", "BOARD", "OWN"
 """The views of a queue."""
+
+_IDLE = timedelta(hours=1)
+"""After so long without a consultation nothing is known of when there will be one."""
+_MOST_PACES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,11 @@ class QueueEntry:
     start_time: datetime | None
     priority: str
     """UNSPECIFIED if the view does not show it."""
+    slot_start: datetime | None = None
+    slot_end: datetime | None = None
+    returned: bool = False
+    """Whether the patient came back after a missed call, and so waits at the end of the priority."""
+    estimate: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +63,78 @@ class Queue:
     expected_count: int
     patient_ids: frozenset[str]
     """Who has an appointment of the day that is not cancelled, if that was asked for."""
+    read_time: datetime
+    """When it was read, by the database's clock; `read_at` by ours."""
+    read_at: float
+    active_time: datetime | None
+    """When a consultation began or ended last."""
+    pace: Pace | None
+    """None if there was no reason to estimate when it was read."""
+    next_estimate: Estimate | None = None
+
+
+def estimated(queue: Queue, now: datetime) -> Queue:
+    """The queue with the estimates of this moment; without, if nobody is in consultation and none was for an hour."""
+    under_way = [entry for entry in queue.entries if entry.state in ("CALLED", "IN_CONSULTATION")]
+    idle = all(entry.state == "CALLED" for entry in under_way) and (
+        queue.active_time is None or queue.active_time < now - _IDLE
+    )
+    if idle or queue.pace is None:
+        return queue
+    waiting = [entry for entry in queue.entries if entry.state == "WAITING"]
+    visits = [_visit(entry) for entry in under_way]
+    found = estimates(now, visits, [_visit(entry) for entry in waiting], queue.pace)
+    # A newcomer goes before those of his priority who came back after a missed call.
+    ahead = [_visit(entry) for entry in waiting if not (entry.returned and entry.priority == "NORMAL")]
+    following = found[-1] if len(ahead) == len(waiting) else estimates(now, visits, ahead, queue.pace)[-1]
+    by_ticket = {entry.ticket: estimate for entry, estimate in zip(waiting, found, strict=False)}
+    entries = tuple(
+        replace(entry, estimate=by_ticket[entry.ticket]) if entry.ticket in by_ticket else entry
+        for entry in queue.entries
+    )
+    return replace(queue, entries=entries, next_estimate=following)
+
+
+def estimated_now(queue: Queue) -> Queue:
+    """The same, of now, however long ago the queue was read."""
+    return estimated(queue, queue.read_time + timedelta(seconds=time.monotonic() - queue.read_at))
+
+
+def _visit(entry: QueueEntry) -> Visit:
+    planned = None
+    if entry.slot_start is not None and entry.slot_end is not None:
+        planned = (entry.slot_end - entry.slot_start).total_seconds()
+    return Visit(planned, began=entry.start_time, not_before=entry.slot_start)
+
+
+class Paces:
+    """The paces of doctors, each as long as no other consultation of the day has been completed."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, tuple[datetime | None, Pace]] = OrderedDict()
+
+    def known(self, doctor_id: str) -> dict[str, Any]:
+        """What a request of `_ASKED` says, so that a pace that is known is not read again."""
+        kept = self._kept.get(doctor_id)
+        return {"paced": kept is not None, "ended": None if kept is None else iso(kept[0])}
+
+    def take(
+        self, doctor_id: str, ended: datetime | None, recent: Sequence[float] | None, planned: float | None
+    ) -> Pace | None:
+        """The pace that a request has found; None if it found no reason to estimate."""
+        if planned is None:
+            return None
+        if recent is None:
+            kept = self._kept.get(doctor_id)
+            if kept is None or kept[1].planned == planned:
+                return None if kept is None else kept[1]
+            recent = kept[1].recent
+        pace = Pace(tuple(recent), planned)
+        self._kept[doctor_id] = (ended, pace)
+        self._kept.move_to_end(doctor_id)
+        if len(self._kept) > _MOST_PACES:
+            self._kept.popitem(last=False)
+        return pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +188,9 @@ class Admission:
 # The doctor-days that somebody asks for, and what each of them may see.
 _ASKED = """
 from rows from (json_to_recordset(%s::json)
-                as (doctor uuid, date date, patients boolean, restricted boolean, sight sight))
-     with ordinality as k (doctor, date, patients, restricted, sight, n)
+                as (doctor uuid, date date, patients boolean, restricted boolean, sight sight, paced boolean,
+                    ended timestamptz))
+     with ordinality as k (doctor, date, patients, restricted, sight, paced, ended, n)
 join lateral (select * from doctor x where x.id = k.doctor offset 0) d on true
 cross join lateral (
     select coalesce(k.date, (select (moment() at time zone c.time_zone)::date from clinic c where c.id = d.clinic_id))
@@ -127,15 +212,25 @@ cross join lateral (
 _queues = f"""
 select k.n, d.id, d.clinic_id, may.see, self.own, day.date, coalesce(dd.revision, 1),
        coalesce((extract(epoch from dd.update_time) * 1000000)::bigint, 0), expected.count, expected.patients,
+       moment(), expected.active_time, expected.ended, pace.recent, pace.planned,
        a.ticket, a.id, a.patient_id, concat_ws(' ', p.given_name, nullif(p.family_name, '')), a.queue_state, a.room,
-       a.call_count, a.check_in_time, a.call_time, a.start_visit_time, a.priority
+       a.call_count, a.check_in_time, a.call_time, a.start_visit_time, a.priority,
+       a.start_time, a.end_time, a.returned_revision > 0
 {_ASKED}
 left join lateral (
     select * from doctor_day x where x.doctor_id = d.id and x.date = day.date offset 0) dd on true
 cross join lateral (
     select count(*) filter (where b.state = 'BOOKED') as count,
-           array_agg(b.patient_id) filter (where k.patients and b.state <> 'CANCELLED') as patients
+           array_agg(b.patient_id) filter (where k.patients and b.state <> 'CANCELLED') as patients,
+           bool_or(b.state = 'IN_CONSULTATION')
+               or max(greatest(b.start_visit_time, b.complete_time)) > moment() - interval '1 hour' as active,
+           max(greatest(b.start_visit_time, b.complete_time)) as active_time, max(b.complete_time) as ended
     from appointment b where may.see and b.doctor_id = d.id and b.date = day.date) expected
+left join lateral (
+    select extract(epoch from c.visit_length)::float8 as planned,
+           case when not k.paced or expected.ended is distinct from k.ended then recent_visits(d.id, day.date) end
+           as recent
+    from clinic c where c.id = d.clinic_id and expected.active offset 0) pace on true
 left join lateral (
     select x.*, case x.queue_state when 'WAITING' then place_in_queue(x) end as place from appointment x
     where may.see and x.doctor_id = d.id and x.date = day.date and x.ticket is not null
@@ -176,14 +271,16 @@ left join doctor_day dd on dd.doctor_id = k.doctor_id and dd.date = k.date
 """
 
 
-async def read_queues(db: Database, days: Sequence[tuple[str, date]]) -> list[Queue]:
+async def read_queues(db: Database, paces: Paces, days: Sequence[tuple[str, date]]) -> list[Queue]:
     """The queues now, whole, in this order, without those whose doctor does not exist."""
-    asked = json.dumps([_asked(doctor, on, None, patients=True) for doctor, on in days])
+    asked = json.dumps([_asked(doctor, on, None, paces, patients=True) for doctor, on in days])
     rows = await db.rows(_queues, (asked,), _columns)
-    return [_queue(found) for found in _by_request(rows, len(days)) if found]
+    return [_queue(found, paces) for found in _by_request(rows, len(days)) if found]
 
 
-def _asked(doctor_id: str, on: date | None, sight: Sight | None, *, patients: bool = False) -> dict[str, Any]:
+def _asked(
+    doctor_id: str, on: date | None, sight: Sight | None, paces: Paces, *, patients: bool = False
+) -> dict[str, Any]:
     """A request of `_ASKED`. `patients`: tell who has an appointment of the day."""
     return {
         "doctor": doctor_id,
@@ -191,6 +288,7 @@ def _asked(doctor_id: str, on: date | None, sight: Sight | None, *, patients: bo
         "patients": patients,
         "restricted": sight is not None,
         "sight": None if sight is None else sight.as_json(),
+        **paces.known(doctor_id),
     }
 
 
@@ -206,17 +304,20 @@ def _by_request(rows: Sequence[Any], requests: int) -> list[list[Any]]:
     return found
 
 
-def _queue(rows: Sequence[Any]) -> Queue:
+def _queue(rows: Sequence[Any], paces: Paces) -> Queue:
     """The queue of one doctor-day out of its rows: one for each entry, or one without an entry."""
-    doctor, _, _, _, day, revision, micros, expected, patients, *_ = rows[0]
+    doctor, _, _, _, day, revision, micros, expected, patients, now, active_time, ended, recent, planned, *_ = rows[0]
     entries = []
     for place, row in enumerate(rows, start=1):
-        ticket, appointment, patient, name, state, *rest = row[9:]
+        ticket, appointment, patient, name, state, *rest = row[14:]
         if ticket is not None:
             entries.append(
                 QueueEntry(ticket, place if state == "WAITING" else 0, appointment, patient, name, state, *rest)
             )
-    return Queue(doctor, day, revision, micros, tuple(entries), expected, frozenset(patients or ()))
+    return Queue(
+        doctor, day, revision, micros, tuple(entries), expected, frozenset(patients or ()), now, time.monotonic(),
+        active_time, paces.take(doctor, ended, recent, planned),
+    )  # fmt: skip
 
 
 async def read_changes_of(
@@ -303,8 +404,9 @@ def _seen(caller: Caller, view: str, method: str, clinic_id: str, may_see: bool,
 class Queues:
     """Read a queue, and change it."""
 
-    def __init__(self, db: Database, appointments: Appointments) -> None:
+    def __init__(self, db: Database, appointments: Appointments, paces: Paces) -> None:
         self._db = db
+        self._paces = paces
         self._appointments = appointments
         self._reading: Batcher[list[Any]] = Batcher(db, _queues, _columns, _by_request)
 
@@ -313,10 +415,12 @@ class Queues:
 
         Raises DoctorNotFound, and the refusals of `admit`.
         """
-        rows = await self._reading.ask(_asked(doctor_id, on, caller.sight))
+        rows = await self._reading.ask(_asked(doctor_id, on, caller.sight, self._paces))
         if not rows:
             raise DoctorNotFound(doctor_id)
-        return _seen(caller, view, "GetQueue", *rows[0][1:4]).queue(_queue(rows))
+        seen = _seen(caller, view, "GetQueue", *rows[0][1:4])
+        queue = _queue(rows, self._paces)
+        return seen.queue(estimated(queue, queue.read_time))
 
     async def admit(self, caller: Caller, doctor_id: str, on: date | None, view: str) -> Admission:
         """What the caller may watch; `on` defaults to the clinic's today.
@@ -327,7 +431,7 @@ class Queues:
             return Admission(on, View(view))
         found = await self._db.row(
             _admission,
-            (json.dumps([_asked(doctor_id, on, caller.sight)]),),
+            (json.dumps([_asked(doctor_id, on, caller.sight, self._paces)]),),
             lambda clinic_id, may_see, own, day: (day, clinic_id, may_see, own),
         )
         if found is None:

@@ -18,6 +18,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    Interval,
     LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
@@ -118,6 +119,8 @@ clinic = Table(
     _text("email"),
     Column("time_zone", Text, nullable=False),
     Column("active", Boolean, nullable=False, server_default=text("true")),
+    # Of a consultation without a slot, as far as nothing else is known.
+    Column("visit_length", Interval, nullable=False, server_default="00:12:00"),
     # The clinic of doctors that name none.
     Column("is_default", Boolean, nullable=False, server_default=text("false")),
     *_versioned(),

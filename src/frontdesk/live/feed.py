@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import date
 
-from frontdesk.core.queue import View, read_changes_of, read_queues, read_revisions
+from frontdesk.core.queue import Paces, View, read_changes_of, read_queues, read_revisions
 from frontdesk.db.database import Database
 from frontdesk.errors import DatabaseUnavailable, DoctorNotFound, Refused
 from frontdesk.live.hints import Hints
@@ -47,6 +47,8 @@ class Feed:
         self._hints = Hints(db, _CHANNEL, heard=self._heard, connected=lambda: self._look_at(*self._topics))
         self._background = Background()
         self._held: Counter[str] = Counter()
+        self.paces = Paces()
+        """Of the doctors whose queues were read, here or by others."""
         self.watchers = 0
         """How many streams are open."""
         self.draining = False
@@ -168,7 +170,7 @@ class Feed:
         return refused
 
     async def _read(self, topics: Sequence[Topic], refused: dict[Topic, Refused]) -> None:
-        found = await read_queues(self._db, [topic.key for topic in topics])
+        found = await read_queues(self._db, self.paces, [topic.key for topic in topics])
         queues = {(queue.doctor_id, queue.date): queue for queue in found}
         since = []
         for topic in topics:

@@ -1,13 +1,14 @@
 """A watched doctor-day, which its streams share, and one stream's view of it."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import date
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
-from frontdesk.core.queue import OWN, Queue, QueueChange, View, as_of, read_changes
+from frontdesk.core.queue import OWN, Queue, QueueChange, View, as_of, estimated_now, read_changes
 from frontdesk.db.database import Database
 from frontdesk.live.tokens import ResumeToken
 from frontdesk.live.watcher import Watcher
@@ -35,6 +36,10 @@ class Updates(Protocol):
 
     def update(self, queue: Queue, changes: Sequence[bytes], previous: int, token: str) -> bytes:
         """The update with these parts of its changes, from the revision `previous`; 0 is a fresh start."""
+        ...
+
+    def heartbeat(self, queue: Queue) -> bytes:
+        """What a heartbeat says: the estimates of a queue that stands still."""
         ...
 
 
@@ -74,6 +79,8 @@ class Topic:
         self._changes: deque[QueueChange] = deque(maxlen=_KEPT_CHANGES)
         self._messages: dict[tuple[View, int], bytes] = {}
         """Updates to the present revision by view and the revision they start from, each serialised once."""
+        self._heartbeat: tuple[Queue, float, bytes] | None = None
+        """The latest, of which queue and moment."""
         self._reading_changes = asyncio.Lock()
         self._readers: list[asyncio.Future[None]] = []
         """Those who wait for a reading that begins after they asked."""
@@ -171,7 +178,7 @@ class Topic:
     def _serialised(self, view: View, queue: Queue, parts: Sequence[bytes] | None, previous: int) -> bytes:
         """The update with these parts of its changes; a fresh start if there are none, or too many."""
         token = ResumeToken(*self.key, queue.revision, queue.change_micros, view.name).encode()
-        shown = view.queue(queue)
+        shown = view.queue(estimated_now(queue))
         message = b"" if parts is None else self._updates.update(shown, parts, previous, token)
         if parts is None or (previous and len(message) > MOST_BYTES):
             message = self._updates.update(shown, (), 0, token)
@@ -179,6 +186,15 @@ class Topic:
         if self.queue is queue and sum(map(len, kept.values())) + len(message) <= _KEPT_BYTES:
             kept[view, previous] = message
         return message
+
+    def heartbeat(self) -> bytes:
+        """What the heartbeats of this second say, the same for all streams."""
+        queue, now = self.queue, time.monotonic()
+        assert queue is not None
+        kept = self._heartbeat
+        if kept is None or kept[0] is not queue or now > kept[1] + 1:
+            kept = self._heartbeat = (queue, now, self._updates.heartbeat(estimated_now(queue)))
+        return kept[2]
 
     async def was(self, token: ResumeToken, queue: Queue) -> bool:
         """Whether the token's revision is one of the history that led to `queue`."""
@@ -244,6 +260,12 @@ class Subscription(Watcher):
         queue = self._topic.queue
         assert queue is not None
         return self.view.name == OWN and self.view.patient_id not in queue.patient_ids
+
+    def heartbeat(self) -> bytes:
+        """What a heartbeat says now; nothing if there is news, which says more."""
+        queue = self._topic.queue
+        stands_still = queue is not None and (queue.revision, queue.change_micros) == (self._sent, self._sent_micros)
+        return self._topic.heartbeat() if stands_still else b""
 
     async def begin(self, resume: ResumeToken | None) -> bytes | None:
         """The first message: the whole queue as of now, or the changes since the token; None if there are none.

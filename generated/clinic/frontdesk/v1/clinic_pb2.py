@@ -25,11 +25,12 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from clinic.frontdesk.v1 import policy_pb2 as clinic_dot_frontdesk_dot_v1_dot_policy__pb2
 from clinic.frontdesk.v1 import rules_pb2 as clinic_dot_frontdesk_dot_v1_dot_rules__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n clinic/frontdesk/v1/clinic.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd5\x03\n\x06\x43linic\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\x04name\x18\x02 \x01(\tB\x10\xbaH\rr\x0b\x18\xc8\x01\x88\xb5\x18\x01\x98\xb5\x18\x01\x12\x1d\n\x07\x61\x64\x64ress\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\xf4\x03\x90\xb5\x18\x01\x12\x1a\n\x04\x63ity\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12\x1b\n\x05state\x18\x05 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12 \n\x0bpostal_code\x18\x06 \x01(\tB\x0b\xbaH\x08r\x06\x18\x14\x88\xb5\x18\x01\x12%\n\x07\x63ountry\x18\x07 \x01(\tB\x14\xbaH\x11r\x0c\x32\n^[A-Z]{2}$\xd8\x01\x01\x12\x16\n\x05phone\x18\x08 \x01(\tB\x07\xbaH\x04r\x02\x18(\x12\x1c\n\x05\x65mail\x18\t \x01(\tB\r\xbaH\nr\x05\x18\xfe\x01`\x01\xd8\x01\x01\x12\x1e\n\ttime_zone\x18\n \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12\x13\n\x06\x61\x63tive\x18\x0b \x01(\x08H\x00\x88\x01\x01\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x0e \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x42\t\n\x07_active\"\x9a\x02\n\x13\x43reateClinicRequest\x12\x33\n\x06\x63linic\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.ClinicB\x06\xbaH\x03\xc8\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:\xa0\x01\xbaH\x9c\x01\x1aG\n\x0b\x63linic.name\x12\x0bis required\x1a+!has(this.clinic) || this.clinic.name != \'\'\x1aQ\n\x10\x63linic.time_zone\x12\x0bis required\x1a\x30!has(this.clinic) || this.clinic.time_zone != \'\'\"U\n\x14\x43reateClinicResponse\x12+\n\x06\x63linic\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.Clinic\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"/\n\x10GetClinicRequest\x12\x1b\n\tclinic_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"@\n\x11GetClinicResponse\x12+\n\x06\x63linic\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.Clinic\"\x9e\x04\n\x13UpdateClinicRequest\x12\x33\n\x06\x63linic\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.ClinicB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:\xd8\x02\xbaH\xd4\x02\x1a\x43\n\tclinic.id\x12\x0bis required\x1a)!has(this.clinic) || this.clinic.id != \'\'\x1a{\n\x0b\x63linic.name\x12\x16name cannot be cleared\x1aT!this.update_mask.paths.exists(p, p == \'*\' || p == \'name\') || this.clinic.name != \'\'\x1a\x8f\x01\n\x10\x63linic.time_zone\x12\x1btime_zone cannot be cleared\x1a^!this.update_mask.paths.exists(p, p == \'*\' || p == \'time_zone\') || this.clinic.time_zone != \'\'\"U\n\x14UpdateClinicResponse\x12+\n\x06\x63linic\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.Clinic\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"x\n\x12ListClinicsRequest\x12\x1e\n\x04\x63ity\x18\x01 \x01(\tB\x10\xbaH\rr\x0b\x18\xc8\x01\x88\xb5\x18\x01\x98\xb5\x18\x01\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\"\\\n\x13ListClinicsResponse\x12,\n\x07\x63linics\x18\x01 \x03(\x0b\x32\x1b.clinic.frontdesk.v1.Clinic\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xcd\x03\n\rClinicService\x12m\n\x0c\x43reateClinic\x12(.clinic.frontdesk.v1.CreateClinicRequest\x1a).clinic.frontdesk.v1.CreateClinicResponse\"\x08\xd2\xb5\x18\x04 \x02h\x01\x12l\n\tGetClinic\x12%.clinic.frontdesk.v1.GetClinicRequest\x1a&.clinic.frontdesk.v1.GetClinicResponse\"\x10\xd2\xb5\x18\x0c\x08\x02\x10\x02\x18\x02 \x02(\x02\x30\x02\x12k\n\x0cUpdateClinic\x12(.clinic.frontdesk.v1.UpdateClinicRequest\x1a).clinic.frontdesk.v1.UpdateClinicResponse\"\x06\xd2\xb5\x18\x02 \x02\x12r\n\x0bListClinics\x12\'.clinic.frontdesk.v1.ListClinicsRequest\x1a(.clinic.frontdesk.v1.ListClinicsResponse\"\x10\xd2\xb5\x18\x0c\x08\x02\x10\x02\x18\x02 \x02(\x02\x30\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n clinic/frontdesk/v1/clinic.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x98\x04\n\x06\x43linic\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\x04name\x18\x02 \x01(\tB\x10\xbaH\rr\x0b\x18\xc8\x01\x88\xb5\x18\x01\x98\xb5\x18\x01\x12\x1d\n\x07\x61\x64\x64ress\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\xf4\x03\x90\xb5\x18\x01\x12\x1a\n\x04\x63ity\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12\x1b\n\x05state\x18\x05 \x01(\tB\x0c\xbaH\tr\x07\x18\xc8\x01\x88\xb5\x18\x01\x12 \n\x0bpostal_code\x18\x06 \x01(\tB\x0b\xbaH\x08r\x06\x18\x14\x88\xb5\x18\x01\x12%\n\x07\x63ountry\x18\x07 \x01(\tB\x14\xbaH\x11r\x0c\x32\n^[A-Z]{2}$\xd8\x01\x01\x12\x16\n\x05phone\x18\x08 \x01(\tB\x07\xbaH\x04r\x02\x18(\x12\x1c\n\x05\x65mail\x18\t \x01(\tB\r\xbaH\nr\x05\x18\xfe\x01`\x01\xd8\x01\x01\x12\x1e\n\ttime_zone\x18\n \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12\x13\n\x06\x61\x63tive\x18\x0b \x01(\x08H\x00\x88\x01\x01\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x0e \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12\x41\n\x0cvisit_length\x18\x10 \x01(\x0b\x32\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n\"\x04\x08\x80\xa3\x05\x32\x02\x08<B\t\n\x07_active\"\x9a\x02\n\x13\x43reateClinicRequest\x12\x33\n\x06\x63linic\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.ClinicB\x06\xbaH\x03\xc8\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:\xa0\x01\xbaH\x9c\x01\x1aG\n\x0b\x63linic.name\x12\x0bis required\x1a+!has(this.clinic) || this.clinic.name != \'\'\x1aQ\n\x10\x63linic.time_zone\x12\x0bis required\x1a\x30!has(this.clinic) || this.clinic.time_zone != \'\'\"U\n\x14\x43reateClinicResponse\x12+\n\x06\x63linic\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.Clinic\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"/\n\x10GetClinicRequest\x12\x1b\n\tclinic_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"@\n\x11GetClinicResponse\x12+\n\x06\x63linic\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.Clinic\"\x9e\x04\n\x13UpdateClinicRequest\x12\x33\n\x06\x63linic\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.ClinicB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:\xd8\x02\xbaH\xd4\x02\x1a\x43\n\tclinic.id\x12\x0bis required\x1a)!has(this.clinic) || this.clinic.id != \'\'\x1a{\n\x0b\x63linic.name\x12\x16name cannot be cleared\x1aT!this.update_mask.paths.exists(p, p == \'*\' || p == \'name\') || this.clinic.name != \'\'\x1a\x8f\x01\n\x10\x63linic.time_zone\x12\x1btime_zone cannot be cleared\x1a^!this.update_mask.paths.exists(p, p == \'*\' || p == \'time_zone\') || this.clinic.time_zone != \'\'\"U\n\x14UpdateClinicResponse\x12+\n\x06\x63linic\x18\x01 \x01(\x0b\x32\x1b.clinic.frontdesk.v1.Clinic\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"x\n\x12ListClinicsRequest\x12\x1e\n\x04\x63ity\x18\x01 \x01(\tB\x10\xbaH\rr\x0b\x18\xc8\x01\x88\xb5\x18\x01\x98\xb5\x18\x01\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\"\\\n\x13ListClinicsResponse\x12,\n\x07\x63linics\x18\x01 \x03(\x0b\x32\x1b.clinic.frontdesk.v1.Clinic\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xcd\x03\n\rClinicService\x12m\n\x0c\x43reateClinic\x12(.clinic.frontdesk.v1.CreateClinicRequest\x1a).clinic.frontdesk.v1.CreateClinicResponse\"\x08\xd2\xb5\x18\x04 \x02h\x01\x12l\n\tGetClinic\x12%.clinic.frontdesk.v1.GetClinicRequest\x1a&.clinic.frontdesk.v1.GetClinicResponse\"\x10\xd2\xb5\x18\x0c\x08\x02\x10\x02\x18\x02 \x02(\x02\x30\x02\x12k\n\x0cUpdateClinic\x12(.clinic.frontdesk.v1.UpdateClinicRequest\x1a).clinic.frontdesk.v1.UpdateClinicResponse\"\x06\xd2\xb5\x18\x02 \x02\x12r\n\x0bListClinics\x12\'.clinic.frontdesk.v1.ListClinicsRequest\x1a(.clinic.frontdesk.v1.ListClinicsResponse\"\x10\xd2\xb5\x18\x0c\x08\x02\x10\x02\x18\x02 \x02(\x02\x30\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -58,6 +59,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLINIC'].fields_by_name['time_zone']._serialized_options = b'\272H\010r\006\030@\210\265\030\001'
   _globals['_CLINIC'].fields_by_name['etag']._loaded_options = None
   _globals['_CLINIC'].fields_by_name['etag']._serialized_options = b'\272H\010r\006\030@\210\265\030\001'
+  _globals['_CLINIC'].fields_by_name['visit_length']._loaded_options = None
+  _globals['_CLINIC'].fields_by_name['visit_length']._serialized_options = b'\272H\r\252\001\n\"\004\010\200\243\0052\002\010<'
   _globals['_CREATECLINICREQUEST'].fields_by_name['clinic']._loaded_options = None
   _globals['_CREATECLINICREQUEST'].fields_by_name['clinic']._serialized_options = b'\272H\003\310\001\001'
   _globals['_CREATECLINICREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
@@ -88,24 +91,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLINICSERVICE'].methods_by_name['UpdateClinic']._serialized_options = b'\322\265\030\002 \002'
   _globals['_CLINICSERVICE'].methods_by_name['ListClinics']._loaded_options = None
   _globals['_CLINICSERVICE'].methods_by_name['ListClinics']._serialized_options = b'\322\265\030\014\010\002\020\002\030\002 \002(\0020\002'
-  _globals['_CLINIC']._serialized_start=221
-  _globals['_CLINIC']._serialized_end=690
-  _globals['_CREATECLINICREQUEST']._serialized_start=693
-  _globals['_CREATECLINICREQUEST']._serialized_end=975
-  _globals['_CREATECLINICRESPONSE']._serialized_start=977
-  _globals['_CREATECLINICRESPONSE']._serialized_end=1062
-  _globals['_GETCLINICREQUEST']._serialized_start=1064
-  _globals['_GETCLINICREQUEST']._serialized_end=1111
-  _globals['_GETCLINICRESPONSE']._serialized_start=1113
-  _globals['_GETCLINICRESPONSE']._serialized_end=1177
-  _globals['_UPDATECLINICREQUEST']._serialized_start=1180
-  _globals['_UPDATECLINICREQUEST']._serialized_end=1722
-  _globals['_UPDATECLINICRESPONSE']._serialized_start=1724
-  _globals['_UPDATECLINICRESPONSE']._serialized_end=1809
-  _globals['_LISTCLINICSREQUEST']._serialized_start=1811
-  _globals['_LISTCLINICSREQUEST']._serialized_end=1931
-  _globals['_LISTCLINICSRESPONSE']._serialized_start=1933
-  _globals['_LISTCLINICSRESPONSE']._serialized_end=2025
-  _globals['_CLINICSERVICE']._serialized_start=2028
-  _globals['_CLINICSERVICE']._serialized_end=2489
+  _globals['_CLINIC']._serialized_start=253
+  _globals['_CLINIC']._serialized_end=789
+  _globals['_CREATECLINICREQUEST']._serialized_start=792
+  _globals['_CREATECLINICREQUEST']._serialized_end=1074
+  _globals['_CREATECLINICRESPONSE']._serialized_start=1076
+  _globals['_CREATECLINICRESPONSE']._serialized_end=1161
+  _globals['_GETCLINICREQUEST']._serialized_start=1163
+  _globals['_GETCLINICREQUEST']._serialized_end=1210
+  _globals['_GETCLINICRESPONSE']._serialized_start=1212
+  _globals['_GETCLINICRESPONSE']._serialized_end=1276
+  _globals['_UPDATECLINICREQUEST']._serialized_start=1279
+  _globals['_UPDATECLINICREQUEST']._serialized_end=1821
+  _globals['_UPDATECLINICRESPONSE']._serialized_start=1823
+  _globals['_UPDATECLINICRESPONSE']._serialized_end=1908
+  _globals['_LISTCLINICSREQUEST']._serialized_start=1910
+  _globals['_LISTCLINICSREQUEST']._serialized_end=2030
+  _globals['_LISTCLINICSRESPONSE']._serialized_start=2032
+  _globals['_LISTCLINICSRESPONSE']._serialized_end=2124
+  _globals['_CLINICSERVICE']._serialized_start=2127
+  _globals['_CLINICSERVICE']._serialized_end=2588
 # @@protoc_insertion_point(module_scope)

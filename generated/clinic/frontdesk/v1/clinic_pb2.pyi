@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -40,6 +41,7 @@ class Clinic(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    VISIT_LENGTH_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Output only, except in UpdateClinic, where it is required and names the clinic to change. A lower-case UUID,
     time-ordered.
@@ -79,6 +81,12 @@ class Clinic(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """Output only. When the clinic was last changed."""
 
+    @_builtins.property
+    def visit_length(self) -> _duration_pb2.Duration:
+        """How long a consultation without a slot lasts, as far as nothing else is known: for the estimates of QueueService. 1
+        minute to 24 hours. Default: 12 minutes.
+        """
+
     def __init__(
         self,
         *,
@@ -96,10 +104,11 @@ class Clinic(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        visit_length: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "create_time", b"create_time", "update_time", b"update_time", "visit_length", b"visit_length"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "address", b"address", "city", b"city", "country", b"country", "create_time", b"create_time", "email", b"email", "etag", b"etag", "id", b"id", "name", b"name", "phone", b"phone", "postal_code", b"postal_code", "state", b"state", "time_zone", b"time_zone", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "address", b"address", "city", b"city", "country", b"country", "create_time", b"create_time", "email", b"email", "etag", b"etag", "id", b"id", "name", b"name", "phone", b"phone", "postal_code", b"postal_code", "state", b"state", "time_zone", b"time_zone", "update_time", b"update_time", "visit_length", b"visit_length"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__active: _TypeAlias = _typing.Literal["active"]  # noqa: Y015
     _WhichOneofArgType__active: _TypeAlias = _typing.Literal["_active", b"_active"]  # noqa: Y015

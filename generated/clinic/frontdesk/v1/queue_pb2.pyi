@@ -152,6 +152,7 @@ class QueueEntry(_message.Message):
     CALL_TIME_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    ESTIMATE_FIELD_NUMBER: _builtins.int
     ticket: _builtins.int
     """The check-in number on the doctor-day: 1, 2, 3 …, never reused, never skipped."""
     position: _builtins.int
@@ -182,6 +183,12 @@ class QueueEntry(_message.Message):
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When the consultation started; absent until then."""
 
+    @_builtins.property
+    def estimate(self) -> Global___Estimate:
+        """When the patient will probably be called, if the patient is waiting and somebody is or was in consultation within an
+        hour. Not part of the revision: it may differ between two reads of one revision.
+        """
+
     def __init__(
         self,
         *,
@@ -197,14 +204,54 @@ class QueueEntry(_message.Message):
         call_time: _timestamp_pb2.Timestamp | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         priority: Global___Priority.ValueType = ...,
+        estimate: Global___Estimate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["call_time", b"call_time", "check_in_time", b"check_in_time", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call_time", b"call_time", "check_in_time", b"check_in_time", "estimate", b"estimate", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment_id", b"appointment_id", "call_count", b"call_count", "call_time", b"call_time", "check_in_time", b"check_in_time", "patient_id", b"patient_id", "patient_name", b"patient_name", "position", b"position", "priority", b"priority", "room", b"room", "start_time", b"start_time", "state", b"state", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment_id", b"appointment_id", "call_count", b"call_count", "call_time", b"call_time", "check_in_time", b"check_in_time", "estimate", b"estimate", "patient_id", b"patient_id", "patient_name", b"patient_name", "position", b"position", "priority", b"priority", "room", b"room", "start_time", b"start_time", "state", b"state", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___QueueEntry: _TypeAlias = QueueEntry  # noqa: Y015
+
+@_typing.final
+class Estimate(_message.Message):
+    """When a patient will probably be called, by the doctor's own pace: his last 30 completed consultations, drawn towards
+    the length of the slot, or the clinic's `visit_length`. The queue is played forward over as many consultations at a
+    time as are called or under way now. Instants, so that a board may count down by itself.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EARLIEST_FIELD_NUMBER: _builtins.int
+    LIKELY_FIELD_NUMBER: _builtins.int
+    LATEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def earliest(self) -> _timestamp_pb2.Timestamp:
+        """Earlier is unlikely. Never before now, nor before the start of the patient's slot."""
+
+    @_builtins.property
+    def likely(self) -> _timestamp_pb2.Timestamp:
+        """The best guess."""
+
+    @_builtins.property
+    def latest(self) -> _timestamp_pb2.Timestamp:
+        """Later is unlikely. Out of ten patients eight or more are called between `earliest` and this."""
+
+    def __init__(
+        self,
+        *,
+        earliest: _timestamp_pb2.Timestamp | None = ...,
+        likely: _timestamp_pb2.Timestamp | None = ...,
+        latest: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["earliest", b"earliest", "latest", b"latest", "likely", b"likely"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["earliest", b"earliest", "latest", b"latest", "likely", b"likely"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Estimate: _TypeAlias = Estimate  # noqa: Y015
 
 @_typing.final
 class Queue(_message.Message):
@@ -218,6 +265,7 @@ class Queue(_message.Message):
     ENTRIES_FIELD_NUMBER: _builtins.int
     WAITING_COUNT_FIELD_NUMBER: _builtins.int
     EXPECTED_COUNT_FIELD_NUMBER: _builtins.int
+    NEXT_ESTIMATE_FIELD_NUMBER: _builtins.int
     doctor_id: _builtins.str
     """The doctor's id."""
     revision: _builtins.int
@@ -236,6 +284,12 @@ class Queue(_message.Message):
         consultation, parked and missed, each by ticket.
         """
 
+    @_builtins.property
+    def next_estimate(self) -> Global___Estimate:
+        """When a patient who checked in now, with the priority PRIORITY_NORMAL and without a slot, would probably be called;
+        absent under the conditions of QueueEntry.estimate.
+        """
+
     def __init__(
         self,
         *,
@@ -245,10 +299,11 @@ class Queue(_message.Message):
         entries: _abc.Iterable[Global___QueueEntry] | None = ...,
         waiting_count: _builtins.int = ...,
         expected_count: _builtins.int = ...,
+        next_estimate: Global___Estimate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["date", b"date"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "next_estimate", b"next_estimate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "doctor_id", b"doctor_id", "entries", b"entries", "expected_count", b"expected_count", "revision", b"revision", "waiting_count", b"waiting_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "doctor_id", b"doctor_id", "entries", b"entries", "expected_count", b"expected_count", "next_estimate", b"next_estimate", "revision", b"revision", "waiting_count", b"waiting_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -600,16 +655,57 @@ class Heartbeat(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    ESTIMATES_FIELD_NUMBER: _builtins.int
+    NEXT_ESTIMATE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def estimates(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueEstimate]:
+        """The present estimates of all who wait. Time moves them while the queue stands still."""
+
+    @_builtins.property
+    def next_estimate(self) -> Global___Estimate:
+        """The present estimate for a patient who would check in now; absent if there is none."""
+
     def __init__(
         self,
+        *,
+        estimates: _abc.Iterable[Global___QueueEstimate] | None = ...,
+        next_estimate: Global___Estimate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next_estimate", b"next_estimate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimates", b"estimates", "next_estimate", b"next_estimate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class QueueEstimate(_message.Message):
+    """The present estimate of one who waits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    ESTIMATE_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.int
+    """The ticket of the entry."""
+    @_builtins.property
+    def estimate(self) -> Global___Estimate:
+        """Absent if there is none any more."""
+
+    def __init__(
+        self,
+        *,
+        ticket: _builtins.int = ...,
+        estimate: Global___Estimate | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["estimate", b"estimate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimate", b"estimate", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueEstimate: _TypeAlias = QueueEstimate  # noqa: Y015
 
 @_typing.final
 class StreamClosing(_message.Message):

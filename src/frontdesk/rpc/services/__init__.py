@@ -43,7 +43,10 @@ def servicers(
         SlotServicer(Slots(db)),
         AppointmentServicer(appointments),
         QueueServicer(
-            Queues(db, appointments), feed, max_watchers=max_watchers, max_watchers_per_caller=max_watchers_per_caller
+            Queues(db, appointments, feed.paces),
+            feed,
+            max_watchers=max_watchers,
+            max_watchers_per_caller=max_watchers_per_caller,
         ),
         AuthServicer(Auth(db, passwords, tokens, patients)),
         AccessServicer(Users(db, passwords), ApiKeys(db)),

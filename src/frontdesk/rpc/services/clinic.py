@@ -1,5 +1,7 @@
 """clinic.frontdesk.v1.ClinicService."""
 
+from datetime import timedelta
+
 from clinic.frontdesk.v1 import clinic_pb2 as pb
 from frontdesk.core.clinic import Clinic, Clinics
 from frontdesk.rpc.convert import (
@@ -17,9 +19,18 @@ from frontdesk.rpc.pipeline import Call
 
 to_clinic = converter(pb.Clinic, Clinic)
 
+DEFAULT_VISIT_LENGTH = timedelta(minutes=12)
+
+
+def _visit_length(clinic: pb.Clinic) -> dict[str, timedelta]:
+    length = clinic.visit_length.ToTimedelta() if clinic.HasField("visit_length") else DEFAULT_VISIT_LENGTH
+    return {"visit_length": length}
+
+
 _WRITABLE = writable(
-    "name", "address", "city", "state", "postal_code", "country", "phone", "email", "time_zone", active=active_from
-)
+    "name", "address", "city", "state", "postal_code", "country", "phone", "email", "time_zone", active=active_from,
+    visit_length=_visit_length,
+)  # fmt: skip
 
 
 class ClinicServicer:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from google.protobuf import duration_pb2
 
 from clinic.frontdesk.v1 import queue_pb2 as pb
+from frontdesk.core.estimate import Estimate
 from frontdesk.core.queue import BOARD, OWN, STAFF, Queue, QueueChange, QueueEntry, Queues, entry_of
 from frontdesk.errors import InvalidField, TooManyWatchers, WatcherTooSlow
 from frontdesk.live.feed import Feed
@@ -38,11 +39,19 @@ DEFAULT_HEARTBEAT_SECONDS = 15.0
 
 R = TypeVar("R")
 
-to_entry = converter(pb.QueueEntry, QueueEntry)
+_to_estimate = converter(pb.Estimate, Estimate)
+
+
+def _estimate(estimate: Estimate | None) -> pb.Estimate | None:
+    return None if estimate is None else _to_estimate(estimate)
+
+
+to_entry = converter(pb.QueueEntry, QueueEntry, estimate=lambda entry: _estimate(entry.estimate))
 to_queue = converter(
     pb.Queue,
     Queue,
     entries=lambda queue: map(to_entry, queue.entries),
+    next_estimate=lambda queue: _estimate(queue.next_estimate),
     waiting_count=lambda queue: sum(entry.state == "WAITING" for entry in queue.entries),
 )
 _VIEWS = {
@@ -73,6 +82,14 @@ class Updates:
         for part in changes:
             message.update.MergeFromString(part)
         message.server_time.GetCurrentTime()
+        return message.SerializeToString()
+
+    def heartbeat(self, queue: Queue) -> bytes:
+        """The estimates of those who wait."""
+        message = pb.Heartbeat(next_estimate=_estimate(queue.next_estimate))
+        for entry in queue.entries:
+            if entry.state == "WAITING":
+                message.estimates.add(ticket=entry.ticket, estimate=_estimate(entry.estimate))
         return message.SerializeToString()
 
 
@@ -229,6 +246,7 @@ def _heartbeat(watch: Subscription) -> bytes:
     message = pb.WatchQueueResponse(
         revision=watch.revision, previous_revision=watch.revision, resume_token=watch.token, heartbeat=pb.Heartbeat()
     )
+    message.heartbeat.MergeFromString(watch.heartbeat())
     message.server_time.GetCurrentTime()
     return message.SerializeToString()
 
