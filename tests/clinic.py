@@ -2,7 +2,8 @@
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from typing import Any
@@ -195,3 +196,7 @@ class Front:
         wanted.start_time.FromDatetime(start)
         wanted.end_time.FromDatetime(start + timedelta(minutes=minutes))
         return (await self.slots.CreateSlot(slot_pb2.CreateSlotRequest(slot=wanted))).slot
+
+
+Clock = Callable[[str], AbstractAsyncContextManager[Front]]
+"""Opens a front desk whose clock stands still at an instant."""

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
@@ -15,13 +16,14 @@ import hypothesis
 import psycopg
 import pytest
 import structlog
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from frontdesk.db.migrate import migrate
 from frontdesk.process.postgres import EmbeddedPostgres
 from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
-from tests.clinic import Front
+from tests.clinic import Clock, Front
+from tests.hostile.wire import serving
 from tests.identities import add_identities
 
 _numbers = itertools.count(1)
@@ -88,6 +90,8 @@ def settings(tmp_path: Path) -> Settings:
         data_dir=tmp_path,
         drain_seconds=5,
         log_level="warning",
+        # A test says itself when slots are generated.
+        slot_horizon_days=0,
         # A test makes all its calls from one address.
         address_requests_per_minute=100_000,
         user_requests_per_minute=100_000,
@@ -102,3 +106,18 @@ async def front(conninfo: str, settings: Settings) -> AsyncIterator[Front]:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield Front(channel, conninfo, port)
     await worker.stop()
+
+
+@pytest.fixture
+def at(conninfo: str, settings: Settings) -> Clock:
+    """A front desk whose clock stands still at this instant, on the test's database."""
+
+    @asynccontextmanager
+    async def open_at(instant: str) -> AsyncIterator[Front]:
+        name = conninfo_to_dict(conninfo)["dbname"]
+        with psycopg.connect(conninfo, autocommit=True) as admin:
+            admin.execute(f"alter database {name} set frontdesk.now = '{instant}'".encode())
+        async with serving(settings, conninfo) as (_, front):
+            yield front
+
+    return open_at

@@ -3,38 +3,16 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import grpc
-import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict
 
 from clinic.frontdesk.v1 import appointment_pb2, doctor_pb2, queue_pb2, slot_pb2
-from frontdesk.settings import Settings
-from tests.clinic import Front, day, details, outcome, refusal, today, tomorrow
+from tests.clinic import Clock, Front, day, details, outcome, refusal, today, tomorrow
 from tests.hostile.methods import noon, slot_at
-from tests.hostile.wire import serving
-
-Clock = Callable[[str], AbstractAsyncContextManager[Front]]
-
-
-@pytest.fixture
-def at(conninfo: str, settings: Settings) -> Clock:
-    """A front desk whose clock stands still at this instant, on the test's database."""
-
-    @asynccontextmanager
-    async def open_at(instant: str) -> AsyncIterator[Front]:
-        name = conninfo_to_dict(conninfo)["dbname"]
-        with psycopg.connect(conninfo, autocommit=True) as admin:
-            admin.execute(f"alter database {name} set frontdesk.now = '{instant}'")
-        async with serving(settings, conninfo) as (_, front):
-            yield front
-
-    return open_at
 
 
 def to_day(
