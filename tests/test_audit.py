@@ -43,6 +43,9 @@ CHANGES: dict[str, list[str]] = {
     "UpdateDoctor": ["doctor.updated"],
     "SetDoctorAvailability": ["doctor_day.availability_set"],
     "SetWeeklySchedule": ["schedule.set"],
+    "SetScheduleException": ["schedule_exception.set"],
+    "DeleteScheduleException": ["schedule_exception.deleted"],
+    "GenerateSlots": ["slot.created"],
     "CreateSlot": ["slot.created"],
     "BatchCreateSlots": ["slot.created"],
     "UpdateSlot": ["slot.updated"],
@@ -85,7 +88,7 @@ CHANGES: dict[str, list[str]] = {
 RESOURCES = {
     "appointment": "appointments/", "queue": "appointments/", "doctor_day": "doctorDays/", "clinic": "clinics/",
     "patient": "patients/", "doctor": "doctors/", "slot": "slots/", "api_key": "apiKeys/", "user": "users/",
-    "schedule": "schedules/",
+    "schedule": "schedules/", "schedule_exception": "scheduleExceptions/",
 }  # fmt: skip
 
 

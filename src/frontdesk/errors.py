@@ -94,6 +94,13 @@ class SlotNotFound(NotFound):
     resource = "slot"
 
 
+class ScheduleExceptionNotFound(NotFound):
+    """The doctor has no schedule exception on this date."""
+
+    reason = "SCHEDULE_EXCEPTION_NOT_FOUND"
+    resource = "doctor"
+
+
 class AppointmentNotFound(NotFound):
     """The appointment does not exist."""
 

@@ -354,6 +354,19 @@ VALID: dict[str, Callable[[World], Message]] = {
         rules=[schedule_pb2.WeeklyRule(weekday=MONDAY, **hours_at(9, 12))],
     ),
     "ListWeeklySchedules": lambda w: schedule_pb2.ListWeeklySchedulesRequest(doctor_id=w.doctor_id),
+    "SetScheduleException": lambda w: schedule_pb2.SetScheduleExceptionRequest(
+        doctor_id=w.doctor_id, date=day(tomorrow()), hours=[schedule_pb2.Hours(**hours_at(9, 12))]
+    ),
+    "DeleteScheduleException": lambda w: schedule_pb2.DeleteScheduleExceptionRequest(
+        doctor_id=w.doctor_id, date=day(tomorrow())
+    ),
+    "ListScheduleExceptions": lambda w: schedule_pb2.ListScheduleExceptionsRequest(doctor_id=w.doctor_id),
+    "GenerateSlots": lambda w: schedule_pb2.GenerateSlotsRequest(
+        doctor_id=w.doctor_id, from_date=day(tomorrow()), to_date=day(tomorrow())
+    ),
+    "GetDoctorSchedule": lambda w: schedule_pb2.GetDoctorScheduleRequest(
+        doctor_id=w.doctor_id, from_date=day(tomorrow()), to_date=day(tomorrow())
+    ),
     "CreateSlot": lambda w: slot_pb2.CreateSlotRequest(slot=slot_at(w.doctor_id, noon(3))),
     "BatchCreateSlots": lambda w: slot_pb2.BatchCreateSlotsRequest(slots=[slot_at(w.doctor_id, noon(4))]),
     "GetSlot": lambda w: slot_pb2.GetSlotRequest(slot_id=w.slot_id),

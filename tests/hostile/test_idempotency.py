@@ -5,6 +5,7 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import grpc
@@ -228,6 +229,47 @@ async def _set_weekly_schedule(front: Front) -> Scenario:
         await front.schedules.SetWeeklySchedule(on(WEDNESDAY))
 
     return Scenario(on(MONDAY), on(TUESDAY), later)
+
+
+def _except(doctor_id: str, **fields: Any) -> schedule_pb2.SetScheduleExceptionRequest:
+    return schedule_pb2.SetScheduleExceptionRequest(doctor_id=doctor_id, date=day(tomorrow()), **fields)
+
+
+async def _set_schedule_exception(front: Front) -> Scenario:
+    doctor, patient = await front.doctor(), await front.patient()
+    await front.book(patient.id, doctor.id, tomorrow())
+
+    async def later() -> None:
+        await front.schedules.SetScheduleException(_except(doctor.id, hours=[schedule_pb2.Hours(**hours_at(14, 15))]))
+
+    first = _except(doctor.id, closed=True)
+    return Scenario(first, _except(doctor.id, hours=[schedule_pb2.Hours(**hours_at(9, 12))]), later)
+
+
+async def _delete_schedule_exception(front: Front) -> Scenario:
+    doctor, other = await front.doctor(), await front.doctor()
+    for one in (doctor, other):
+        await front.schedules.SetScheduleException(_except(one.id, closed=True))
+
+    def of(doctor_id: str) -> schedule_pb2.DeleteScheduleExceptionRequest:
+        return schedule_pb2.DeleteScheduleExceptionRequest(doctor_id=doctor_id, date=day(tomorrow()))
+
+    async def later() -> None:
+        await front.schedules.SetScheduleException(_except(doctor.id, closed=True))
+
+    return Scenario(of(doctor.id), of(other.id), later)
+
+
+async def _generate_slots(front: Front) -> Scenario:
+    doctor = await front.doctor()
+    await front.schedules.SetScheduleException(_except(doctor.id, hours=[schedule_pb2.Hours(**hours_at(9, 12))]))
+
+    def until(days: int) -> schedule_pb2.GenerateSlotsRequest:
+        return schedule_pb2.GenerateSlotsRequest(
+            doctor_id=doctor.id, from_date=day(tomorrow()), to_date=day(tomorrow() + timedelta(days))
+        )
+
+    return Scenario(until(0), until(1), lambda: _delete_slots_of(front, doctor.id))
 
 
 async def _delete_slots_of(front: Front, doctor_id: str) -> None:
@@ -481,6 +523,9 @@ SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "UpdateDoctor": _update_doctor,
     "SetDoctorAvailability": _set_availability,
     "SetWeeklySchedule": _set_weekly_schedule,
+    "SetScheduleException": _set_schedule_exception,
+    "DeleteScheduleException": _delete_schedule_exception,
+    "GenerateSlots": _generate_slots,
     "CreateSlot": _create_slot,
     "BatchCreateSlots": _batch_create_slots,
     "UpdateSlot": _update_slot,

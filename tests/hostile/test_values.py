@@ -227,6 +227,10 @@ async def _tokens(front: Front) -> dict[str, tuple[Message, str]]:
         held.effective_from.year += 1 + n  # type: ignore[attr-defined]
         held.effective_from.day = 1  # type: ignore[attr-defined]
         await call(front, "SetWeeklySchedule", held)
+        other = VALID["SetScheduleException"](here)
+        other.date.year += 1 + n  # type: ignore[attr-defined]
+        other.date.day = 1  # type: ignore[attr-defined]
+        await call(front, "SetScheduleException", other)
     found = {}
     for name in LISTS:
         request = VALID[name](here)
@@ -307,6 +311,7 @@ async def test_page_tokens_of_another_filter(front: Front) -> None:
         "ListPatients": patient_pb2.ListPatientsRequest(name_prefix="P"),
         "ListDoctors": doctor_pb2.ListDoctorsRequest(specialty="x"),
         "ListDoctorAvailability": doctor_pb2.ListDoctorAvailabilityRequest(doctor_id=here.doctor_id),
+        "ListScheduleExceptions": schedule_pb2.ListScheduleExceptionsRequest(doctor_id=here.doctor_id),
         "ListWeeklySchedules": schedule_pb2.ListWeeklySchedulesRequest(doctor_id=here.doctor_id),
         "ListSlots": slot_pb2.ListSlotsRequest(available_only=True),
         "ListAppointments": appointment_pb2.ListAppointmentsRequest(doctor_id=here.doctor_id),

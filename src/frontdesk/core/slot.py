@@ -56,7 +56,7 @@ class SlotFilter:
     available_only: bool
 
 
-_s, _a, _dd = schema.slot.c, schema.appointment.c, schema.doctor_day.c
+_s, _a, _dd, _e = schema.slot.c, schema.appointment.c, schema.doctor_day.c, schema.schedule_exception.c
 _booked = sa.select(sa.func.count()).where(_a.slot_id == _s.id, schema.HOLDING).scalar_subquery().correlate(schema.slot)
 
 
@@ -73,19 +73,21 @@ _columns: tuple[sa.ColumnElement[Any], ...] = (
 )  # fmt: skip
 _get = compiled(sa.select(*_columns).where(_s.id == sa.bindparam("id")))
 
+AS_SHOWN = ", ".join(
+    # Counted now, also for a replay.
+    f"(select count(*) from appointment where appointment.slot_id = s.id and {schema.HOLDING})"
+    if field.name == "booked_count"
+    # So is leave.
+    else _state("s")
+    if field.name == "state"
+    else f"s.{field.name}"
+    for field in fields(Slot)
+)
+"""The columns of a `Slot`, in SQL; `s` is the row of the slot."""
+
 _decided = (
-    "select d.outcome, d.subject, d.details, coalesce(d.replayed, false), d.affected, "
-    + ", ".join(
-        # Counted now, also for a replay.
-        f"(select count(*) from appointment where appointment.slot_id = s.id and {schema.HOLDING})"
-        if field.name == "booked_count"
-        # So is leave.
-        else _state("s")
-        if field.name == "state"
-        else f"s.{field.name}"
-        for field in fields(Slot)
-    )
-    + " from decide(%s) d left join lateral unnest(d.slots) with ordinality s on true order by s.ordinality"
+    f"select d.outcome, d.subject, d.details, coalesce(d.replayed, false), d.affected, {AS_SHOWN}"
+    " from decide(%s) d left join lateral unnest(d.slots) with ordinality s on true order by s.ordinality"
 )
 
 _BAD_TIMES = {
@@ -218,6 +220,7 @@ def _list_statement(given: frozenset[str], available_only: bool) -> str:
                 sa.literal_column(
                     "not exists (select from leaves_over(slot.doctor_id, slot.date, slot.start_time, slot.end_time))"
                 ),
+                ~sa.exists().where(_e.doctor_id == _s.doctor_id, _e.date == _s.date, _e.closed).correlate(schema.slot),
                 _booked < _s.capacity,
                 taken_that_day < sa.func.coalesce(_dd.max_patients, doctor.max_patients_per_day),
             )

@@ -21,6 +21,7 @@ from frontdesk.core.token import Tokens
 from frontdesk.db.database import Database
 from frontdesk.db.paging import SharedPageTokens
 from frontdesk.errors import Refused
+from frontdesk.jobs.horizon import keep_ahead
 from frontdesk.jobs.maintenance import clean, retention
 from frontdesk.jobs.sealing import Sealer
 from frontdesk.live.feed import Feed
@@ -141,6 +142,8 @@ class Worker:
         self._background.start(self._credentials.follow)
         self._background.start(self._sealer.follow)
         self._background.start(self._notes.follow)
+        if self._settings.slot_horizon_days:
+            self._background.start(self._keep_ahead)
         if self._metrics is not None:
             self._background.start(self._keep_measuring)
         return port
@@ -171,6 +174,9 @@ class Worker:
             await asyncio.sleep(random.uniform(0.5, 1.5) * CLEAN_SECONDS)
             removed = await clean(self._db, **retention(self._settings))
             _log.info("cleaned", keys=removed.keys, audit_events=removed.audit_events)
+
+    async def _keep_ahead(self) -> None:
+        await keep_ahead(self._db, self._settings.slot_horizon_days, self._sealer.changed)
 
     async def _keep_measuring(self) -> None:
         assert self._metrics is not None

@@ -52,8 +52,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_DOCTOR_ABSENT: _ErrorReason.ValueType  # 11
     """FAILED_PRECONDITION: the doctor is absent on this date. The metadata has the `cause`: AVAILABILITY (marked absent by
-    SetDoctorAvailability) or LEAVE (a leave of whole days). Example: booking a day that SetDoctorAvailability marked
-    absent.
+    SetDoctorAvailability), LEAVE (a leave of whole days) or EXCEPTION (closed by SetScheduleException). Example: booking
+    a day that SetDoctorAvailability marked absent.
     """
     ERROR_REASON_DATE_IN_PAST: _ErrorReason.ValueType  # 12
     """FAILED_PRECONDITION: the date is in the past in the clinic's time zone. Example: booking yesterday."""
@@ -201,6 +201,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the user has a second factor already, or has none, or none waits to be confirmed. Example:
     EnrollSecondFactor in two windows.
     """
+    ERROR_REASON_SCHEDULE_EXCEPTION_NOT_FOUND: _ErrorReason.ValueType  # 67
+    """NOT_FOUND: the doctor has no schedule exception on this date. Example: deleting it twice."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
@@ -240,8 +242,8 @@ BlockSlots.
 """
 ERROR_REASON_DOCTOR_ABSENT: ErrorReason.ValueType  # 11
 """FAILED_PRECONDITION: the doctor is absent on this date. The metadata has the `cause`: AVAILABILITY (marked absent by
-SetDoctorAvailability) or LEAVE (a leave of whole days). Example: booking a day that SetDoctorAvailability marked
-absent.
+SetDoctorAvailability), LEAVE (a leave of whole days) or EXCEPTION (closed by SetScheduleException). Example: booking
+a day that SetDoctorAvailability marked absent.
 """
 ERROR_REASON_DATE_IN_PAST: ErrorReason.ValueType  # 12
 """FAILED_PRECONDITION: the date is in the past in the clinic's time zone. Example: booking yesterday."""
@@ -389,4 +391,6 @@ ERROR_REASON_SECOND_FACTOR_STATE: ErrorReason.ValueType  # 66
 """FAILED_PRECONDITION: the user has a second factor already, or has none, or none waits to be confirmed. Example:
 EnrollSecondFactor in two windows.
 """
+ERROR_REASON_SCHEDULE_EXCEPTION_NOT_FOUND: ErrorReason.ValueType  # 67
+"""NOT_FOUND: the doctor has no schedule exception on this date. Example: deleting it twice."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

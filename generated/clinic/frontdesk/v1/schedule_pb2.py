@@ -24,6 +24,8 @@ _sym_db = _symbol_database.Default()
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from clinic.frontdesk.v1 import policy_pb2 as clinic_dot_frontdesk_dot_v1_dot_policy__pb2
+from clinic.frontdesk.v1 import rules_pb2 as clinic_dot_frontdesk_dot_v1_dot_rules__pb2
+from clinic.frontdesk.v1 import slot_pb2 as clinic_dot_frontdesk_dot_v1_dot_slot__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.type import date_pb2 as google_dot_type_dot_date__pb2
@@ -31,7 +33,7 @@ from google.type import dayofweek_pb2 as google_dot_type_dot_dayofweek__pb2
 from google.type import timeofday_pb2 as google_dot_type_dot_timeofday__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"clinic/frontdesk/v1/schedule.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\x1a\x1bgoogle/type/dayofweek.proto\x1a\x1bgoogle/type/timeofday.proto\"\xf4\x01\n\nWeeklyRule\x12\x33\n\x07weekday\x18\x01 \x01(\x0e\x32\x16.google.type.DayOfWeekB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12-\n\x05start\x18\x02 \x01(\x0b\x32\x16.google.type.TimeOfDayB\x06\xbaH\x03\xc8\x01\x01\x12+\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x16.google.type.TimeOfDayB\x06\xbaH\x03\xc8\x01\x01\x12\x37\n\x0cvisit_length\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x06\xbaH\x03\xc8\x01\x01\x12\x1c\n\x08\x63\x61pacity\x18\x05 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\"\xa0\x02\n\x08Schedule\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tdoctor_id\x18\x02 \x01(\t\x12.\n\x05rules\x18\x03 \x03(\x0b\x32\x1f.clinic.frontdesk.v1.WeeklyRule\x12)\n\x0e\x65\x66\x66\x65\x63tive_from\x18\x04 \x01(\x0b\x32\x11.google.type.Date\x12*\n\x0f\x65\x66\x66\x65\x63tive_until\x18\x05 \x01(\x0b\x32\x11.google.type.Date\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\"\xf6\x01\n\x18SetWeeklyScheduleRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x39\n\x05rules\x18\x02 \x03(\x0b\x32\x1f.clinic.frontdesk.v1.WeeklyRuleB\t\xbaH\x06\x92\x01\x03\x10\xa8\x01\x12)\n\x0e\x65\x66\x66\x65\x63tive_from\x18\x03 \x01(\x0b\x32\x11.google.type.Date\x12*\n\x0f\x65\x66\x66\x65\x63tive_until\x18\x04 \x01(\x0b\x32\x11.google.type.Date\x12+\n\x0fidempotency_key\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"v\n\x19SetWeeklyScheduleResponse\x12/\n\x08schedule\x18\x01 \x01(\x0b\x32\x1d.clinic.frontdesk.v1.Schedule\x12\x16\n\x0estale_slot_ids\x18\x02 \x03(\t\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"}\n\x1aListWeeklySchedulesRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\"h\n\x1bListWeeklySchedulesResponse\x12\x30\n\tschedules\x18\x01 \x03(\x0b\x32\x1d.clinic.frontdesk.v1.Schedule\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xa1\x02\n\x0fScheduleService\x12\x80\x01\n\x11SetWeeklySchedule\x12-.clinic.frontdesk.v1.SetWeeklyScheduleRequest\x1a..clinic.frontdesk.v1.SetWeeklyScheduleResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12\x8a\x01\n\x13ListWeeklySchedules\x12/.clinic.frontdesk.v1.ListWeeklySchedulesRequest\x1a\x30.clinic.frontdesk.v1.ListWeeklySchedulesResponse\"\x10\xd2\xb5\x18\x0c\x08\x02\x10\x02\x18\x02 \x02(\x02\x30\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"clinic/frontdesk/v1/schedule.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a\x1e\x63linic/frontdesk/v1/slot.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\x1a\x1bgoogle/type/dayofweek.proto\x1a\x1bgoogle/type/timeofday.proto\"\xf4\x01\n\nWeeklyRule\x12\x33\n\x07weekday\x18\x01 \x01(\x0e\x32\x16.google.type.DayOfWeekB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12-\n\x05start\x18\x02 \x01(\x0b\x32\x16.google.type.TimeOfDayB\x06\xbaH\x03\xc8\x01\x01\x12+\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x16.google.type.TimeOfDayB\x06\xbaH\x03\xc8\x01\x01\x12\x37\n\x0cvisit_length\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x06\xbaH\x03\xc8\x01\x01\x12\x1c\n\x08\x63\x61pacity\x18\x05 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\"\xa0\x02\n\x08Schedule\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tdoctor_id\x18\x02 \x01(\t\x12.\n\x05rules\x18\x03 \x03(\x0b\x32\x1f.clinic.frontdesk.v1.WeeklyRule\x12)\n\x0e\x65\x66\x66\x65\x63tive_from\x18\x04 \x01(\x0b\x32\x11.google.type.Date\x12*\n\x0f\x65\x66\x66\x65\x63tive_until\x18\x05 \x01(\x0b\x32\x11.google.type.Date\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\"\xf6\x01\n\x18SetWeeklyScheduleRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x39\n\x05rules\x18\x02 \x03(\x0b\x32\x1f.clinic.frontdesk.v1.WeeklyRuleB\t\xbaH\x06\x92\x01\x03\x10\xa8\x01\x12)\n\x0e\x65\x66\x66\x65\x63tive_from\x18\x03 \x01(\x0b\x32\x11.google.type.Date\x12*\n\x0f\x65\x66\x66\x65\x63tive_until\x18\x04 \x01(\x0b\x32\x11.google.type.Date\x12+\n\x0fidempotency_key\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"v\n\x19SetWeeklyScheduleResponse\x12/\n\x08schedule\x18\x01 \x01(\x0b\x32\x1d.clinic.frontdesk.v1.Schedule\x12\x16\n\x0estale_slot_ids\x18\x02 \x03(\t\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"}\n\x1aListWeeklySchedulesRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\"h\n\x1bListWeeklySchedulesResponse\x12\x30\n\tschedules\x18\x01 \x03(\x0b\x32\x1d.clinic.frontdesk.v1.Schedule\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xba\x01\n\x05Hours\x12-\n\x05start\x18\x01 \x01(\x0b\x32\x16.google.type.TimeOfDayB\x06\xbaH\x03\xc8\x01\x01\x12+\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.google.type.TimeOfDayB\x06\xbaH\x03\xc8\x01\x01\x12\x37\n\x0cvisit_length\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationB\x06\xbaH\x03\xc8\x01\x01\x12\x1c\n\x08\x63\x61pacity\x18\x04 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\"\xf2\x01\n\x11ScheduleException\x12\x11\n\tdoctor_id\x18\x01 \x01(\t\x12\x1f\n\x04\x64\x61te\x18\x02 \x01(\x0b\x32\x11.google.type.Date\x12\x0e\n\x06\x63losed\x18\x03 \x01(\x08\x12)\n\x05hours\x18\x04 \x03(\x0b\x32\x1a.clinic.frontdesk.v1.Hours\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x07 \x01(\t\"\xca\x02\n\x1bSetScheduleExceptionRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1f\n\x04\x64\x61te\x18\x02 \x01(\x0b\x32\x11.google.type.Date\x12\x0e\n\x06\x63losed\x18\x03 \x01(\x08\x12\x33\n\x05hours\x18\x04 \x03(\x0b\x32\x1a.clinic.frontdesk.v1.HoursB\x08\xbaH\x05\x92\x01\x02\x10\x30\x12\x19\n\x04\x65tag\x18\x05 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x06 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:`\xbaH]\x1a[\n\x05hours\x12+exactly one of closed and hours is required\x1a%this.closed != (size(this.hours) > 0)\"\xa5\x01\n\x1cSetScheduleExceptionResponse\x12\x39\n\texception\x18\x01 \x01(\x0b\x32&.clinic.frontdesk.v1.ScheduleException\x12 \n\x18\x61\x66\x66\x65\x63ted_appointment_ids\x18\x02 \x03(\t\x12\x16\n\x0estale_slot_ids\x18\x03 \x03(\t\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"\xa6\x01\n\x1e\x44\x65leteScheduleExceptionRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1f\n\x04\x64\x61te\x18\x02 \x01(\x0b\x32\x11.google.type.Date\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"K\n\x1f\x44\x65leteScheduleExceptionResponse\x12\x16\n\x0estale_slot_ids\x18\x01 \x03(\t\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\xca\x01\n\x1dListScheduleExceptionsRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12$\n\tfrom_date\x18\x02 \x01(\x0b\x32\x11.google.type.Date\x12\"\n\x07to_date\x18\x03 \x01(\x0b\x32\x11.google.type.Date\x12\x1a\n\tpage_size\x18\x04 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\"u\n\x1eListScheduleExceptionsResponse\x12:\n\nexceptions\x18\x01 \x03(\x0b\x32&.clinic.frontdesk.v1.ScheduleException\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xc1\x01\n\x14GenerateSlotsRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12$\n\tfrom_date\x18\x02 \x01(\x0b\x32\x11.google.type.Date\x12\"\n\x07to_date\x18\x03 \x01(\x0b\x32\x11.google.type.Date\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\x12+\n\x0fidempotency_key\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\xcc\x02\n\x0cSkippedVisit\x12\x1f\n\x04\x64\x61te\x18\x01 \x01(\x0b\x32\x11.google.type.Date\x12*\n\nstart_time\x18\x02 \x01(\x0b\x32\x16.google.type.TimeOfDay\x12\x38\n\x06reason\x18\x03 \x01(\x0e\x32(.clinic.frontdesk.v1.SkippedVisit.Reason\"\xb4\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11REASON_DAY_CLOSED\x10\x01\x12\x18\n\x14REASON_DOCTOR_ABSENT\x10\x02\x12\x13\n\x0fREASON_ON_LEAVE\x10\x03\x12\x1e\n\x1aREASON_TIME_DOES_NOT_EXIST\x10\x04\x12\x12\n\x0eREASON_IN_PAST\x10\x05\x12\x18\n\x14REASON_OVERLAPS_SLOT\x10\x06\"\xc9\x01\n\x15GenerateSlotsResponse\x12\x15\n\rcreated_count\x18\x01 \x01(\x05\x12\x12\n\nkept_count\x18\x02 \x01(\x05\x12(\n\x05slots\x18\x03 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x15\n\rskipped_count\x18\x04 \x01(\x05\x12\x32\n\x07skipped\x18\x05 \x03(\x0b\x32!.clinic.frontdesk.v1.SkippedVisit\x12\x10\n\x08replayed\x18\x06 \x01(\x08\"\x81\x01\n\x18GetDoctorScheduleRequest\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12$\n\tfrom_date\x18\x02 \x01(\x0b\x32\x11.google.type.Date\x12\"\n\x07to_date\x18\x03 \x01(\x0b\x32\x11.google.type.Date\"\xad\x02\n\x0b\x44\x61ySchedule\x12\x1f\n\x04\x64\x61te\x18\x01 \x01(\x0b\x32\x11.google.type.Date\x12\x0f\n\x07present\x18\x02 \x01(\x08\x12\x0c\n\x04note\x18\x03 \x01(\t\x12\x39\n\texception\x18\x05 \x01(\x0b\x32&.clinic.frontdesk.v1.ScheduleException\x12)\n\x05hours\x18\x06 \x03(\x0b\x32\x1a.clinic.frontdesk.v1.Hours\x12\x10\n\x08\x63\x61pacity\x18\x07 \x01(\x05\x12\x14\n\x0c\x62ooked_count\x18\x08 \x01(\x05\x12\x12\n\nheld_count\x18\t \x01(\x05\x12\x12\n\nfree_count\x18\n \x01(\x05\x12(\n\x05slots\x18\x0b \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\"K\n\x19GetDoctorScheduleResponse\x12.\n\x04\x64\x61ys\x18\x01 \x03(\x0b\x32 .clinic.frontdesk.v1.DaySchedule2\xd5\x07\n\x0fScheduleService\x12\x80\x01\n\x11SetWeeklySchedule\x12-.clinic.frontdesk.v1.SetWeeklyScheduleRequest\x1a..clinic.frontdesk.v1.SetWeeklyScheduleResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12\x8a\x01\n\x13ListWeeklySchedules\x12/.clinic.frontdesk.v1.ListWeeklySchedulesRequest\x1a\x30.clinic.frontdesk.v1.ListWeeklySchedulesResponse\"\x10\xd2\xb5\x18\x0c\x08\x02\x10\x02\x18\x02 \x02(\x02\x30\x02\x12\x89\x01\n\x14SetScheduleException\x12\x30.clinic.frontdesk.v1.SetScheduleExceptionRequest\x1a\x31.clinic.frontdesk.v1.SetScheduleExceptionResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12\x92\x01\n\x17\x44\x65leteScheduleException\x12\x33.clinic.frontdesk.v1.DeleteScheduleExceptionRequest\x1a\x34.clinic.frontdesk.v1.DeleteScheduleExceptionResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12\x93\x01\n\x16ListScheduleExceptions\x12\x32.clinic.frontdesk.v1.ListScheduleExceptionsRequest\x1a\x33.clinic.frontdesk.v1.ListScheduleExceptionsResponse\"\x10\xd2\xb5\x18\x0c\x08\x02\x10\x02\x18\x02 \x02(\x02\x30\x02\x12t\n\rGenerateSlots\x12).clinic.frontdesk.v1.GenerateSlotsRequest\x1a*.clinic.frontdesk.v1.GenerateSlotsResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12\x84\x01\n\x11GetDoctorSchedule\x12-.clinic.frontdesk.v1.GetDoctorScheduleRequest\x1a..clinic.frontdesk.v1.GetDoctorScheduleResponse\"\x10\xd2\xb5\x18\x0c\x08\x02\x10\x02\x18\x02 \x02(\x02\x30\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -60,22 +62,98 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTWEEKLYSCHEDULESREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
   _globals['_LISTWEEKLYSCHEDULESREQUEST'].fields_by_name['page_token']._loaded_options = None
   _globals['_LISTWEEKLYSCHEDULESREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\017r\r\030\200\0102\010^[ -~]*$'
+  _globals['_HOURS'].fields_by_name['start']._loaded_options = None
+  _globals['_HOURS'].fields_by_name['start']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_HOURS'].fields_by_name['end']._loaded_options = None
+  _globals['_HOURS'].fields_by_name['end']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_HOURS'].fields_by_name['visit_length']._loaded_options = None
+  _globals['_HOURS'].fields_by_name['visit_length']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_HOURS'].fields_by_name['capacity']._loaded_options = None
+  _globals['_HOURS'].fields_by_name['capacity']._serialized_options = b'\272H\007\032\005\030\350\007(\000'
+  _globals['_SETSCHEDULEEXCEPTIONREQUEST'].fields_by_name['doctor_id']._loaded_options = None
+  _globals['_SETSCHEDULEEXCEPTIONREQUEST'].fields_by_name['doctor_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_SETSCHEDULEEXCEPTIONREQUEST'].fields_by_name['hours']._loaded_options = None
+  _globals['_SETSCHEDULEEXCEPTIONREQUEST'].fields_by_name['hours']._serialized_options = b'\272H\005\222\001\002\0200'
+  _globals['_SETSCHEDULEEXCEPTIONREQUEST'].fields_by_name['etag']._loaded_options = None
+  _globals['_SETSCHEDULEEXCEPTIONREQUEST'].fields_by_name['etag']._serialized_options = b'\272H\010r\006\030@\210\265\030\001'
+  _globals['_SETSCHEDULEEXCEPTIONREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
+  _globals['_SETSCHEDULEEXCEPTIONREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_SETSCHEDULEEXCEPTIONREQUEST']._loaded_options = None
+  _globals['_SETSCHEDULEEXCEPTIONREQUEST']._serialized_options = b'\272H]\032[\n\005hours\022+exactly one of closed and hours is required\032%this.closed != (size(this.hours) > 0)'
+  _globals['_DELETESCHEDULEEXCEPTIONREQUEST'].fields_by_name['doctor_id']._loaded_options = None
+  _globals['_DELETESCHEDULEEXCEPTIONREQUEST'].fields_by_name['doctor_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_DELETESCHEDULEEXCEPTIONREQUEST'].fields_by_name['etag']._loaded_options = None
+  _globals['_DELETESCHEDULEEXCEPTIONREQUEST'].fields_by_name['etag']._serialized_options = b'\272H\010r\006\030@\210\265\030\001'
+  _globals['_DELETESCHEDULEEXCEPTIONREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
+  _globals['_DELETESCHEDULEEXCEPTIONREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_LISTSCHEDULEEXCEPTIONSREQUEST'].fields_by_name['doctor_id']._loaded_options = None
+  _globals['_LISTSCHEDULEEXCEPTIONSREQUEST'].fields_by_name['doctor_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_LISTSCHEDULEEXCEPTIONSREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_LISTSCHEDULEEXCEPTIONSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
+  _globals['_LISTSCHEDULEEXCEPTIONSREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_LISTSCHEDULEEXCEPTIONSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\017r\r\030\200\0102\010^[ -~]*$'
+  _globals['_GENERATESLOTSREQUEST'].fields_by_name['doctor_id']._loaded_options = None
+  _globals['_GENERATESLOTSREQUEST'].fields_by_name['doctor_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_GENERATESLOTSREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
+  _globals['_GENERATESLOTSREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_GETDOCTORSCHEDULEREQUEST'].fields_by_name['doctor_id']._loaded_options = None
+  _globals['_GETDOCTORSCHEDULEREQUEST'].fields_by_name['doctor_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_SCHEDULESERVICE'].methods_by_name['SetWeeklySchedule']._loaded_options = None
   _globals['_SCHEDULESERVICE'].methods_by_name['SetWeeklySchedule']._serialized_options = b'\322\265\030\010\020\001\030\002 \002(\002'
   _globals['_SCHEDULESERVICE'].methods_by_name['ListWeeklySchedules']._loaded_options = None
   _globals['_SCHEDULESERVICE'].methods_by_name['ListWeeklySchedules']._serialized_options = b'\322\265\030\014\010\002\020\002\030\002 \002(\0020\002'
-  _globals['_WEEKLYRULE']._serialized_start=270
-  _globals['_WEEKLYRULE']._serialized_end=514
-  _globals['_SCHEDULE']._serialized_start=517
-  _globals['_SCHEDULE']._serialized_end=805
-  _globals['_SETWEEKLYSCHEDULEREQUEST']._serialized_start=808
-  _globals['_SETWEEKLYSCHEDULEREQUEST']._serialized_end=1054
-  _globals['_SETWEEKLYSCHEDULERESPONSE']._serialized_start=1056
-  _globals['_SETWEEKLYSCHEDULERESPONSE']._serialized_end=1174
-  _globals['_LISTWEEKLYSCHEDULESREQUEST']._serialized_start=1176
-  _globals['_LISTWEEKLYSCHEDULESREQUEST']._serialized_end=1301
-  _globals['_LISTWEEKLYSCHEDULESRESPONSE']._serialized_start=1303
-  _globals['_LISTWEEKLYSCHEDULESRESPONSE']._serialized_end=1407
-  _globals['_SCHEDULESERVICE']._serialized_start=1410
-  _globals['_SCHEDULESERVICE']._serialized_end=1699
+  _globals['_SCHEDULESERVICE'].methods_by_name['SetScheduleException']._loaded_options = None
+  _globals['_SCHEDULESERVICE'].methods_by_name['SetScheduleException']._serialized_options = b'\322\265\030\010\020\001\030\002 \002(\002'
+  _globals['_SCHEDULESERVICE'].methods_by_name['DeleteScheduleException']._loaded_options = None
+  _globals['_SCHEDULESERVICE'].methods_by_name['DeleteScheduleException']._serialized_options = b'\322\265\030\010\020\001\030\002 \002(\002'
+  _globals['_SCHEDULESERVICE'].methods_by_name['ListScheduleExceptions']._loaded_options = None
+  _globals['_SCHEDULESERVICE'].methods_by_name['ListScheduleExceptions']._serialized_options = b'\322\265\030\014\010\002\020\002\030\002 \002(\0020\002'
+  _globals['_SCHEDULESERVICE'].methods_by_name['GenerateSlots']._loaded_options = None
+  _globals['_SCHEDULESERVICE'].methods_by_name['GenerateSlots']._serialized_options = b'\322\265\030\010\020\001\030\002 \002(\002'
+  _globals['_SCHEDULESERVICE'].methods_by_name['GetDoctorSchedule']._loaded_options = None
+  _globals['_SCHEDULESERVICE'].methods_by_name['GetDoctorSchedule']._serialized_options = b'\322\265\030\014\010\002\020\002\030\002 \002(\0020\002'
+  _globals['_WEEKLYRULE']._serialized_start=335
+  _globals['_WEEKLYRULE']._serialized_end=579
+  _globals['_SCHEDULE']._serialized_start=582
+  _globals['_SCHEDULE']._serialized_end=870
+  _globals['_SETWEEKLYSCHEDULEREQUEST']._serialized_start=873
+  _globals['_SETWEEKLYSCHEDULEREQUEST']._serialized_end=1119
+  _globals['_SETWEEKLYSCHEDULERESPONSE']._serialized_start=1121
+  _globals['_SETWEEKLYSCHEDULERESPONSE']._serialized_end=1239
+  _globals['_LISTWEEKLYSCHEDULESREQUEST']._serialized_start=1241
+  _globals['_LISTWEEKLYSCHEDULESREQUEST']._serialized_end=1366
+  _globals['_LISTWEEKLYSCHEDULESRESPONSE']._serialized_start=1368
+  _globals['_LISTWEEKLYSCHEDULESRESPONSE']._serialized_end=1472
+  _globals['_HOURS']._serialized_start=1475
+  _globals['_HOURS']._serialized_end=1661
+  _globals['_SCHEDULEEXCEPTION']._serialized_start=1664
+  _globals['_SCHEDULEEXCEPTION']._serialized_end=1906
+  _globals['_SETSCHEDULEEXCEPTIONREQUEST']._serialized_start=1909
+  _globals['_SETSCHEDULEEXCEPTIONREQUEST']._serialized_end=2239
+  _globals['_SETSCHEDULEEXCEPTIONRESPONSE']._serialized_start=2242
+  _globals['_SETSCHEDULEEXCEPTIONRESPONSE']._serialized_end=2407
+  _globals['_DELETESCHEDULEEXCEPTIONREQUEST']._serialized_start=2410
+  _globals['_DELETESCHEDULEEXCEPTIONREQUEST']._serialized_end=2576
+  _globals['_DELETESCHEDULEEXCEPTIONRESPONSE']._serialized_start=2578
+  _globals['_DELETESCHEDULEEXCEPTIONRESPONSE']._serialized_end=2653
+  _globals['_LISTSCHEDULEEXCEPTIONSREQUEST']._serialized_start=2656
+  _globals['_LISTSCHEDULEEXCEPTIONSREQUEST']._serialized_end=2858
+  _globals['_LISTSCHEDULEEXCEPTIONSRESPONSE']._serialized_start=2860
+  _globals['_LISTSCHEDULEEXCEPTIONSRESPONSE']._serialized_end=2977
+  _globals['_GENERATESLOTSREQUEST']._serialized_start=2980
+  _globals['_GENERATESLOTSREQUEST']._serialized_end=3173
+  _globals['_SKIPPEDVISIT']._serialized_start=3176
+  _globals['_SKIPPEDVISIT']._serialized_end=3508
+  _globals['_SKIPPEDVISIT_REASON']._serialized_start=3328
+  _globals['_SKIPPEDVISIT_REASON']._serialized_end=3508
+  _globals['_GENERATESLOTSRESPONSE']._serialized_start=3511
+  _globals['_GENERATESLOTSRESPONSE']._serialized_end=3712
+  _globals['_GETDOCTORSCHEDULEREQUEST']._serialized_start=3715
+  _globals['_GETDOCTORSCHEDULEREQUEST']._serialized_end=3844
+  _globals['_DAYSCHEDULE']._serialized_start=3847
+  _globals['_DAYSCHEDULE']._serialized_end=4148
+  _globals['_GETDOCTORSCHEDULERESPONSE']._serialized_start=4150
+  _globals['_GETDOCTORSCHEDULERESPONSE']._serialized_end=4225
+  _globals['_SCHEDULESERVICE']._serialized_start=4228
+  _globals['_SCHEDULESERVICE']._serialized_end=5209
 # @@protoc_insertion_point(module_scope)

@@ -3,12 +3,14 @@
 isort:skip_file
 """
 
+from clinic.frontdesk.v1 import slot_pb2 as _slot_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.type import date_pb2 as _date_pb2
 from google.type import dayofweek_pb2 as _dayofweek_pb2
 from google.type import timeofday_pb2 as _timeofday_pb2
@@ -275,3 +277,630 @@ class ListWeeklySchedulesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListWeeklySchedulesResponse: _TypeAlias = ListWeeklySchedulesResponse  # noqa: Y015
+
+@_typing.final
+class Hours(_message.Message):
+    """Hours on one date, filled with visits as those of a WeeklyRule."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    VISIT_LENGTH_FIELD_NUMBER: _builtins.int
+    CAPACITY_FIELD_NUMBER: _builtins.int
+    capacity: _builtins.int
+    """How many patients each visit takes: 1 to 1,000; 0 means the default, 1."""
+    @_builtins.property
+    def start(self) -> _timeofday_pb2.TimeOfDay:
+        """Required. When the first visit starts: a whole minute, 00:00 to 23:59."""
+
+    @_builtins.property
+    def end(self) -> _timeofday_pb2.TimeOfDay:
+        """Required. When the last visit ends at the latest: a whole minute after start, up to 24:00."""
+
+    @_builtins.property
+    def visit_length(self) -> _duration_pb2.Duration:
+        """Required. How long a visit lasts: whole minutes, 1 min to 24 h, no longer than from start to end."""
+
+    def __init__(
+        self,
+        *,
+        start: _timeofday_pb2.TimeOfDay | None = ...,
+        end: _timeofday_pb2.TimeOfDay | None = ...,
+        visit_length: _duration_pb2.Duration | None = ...,
+        capacity: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "start", b"start", "visit_length", b"visit_length"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "end", b"end", "start", b"start", "visit_length", b"visit_length"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hours: _TypeAlias = Hours  # noqa: Y015
+
+@_typing.final
+class ScheduleException(_message.Message):
+    """What holds on one date in place of a doctor's weekly hours."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCTOR_ID_FIELD_NUMBER: _builtins.int
+    DATE_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
+    HOURS_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    doctor_id: _builtins.str
+    """The doctor's id."""
+    closed: _builtins.bool
+    """True if the date has no hours and takes no new bookings."""
+    etag: _builtins.str
+    """Changes with every change of the exception."""
+    @_builtins.property
+    def date(self) -> _date_pb2.Date:
+        """The date."""
+
+    @_builtins.property
+    def hours(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hours]:
+        """The hours, by start; none if closed."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When an exception of this date was first set."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When the exception was last set."""
+
+    def __init__(
+        self,
+        *,
+        doctor_id: _builtins.str = ...,
+        date: _date_pb2.Date | None = ...,
+        closed: _builtins.bool = ...,
+        hours: _abc.Iterable[Global___Hours] | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "date", b"date", "update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "create_time", b"create_time", "date", b"date", "doctor_id", b"doctor_id", "etag", b"etag", "hours", b"hours", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScheduleException: _TypeAlias = ScheduleException  # noqa: Y015
+
+@_typing.final
+class SetScheduleExceptionRequest(_message.Message):
+    """Request of SetScheduleException."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCTOR_ID_FIELD_NUMBER: _builtins.int
+    DATE_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
+    HOURS_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    doctor_id: _builtins.str
+    """Required. The doctor's id."""
+    closed: _builtins.bool
+    """True if the date has no hours and takes no new bookings. Exactly one of closed and hours is required."""
+    etag: _builtins.str
+    """Optional. The exception is replaced only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
+    idempotency_key: _builtins.str
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
+    """
+    @_builtins.property
+    def date(self) -> _date_pb2.Date:
+        """Required. The date; one before the clinic's today is refused (DATE_IN_PAST)."""
+
+    @_builtins.property
+    def hours(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hours]:
+        """The hours of the date, at most 48; they must not overlap."""
+
+    def __init__(
+        self,
+        *,
+        doctor_id: _builtins.str = ...,
+        date: _date_pb2.Date | None = ...,
+        closed: _builtins.bool = ...,
+        hours: _abc.Iterable[Global___Hours] | None = ...,
+        etag: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["date", b"date"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "date", b"date", "doctor_id", b"doctor_id", "etag", b"etag", "hours", b"hours", "idempotency_key", b"idempotency_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetScheduleExceptionRequest: _TypeAlias = SetScheduleExceptionRequest  # noqa: Y015
+
+@_typing.final
+class SetScheduleExceptionResponse(_message.Message):
+    """Response of SetScheduleException."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXCEPTION_FIELD_NUMBER: _builtins.int
+    AFFECTED_APPOINTMENT_IDS_FIELD_NUMBER: _builtins.int
+    STALE_SLOT_IDS_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """True if an earlier call with the same key made the change. The response is then that of the earlier call."""
+    @_builtins.property
+    def exception(self) -> Global___ScheduleException:
+        """The exception as stored."""
+
+    @_builtins.property
+    def affected_appointment_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of the doctor-day's appointments that are booked, checked in or in consultation: all of them if the date is
+        closed, else those whose slot lies outside the hours. By start time, then number. They stay as they are until the
+        clinic moves or cancels them.
+        """
+
+    @_builtins.property
+    def stale_slot_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of the open slots of the date that have not started and that the old hours had and the new ones do not have,
+        by start time. They stay until the caller deletes them.
+        """
+
+    def __init__(
+        self,
+        *,
+        exception: Global___ScheduleException | None = ...,
+        affected_appointment_ids: _abc.Iterable[_builtins.str] | None = ...,
+        stale_slot_ids: _abc.Iterable[_builtins.str] | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exception", b"exception"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affected_appointment_ids", b"affected_appointment_ids", "exception", b"exception", "replayed", b"replayed", "stale_slot_ids", b"stale_slot_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetScheduleExceptionResponse: _TypeAlias = SetScheduleExceptionResponse  # noqa: Y015
+
+@_typing.final
+class DeleteScheduleExceptionRequest(_message.Message):
+    """Request of DeleteScheduleException."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCTOR_ID_FIELD_NUMBER: _builtins.int
+    DATE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    doctor_id: _builtins.str
+    """Required. The doctor's id."""
+    etag: _builtins.str
+    """Optional. The exception is deleted only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
+    idempotency_key: _builtins.str
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
+    """
+    @_builtins.property
+    def date(self) -> _date_pb2.Date:
+        """Required. The date; one before the clinic's today is refused (DATE_IN_PAST)."""
+
+    def __init__(
+        self,
+        *,
+        doctor_id: _builtins.str = ...,
+        date: _date_pb2.Date | None = ...,
+        etag: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["date", b"date"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "doctor_id", b"doctor_id", "etag", b"etag", "idempotency_key", b"idempotency_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteScheduleExceptionRequest: _TypeAlias = DeleteScheduleExceptionRequest  # noqa: Y015
+
+@_typing.final
+class DeleteScheduleExceptionResponse(_message.Message):
+    """Response of DeleteScheduleException."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STALE_SLOT_IDS_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """True if an earlier call with the same key made the change. The response is then that of the earlier call."""
+    @_builtins.property
+    def stale_slot_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of the open slots of the date that have not started and that the exception's hours had and the weekly hours do
+        not have, by start time. They can still be booked until the caller deletes them.
+        """
+
+    def __init__(
+        self,
+        *,
+        stale_slot_ids: _abc.Iterable[_builtins.str] | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replayed", b"replayed", "stale_slot_ids", b"stale_slot_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteScheduleExceptionResponse: _TypeAlias = DeleteScheduleExceptionResponse  # noqa: Y015
+
+@_typing.final
+class ListScheduleExceptionsRequest(_message.Message):
+    """Request of ListScheduleExceptions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCTOR_ID_FIELD_NUMBER: _builtins.int
+    FROM_DATE_FIELD_NUMBER: _builtins.int
+    TO_DATE_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    doctor_id: _builtins.str
+    """Required. The doctor's id."""
+    page_size: _builtins.int
+    """The maximum number of exceptions to return. 0 means 50; above 100 means 100; a negative number is refused."""
+    page_token: _builtins.str
+    """The `next_page_token` of the previous page, with the same filter; empty means the first page. Any other token is
+    refused.
+    """
+    @_builtins.property
+    def from_date(self) -> _date_pb2.Date:
+        """The first date, inclusive; absent means no limit."""
+
+    @_builtins.property
+    def to_date(self) -> _date_pb2.Date:
+        """The last date, inclusive; absent means no limit. A date before from_date is refused."""
+
+    def __init__(
+        self,
+        *,
+        doctor_id: _builtins.str = ...,
+        from_date: _date_pb2.Date | None = ...,
+        to_date: _date_pb2.Date | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["from_date", b"from_date", "to_date", b"to_date"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doctor_id", b"doctor_id", "from_date", b"from_date", "page_size", b"page_size", "page_token", b"page_token", "to_date", b"to_date"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListScheduleExceptionsRequest: _TypeAlias = ListScheduleExceptionsRequest  # noqa: Y015
+
+@_typing.final
+class ListScheduleExceptionsResponse(_message.Message):
+    """Response of ListScheduleExceptions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXCEPTIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """The `page_token` of the next page; empty on the last page."""
+    @_builtins.property
+    def exceptions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScheduleException]:
+        """The exceptions of this page."""
+
+    def __init__(
+        self,
+        *,
+        exceptions: _abc.Iterable[Global___ScheduleException] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exceptions", b"exceptions", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListScheduleExceptionsResponse: _TypeAlias = ListScheduleExceptionsResponse  # noqa: Y015
+
+@_typing.final
+class GenerateSlotsRequest(_message.Message):
+    """Request of GenerateSlots."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCTOR_ID_FIELD_NUMBER: _builtins.int
+    FROM_DATE_FIELD_NUMBER: _builtins.int
+    TO_DATE_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    doctor_id: _builtins.str
+    """Required. The doctor's id."""
+    validate_only: _builtins.bool
+    """If true, nothing is created: the response is what it would be. Its new slots have no id."""
+    idempotency_key: _builtins.str
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
+    """
+    @_builtins.property
+    def from_date(self) -> _date_pb2.Date:
+        """Required. The first date."""
+
+    @_builtins.property
+    def to_date(self) -> _date_pb2.Date:
+        """Required. The last date, up to 9999-12-30. A date before from_date, a range of more than 366 dates, and dates with more
+        than 5,000 visits are refused.
+        """
+
+    def __init__(
+        self,
+        *,
+        doctor_id: _builtins.str = ...,
+        from_date: _date_pb2.Date | None = ...,
+        to_date: _date_pb2.Date | None = ...,
+        validate_only: _builtins.bool = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["from_date", b"from_date", "to_date", b"to_date"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doctor_id", b"doctor_id", "from_date", b"from_date", "idempotency_key", b"idempotency_key", "to_date", b"to_date", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateSlotsRequest: _TypeAlias = GenerateSlotsRequest  # noqa: Y015
+
+@_typing.final
+class SkippedVisit(_message.Message):
+    """A visit for which GenerateSlots makes no slot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Reason:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[SkippedVisit._Reason.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        REASON_UNSPECIFIED: SkippedVisit._Reason.ValueType  # 0
+        """Never in a response."""
+        REASON_DAY_CLOSED: SkippedVisit._Reason.ValueType  # 1
+        """A schedule exception closes the date. Given once for the date, without a start_time."""
+        REASON_DOCTOR_ABSENT: SkippedVisit._Reason.ValueType  # 2
+        """The doctor is absent on the date (SetDoctorAvailability)."""
+        REASON_ON_LEAVE: SkippedVisit._Reason.ValueType  # 3
+        """The doctor is on leave for the whole date. Leave of hours makes no visit skipped: it blocks its slot."""
+        REASON_TIME_DOES_NOT_EXIST: SkippedVisit._Reason.ValueType  # 4
+        """The clinic's clock does not show the start on this date, or the date is so much shorter that the visit would end on
+        the next one.
+        """
+        REASON_IN_PAST: SkippedVisit._Reason.ValueType  # 5
+        """The start is not in the future."""
+        REASON_OVERLAPS_SLOT: SkippedVisit._Reason.ValueType  # 6
+        """Another slot lies there, or the visit begins before the last one has ended."""
+
+    class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
+        """Why there is no slot; the first of these that applies."""
+
+    REASON_UNSPECIFIED: SkippedVisit.Reason.ValueType  # 0
+    """Never in a response."""
+    REASON_DAY_CLOSED: SkippedVisit.Reason.ValueType  # 1
+    """A schedule exception closes the date. Given once for the date, without a start_time."""
+    REASON_DOCTOR_ABSENT: SkippedVisit.Reason.ValueType  # 2
+    """The doctor is absent on the date (SetDoctorAvailability)."""
+    REASON_ON_LEAVE: SkippedVisit.Reason.ValueType  # 3
+    """The doctor is on leave for the whole date. Leave of hours makes no visit skipped: it blocks its slot."""
+    REASON_TIME_DOES_NOT_EXIST: SkippedVisit.Reason.ValueType  # 4
+    """The clinic's clock does not show the start on this date, or the date is so much shorter that the visit would end on
+    the next one.
+    """
+    REASON_IN_PAST: SkippedVisit.Reason.ValueType  # 5
+    """The start is not in the future."""
+    REASON_OVERLAPS_SLOT: SkippedVisit.Reason.ValueType  # 6
+    """Another slot lies there, or the visit begins before the last one has ended."""
+
+    DATE_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: Global___SkippedVisit.Reason.ValueType
+    """Why there is no slot."""
+    @_builtins.property
+    def date(self) -> _date_pb2.Date:
+        """The date."""
+
+    @_builtins.property
+    def start_time(self) -> _timeofday_pb2.TimeOfDay:
+        """When the visit would start; absent for a closed date."""
+
+    def __init__(
+        self,
+        *,
+        date: _date_pb2.Date | None = ...,
+        start_time: _timeofday_pb2.TimeOfDay | None = ...,
+        reason: Global___SkippedVisit.Reason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "reason", b"reason", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SkippedVisit: _TypeAlias = SkippedVisit  # noqa: Y015
+
+@_typing.final
+class GenerateSlotsResponse(_message.Message):
+    """Response of GenerateSlots."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CREATED_COUNT_FIELD_NUMBER: _builtins.int
+    KEPT_COUNT_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    SKIPPED_COUNT_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    created_count: _builtins.int
+    """How many slots were created."""
+    kept_count: _builtins.int
+    """How many visits had a slot of exactly their interval already."""
+    skipped_count: _builtins.int
+    """How many visits have no slot; a closed date counts as one."""
+    replayed: _builtins.bool
+    """True if an earlier call with the same key made the change. The response is then that of the earlier call, except that
+    the counts of its slots are the present ones.
+    """
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedCompositeFieldContainer[_slot_pb2.Slot]:
+        """The created and the kept slots, by start time."""
+
+    @_builtins.property
+    def skipped(self) -> _containers.RepeatedCompositeFieldContainer[Global___SkippedVisit]:
+        """The first 1,000 of these, by date, then start."""
+
+    def __init__(
+        self,
+        *,
+        created_count: _builtins.int = ...,
+        kept_count: _builtins.int = ...,
+        slots: _abc.Iterable[_slot_pb2.Slot] | None = ...,
+        skipped_count: _builtins.int = ...,
+        skipped: _abc.Iterable[Global___SkippedVisit] | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_count", b"created_count", "kept_count", b"kept_count", "replayed", b"replayed", "skipped", b"skipped", "skipped_count", b"skipped_count", "slots", b"slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateSlotsResponse: _TypeAlias = GenerateSlotsResponse  # noqa: Y015
+
+@_typing.final
+class GetDoctorScheduleRequest(_message.Message):
+    """Request of GetDoctorSchedule."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCTOR_ID_FIELD_NUMBER: _builtins.int
+    FROM_DATE_FIELD_NUMBER: _builtins.int
+    TO_DATE_FIELD_NUMBER: _builtins.int
+    doctor_id: _builtins.str
+    """Required. The doctor's id."""
+    @_builtins.property
+    def from_date(self) -> _date_pb2.Date:
+        """Required. The first date."""
+
+    @_builtins.property
+    def to_date(self) -> _date_pb2.Date:
+        """Required. The last date. A date before from_date and a range of more than 31 dates are refused."""
+
+    def __init__(
+        self,
+        *,
+        doctor_id: _builtins.str = ...,
+        from_date: _date_pb2.Date | None = ...,
+        to_date: _date_pb2.Date | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["from_date", b"from_date", "to_date", b"to_date"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doctor_id", b"doctor_id", "from_date", b"from_date", "to_date", b"to_date"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDoctorScheduleRequest: _TypeAlias = GetDoctorScheduleRequest  # noqa: Y015
+
+@_typing.final
+class DaySchedule(_message.Message):
+    """One date of a doctor."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATE_FIELD_NUMBER: _builtins.int
+    PRESENT_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    EXCEPTION_FIELD_NUMBER: _builtins.int
+    HOURS_FIELD_NUMBER: _builtins.int
+    CAPACITY_FIELD_NUMBER: _builtins.int
+    BOOKED_COUNT_FIELD_NUMBER: _builtins.int
+    HELD_COUNT_FIELD_NUMBER: _builtins.int
+    FREE_COUNT_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    present: _builtins.bool
+    """Whether the doctor is present, as SetDoctorAvailability has set it; true if it has not."""
+    note: _builtins.str
+    """The note of SetDoctorAvailability."""
+    capacity: _builtins.int
+    """How many patients the doctor takes on the date."""
+    booked_count: _builtins.int
+    """How many appointments hold a place of the doctor-day: those that are booked, checked in, in consultation or completed."""
+    held_count: _builtins.int
+    """How many live holds have a place of the doctor-day."""
+    free_count: _builtins.int
+    """How many places are free: capacity less booked_count and held_count, at least 0. 0 if the doctor is absent or on leave
+    for the whole date, or the date is closed.
+    """
+    @_builtins.property
+    def date(self) -> _date_pb2.Date:
+        """The date."""
+
+    @_builtins.property
+    def exception(self) -> Global___ScheduleException:
+        """The exception of the date; absent if there is none."""
+
+    @_builtins.property
+    def hours(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hours]:
+        """The hours of the date, by start: those of the exception, or else of the weekly schedule."""
+
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedCompositeFieldContainer[_slot_pb2.Slot]:
+        """The slots of the date, by start time."""
+
+    def __init__(
+        self,
+        *,
+        date: _date_pb2.Date | None = ...,
+        present: _builtins.bool = ...,
+        note: _builtins.str = ...,
+        exception: Global___ScheduleException | None = ...,
+        hours: _abc.Iterable[Global___Hours] | None = ...,
+        capacity: _builtins.int = ...,
+        booked_count: _builtins.int = ...,
+        held_count: _builtins.int = ...,
+        free_count: _builtins.int = ...,
+        slots: _abc.Iterable[_slot_pb2.Slot] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "exception", b"exception"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["booked_count", b"booked_count", "capacity", b"capacity", "date", b"date", "exception", b"exception", "free_count", b"free_count", "held_count", b"held_count", "hours", b"hours", "note", b"note", "present", b"present", "slots", b"slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DaySchedule: _TypeAlias = DaySchedule  # noqa: Y015
+
+@_typing.final
+class GetDoctorScheduleResponse(_message.Message):
+    """Response of GetDoctorSchedule."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DAYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def days(self) -> _containers.RepeatedCompositeFieldContainer[Global___DaySchedule]:
+        """Every date of the range, the earliest first."""
+
+    def __init__(
+        self,
+        *,
+        days: _abc.Iterable[Global___DaySchedule] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["days", b"days"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDoctorScheduleResponse: _TypeAlias = GetDoctorScheduleResponse  # noqa: Y015

@@ -48,6 +48,31 @@ class ScheduleServiceStub:
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListWeeklySchedulesRequest.SerializeToString,
                 response_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListWeeklySchedulesResponse.FromString,
                 _registered_method=True)
+        self.SetScheduleException = channel.unary_unary(
+                '/clinic.frontdesk.v1.ScheduleService/SetScheduleException',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.SetScheduleExceptionRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.SetScheduleExceptionResponse.FromString,
+                _registered_method=True)
+        self.DeleteScheduleException = channel.unary_unary(
+                '/clinic.frontdesk.v1.ScheduleService/DeleteScheduleException',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.DeleteScheduleExceptionRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.DeleteScheduleExceptionResponse.FromString,
+                _registered_method=True)
+        self.ListScheduleExceptions = channel.unary_unary(
+                '/clinic.frontdesk.v1.ScheduleService/ListScheduleExceptions',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListScheduleExceptionsRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListScheduleExceptionsResponse.FromString,
+                _registered_method=True)
+        self.GenerateSlots = channel.unary_unary(
+                '/clinic.frontdesk.v1.ScheduleService/GenerateSlots',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GenerateSlotsRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GenerateSlotsResponse.FromString,
+                _registered_method=True)
+        self.GetDoctorSchedule = channel.unary_unary(
+                '/clinic.frontdesk.v1.ScheduleService/GetDoctorSchedule',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetDoctorScheduleRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetDoctorScheduleResponse.FromString,
+                _registered_method=True)
 
 
 class ScheduleServiceServicer:
@@ -74,6 +99,52 @@ class ScheduleServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetScheduleException(self, request, context):
+        """Sets what holds on one date in place of the doctor's weekly hours, and replaces an exception of that date. A closed
+        date takes no new bookings (DOCTOR_ABSENT with the cause EXCEPTION). It cancels nothing: the response names the
+        appointments that it concerns. Slots that exist are left as they are. Errors: DOCTOR_NOT_FOUND, DATE_IN_PAST,
+        ETAG_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteScheduleException(self, request, context):
+        """Deletes the exception of a date: the weekly hours hold again. Errors: DOCTOR_NOT_FOUND, DATE_IN_PAST,
+        SCHEDULE_EXCEPTION_NOT_FOUND, ETAG_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListScheduleExceptions(self, request, context):
+        """Lists a doctor's exceptions, the earliest date first. Errors: DOCTOR_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateSlots(self, request, context):
+        """Creates the slots of the doctor's hours on these dates. A visit that has a slot of exactly its interval already, whoever
+        made that, keeps it; so the method can be called again, also by two at once. It deletes no slot. The service does
+        the same by itself for the next days of doctors with a schedule (FRONTDESK_SLOT_HORIZON_DAYS).
+
+        The start of a visit is a time of the clinic's clock, and the visit lasts its visit_length of elapsed time. When the
+        clock is changed, a start that does not exist is skipped, and one that comes twice makes two slots.
+
+        Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetDoctorSchedule(self, request, context):
+        """Gets a doctor's days with their hours, slots and free places. Errors: DOCTOR_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ScheduleServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -86,6 +157,31 @@ def add_ScheduleServiceServicer_to_server(servicer, server):
                     servicer.ListWeeklySchedules,
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListWeeklySchedulesRequest.FromString,
                     response_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListWeeklySchedulesResponse.SerializeToString,
+            ),
+            'SetScheduleException': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetScheduleException,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.SetScheduleExceptionRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.SetScheduleExceptionResponse.SerializeToString,
+            ),
+            'DeleteScheduleException': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteScheduleException,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.DeleteScheduleExceptionRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.DeleteScheduleExceptionResponse.SerializeToString,
+            ),
+            'ListScheduleExceptions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListScheduleExceptions,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListScheduleExceptionsRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListScheduleExceptionsResponse.SerializeToString,
+            ),
+            'GenerateSlots': grpc.unary_unary_rpc_method_handler(
+                    servicer.GenerateSlots,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GenerateSlotsRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GenerateSlotsResponse.SerializeToString,
+            ),
+            'GetDoctorSchedule': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDoctorSchedule,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetDoctorScheduleRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetDoctorScheduleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -146,6 +242,141 @@ class ScheduleService:
             '/clinic.frontdesk.v1.ScheduleService/ListWeeklySchedules',
             clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListWeeklySchedulesRequest.SerializeToString,
             clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListWeeklySchedulesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetScheduleException(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.ScheduleService/SetScheduleException',
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.SetScheduleExceptionRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.SetScheduleExceptionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteScheduleException(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.ScheduleService/DeleteScheduleException',
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.DeleteScheduleExceptionRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.DeleteScheduleExceptionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListScheduleExceptions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.ScheduleService/ListScheduleExceptions',
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListScheduleExceptionsRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListScheduleExceptionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateSlots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.ScheduleService/GenerateSlots',
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GenerateSlotsRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GenerateSlotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDoctorSchedule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.ScheduleService/GetDoctorSchedule',
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetDoctorScheduleRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetDoctorScheduleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,30 @@ class ScheduleServiceStub:
     """
     ListWeeklySchedules: _grpc.UnaryUnaryMultiCallable[_schedule_pb2.ListWeeklySchedulesRequest, _schedule_pb2.ListWeeklySchedulesResponse]
     """Lists a doctor's weekly schedules, past ones too, by effective_from. Errors: DOCTOR_NOT_FOUND."""
+    SetScheduleException: _grpc.UnaryUnaryMultiCallable[_schedule_pb2.SetScheduleExceptionRequest, _schedule_pb2.SetScheduleExceptionResponse]
+    """Sets what holds on one date in place of the doctor's weekly hours, and replaces an exception of that date. A closed
+    date takes no new bookings (DOCTOR_ABSENT with the cause EXCEPTION). It cancels nothing: the response names the
+    appointments that it concerns. Slots that exist are left as they are. Errors: DOCTOR_NOT_FOUND, DATE_IN_PAST,
+    ETAG_MISMATCH.
+    """
+    DeleteScheduleException: _grpc.UnaryUnaryMultiCallable[_schedule_pb2.DeleteScheduleExceptionRequest, _schedule_pb2.DeleteScheduleExceptionResponse]
+    """Deletes the exception of a date: the weekly hours hold again. Errors: DOCTOR_NOT_FOUND, DATE_IN_PAST,
+    SCHEDULE_EXCEPTION_NOT_FOUND, ETAG_MISMATCH.
+    """
+    ListScheduleExceptions: _grpc.UnaryUnaryMultiCallable[_schedule_pb2.ListScheduleExceptionsRequest, _schedule_pb2.ListScheduleExceptionsResponse]
+    """Lists a doctor's exceptions, the earliest date first. Errors: DOCTOR_NOT_FOUND."""
+    GenerateSlots: _grpc.UnaryUnaryMultiCallable[_schedule_pb2.GenerateSlotsRequest, _schedule_pb2.GenerateSlotsResponse]
+    """Creates the slots of the doctor's hours on these dates. A visit that has a slot of exactly its interval already, whoever
+    made that, keeps it; so the method can be called again, also by two at once. It deletes no slot. The service does
+    the same by itself for the next days of doctors with a schedule (FRONTDESK_SLOT_HORIZON_DAYS).
+
+    The start of a visit is a time of the clinic's clock, and the visit lasts its visit_length of elapsed time. When the
+    clock is changed, a start that does not exist is skipped, and one that comes twice makes two slots.
+
+    Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE.
+    """
+    GetDoctorSchedule: _grpc.UnaryUnaryMultiCallable[_schedule_pb2.GetDoctorScheduleRequest, _schedule_pb2.GetDoctorScheduleResponse]
+    """Gets a doctor's days with their hours, slots and free places. Errors: DOCTOR_NOT_FOUND."""
 
 @_typing.type_check_only
 class ScheduleServiceAsyncStub(ScheduleServiceStub):
@@ -63,6 +87,30 @@ class ScheduleServiceAsyncStub(ScheduleServiceStub):
     """
     ListWeeklySchedules: _aio.UnaryUnaryMultiCallable[_schedule_pb2.ListWeeklySchedulesRequest, _schedule_pb2.ListWeeklySchedulesResponse]  # type: ignore[assignment]
     """Lists a doctor's weekly schedules, past ones too, by effective_from. Errors: DOCTOR_NOT_FOUND."""
+    SetScheduleException: _aio.UnaryUnaryMultiCallable[_schedule_pb2.SetScheduleExceptionRequest, _schedule_pb2.SetScheduleExceptionResponse]  # type: ignore[assignment]
+    """Sets what holds on one date in place of the doctor's weekly hours, and replaces an exception of that date. A closed
+    date takes no new bookings (DOCTOR_ABSENT with the cause EXCEPTION). It cancels nothing: the response names the
+    appointments that it concerns. Slots that exist are left as they are. Errors: DOCTOR_NOT_FOUND, DATE_IN_PAST,
+    ETAG_MISMATCH.
+    """
+    DeleteScheduleException: _aio.UnaryUnaryMultiCallable[_schedule_pb2.DeleteScheduleExceptionRequest, _schedule_pb2.DeleteScheduleExceptionResponse]  # type: ignore[assignment]
+    """Deletes the exception of a date: the weekly hours hold again. Errors: DOCTOR_NOT_FOUND, DATE_IN_PAST,
+    SCHEDULE_EXCEPTION_NOT_FOUND, ETAG_MISMATCH.
+    """
+    ListScheduleExceptions: _aio.UnaryUnaryMultiCallable[_schedule_pb2.ListScheduleExceptionsRequest, _schedule_pb2.ListScheduleExceptionsResponse]  # type: ignore[assignment]
+    """Lists a doctor's exceptions, the earliest date first. Errors: DOCTOR_NOT_FOUND."""
+    GenerateSlots: _aio.UnaryUnaryMultiCallable[_schedule_pb2.GenerateSlotsRequest, _schedule_pb2.GenerateSlotsResponse]  # type: ignore[assignment]
+    """Creates the slots of the doctor's hours on these dates. A visit that has a slot of exactly its interval already, whoever
+    made that, keeps it; so the method can be called again, also by two at once. It deletes no slot. The service does
+    the same by itself for the next days of doctors with a schedule (FRONTDESK_SLOT_HORIZON_DAYS).
+
+    The start of a visit is a time of the clinic's clock, and the visit lasts its visit_length of elapsed time. When the
+    clock is changed, a start that does not exist is skipped, and one that comes twice makes two slots.
+
+    Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE.
+    """
+    GetDoctorSchedule: _aio.UnaryUnaryMultiCallable[_schedule_pb2.GetDoctorScheduleRequest, _schedule_pb2.GetDoctorScheduleResponse]  # type: ignore[assignment]
+    """Gets a doctor's days with their hours, slots and free places. Errors: DOCTOR_NOT_FOUND."""
 
 class ScheduleServiceServicer(metaclass=_abc_1.ABCMeta):
     """Manages the hours of doctors: weekly schedules, exceptions from them on a date, and the slots that follow from both.
@@ -90,5 +138,59 @@ class ScheduleServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_schedule_pb2.ListWeeklySchedulesResponse, _abc.Awaitable[_schedule_pb2.ListWeeklySchedulesResponse]]:
         """Lists a doctor's weekly schedules, past ones too, by effective_from. Errors: DOCTOR_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def SetScheduleException(
+        self,
+        request: _schedule_pb2.SetScheduleExceptionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_schedule_pb2.SetScheduleExceptionResponse, _abc.Awaitable[_schedule_pb2.SetScheduleExceptionResponse]]:
+        """Sets what holds on one date in place of the doctor's weekly hours, and replaces an exception of that date. A closed
+        date takes no new bookings (DOCTOR_ABSENT with the cause EXCEPTION). It cancels nothing: the response names the
+        appointments that it concerns. Slots that exist are left as they are. Errors: DOCTOR_NOT_FOUND, DATE_IN_PAST,
+        ETAG_MISMATCH.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteScheduleException(
+        self,
+        request: _schedule_pb2.DeleteScheduleExceptionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_schedule_pb2.DeleteScheduleExceptionResponse, _abc.Awaitable[_schedule_pb2.DeleteScheduleExceptionResponse]]:
+        """Deletes the exception of a date: the weekly hours hold again. Errors: DOCTOR_NOT_FOUND, DATE_IN_PAST,
+        SCHEDULE_EXCEPTION_NOT_FOUND, ETAG_MISMATCH.
+        """
+
+    @_abc_1.abstractmethod
+    def ListScheduleExceptions(
+        self,
+        request: _schedule_pb2.ListScheduleExceptionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_schedule_pb2.ListScheduleExceptionsResponse, _abc.Awaitable[_schedule_pb2.ListScheduleExceptionsResponse]]:
+        """Lists a doctor's exceptions, the earliest date first. Errors: DOCTOR_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def GenerateSlots(
+        self,
+        request: _schedule_pb2.GenerateSlotsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_schedule_pb2.GenerateSlotsResponse, _abc.Awaitable[_schedule_pb2.GenerateSlotsResponse]]:
+        """Creates the slots of the doctor's hours on these dates. A visit that has a slot of exactly its interval already, whoever
+        made that, keeps it; so the method can be called again, also by two at once. It deletes no slot. The service does
+        the same by itself for the next days of doctors with a schedule (FRONTDESK_SLOT_HORIZON_DAYS).
+
+        The start of a visit is a time of the clinic's clock, and the visit lasts its visit_length of elapsed time. When the
+        clock is changed, a start that does not exist is skipped, and one that comes twice makes two slots.
+
+        Errors: DOCTOR_NOT_FOUND, DOCTOR_INACTIVE.
+        """
+
+    @_abc_1.abstractmethod
+    def GetDoctorSchedule(
+        self,
+        request: _schedule_pb2.GetDoctorScheduleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_schedule_pb2.GetDoctorScheduleResponse, _abc.Awaitable[_schedule_pb2.GetDoctorScheduleResponse]]:
+        """Gets a doctor's days with their hours, slots and free places. Errors: DOCTOR_NOT_FOUND."""
 
 def add_ScheduleServiceServicer_to_server(servicer: ScheduleServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -17,6 +17,9 @@ begin
         availability_version = x.availability_version + 1
     where x.doctor_id = r.doctor and x.date = r.date
     returning x into d.day;
+    if not v_old.is_present and (d.day).is_present then
+        perform generate_again(r.doctor, daterange(r.date, r.date, '[]'));
+    end if;
     d.affected := array(
         select id from appointment
         where doctor_id = r.doctor and date = r.date and is_live(state) and not (d.day).is_present order by number);

@@ -79,22 +79,27 @@ begin
     if r.locks is not null then
         return r.locks;
     end if;
-    if r.verb = 'SetWeeklySchedule' then
+    if r.verb in ('SetWeeklySchedule', 'GenerateSlots') then
+        perform keep_zones(array(select clinic_id from doctor where id = r.doctor));
         return array[schedule_name(r.doctor)];
     end if;
     if r.verb in ('BookAppointment', 'RescheduleAppointment') then
         v_names := v_names || ('patient/' || coalesce(r.from_patient, r.patient));
+    elsif r.verb in ('SetScheduleException', 'DeleteScheduleException', 'SetDoctorAvailability') then
+        v_names := v_names || schedule_name(r.doctor);
     elsif r.slots is not null then
         if r.start_time is not null then
             perform keep_zones(array(select clinic_id from slot where id = any (r.slots)));
         end if;
         v_names := v_names || array(select doctor_day_name(doctor_id, date) from slot where id = any (r.slots))
+            || array(select schedule_name(doctor_id) from slot
+                     where id = any (r.slots) and r.verb in ('UpdateSlot', 'DeleteSlot'))
             || array(select doctor_day_name(s.doctor_id, (r.start_time at time zone c.time_zone)::date)
                      from slot s join clinic c on c.id = s.clinic_id
                      where r.start_time is not null and s.id = any (r.slots));
     elsif r.new_slots is not null then
         perform keep_zones(array(select d.clinic_id from unnest(r.new_slots) w join doctor d on d.id = w.doctor));
-        v_names := v_names || array(
+        v_names := v_names || array(select schedule_name(doctor) from unnest(r.new_slots)) || array(
             select doctor_day_name(d.id, (w.start_time at time zone c.time_zone)::date)
             from unnest(r.new_slots) w join doctor d on d.id = w.doctor join clinic c on c.id = d.clinic_id);
     end if;

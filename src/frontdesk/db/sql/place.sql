@@ -25,6 +25,7 @@ begin
            -- True if a leave takes the whole day, false if one takes hours that the slot touches, else null.
            (select bool_or(l.whole_days) from leaves_over(p_doctor, p_date, v_slot.start_time, v_slot.end_time) l)
                as on_leave,
+           (select e.closed from schedule_exception e where e.doctor_id = p_doctor and e.date = p_date) as closed,
            coalesce(day.max_patients, d.max_patients_per_day) as capacity
     into v
     from (select 1) one
@@ -54,9 +55,10 @@ begin
     if not v.doctor_active then outcome := 'DOCTOR_INACTIVE'; return; end if;
     if not v.clinic_active then outcome := 'CLINIC_INACTIVE'; return; end if;
     if p_date < v.today then outcome := 'DATE_IN_PAST'; return; end if;
-    if not v.is_present or v.on_leave then
+    if not v.is_present or v.on_leave or v.closed then
         outcome := 'DOCTOR_ABSENT';
-        details := jsonb_build_object('cause', case when not v.is_present then 'AVAILABILITY' else 'LEAVE' end);
+        details := jsonb_build_object('cause', case
+            when not v.is_present then 'AVAILABILITY' when v.on_leave then 'LEAVE' else 'EXCEPTION' end);
         return;
     end if;
     clinic_id := v.clinic_id;

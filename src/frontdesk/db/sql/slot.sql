@@ -141,6 +141,7 @@ begin
         if r.end_time <= r.start_time then return refused('END_NOT_AFTER_START', v_old.id); end if;
         d := slot_refusal(v_old.doctor_id, v_old.clinic_id, r.start_time, r.end_time, v_old.id, v_now);
         if d.outcome is not null then return d; end if;
+        perform give_way(v_old);
     end if;
     with changed as (
         update slot s
@@ -167,6 +168,7 @@ begin
     if r.version <> v_slot.version then return refused('ETAG_MISMATCH', v_slot.id); end if;
     perform from appointment where slot_id = v_slot.id and holds_place(state);
     if found then return refused('SLOT_HAS_BOOKINGS', v_slot.id); end if;
+    perform give_way(v_slot);
     delete from slot where id = v_slot.id;
     perform append_change(r, 'slot.deleted', null, v_slot, moment(), slot_data(v_slot));
     d.outcome := 'OK';
