@@ -52,6 +52,12 @@ class Files:
         self.client = self._pair(directory / "client", ours.issue_cert("probe.example"))
         self.intruder = self._pair(directory / "intruder", theirs.issue_cert("probe.example"))
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """Of a service with the server's certificate, for clients of the authority."""
+        certificate, key = map(str, self.server)
+        return {"tls_cert": certificate, "tls_key": key, "tls_client_ca": str(self.authority)}
+
     def _file(self, path: Path, content: bytes) -> Path:
         path.write_bytes(content)
         return path
@@ -71,12 +77,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture
 def tls(files: Files) -> dict[str, str]:
     """Settings of a service beyond loopback."""
-    return {
-        "listen": "0.0.0.0:0",
-        "tls_cert": str(files.server[0]),
-        "tls_key": str(files.server[1]),
-        "tls_client_ca": str(files.authority),
-    }
+    return {"listen": "0.0.0.0:0", **files.settings}
 
 
 @pytest.fixture

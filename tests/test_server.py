@@ -5,23 +5,21 @@ import contextlib
 import os
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import psycopg
 import pytest
-import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from clinic.frontdesk.v1 import auth_pb2, queue_pb2
+from clinic.frontdesk.v1 import queue_pb2
 from frontdesk.client import CHANNEL_OPTIONS
 from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings, SettingsError
 from tests.clinic import Front, outcome, reason_of, refusal, tomorrow
 from tests.hostile.wire import RawConnection, framed, serving
-from tests.identities import auth
 from tests.servers import Service
 from tests.streams import many_people
 from tests.waiting import SOON, until
@@ -110,63 +108,6 @@ async def test_a_watcher_of_health_that_does_not_read(conninfo: str, settings: S
             await worker.stop()
             assert (await watch.read()).status == _Health.NOT_SERVING
             assert await watch.read() is grpc.aio.EOF
-
-
-@pytest.fixture
-def authority() -> trustme.CA:
-    """The authority that signs the clinic's certificates."""
-    return trustme.CA()
-
-
-@pytest.fixture
-async def secure(
-    conninfo: str, settings: Settings, authority: trustme.CA, tmp_path: Path
-) -> AsyncIterator[tuple[int, Settings]]:
-    """A server that requires client certificates."""
-    own = authority.issue_cert("localhost", "127.0.0.1")
-    own.private_key_pem.write_to_path(tmp_path / "key.pem")
-    for index, blob in enumerate(own.cert_chain_pems):
-        blob.write_to_path(tmp_path / "cert.pem", append=index > 0)
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    files = {"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem", "tls_client_ca": tmp_path / "ca.pem"}
-    given = Settings.load(**{**settings.model_dump(), **files, "listen": "0.0.0.0:0"})
-    worker = Worker(given, conninfo)
-    yield await worker.start("127.0.0.1:0"), given
-    await worker.stop()
-
-
-def credentials(authority: trustme.CA, name: str | None) -> grpc.ChannelCredentials:
-    """A client with a certificate of this name, or without one."""
-    if name is None:
-        return grpc.ssl_channel_credentials(authority.cert_pem.bytes())
-    own = authority.issue_cert(name)
-    return grpc.ssl_channel_credentials(
-        authority.cert_pem.bytes(), own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes()
-    )
-
-
-async def test_mutual_tls(secure: tuple[int, Settings], authority: trustme.CA, conninfo: str) -> None:
-    """Only clients with a certificate of the authority are served, and the certificate's name is the caller."""
-    port, given = secure
-    assert not given.serves_reflection, "beyond loopback reflection is off"
-    with psycopg.connect(conninfo) as connection:
-        made = "insert into doctor (code, display_name, clinic_id) select 'D', 'D', id from clinic returning id::text"
-        ((doctor_id,),) = connection.execute(made).fetchall()
-    for name, key in (("kiosk.example", "k"), ("billing.example", "k")):
-        async with grpc.aio.secure_channel(f"localhost:{port}", credentials(authority, name)) as channel:
-            front = Front(channel, conninfo, port)
-            (patient,) = await front.people(1)
-            booked = await front.book(patient.id, doctor_id, tomorrow("UTC"), idempotency_key=key)
-            assert not booked.replayed, "another caller's key is another key"
-            assert await outcome(front.clinic()) == "ROLE_REQUIRED", "a certificate is a service, and no administrator"
-            unknown = auth_pb2.LoginRequest(email="nobody@example.com", password="a password")
-            assert await outcome(auth(front).Login(unknown)) == "BAD_LOGIN", "people log in through such a client too"
-    callers = front.sql("select caller from idempotency order by caller")
-    assert callers == [("services/billing.example",), ("services/kiosk.example",)]
-    async with grpc.aio.secure_channel(f"localhost:{port}", credentials(authority, None)) as channel:
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            await Front(channel, conninfo, port).clinics.ListClinics(_nothing(), timeout=5)
-    assert error.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
 def _nothing() -> Any:

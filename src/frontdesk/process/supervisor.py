@@ -51,7 +51,8 @@ def supervise(
 
     - `settings`; `conninfo`, a libpq string;
     - `address`, the HOST:PORT or unix:PATH to bind, and `reuse_port`, whether to bind it with SO_REUSEPORT;
-    - with `settings.health_listen`, `health_address`, the HOST:PORT of that, to bind likewise;
+    - with `settings.certificate_listen` and `settings.health_listen`, `certificate_address` and `health_address`, the
+      HOST:PORT of those, to bind likewise;
     - `ready`, a Connection to send one message on: the bound port (int) once it listens, or one line (str) that says
       why it cannot;
     - `handover`, a Connection. A message on it, or its end, tells the worker to stop. On a SIGTERM without one the
@@ -95,7 +96,8 @@ class _Supervisor:
         """Workers that SIGHUP is still to replace."""
         self._reloads = 0
         self._claim: Claim | None = None
-        self._health_claim: Claim | None = None
+        self._other_claims: dict[str, Claim] = {}
+        """Beside `listen`, by the name of the worker's argument."""
         self._postgres: EmbeddedPostgres | None = None
         self._postgres_backoff = Backoff()
         self._postgres_started: float | None = None
@@ -108,9 +110,14 @@ class _Supervisor:
     def prepare(self, migrate: Callable[[str], object], check_schema: Callable[[str], None]) -> None:
         """Claim the port and get the database ready. Raises EmbeddedError, StartError and the two functions' errors."""
         self._claim = _claim("--listen", self._settings.address)
-        if self._settings.health_address is not None:
-            self._health_claim = _claim("FRONTDESK_HEALTH_LISTEN", self._settings.health_address)
-            _log.info("health", address=str(self._health_claim.address))
+        for name, address in (
+            ("certificate", self._settings.certificate_address),
+            ("health", self._settings.health_address),
+        ):
+            if address is not None:
+                held = _claim(f"FRONTDESK_{name.upper()}_LISTEN", address)
+                self._other_claims[f"{name}_address"] = held
+                _log.info(name, address=str(held.address))
         self._open_metrics()
         if self._settings.database_url is not None:
             self._conninfo = self._settings.database_url
@@ -159,9 +166,10 @@ class _Supervisor:
             self._postgres.stop()
         if self._metrics is not None:
             self._metrics.close()
-        for held in (self._claim, self._health_claim):
-            if held is not None:
-                held.close()
+        for held in self._other_claims.values():
+            held.close()
+        if self._claim is not None:
+            self._claim.close()
 
     def _told_to_stop(self) -> bool:
         return self._signals.stops > 0
@@ -262,9 +270,8 @@ class _Supervisor:
             "conninfo": self._conninfo,
             "address": str(worker.address),
             "reuse_port": not worker.address.path,
+            **{name: str(held.worker_address()) for name, held in self._other_claims.items()},
         }
-        if self._health_claim is not None:
-            task["health_address"] = str(self._health_claim.worker_address())
         if self._metrics is not None:
             task["metrics"] = self._metrics.files(number)
         try:

@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import sys
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -128,14 +129,14 @@ class Worker:
         self._server = Server(settings, self._pipeline, self._feed, reuse_port=reuse_port)
         self._background = Background()
 
-    async def start(self, address: str, health_address: str | None = None) -> int:
+    async def start(self, address: str, **others: str) -> int:
         """Connect and serve; the port. Raises OSError if an address cannot be served.
 
-        `health_address` is that of the settings' `health_listen`, with a port that is not 0.
+        `others` are `certificate_address` and `health_address`: those of the settings, with a port that is not 0.
         """
         await self._db.open()
         self._feed.start()
-        port = await self._server.start(address, health_address)
+        port = await self._server.start(address, **others)
         await self._check_database()
         self._background.start(self._keep_checking)
         self._background.start(self._keep_clean)
@@ -221,18 +222,19 @@ def run_worker(
     ready: Connection,
     metrics: "Files | None" = None,
     handover: Connection | None = None,
-    health_address: str | None = None,
+    **others: str,
 ) -> None:
     """The whole life of a worker process. Sends its port to `ready`, or one line why it cannot start.
 
     It lives until SIGTERM. With `handover` it lives until that has a message, or ends, or until a second SIGTERM; on
     the first one it sends a message there.
 
-    With `metrics`, PROMETHEUS_MULTIPROC_DIR must be set as frontdesk.process.metrics requires.
+    `others` as in `Worker.start`. With `metrics`, PROMETHEUS_MULTIPROC_DIR must be set as frontdesk.process.metrics
+    requires.
     """
     configure_log(settings.log_level)
     try:
-        _run_worker(settings, conninfo, address, reuse_port, ready, metrics, handover, health_address)
+        _run_worker(settings, conninfo, address, reuse_port, ready, metrics, handover, others)
     except Exception as error:
         # Not by multiprocessing, which would write the exception's text.
         _log.critical("worker_failed", **failure(error))
@@ -247,7 +249,7 @@ def _run_worker(
     ready: Connection,
     metrics: "Files | None",
     handover: Connection | None,
-    health_address: str | None,
+    others: Mapping[str, str],
 ) -> None:
     # Each connection is a file; the usual limit of 1,024 is meant for programs that use select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -270,14 +272,14 @@ def _run_worker(
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 500, 1000)
-    uvloop.run(_serve(address, health_address, ready, handover, settings, conninfo, reuse_port=reuse_port, **measures))
+    uvloop.run(_serve(address, others, ready, handover, settings, conninfo, reuse_port=reuse_port, **measures))
     if exporter is not None:
         exporter.close()
 
 
 async def _serve(
     address: str,
-    health_address: str | None,
+    others: Mapping[str, str],
     ready: Connection,
     handover: Connection | None,
     settings: Settings,
@@ -292,7 +294,7 @@ async def _serve(
         return
     worker = Worker(settings, conninfo, **more)
     try:
-        port = await worker.start(address, health_address)
+        port = await worker.start(address, **others)
     except OSError as error:
         ready.send(str(error))
         await worker.stop(drain=False)

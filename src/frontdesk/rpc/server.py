@@ -1,7 +1,5 @@
 """Put the gRPC server together: limits, credentials, health, reflection, drain."""
 
-from pathlib import Path
-
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
@@ -65,24 +63,37 @@ class Server:
         if self._reflection is not None:
             self._server.add_generic_rpc_handlers(self._reflection.handlers)
 
-    async def start(self, address: str, health_address: str | None = None) -> int:
-        """Serve on `address`, and health alone on the other if the settings ask for it; the port.
+    async def start(
+        self, address: str, *, certificate_address: str | None = None, health_address: str | None = None
+    ) -> int:
+        """Serve on `address`, and on the others what the settings ask for; the port of the first.
 
         Raises OSError if one of them cannot be served.
         """
+        settings = self._settings
+        apart = settings.certificate_listen is not None
+        port = self._listen(
+            address, _credentials(settings, certificates=settings.tls_client_ca is not None and not apart)
+        )
+        if apart:
+            address = certificate_address or str(settings.certificate_address)
+            self._listen(address, _credentials(settings, certificates=True))
+        if self._health_port is not None:
+            await self._health_port.start(health_address or str(settings.health_address))
+        await self._server.start()
+        return port
+
+    def _listen(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
+        """Raises OSError."""
         try:
-            credentials = _credentials(self._settings)
             if credentials is None:
                 port = self._server.add_insecure_port(address)
             else:
                 port = self._server.add_secure_port(address, credentials)
         except RuntimeError:
-            raise OSError(f"cannot listen on {address}") from None
+            port = 0
         if port == 0:
             raise OSError(f"cannot listen on {address}")
-        if self._health_port is not None:
-            await self._health_port.start(health_address or str(self._settings.health_address))
-        await self._server.start()
         return port
 
     def serving(self, is_serving: bool) -> None:
@@ -110,16 +121,13 @@ class Server:
             await self._health_port.stop()
 
 
-def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+def _credentials(settings: Settings, *, certificates: bool) -> grpc.ServerCredentials | None:
+    """`certificates`: clients must present one; else they are not asked, because gRPC knows nothing in between."""
     if settings.tls_cert is None or settings.tls_key is None:
         return None
-    authority = _read(settings.tls_client_ca)
+    authority = settings.tls_client_ca.read_bytes() if certificates and settings.tls_client_ca is not None else None
     return grpc.ssl_server_credentials(
         [(settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())],
         root_certificates=authority,
         require_client_auth=authority is not None,
     )
-
-
-def _read(path: Path | None) -> bytes | None:
-    return path.read_bytes() if path is not None else None

@@ -91,8 +91,12 @@ class Settings(BaseSettings):
     tls_key: Path | None = None
     """PEM file of the server's private key."""
     tls_client_ca: Path | None = None
-    """PEM file of the authority that signs client certificates; if set, every client must present one (mTLS),
-    which makes it a service of all clinics unless it brings other credentials."""
+    """PEM file of the authority that signs client certificates, each of which makes its client a service of all clinics
+    unless that brings other credentials. Every client must present one (mTLS), or with `certificate_listen` those who
+    come there."""
+    certificate_listen: str | None = None
+    """HOST:PORT of another address of the service, where every client must present a certificate; `listen` asks for
+    none then. gRPC cannot ask at one address for certificates that it does not require. Port 0 takes a free one."""
     client_ca: Path | None = None
     """PEM file of the authority that signed the service's certificate; if set, `watch`, `demo` and `health` use TLS."""
     client_server_name: str | None = None
@@ -146,9 +150,9 @@ class Settings(BaseSettings):
             raise ValueError("does not look like an API key")
         return value
 
-    @field_validator("health_listen")
+    @field_validator("health_listen", "certificate_listen")
     @classmethod
-    def _check_health_listen(cls, value: str | None) -> str | None:
+    def _check_other_listen(cls, value: str | None) -> str | None:
         if value is None:
             return None
         address = parse(value)
@@ -227,12 +231,19 @@ class Settings(BaseSettings):
             raise ValueError("FRONTDESK_POOLER and FRONTDESK_DIRECT_DATABASE_URL need FRONTDESK_DATABASE_URL")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("FRONTDESK_TLS_CLIENT_CA needs FRONTDESK_TLS_CERT")
+        if self.certificate_listen is not None and self.tls_client_ca is None:
+            raise ValueError("FRONTDESK_CERTIFICATE_LISTEN needs FRONTDESK_TLS_CLIENT_CA")
         if self.address.path and self.workers > 1:
             raise ValueError(
                 f"--listen {self.listen}: a Unix socket has one worker, because its connections are not spread"
             )
-        if not self.address.loopback and self.access == "open":
-            raise ValueError(f"FRONTDESK_ACCESS=open: beyond loopback (--listen {self.listen}) calls need credentials")
+        if not self.loopback and self.access == "open":
+            beyond = (
+                f"--listen {self.listen}"
+                if not self.address.loopback
+                else f"FRONTDESK_CERTIFICATE_LISTEN {self.certificate_listen}"
+            )
+            raise ValueError(f"FRONTDESK_ACCESS=open: beyond loopback ({beyond}) calls need credentials")
         if not self.address.loopback and self.tls_cert is None and self.plaintext == "off":
             raise ValueError(
                 f"--listen {self.listen}: beyond loopback FRONTDESK_TLS_CERT and FRONTDESK_TLS_KEY are needed, or "
@@ -257,7 +268,17 @@ class Settings(BaseSettings):
     @property
     def access_mode(self) -> Literal["open", "required"]:
         """Whether calls need credentials."""
-        return self.access or ("open" if self.address.loopback else "required")
+        return self.access or ("open" if self.loopback else "required")
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can make calls."""
+        return self.address.loopback and (self.certificate_address is None or self.certificate_address.loopback)
+
+    @property
+    def certificate_address(self) -> Address | None:
+        """`certificate_listen`, read."""
+        return None if self.certificate_listen is None else parse(self.certificate_listen)
 
     @property
     def health_address(self) -> Address | None:
@@ -289,7 +310,7 @@ class Settings(BaseSettings):
     @property
     def serves_reflection(self) -> bool:
         """Whether the server answers reflection."""
-        return self.address.loopback if self.reflection == "auto" else self.reflection == "on"
+        return self.loopback if self.reflection == "auto" else self.reflection == "on"
 
 
 def _is_installed(module: str) -> bool:
