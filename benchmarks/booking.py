@@ -30,6 +30,7 @@ CONNECTIONS = 8
 
 BOOKING, SLOTS, FLOOR = "BookAppointment by doctor-day", "BookAppointment by slot", "the floor"
 RESCHEDULE = "RescheduleAppointment"
+QUEUE, ESTIMATED = "GetQueue (10 waiting)", "GetQueue (10 waiting, with estimates)"
 
 
 @dataclass
@@ -114,6 +115,13 @@ def _prepared(stage: Stage, name: str, zone: str, day: date, total: int, doctors
         people.booked(connection, TO_MOVE, total, doctors, day + timedelta(days=10))
         # A queue to read. Its ids are of their own kind, and nothing changes it.
         people.booked(connection, 100, doctors * 10, doctors, day + timedelta(days=40), checked_in=True)
+        # And one with an eleventh patient, in consultation, so that it has estimates.
+        people.booked(connection, 200, doctors * 11, doctors, day + timedelta(days=41), checked_in=True)
+        connection.execute(
+            "update appointment set state = 'IN_CONSULTATION', queue_state = state, start_visit_time = now()"
+            " where date = %s and number = 1",
+            (day + timedelta(days=41),),
+        )
         people.slots(connection, total, doctors, day + timedelta(days=20), zone)
         connection.execute(floor.BARE_FUNCTION)
     people.settle(conninfo)
@@ -150,8 +158,8 @@ def _kinds(floor_server: ServerProcess, server: ServerProcess, day: date, doctor
     def check_in(n: int) -> Message:
         return queue_pb2.CheckInRequest(appointment_id=make_id(TO_CHECK_IN, n), idempotency_key=f"check-in-{n}")
 
-    def get_queue(n: int) -> Message:
-        line = doctor_day(n, 40)
+    def get_queue(n: int, later: int = 40) -> Message:
+        line = doctor_day(n, later)
         return queue_pb2.GetQueueRequest(doctor_id=line.doctor_id, date=line.date)
 
     def list_day(n: int) -> Message:
@@ -166,7 +174,8 @@ def _kinds(floor_server: ServerProcess, server: ServerProcess, day: date, doctor
     yield kind(SLOTS, appointments + "BookAppointment", book_slot)
     yield kind(RESCHEDULE, appointments + "RescheduleAppointment", move)
     yield kind("CheckIn", queues + "CheckIn", check_in)
-    yield kind("GetQueue (10 waiting)", queues + "GetQueue", get_queue)
+    yield kind(QUEUE, queues + "GetQueue", get_queue)
+    yield kind(ESTIMATED, queues + "GetQueue", lambda n: get_queue(n, 41))
     yield kind("ListAppointments (a doctor-day of 10)", appointments + "ListAppointments", list_day)
 
 
@@ -197,6 +206,8 @@ def _ratios(costs: Sequence[Cost]) -> dict[str, dict[int, float]]:
         "booking / floor": ratio(BOOKING, FLOOR),
         "slot booking / day booking": ratio(SLOTS, BOOKING),
         "reschedule / day booking": ratio(RESCHEDULE, BOOKING),
+        "queue / floor": ratio(QUEUE, FLOOR),
+        "queue with estimates / without": ratio(ESTIMATED, QUEUE),
     }
 
 

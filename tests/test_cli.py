@@ -294,12 +294,16 @@ def line_of_four() -> queue_pb2.Queue:
     state = queue_pb2.QueueEntry.State
     seen = entry(1, state.STATE_IN_CONSULTATION, room="Room 1")
     seen.start_time.FromSeconds(60 * 21)
+    urgent = entry(3, state.STATE_WAITING)
+    urgent.priority = queue_pb2.PRIORITY_URGENT
+    for minute, stamp in ((70, urgent.estimate.earliest), (77, urgent.estimate.likely), (90, urgent.estimate.latest)):
+        stamp.FromSeconds(60 * minute)
     return queue_pb2.Queue(
         date=day(date(2026, 1, 31)),
         revision=17,
         waiting_count=1,
         expected_count=3,
-        entries=[entry(3, state.STATE_WAITING), entry(2, state.STATE_CALLED, room="Room 2"), seen, entry(4, 99)],  # type: ignore[arg-type]
+        entries=[urgent, entry(2, state.STATE_CALLED, room="Room 2"), seen, entry(4, 99)],  # type: ignore[arg-type]
     )
 
 
@@ -319,13 +323,39 @@ def test_the_board(line_of_four: queue_pb2.Queue) -> None:
     assert "● live" in text
     assert "2026-01-31  ·  1 waiting, 3 expected" in text
     assert "revision 17" in text
-    rows = re.findall(r"│ +(\d) │ (Patient \d) +│ (.+?) +│ (.*?) +│ +(.+?) │", text)
+    rows = re.findall(r"│ +(\d) │ (Patient \d) +│ (.+?) +│ (.*?) +│ +(.+?) │ +(.*?) │", text)
     assert rows == [
-        ("2", "Patient 2", "called", "Room 2", "1:03"),
-        ("1", "Patient 1", "in consultation", "Room 1", "20 min"),
-        ("3", "Patient 3", "waiting", "", "1:02"),
-        ("4", "Patient 4", "?", "", "1:01"),
+        ("2", "Patient 2", "called", "Room 2", "1:03", ""),
+        ("1", "Patient 1", "in consultation", "Room 1", "20 min", ""),
+        ("3", "Patient 3", "waiting · urgent", "", "1:02", "5–25 min"),
+        ("4", "Patient 4", "?", "", "1:01", ""),
     ]
+
+
+def test_the_board_of_a_waiting_room(line_of_four: queue_pb2.Queue) -> None:
+    """It has tickets, states, rooms and turns, and no name, wait or priority. Heartbeats move the turns."""
+    board = Board("Dr. Silva", names=False)
+    line_of_four.next_estimate.latest.FromSeconds(60 * 95)
+    board.queue = line_of_four
+    text = drawn(board, 65)
+    assert "Patient" not in text
+    assert "urgent" not in text
+    assert "a newcomer waits 0–30 min" in text
+    rows = re.findall(r"│ +(\d) │ (.+?) +│ (.*?) +│ +(.*?) │", text)
+    assert rows == [
+        ("2", "called", "Room 2", ""),
+        ("1", "in consultation", "Room 1", ""),
+        ("3", "waiting", "", "5–25 min"),
+        ("4", "?", "", ""),
+    ]
+    heartbeat = queue_pb2.Heartbeat()
+    heartbeat.estimates.add(ticket=3).estimate.latest.FromSeconds(60 * 65)
+    board.estimates(heartbeat)
+    text = drawn(board, 65)
+    assert "0–1 min" in text
+    assert "newcomer" not in text
+    board.estimates(queue_pb2.Heartbeat())
+    assert " min" not in drawn(board, 65)
 
 
 def test_called_patients_stand_out(line_of_four: queue_pb2.Queue) -> None:

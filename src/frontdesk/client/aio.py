@@ -17,7 +17,7 @@ from frontdesk.client.defaults import DEFAULT_TIMEOUT, CallDefaults
 from frontdesk.client.errors import FrontdeskError
 from frontdesk.client.login import Login
 from frontdesk.client.stubs import Stubs
-from frontdesk.client.watch import DEFAULT_HEARTBEAT_SECONDS, OnConnection, RevisionGap, Update, Watch
+from frontdesk.client.watch import DEFAULT_HEARTBEAT_SECONDS, OnConnection, OnEstimates, RevisionGap, Update, Watch
 
 
 class FrontdeskClient(Stubs[grpc.aio.Channel]):
@@ -75,9 +75,12 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
         heartbeat: float = DEFAULT_HEARTBEAT_SECONDS,
         view: queue_pb2.QueueView.ValueType = queue_pb2.QUEUE_VIEW_STAFF,
         on_connection: OnConnection | None = None,
+        on_estimates: OnEstimates | None = None,
     ) -> AsyncGenerator[queue_pb2.Queue, None]:
         """Yield the queue now and after every change: `watch_updates` without the changes."""
-        watch = self.watch_updates(doctor_id, date, heartbeat=heartbeat, view=view, on_connection=on_connection)
+        watch = self.watch_updates(
+            doctor_id, date, heartbeat=heartbeat, view=view, on_connection=on_connection, on_estimates=on_estimates
+        )
         async with aclosing(watch) as updates:
             async for update in updates:
                 yield update.queue
@@ -91,6 +94,7 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
         view: queue_pb2.QueueView.ValueType = queue_pb2.QUEUE_VIEW_STAFF,
         resume_token: str = "",
         on_connection: OnConnection | None = None,
+        on_estimates: OnEstimates | None = None,
     ) -> AsyncGenerator[Update, None]:
         """Yield the queue and its changes, for as long as you ask.
 
@@ -99,6 +103,9 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
         clinic's today, which stays the watched date after midnight. `heartbeat` is the seconds of silence after which
         the service shows that it is alive (5 to 60, others are clamped); after three of them without a message the
         stream is opened anew. `view` is how much is shown; `resume_token` goes on from an earlier Update of that view.
+
+        `on_connection` is called when a stream begins and ends, `on_estimates` with each heartbeat: it has the
+        present estimates of a queue that stands still.
 
         Raises FrontdeskError if another stream would end in the same way: at once for NOT_FOUND, INVALID_ARGUMENT,
         UNIMPLEMENTED, UNAUTHENTICATED and PERMISSION_DENIED, after ten streams in a row without a message (some 20 s)
@@ -109,7 +116,7 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
         Ends when the client is closed. To leave a loop early use `contextlib.aclosing`, which ends the stream at once.
         """
         login = None if self._renewal is None else self._renewal.login
-        watch = Watch(doctor_id, date, heartbeat, view, resume_token, on_connection, login)
+        watch = Watch(doctor_id, date, heartbeat, view, resume_token, on_connection, on_estimates, login)
         while not self._closed.is_set():
             call: Any = None
             error: Exception | None = None

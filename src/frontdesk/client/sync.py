@@ -18,7 +18,7 @@ from frontdesk.client.defaults import DEFAULT_TIMEOUT, CallDefaults
 from frontdesk.client.errors import FrontdeskError
 from frontdesk.client.login import Login
 from frontdesk.client.stubs import Stubs
-from frontdesk.client.watch import DEFAULT_HEARTBEAT_SECONDS, OnConnection, RevisionGap, Update, Watch
+from frontdesk.client.watch import DEFAULT_HEARTBEAT_SECONDS, OnConnection, OnEstimates, RevisionGap, Update, Watch
 
 R = TypeVar("R")
 
@@ -68,9 +68,12 @@ class SyncFrontdeskClient(Stubs[grpc.Channel]):
         heartbeat: float = DEFAULT_HEARTBEAT_SECONDS,
         view: queue_pb2.QueueView.ValueType = queue_pb2.QUEUE_VIEW_STAFF,
         on_connection: OnConnection | None = None,
+        on_estimates: OnEstimates | None = None,
     ) -> Generator[queue_pb2.Queue, None, None]:
         """Yield the queue now and after every change: `watch_updates` without the changes."""
-        watch = self.watch_updates(doctor_id, date, heartbeat=heartbeat, view=view, on_connection=on_connection)
+        watch = self.watch_updates(
+            doctor_id, date, heartbeat=heartbeat, view=view, on_connection=on_connection, on_estimates=on_estimates
+        )
         with closing(watch) as updates:
             for update in updates:
                 yield update.queue
@@ -84,13 +87,14 @@ class SyncFrontdeskClient(Stubs[grpc.Channel]):
         view: queue_pb2.QueueView.ValueType = queue_pb2.QUEUE_VIEW_STAFF,
         resume_token: str = "",
         on_connection: OnConnection | None = None,
+        on_estimates: OnEstimates | None = None,
     ) -> Generator[Update, None, None]:
         """Yield the queue and its changes; see `FrontdeskClient.watch_updates`.
 
         Closing the generator ends the stream. Another thread ends the wait for the next update by closing the client.
         """
         login = None if self._renewal is None else self._renewal.login
-        watch = Watch(doctor_id, date, heartbeat, view, resume_token, on_connection, login)
+        watch = Watch(doctor_id, date, heartbeat, view, resume_token, on_connection, on_estimates, login)
         while not self._closed.is_set():
             error: Exception | None = None
             try:

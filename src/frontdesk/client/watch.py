@@ -79,6 +79,10 @@ OnConnection = Callable[[bool], None]
 """Called with True when a stream has begun, and with False when it has ended and another will be opened."""
 
 
+OnEstimates = Callable[[queue_pb2.Heartbeat], None]
+"""Called with each heartbeat: the estimates have moved with time, and the queue has not changed."""
+
+
 class RevisionGap(Exception):
     """The service went on from another revision than the one that the watcher knows."""
 
@@ -94,6 +98,7 @@ class Watch:
         view: queue_pb2.QueueView.ValueType,
         resume_token: str,
         on_connection: OnConnection | None,
+        on_estimates: OnEstimates | None = None,
         login: Login | None = None,
     ) -> None:
         self._login = login
@@ -114,6 +119,7 @@ class Watch:
         """Streams in a row that ended without a message."""
         self._warn_at = ATTEMPTS_BEFORE_WARNING
         self._on_connection = on_connection or (lambda live: None)
+        self._on_estimates = on_estimates or (lambda heartbeat: None)
 
     def request(self) -> queue_pb2.WatchQueueRequest:
         """The request that opens the next stream."""
@@ -147,6 +153,8 @@ class Watch:
             self._live = True
             self._attempts, self._warn_at = 0, ATTEMPTS_BEFORE_WARNING
             self._on_connection(True)
+        if message.HasField("heartbeat"):
+            self._on_estimates(message.heartbeat)
         return update
 
     def pause(self, error: Exception | None) -> float:

@@ -1,9 +1,13 @@
 """The waiting room's board in a terminal, or a line of text for each update if the output is not a terminal."""
 
 import datetime
+import math
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -27,6 +31,7 @@ _STYLES = {
     _State.STATE_PARKED: "dim",
     _State.STATE_MISSED: "dim red",
 }
+_PRIORITIES = {queue_pb2.PRIORITY_URGENT: "urgent", queue_pb2.PRIORITY_PRIORITY: "priority"}
 # Called patients come first: they have to notice it.
 _ORDER = [
     _State.STATE_CALLED,
@@ -51,8 +56,9 @@ async def follow(
     """
     view = queue_pb2.QUEUE_VIEW_STAFF if names else queue_pb2.QUEUE_VIEW_BOARD
     doctor = await _find(client, wanted)
-    board = Board(doctor.display_name)
-    async with aclosing(client.watch_queue(doctor.id, day, view=view, on_connection=board.connection)) as queues:
+    board = Board(doctor.display_name, names=names)
+    watch = client.watch_queue(doctor.id, day, view=view, on_connection=board.connection, on_estimates=board.estimates)
+    async with aclosing(watch) as queues:
         if not console.is_terminal or console.is_dumb_terminal:
             async for queue in queues:
                 print(line(queue), file=console.file, flush=True)
@@ -80,8 +86,10 @@ async def _find(client: FrontdeskClient, wanted: str) -> doctor_pb2.Doctor:
 class Board:
     """The contents of the board; each time rich draws it, with the waiting times of that moment."""
 
-    def __init__(self, doctor_name: str) -> None:
+    def __init__(self, doctor_name: str, *, names: bool = True) -> None:
+        """Without `names` it is for the waiting room: tickets, rooms and estimates alone."""
         self._doctor_name = doctor_name
+        self._names = names
         self.queue: queue_pb2.Queue | None = None
         """The latest queue; None before the first."""
         self.connected = False
@@ -90,6 +98,19 @@ class Board:
     def connection(self, lives: bool) -> None:
         """Note whether the queue is live."""
         self.connected = lives
+
+    def estimates(self, heartbeat: queue_pb2.Heartbeat) -> None:
+        """Take over the estimates of a queue that has not changed."""
+        if self.queue is None:
+            return
+        now = {one.ticket: one for one in heartbeat.estimates}
+        for entry in self.queue.entries:
+            entry.ClearField("estimate")
+            if entry.ticket in now and now[entry.ticket].HasField("estimate"):
+                entry.estimate.CopyFrom(now[entry.ticket].estimate)
+        self.queue.ClearField("next_estimate")
+        if heartbeat.HasField("next_estimate"):
+            self.queue.next_estimate.CopyFrom(heartbeat.next_estimate)
 
     def __rich__(self) -> RenderableType:
         return self.at(time.time())
@@ -101,24 +122,16 @@ class Board:
             return Group(_heading(self._doctor_name, state))
         queue = self.queue
         table = Table(expand=True, header_style="bold")
-        table.add_column("Ticket", justify="right")
-        table.add_column("Name", ratio=1)
-        table.add_column("State")
-        table.add_column("Room")
-        table.add_column("Wait", justify="right")
+        cells = _DESK if self._names else _WAITING_ROOM
+        for name, column in cells.items():
+            table.add_column(name, ratio=1 if name == "Name" else None, justify=column.justify)
         for entry in in_order(queue):
-            # As text, because a name is not markup.
-            table.add_row(
-                str(entry.ticket),
-                Text(entry.patient_name),
-                _NAMES.get(entry.state, "?"),
-                Text(entry.room),
-                _wait(entry, now),
-                style=_STYLES.get(entry.state),
-            )
+            table.add_row(*(column.cell(entry, now) for column in cells.values()), style=_STYLES.get(entry.state))
         if not queue.entries:
-            table.add_row("", Text("nobody is here yet", "dim italic"), "", "", "")
+            table.add_row("", Text("nobody is here yet", "dim italic"))
         facts = f"{day(queue)}  ·  {queue.waiting_count} waiting, {queue.expected_count} expected"
+        if queue.HasField("next_estimate"):
+            facts += f"  ·  a newcomer waits {_span(queue.next_estimate, now)}"
         return Group(_heading(self._doctor_name, state), Text(facts), table, Text(f"revision {queue.revision}", "dim"))
 
 
@@ -155,6 +168,18 @@ def _heading(doctor_name: str, state: Text) -> RenderableType:
     return heading
 
 
+def _state(entry: queue_pb2.QueueEntry) -> str:
+    return _NAMES.get(entry.state, "?")
+
+
+def _span(estimate: queue_pb2.Estimate, now: float) -> str:
+    """The range of an estimate in minutes from now."""
+    first, last = ((time.ToMicroseconds() / 1e6 - now) / 60 for time in (estimate.earliest, estimate.latest))
+    if last < 1:
+        return "0–1 min"
+    return f"{max(0, int(first))}–{math.ceil(last)} min"
+
+
 def _wait(entry: queue_pb2.QueueEntry, now: float) -> str:
     """How long the patient has waited, or had to wait until the consultation began."""
     if entry.HasField("start_time"):
@@ -162,3 +187,25 @@ def _wait(entry: queue_pb2.QueueEntry, now: float) -> str:
     # This machine's clock may be behind the server's.
     minutes = max(0, int(now - entry.check_in_time.ToMicroseconds() / 1e6) // 60)
     return f"{minutes // 60}:{minutes % 60:02}" if minutes >= 60 else f"{minutes} min"
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """What a board shows of an entry. Names and rooms as text, because they are not markup."""
+
+    cell: Callable[[queue_pb2.QueueEntry, float], str | Text]
+    justify: Literal["left", "right"] = "left"
+
+
+_TICKET = _Column(lambda entry, now: str(entry.ticket), "right")
+_ROOM = _Column(lambda entry, now: Text(entry.room))
+_TURN = _Column(lambda entry, now: _span(entry.estimate, now) if entry.HasField("estimate") else "", "right")
+_DESK = {
+    "Ticket": _TICKET,
+    "Name": _Column(lambda entry, now: Text(entry.patient_name)),
+    "State": _Column(lambda entry, now: " · ".join(filter(None, (_state(entry), _PRIORITIES.get(entry.priority))))),
+    "Room": _ROOM,
+    "Wait": _Column(lambda entry, now: _wait(entry, now), "right"),
+    "Turn": _TURN,
+}
+_WAITING_ROOM = {"Ticket": _TICKET, "State": _Column(lambda entry, now: _state(entry)), "Room": _ROOM, "Turn": _TURN}
