@@ -199,6 +199,45 @@ async def test_reads_are_logged(front: Front) -> None:
     assert set(actors[1:]) == {"anonymous"}
 
 
+async def test_whom_a_stream_shows(front: Front) -> None:
+    """Patients who come to a watched queue are logged too, each once a stream, also if they have left since."""
+    doctor = await front.doctor()
+    first = await front.arrive(doctor.id)
+    watch: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor.id))
+    token = (await watch.read()).resume_token
+
+    async def noted(*expected: queue_pb2.CheckInResponse) -> None:
+        ids = [[one.entry.patient_id] for one in expected]
+        columns = ("method", "resource", "coalesce(patient_ids, array[patient_id])::text[]", "count")
+        rows = [("WatchQueue", f"doctorDays/{doctor.id}/{today()}", one, 1) for one in ids]
+        await until(lambda: len(notes(front, "id")) >= len(rows))
+        assert notes(front, *columns) == rows
+
+    await noted(first)
+    second = await front.arrive(doctor.id)
+    while (await watch.read()).revision < second.revision:
+        pass
+    await noted(first, second)
+    # The third has left when the next stream goes on from here.
+    third = await front.arrive(doctor.id)
+    left = await front.queues.LeaveQueue(queue_pb2.LeaveQueueRequest(appointment_id=third.appointment.id))
+    while (await watch.read()).revision < left.revision:
+        pass
+    watch.cancel()
+    await noted(first, second, third)
+    for view, seen in ((queue_pb2.QUEUE_VIEW_BOARD, []), (queue_pb2.QUEUE_VIEW_STAFF, [first, second, third])):
+        request = queue_pb2.WatchQueueRequest(doctor_id=doctor.id, resume_token=token, view=view)
+        watch = front.queues.WatchQueue(request)
+        assert (await watch.read()).revision == left.revision
+        watch.cancel()
+        ids = sorted(one.entry.patient_id for one in seen)
+        await until(lambda seen=seen: len(notes(front, "id")) == 3 + bool(seen))  # type: ignore[misc]
+        if seen:
+            assert notes(front, "patient_ids::text[]")[3:] == [(ids,)]
+    found = [event.method for event in await listed(front, patient_id=third.entry.patient_id)]
+    assert found.count("WatchQueue") == 2
+
+
 async def test_answers_with_a_record_are_logged(front: Front) -> None:
     """A replay, a person who is found again and an empty change are logged as reads: their answers have the record."""
     doctor, person = await front.doctor(), await front.patient(given_name="Ana")

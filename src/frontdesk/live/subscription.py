@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from datetime import date
 from types import TracebackType
 from typing import NamedTuple, Protocol
@@ -48,7 +48,15 @@ class Update(NamedTuple):
 
     queue: Queue
     history: int
-    message: bytes
+    message: "Message"
+
+
+class Message(NamedTuple):
+    """An update on the wire."""
+
+    data: bytes
+    patient_ids: frozenset[str]
+    """The patients whom it names."""
 
 
 class Topic:
@@ -77,7 +85,7 @@ class Topic:
         self._keep_seconds = keep_seconds
         self._look = look
         self._changes: deque[QueueChange] = deque(maxlen=_KEPT_CHANGES)
-        self._messages: dict[tuple[View, int], bytes] = {}
+        self._messages: dict[tuple[View, int], Message] = {}
         """Updates to the present revision by view and the revision they start from, each serialised once."""
         self._heartbeat: tuple[Queue, float, bytes] | None = None
         """The latest, of which queue and moment."""
@@ -151,8 +159,9 @@ class Topic:
                 changes = [change for change in self._changes if previous < change.revision <= queue.revision]
                 if len(changes) != queue.revision - previous:
                     return None
-            parts = (self._updates.changes(view.changes(as_of(changes, queue))),) if changes else ()
-            message = self._serialised(view, queue, parts, previous)
+            shown = view.changes(as_of(changes, queue))
+            parts = (self._updates.changes(shown),) if shown else ()
+            message = self._serialised(view, queue, parts, previous, _patients(shown))
         return Update(queue, self.history, message)
 
     async def _read_update(self, view: View, previous: int) -> Update:
@@ -160,6 +169,7 @@ class Topic:
         queue, history = self.queue, self.history
         assert queue is not None
         parts: list[bytes] | None = []
+        patient_ids: set[str] = set()
         size = 0
         first = previous + 1
         while parts is not None and first <= queue.revision:
@@ -168,22 +178,30 @@ class Topic:
             if size + (queue.revision - first + 1) * _LEAST_BYTES <= MOST_BYTES:
                 changes = await read_changes(self._db, *self.key, first, last, self._keep_seconds)
             if len(changes) == last - first + 1:
-                parts.append(self._updates.changes(view.changes(as_of(changes, queue))))
+                shown = view.changes(as_of(changes, queue))
+                parts.append(self._updates.changes(shown))
+                patient_ids |= _patients(shown)
                 size += len(parts[-1])
                 first = last + 1
             else:
                 parts = None
-        return Update(queue, history, self._serialised(view, queue, parts, previous))
+        return Update(queue, history, self._serialised(view, queue, parts, previous, patient_ids))
 
-    def _serialised(self, view: View, queue: Queue, parts: Sequence[bytes] | None, previous: int) -> bytes:
-        """The update with these parts of its changes; a fresh start if there are none, or too many."""
+    def _serialised(
+        self, view: View, queue: Queue, parts: Sequence[bytes] | None, previous: int, patient_ids: Set[str]
+    ) -> Message:
+        """The update with these parts of its changes, which name these patients; a fresh start if there are none, or
+        too many.
+        """
         token = ResumeToken(*self.key, queue.revision, queue.change_micros, view.name).encode()
         shown = view.queue(estimated_now(queue))
-        message = b"" if parts is None else self._updates.update(shown, parts, previous, token)
-        if parts is None or (previous and len(message) > MOST_BYTES):
-            message = self._updates.update(shown, (), 0, token)
+        data = b"" if parts is None else self._updates.update(shown, parts, previous, token)
+        if parts is None or (previous and len(data) > MOST_BYTES):
+            data, patient_ids = self._updates.update(shown, (), 0, token), frozenset()
+        # A view that shows no patient has an empty id.
+        message = Message(data, frozenset((patient_ids | {entry.patient_id for entry in shown.entries}) - {""}))
         kept = self._messages
-        if self.queue is queue and sum(map(len, kept.values())) + len(message) <= _KEPT_BYTES:
+        if self.queue is queue and sum(len(one.data) for one in kept.values()) + len(data) <= _KEPT_BYTES:
             kept[view, previous] = message
         return message
 
@@ -210,13 +228,17 @@ class Topic:
         )
 
 
+def _patients(changes: Sequence[QueueChange]) -> Set[str]:
+    return {change.entry.patient_id for change in changes if change.entry is not None}
+
+
 class Subscription(Watcher):
     """One stream's view of a doctor-day: what it was sent last, and whether there is news.
 
     A context manager; at its end the stream no longer watches.
     """
 
-    __slots__ = ("_ended", "_sent", "_sent_history", "_sent_micros", "_topic", "view")
+    __slots__ = ("_ended", "_sent", "_sent_history", "_sent_micros", "_topic", "patient_ids", "view")
 
     def __init__(self, topic: Topic, view: View, ended: Callable[[Topic], None]) -> None:
         """`ended` is called when the stream no longer watches."""
@@ -227,6 +249,8 @@ class Subscription(Watcher):
         self._sent = 0
         self._sent_micros = 0
         self._sent_history = 0
+        self.patient_ids: frozenset[str] = frozenset()
+        """The patients whom the latest message names."""
 
     def __enter__(self) -> "Subscription":
         self._topic.watchers.add(self)
@@ -287,4 +311,5 @@ class Subscription(Watcher):
             return None
         queue, self._sent_history, message = await self._topic.update(self.view, self._sent, self._sent_history)
         self._sent, self._sent_micros = queue.revision, queue.change_micros
-        return message
+        self.patient_ids = message.patient_ids
+        return message.data

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any, TypeVar
 
 from google.protobuf import duration_pb2
@@ -30,6 +31,10 @@ AUTH_NOTICE_SECONDS = 30.0
 
 JUDGE_SECONDS = 10.0
 """A stream notices within so long that something about its caller's credentials has changed."""
+
+NOTE_SECONDS = 60.0
+"""Seconds between two rows of the log about patients who came to a queue while a stream showed it: many streams that
+show many patients are to write few."""
 
 WRITE_SECONDS = 30.0
 """How long a watcher may leave a message unread once gRPC takes no more for it."""
@@ -127,7 +132,7 @@ class QueueServicer:
         view = _VIEWS[request.view]
         found = await self._queues.get(call.caller, request.doctor_id, date_from(request, "date"), view)
         if view == STAFF and found.entries:
-            _saw(call, found)
+            _saw(call, found, [entry.patient_id for entry in found.entries])
         return pb.GetQueueResponse(queue=to_queue(found))
 
     async def CallNext(self, request: pb.CallNextRequest, call: Call) -> pb.CallNextResponse:
@@ -186,11 +191,13 @@ class QueueServicer:
         ends, reason = _end(call.identity.until)
         # Others may have come during the round trip.
         self._require_room(call)
-        with self._feed.subscribe(doctor_id, admitted.date, admitted.view, call.identity.name) as watch:
+        with (
+            self._feed.subscribe(doctor_id, admitted.date, admitted.view, call.identity.name) as watch,
+            _Shown(call, watch) as shown,
+        ):
             message = await watch.begin(resume)
             if view == STAFF:
-                # Once a stream: who watches a queue sees whoever comes to it.
-                _saw(call, watch.queue)
+                shown.begin()
             await _write(call, message or _heartbeat(watch))
             silent_until = time.monotonic() + heartbeat
             while not self._feed.draining and (now := time.monotonic()) < ends:
@@ -198,6 +205,8 @@ class QueueServicer:
                 if await call.judged_anew() or watch.has_lost_its_own:
                     watch.view = (await self._queues.admit(call.caller, doctor_id, admitted.date, view)).view
                 message = await watch.latest() if news else None
+                if view == STAFF:
+                    shown.go_on()
                 if message is None and silent_until <= time.monotonic() < ends:
                     message = _heartbeat(watch)
                 if message is not None:
@@ -221,8 +230,49 @@ def _end(expires: float | None) -> tuple[float, pb.StreamClosing.Reason.ValueTyp
     return ends, pb.StreamClosing.REASON_MAX_AGE
 
 
-def _saw(call: Call, queue: Queue) -> None:
-    patient_ids = [entry.patient_id for entry in queue.entries]
+class _Shown:
+    """Notes whom a stream shows: each patient once, those who are there when it begins together.
+
+    A context manager; at its end it notes those who are left.
+    """
+
+    def __init__(self, call: Call, watch: Subscription) -> None:
+        self._call = call
+        self._watch = watch
+        self._noted: set[str] = set()
+        self._new: set[str] = set()
+        self._due = 0.0
+
+    def begin(self) -> None:
+        """The stream has its first message. That is noted if the queue is empty, too."""
+        here = {entry.patient_id for entry in self._watch.queue.entries}
+        self._new = here | self._watch.patient_ids
+        self._note()
+        self._due = 0.0
+
+    def go_on(self) -> None:
+        """The stream may have another message."""
+        self._new |= self._watch.patient_ids - self._noted
+        if self._new and time.monotonic() >= self._due:
+            self._note()
+
+    def _note(self) -> None:
+        _saw(self._call, self._watch.queue, sorted(self._new))
+        self._noted |= self._new
+        self._new = set()
+        self._due = time.monotonic() + NOTE_SECONDS
+
+    def __enter__(self) -> "_Shown":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._new:
+            self._note()
+
+
+def _saw(call: Call, queue: Queue, patient_ids: Sequence[str]) -> None:
     resource = f"doctorDays/{queue.doctor_id}/{queue.date}"
     call.saw(patient_ids, resource=resource, doctor_id=queue.doctor_id, date=queue.date)
 
