@@ -12,6 +12,7 @@ import pytest
 from clinic.frontdesk.v1 import access_pb2, auth_pb2, doctor_pb2, policy_pb2, queue_pb2
 from frontdesk.client import FrontdeskClient, Login
 from frontdesk.core import credential
+from frontdesk.core.caller import Identity
 from frontdesk.rpc.services import queue as queues
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, details, outcome, refusal, today
@@ -147,18 +148,25 @@ async def test_a_token_that_runs_out(front: Front) -> None:
     assert [change.revision for change in resumed.update.changes] == [*range(last.revision + 1, arrived.revision + 1)]
 
 
-@pytest.mark.parametrize(("left", "notice"), [(900.0, 30.0), (90.0, 30.0), (60.0, 20.0), (6.0, 2.0)])
-def test_the_notice(left: float, notice: float) -> None:
-    """The notice is 30 s, and a third of what is left if that is less."""
-    ends, reason = queues._end(time.monotonic() + left)
+def _holding(left: float | None, life: float | None) -> Identity:
+    return Identity("users/1", until=left and time.monotonic() + left, life=life)
+
+
+@pytest.mark.parametrize(
+    ("left", "life", "notice"),
+    [(900.0, 900.0, 30.0), (40.0, 900.0, 30.0), (60.0, 60.0, 20.0), (25.0, 60.0, 20.0), (24.0, 900.0, 8.0)],
+)
+def test_the_notice(left: float, life: float, notice: float) -> None:
+    """The notice is 30 s, or a third of the whole life if that is less; of a stream that begins later, of the rest."""
+    ends, reason = queues._end(_holding(left, life))
     assert reason == Closing.REASON_AUTH_EXPIRING
     assert abs(ends + notice - time.monotonic() - left) < 1
 
 
 def test_credentials_that_last_longer() -> None:
     """A stream whose credentials outlast it ends by its age."""
-    for expires in (None, time.monotonic() + 7200):
-        assert queues._end(expires)[1] == Closing.REASON_MAX_AGE
+    for left in (None, 7200.0):
+        assert queues._end(_holding(left, left))[1] == Closing.REASON_MAX_AGE
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ class Identity:
     """Of the credentials that have proved the identity; empty if there were none, or a certificate."""
     until: float | None = None
     """When those credentials expire, by `time.monotonic`; None if they do not."""
+    life: float | None = None
+    """Seconds from their issue to then."""
     callers: dict[str, "Caller | None"] = field(default_factory=dict, compare=False, repr=False)
     """What the identity may by the name of a policy; filled in as it calls."""
 

@@ -40,7 +40,7 @@ select pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
 """
 _api_key = """
 select secret_hash, roles, clinic_ids, requests_per_minute, revoke_time is not null,
-       extract(epoch from expire_time - moment())::float8
+       extract(epoch from expire_time - moment())::float8, extract(epoch from expire_time - create_time)::float8
 from api_key where id = %s
 """
 _user = """
@@ -147,7 +147,11 @@ class Credentials:
     async def _judge_outside(self, given: str) -> _Judged:
         proved = await self._issuers.prove(given)
         identity = Identity(
-            proved.name, proved.roles, proved.clinic_ids, requests_per_minute=self._user_requests_per_minute
+            proved.name,
+            proved.roles,
+            proved.clinic_ids,
+            requests_per_minute=self._user_requests_per_minute,
+            life=proved.life,
         )
         return _Judged(identity, self._clock() + proved.exp - time.time(), ())
 
@@ -159,11 +163,13 @@ class Credentials:
         row = await self._db.row(_api_key, (key_id,), lambda *columns: columns)
         if row is None:
             raise CredentialsInvalid
-        stored, roles, clinic_ids, requests_per_minute, revoked, seconds = row
+        stored, roles, clinic_ids, requests_per_minute, revoked, seconds, life = row
         if not hmac.compare_digest(bytes(stored), hash_of(secret)) or revoked:
             raise CredentialsInvalid
         name = f"keys/{key_id}"
-        identity = Identity(name, frozenset(roles), tuple(clinic_ids), requests_per_minute=requests_per_minute)
+        identity = Identity(
+            name, frozenset(roles), tuple(clinic_ids), requests_per_minute=requests_per_minute, life=life
+        )
         return _Judged(identity, None if seconds is None else self._clock() + seconds, (name,))
 
     async def _judge_token(self, given: str) -> _Judged:
@@ -188,6 +194,7 @@ class Credentials:
             requests_per_minute=self._user_requests_per_minute,
             one_time_password=one_time_password,
             unverified_email="PATIENT" in roles and not email_verified,
+            life=claims["exp"] - claims["iat"],
         )
         until = self._clock() + claims["exp"] - time.time()
         return _Judged(identity, until, subjects)

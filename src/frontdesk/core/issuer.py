@@ -62,6 +62,8 @@ class Proved:
     roles: frozenset[str]
     clinic_ids: tuple[str, ...]
     exp: float
+    life: float
+    """Seconds from its issue to `exp`."""
 
 
 class Issuers:
@@ -85,7 +87,7 @@ class Issuers:
             raise CredentialsInvalid
         exp = check_times(claims, MOST_SECONDS, time.time())
         roles = frozenset(issuer.roles[given] for given in _roles(claims, issuer.roles_claim) if given in issuer.roles)
-        return Proved(f"issuers/{issuer.name}/{subject}", roles, tuple(issuer.clinic_ids), exp)
+        return Proved(f"issuers/{issuer.name}/{subject}", roles, tuple(issuer.clinic_ids), exp, exp - claims["iat"])
 
 
 class _Keys:

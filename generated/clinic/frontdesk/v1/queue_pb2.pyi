@@ -728,8 +728,9 @@ class StreamClosing(_message.Message):
         REASON_DRAINING: StreamClosing._Reason.ValueType  # 2
         """The server is shutting down."""
         REASON_AUTH_EXPIRING: StreamClosing._Reason.ValueType  # 3
-        """The caller's credentials expire in 30 s; of those that had less than 90 s left at the beginning, in a third of
-        that. A stream with fresh credentials and the last resume token misses nothing.
+        """The caller's credentials expire in 30 s, or in a third of their life if that is less. A stream that began later
+        than that is closed when a third of what was left then is left. A stream with fresh credentials and the last
+        resume token misses nothing.
         """
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
@@ -742,8 +743,9 @@ class StreamClosing(_message.Message):
     REASON_DRAINING: StreamClosing.Reason.ValueType  # 2
     """The server is shutting down."""
     REASON_AUTH_EXPIRING: StreamClosing.Reason.ValueType  # 3
-    """The caller's credentials expire in 30 s; of those that had less than 90 s left at the beginning, in a third of
-    that. A stream with fresh credentials and the last resume token misses nothing.
+    """The caller's credentials expire in 30 s, or in a third of their life if that is less. A stream that began later
+    than that is closed when a third of what was left then is left. A stream with fresh credentials and the last
+    resume token misses nothing.
     """
 
     REASON_FIELD_NUMBER: _builtins.int

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from google.protobuf import duration_pb2
 
 from clinic.frontdesk.v1 import queue_pb2 as pb
+from frontdesk.core.caller import Identity
 from frontdesk.core.estimate import Estimate
 from frontdesk.core.queue import BOARD, OWN, STAFF, Queue, QueueChange, QueueEntry, Queues, entry_of
 from frontdesk.errors import InvalidField, TooManyWatchers, WatcherTooSlow
@@ -27,7 +28,7 @@ DRAIN_SPREAD_SECONDS = 5.0
 """Watchers of a server that stops come back at random within so long."""
 
 AUTH_NOTICE_SECONDS = 30.0
-"""How long before its credentials expire a stream is closed; or a third of what is left of them, if that is less."""
+"""How long before its credentials expire a stream is closed; or a third of their life, if that is less."""
 
 JUDGE_SECONDS = 10.0
 """A stream notices within so long that something about its caller's credentials has changed."""
@@ -188,7 +189,7 @@ class QueueServicer:
             day = resume.date
         admitted = await self._queues.admit(call.caller, doctor_id, day, view)
         heartbeat = _heartbeat_seconds(request)
-        ends, reason = _end(call.identity.until)
+        ends, reason = _end(call.identity)
         # Others may have come during the round trip.
         self._require_room(call)
         with (
@@ -219,12 +220,15 @@ def _priority(request: Any) -> str | None:
     return _PRIORITIES[request.priority] if request.priority else None
 
 
-def _end(expires: float | None) -> tuple[float, pb.StreamClosing.Reason.ValueType]:
-    """When a stream that begins now is closed, by `time.monotonic`, and why; its credentials expire at `expires`."""
+def _end(identity: Identity) -> tuple[float, pb.StreamClosing.Reason.ValueType]:
+    """When a stream of this caller that begins now is closed, by `time.monotonic`, and why."""
     now = time.monotonic()
     ends = now + random.uniform(*MAX_AGE_SECONDS)
-    if expires is not None:
-        closes = expires - min(AUTH_NOTICE_SECONDS, (expires - now) / 3)
+    if identity.until is not None and identity.life is not None:
+        closes = identity.until - min(AUTH_NOTICE_SECONDS, identity.life / 3)
+        if closes <= now:
+            # Not at once: a client that has nothing fresh would come back without end.
+            closes = identity.until - (identity.until - now) / 3
         if closes < ends:
             return closes, pb.StreamClosing.REASON_AUTH_EXPIRING
     return ends, pb.StreamClosing.REASON_MAX_AGE
