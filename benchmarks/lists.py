@@ -18,9 +18,10 @@ from benchmarks.bulk import without_indexes
 from benchmarks.load import Loaded, unary_client
 from benchmarks.people import CLINIC, CLINICS, DOCTOR, PATIENT, SLOT, make_id
 from benchmarks.stage import Child, Stage
-from clinic.frontdesk.v1 import appointment_pb2, patient_pb2, slot_pb2
+from clinic.frontdesk.v1 import appointment_pb2, patient_pb2, schedule_pb2, slot_pb2
 from frontdesk.core import appointment as appointments
 from frontdesk.core import patient as patients
+from frontdesk.core import schedule as schedules
 from frontdesk.core import slot as slots
 from frontdesk.db.database import compiled
 from frontdesk.db.schema import VISIT_STATES, appointment, patient
@@ -41,6 +42,7 @@ _SLOTS_A_DAY = 8
 _ANSWERS: dict[str, Any] = {
     "ListAppointments": appointment_pb2.ListAppointmentsResponse,
     "ListPatients": patient_pb2.ListPatientsResponse,
+    "GetDoctorSchedule": schedule_pb2.GetDoctorScheduleResponse,
     "ListSlots": slot_pb2.ListSlotsResponse,
 }
 
@@ -263,6 +265,13 @@ def _shapes(day: date) -> Iterator[Shape]:
     yield free("free slots")
     yield free("free slots of three days", start_time_from=datetime.now(UTC), start_time_to=datetime.now(UTC)
                + timedelta(days=3))  # fmt: skip
+
+    dates = {"from": day, "to": day + timedelta(days=30)}
+    days = schedule_pb2.GetDoctorScheduleRequest(
+        doctor_id=doctor, from_date=_wire(dates["from"]), to_date=_wire(dates["to"])
+    )
+    method = "/clinic.frontdesk.v1.ScheduleService/GetDoctorSchedule"
+    yield Shape("31 days of a doctor", method, days, lambda: schedules._days, {"doctor": doctor, **dates})
 
 
 def _searches(connection: psycopg.Connection) -> Iterator[Shape]:

@@ -13,12 +13,14 @@ from typing import Any
 import grpc
 import psycopg
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.type.date_pb2 import Date
+from google.type.timeofday_pb2 import TimeOfDay
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
-from clinic.frontdesk.v1 import clinic_pb2, doctor_pb2, patient_pb2, queue_pb2, slot_pb2
+from clinic.frontdesk.v1 import clinic_pb2, doctor_pb2, patient_pb2, queue_pb2, schedule_pb2, slot_pb2
 from frontdesk.client import FrontdeskError, SyncFrontdeskClient
 from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
@@ -89,9 +91,16 @@ class Day:
     revision: int = 1
     last_ticket: int = 0
     present: bool = True
+    exception: str = ""
+    """CLOSED, HOURS (those of the slot at 10:00) or none."""
     kinds: list[str] = field(default_factory=list)
 
 
+TEN_O_CLOCK = schedule_pb2.Hours(
+    start=TimeOfDay(hours=10),
+    end=TimeOfDay(hours=10, minutes=30),
+    visit_length=Duration(seconds=1800),
+)
 BIRTH_DATES = ["", "1980", "1980-05", "1980-05-06", "1980-05-07", "1981-01-01"]
 CAPACITY = 3
 SLOTS = [(0, 10, 0, 1), (0, 10, 30, 2), (1, 10, 15, 1), (1, 11, 0, 2)]
@@ -150,7 +159,7 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
         def place(self, patient: int, doctor: int, slot: int | None, moving: Visit | None = None) -> str | int:
             """The number that will be given, or the reason of the refusal."""
             others = [visit for visit in self.visits if visit is not moving]
-            if not self.days[doctor].present:
+            if not self.days[doctor].present or self.days[doctor].exception == "CLOSED":
                 return "DOCTOR_ABSENT"
             if any(v.patient == patient and v.doctor == doctor and v.state in LIVE for v in others):
                 return "DUPLICATE_BOOKING"
@@ -246,6 +255,27 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             assert list(answer.affected_appointment_ids) == ([] if present else [v.id for v in live])
             assert answer.revision == self.changed(doctor, "AVAILABILITY")
             self.days[doctor].present = present
+
+        @rule(doctor=st.integers(0, 1), exception=st.sampled_from(["CLOSED", "HOURS", ""]))
+        def except_the_day(self, doctor: int, exception: str) -> None:
+            named = {"doctor_id": self.doctors[doctor], "date": TODAY}
+            before, self.days[doctor].exception = self.days[doctor].exception, exception
+            if not exception:
+                delete = schedule_pb2.DeleteScheduleExceptionRequest(**named)
+                _, reason = attempt(lambda: client.schedules.DeleteScheduleException(delete))
+                assert reason == ("OK" if before else "SCHEDULE_EXCEPTION_NOT_FOUND")
+                return
+            held = [] if exception == "CLOSED" else [TEN_O_CLOCK]
+            request = schedule_pb2.SetScheduleExceptionRequest(**named, closed=not held, hours=held)
+            answer = client.schedules.SetScheduleException(request)
+            affected = {
+                v.id
+                for v in self.visits
+                if v.doctor == doctor
+                and v.state in LIVE
+                and (not held or (v.slot is not None and SLOTS[v.slot][1:3] != (10, 0)))
+            }
+            assert set(answer.affected_appointment_ids) == affected
 
         @precondition(lambda self: self.visits)
         @rule(data=st.data(), verb=st.sampled_from(sorted(VERBS)))
@@ -394,6 +424,21 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                     *range(1, waiting + 1),
                     *[0] * (len(expected) - waiting),
                 ]
+
+        @invariant()
+        def the_days_agree(self) -> None:
+            for doctor, day in enumerate(self.days):
+                request = schedule_pb2.GetDoctorScheduleRequest(
+                    doctor_id=self.doctors[doctor], from_date=TODAY, to_date=TODAY
+                )
+                (found,) = client.schedules.GetDoctorSchedule(request).days
+                booked = sum(v.doctor == doctor and v.state in HOLDING for v in self.visits)
+                open_ = day.present and day.exception != "CLOSED"
+                assert (found.present, found.HasField("exception")) == (day.present, bool(day.exception))
+                assert (found.booked_count, found.free_count) == (booked, max(CAPACITY - booked, 0) if open_ else 0)
+                for slot in found.slots:
+                    taken = [v for v in self.visits if v.state in HOLDING and v.slot == self.slots.index(slot.id)]
+                    assert slot.booked_count == len(taken)
 
         def teardown(self) -> None:
             for doctor, day in enumerate(self.days):

@@ -331,7 +331,7 @@ _generate = (
     f" case when coalesce(s.ordinality, 1) = 1 then d.generated end, s.ordinality, {AS_SHOWN}"
     " from decide(%s) d left join lateral unnest(d.slots) with ordinality s on true order by s.ordinality"
 )
-# One row for each slot, and for each date without slots. A date's slots are sought by the instants that it has in any
+# One row for each slot, and for each date without slots. Slots are sought by the instants that the dates have in any
 # time zone, because a slot keeps the date of its clinic when the doctor moves to another one.
 _days = f"""
 with day as materialized (
@@ -349,8 +349,10 @@ select day.date, day.is_present, day.note, day.hours, day.capacity, day.booked_c
        {", ".join(f"e.{field.name}" for field in fields(ScheduleException))}, s.id, {AS_SHOWN}
 from day
 left join schedule_exception e on e.doctor_id = day.doctor_id and e.date = day.date
-left join slot s on s.doctor_id = day.doctor_id and s.date = day.date
-    and s.start_time >= (day.date - 1)::timestamp at time zone 'UTC'
-    and s.start_time < (day.date + 2)::timestamp at time zone 'UTC'
+left join (
+    select slot.* from slot
+    where doctor_id = %(doctor)s and start_time >= (%(from)s::date - 1)::timestamp at time zone 'UTC'
+      and start_time < (%(to)s::date + 2)::timestamp at time zone 'UTC'
+) s on s.date = day.date
 order by day.date, s.start_time
 """
