@@ -160,6 +160,17 @@ class Front:
             appointment_pb2.BookAppointmentRequest(patient_id=patient_id, slot_id=slot_id, **fields)
         )
 
+    async def hold(self, doctor_id: str, on: date | None = None, **fields: Any) -> appointment_pb2.Hold:
+        """Hold a place of this doctor's day, by default today's."""
+        target = appointment_pb2.DoctorDay(doctor_id=doctor_id, date=day(on or today()))
+        request = appointment_pb2.HoldPlaceRequest(doctor_day=target, **fields)
+        return (await self.appointments.HoldPlace(request)).hold
+
+    async def hold_slot(self, slot_id: str, **fields: Any) -> appointment_pb2.Hold:
+        """Hold a place in this slot."""
+        request = appointment_pb2.HoldPlaceRequest(slot_id=slot_id, **fields)
+        return (await self.appointments.HoldPlace(request)).hold
+
     async def appointment(self, appointment_id: str) -> appointment_pb2.Appointment:
         """The appointment as it is now."""
         request = appointment_pb2.GetAppointmentRequest(appointment_id=appointment_id)

@@ -53,6 +53,8 @@ CHANGES: dict[str, list[str]] = {
     "ReleaseSlots": ["slot.released"],
     "DeleteSlot": ["slot.deleted"],
     "BookAppointment": ["appointment.booked"],
+    "HoldPlace": ["hold.placed"],
+    "ReleaseHold": ["hold.released"],
     "UpdateAppointment": ["appointment.updated"],
     "RescheduleAppointment": ["appointment.moved_in", "appointment.moved_out"],
     "CancelAppointment": ["appointment.cancelled"],
@@ -88,7 +90,7 @@ CHANGES: dict[str, list[str]] = {
 RESOURCES = {
     "appointment": "appointments/", "queue": "appointments/", "doctor_day": "doctorDays/", "clinic": "clinics/",
     "patient": "patients/", "doctor": "doctors/", "slot": "slots/", "api_key": "apiKeys/", "user": "users/",
-    "schedule": "schedules/", "schedule_exception": "scheduleExceptions/",
+    "schedule": "schedules/", "schedule_exception": "scheduleExceptions/", "hold": "holds/",
 }  # fmt: skip
 
 
@@ -120,6 +122,7 @@ async def test_a_change_is_logged_once(front: Front, name: str) -> None:
         ids = {
             "appointment": ("appointment_id", "patient_id", "doctor_id", "clinic_id"),
             "slot": ("slot_id", "doctor_id"),
+            "hold": ("doctor_id", "clinic_id", "patient_id", "slot_id"),
         }
         for column in ids.get(kind, ()):
             assert row[column]

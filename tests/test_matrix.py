@@ -134,6 +134,8 @@ FACTS: dict[str, Fact] = {
     "ReleaseSlots": _SLOT,
     "DeleteSlot": _SLOT,
     "BookAppointment": _about("visit", "PATIENT_NOT_FOUND", "DOCTOR_NOT_FOUND", told=True),
+    "HoldPlace": _about("visit", "PATIENT_NOT_FOUND", "DOCTOR_NOT_FOUND", told=True),
+    "ReleaseHold": _about("visit", "HOLD_NOT_FOUND"),
     "GetAppointment": _VISIT,
     "ListAppointments": _about("list", request=_of_doctor),
     "UpdateAppointment": _VISIT,
@@ -306,6 +308,7 @@ async def worlds(front: Front) -> Mapping[str, World]:
         patient_id=person.id,
         slot_id=(await front.slot(doctor.id, noon(2))).id,
         appointment_id=(await front.book(person.id, doctor.id, tomorrow())).appointment.id,
+        hold_id=(await front.hold(doctor.id, noon(5).date(), patient_id=person.id)).id,
     )
     nobodys = World(**{field.name: str(uuid.uuid4()) for field in fields(World)})
     return {OWN: own, OTHER: other, ELSEWHERE: elsewhere, NONE: nobodys}
@@ -387,7 +390,7 @@ async def test_what_is_hidden_is_told_as_what_is_unknown(
     elsewhere = worlds[ELSEWHERE]
     merging = patient_pb2.MergePatientsRequest(keep_patient_id=elsewhere.patient_id, merge_patient_id=merged.id)
     await front.patients.MergePatients(merging)
-    unknown = {name: getattr(worlds[NONE], name) for name in ("patient_id", "appointment_id")}
+    unknown = {name: getattr(worlds[NONE], name) for name in ("patient_id", "appointment_id", "hold_id")}
     compared = 0
     for row, method, said in policies():
         fact = FACTS[row]

@@ -108,6 +108,13 @@ class AppointmentNotFound(NotFound):
     resource = "appointment"
 
 
+class HoldNotFound(NotFound):
+    """The hold does not exist."""
+
+    reason = "HOLD_NOT_FOUND"
+    resource = "hold"
+
+
 class ApiKeyNotFound(NotFound):
     """The API key does not exist."""
 
@@ -204,10 +211,24 @@ class QueueEmpty(Precondition):
 
 
 class SlotHasBookings(Precondition):
-    """Appointments still hold places in this slot."""
+    """Appointments or holds take places in this slot."""
 
     reason = "SLOT_HAS_BOOKINGS"
     resource = "slot"
+
+
+class HoldMismatch(Precondition):
+    """The hold is of another place or patient."""
+
+    reason = "HOLD_MISMATCH"
+    resource = "hold"
+
+
+class HoldExpired(Precondition):
+    """The hold has expired, was used or was released."""
+
+    reason = "HOLD_EXPIRED"
+    resource = "hold"
 
 
 class PatientInactive(Precondition):
@@ -264,7 +285,7 @@ class AlreadyExists(Refused):
 
 
 class DuplicateBooking(AlreadyExists):
-    """The patient already has a live appointment with this doctor on this date."""
+    """The patient already has a live appointment or hold with this doctor on this date."""
 
     reason = "DUPLICATE_BOOKING"
     resource = "appointment"

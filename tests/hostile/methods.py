@@ -234,6 +234,7 @@ class World:
     api_key_id: str
     user_id: str
     refresh_token: str
+    hold_id: str
 
 
 async def register(front: Front, **fields: Any) -> auth_pb2.RegisterUserResponse:
@@ -253,6 +254,7 @@ async def world(front: Front) -> World:
     other = await front.patient()
     key = await create_key(front, "BOARD")
     user = await register(front)
+    held = await front.hold(doctor.id, noon(5).date(), patient_id=patient.id)
     return World(
         clinic.id,
         doctor.id,
@@ -263,6 +265,7 @@ async def world(front: Front) -> World:
         key.api_key.id,
         user.user.id,
         user.session.refresh_token,
+        held.id,
     )
 
 
@@ -378,6 +381,8 @@ VALID: dict[str, Callable[[World], Message]] = {
     "BookAppointment": lambda w: appointment_pb2.BookAppointmentRequest(
         patient_id=w.patient_id, doctor_day=_doctor_day(w)
     ),
+    "HoldPlace": lambda w: appointment_pb2.HoldPlaceRequest(patient_id=w.patient_id, doctor_day=_doctor_day(w)),
+    "ReleaseHold": lambda w: appointment_pb2.ReleaseHoldRequest(hold_id=w.hold_id),
     "GetAppointment": _of_appointment("GetAppointment"),
     "ListAppointments": lambda w: appointment_pb2.ListAppointmentsRequest(doctor_id=w.doctor_id),
     "UpdateAppointment": lambda w: appointment_pb2.UpdateAppointmentRequest(

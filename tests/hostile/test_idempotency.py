@@ -357,6 +357,29 @@ async def _book(front: Front) -> Scenario:
     return Scenario(because("cough"), because("fever"), later)
 
 
+async def _hold_place(front: Front) -> Scenario:
+    doctor, patient = await front.doctor(), await front.patient()
+    slots = [await front.slot(doctor.id, noon(days)) for days in (2, 3)]
+
+    async def later() -> None:
+        for (hold,) in front.sql("select id::text from hold where doctor_id = %s", doctor.id):
+            await front.appointments.ReleaseHold(appointment_pb2.ReleaseHoldRequest(hold_id=hold))
+        await front.book_slot((await front.patient()).id, slots[0].id)
+
+    first, other = (appointment_pb2.HoldPlaceRequest(slot_id=slot.id, patient_id=patient.id) for slot in slots)
+    return Scenario(first, other, later)
+
+
+async def _release_hold(front: Front) -> Scenario:
+    doctor = await front.doctor()
+    first, other = [
+        await front.hold_slot((await front.slot(doctor.id, noon(n))).id, patient_id=(await front.patient()).id)
+        for n in (2, 3)
+    ]
+    request = appointment_pb2.ReleaseHoldRequest
+    return Scenario(request(hold_id=first.id), request(hold_id=other.id))
+
+
 async def _update_appointment(front: Front) -> Scenario:
     appointment, _ = await _appointment(front)
 
@@ -533,6 +556,8 @@ SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "ReleaseSlots": _release_slots,
     "DeleteSlot": _delete_slot,
     "BookAppointment": _book,
+    "HoldPlace": _hold_place,
+    "ReleaseHold": _release_hold,
     "UpdateAppointment": _update_appointment,
     "RescheduleAppointment": _reschedule,
     "CancelAppointment": _visit("CancelAppointment", later="GetAppointment"),

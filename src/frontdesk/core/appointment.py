@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from frontdesk.core.caller import Caller, current_patient, within
-from frontdesk.core.decision import Changed, asked, iso, refusal
+from frontdesk.core.decision import Changed, Target, asked, iso, refusal
 from frontdesk.core.formats import require_order
 from frontdesk.db import schema
 from frontdesk.db.batch import Batcher
@@ -55,15 +55,6 @@ class Appointment:
     """1 = next; 0 if the patient is not waiting. Derived, and known after a change of the queue alone."""
     patient_name: str = ""
     """Known after a change of the queue alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What is booked: a place of a slot, or of a doctor's day."""
-
-    slot_id: str | None = None
-    doctor_id: str | None = None
-    on: date | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +119,13 @@ class Appointments:
         reason: str,
         notes: str,
         validate_only: bool,
+        hold_id: str | None = None,
         key: Key,
     ) -> Change[Appointment]:
         """Book a place, never over the capacity of the slot or of the doctor-day.
 
-        `validate_only` changes nothing and answers what would be booked now. Raises what BookAppointment names.
+        `validate_only` changes nothing and answers what would be booked now. A hold is used up. Raises what
+        BookAppointment names.
         """
         return await self.decide(
             caller,
@@ -144,12 +137,20 @@ class Appointments:
             reason=reason,
             notes=notes,
             validate_only=validate_only,
+            hold=hold_id,
         )
 
     async def reschedule(
-        self, caller: Caller, appointment_id: str, target: Target, version: int | None, *, key: Key
+        self,
+        caller: Caller,
+        appointment_id: str,
+        target: Target,
+        version: int | None,
+        *,
+        hold_id: str | None = None,
+        key: Key,
     ) -> Change[Appointment]:
-        """Move a BOOKED appointment; the old place is given up only if the new one is got.
+        """Move a BOOKED appointment; the old place is given up only if the new one is got. A hold is used up.
 
         Raises what RescheduleAppointment names.
         """
@@ -161,6 +162,7 @@ class Appointments:
             slot=target.slot_id,
             doctor=target.doctor_id,
             date=iso(target.on),
+            hold=hold_id,
         )
 
     async def update(

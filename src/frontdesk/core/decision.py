@@ -1,6 +1,7 @@
 """The Python side of SQL's `decide`: how a change of doctor-days is asked for, and how a refusal comes back."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -10,6 +11,15 @@ from frontdesk.errors import REFUSALS, Refused
 
 Changed = Callable[[str, date], None]
 """Told after the commit which doctor-day has changed, so that its watchers are woken; losing a call costs only time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is booked or held: a place of a slot, or of a doctor's day."""
+
+    slot_id: str | None = None
+    doctor_id: str | None = None
+    on: date | None = None
 
 
 def asked(caller: Caller, key: Key, **attributes: Any) -> dict[str, Any]:

@@ -371,6 +371,27 @@ Index(
     postgresql_where=text("outcome = 'MOVED'"),
 )
 
+# Places that are kept for somebody for some minutes (`sql/hold.sql`). Whether one that is HELD has expired is for the
+# clock to say. Its doctor-day is that of its slot, which is not moved while it is held.
+hold = Table(
+    "hold",
+    metadata,
+    _id(),
+    Column("doctor_id", Uuid, nullable=False),
+    Column("clinic_id", Uuid, nullable=False),
+    Column("date", Date, nullable=False),
+    Column("slot_id", Uuid),
+    Column("patient_id", Uuid),
+    Column("state", Text, nullable=False, server_default="HELD"),
+    Column("expire_time", DateTime(timezone=True), nullable=False),
+    Column("create_time", DateTime(timezone=True), nullable=False),
+    CheckConstraint("state in ('HELD', 'USED', 'RELEASED')", name="state"),
+    CheckConstraint("create_time < expire_time", name="interval"),
+)
+Index("hold_live_idx", hold.c.doctor_id, hold.c.date, hold.c.expire_time, postgresql_where=text("state = 'HELD'"))
+Index("hold_patient_idx", hold.c.patient_id, postgresql_where=text("state = 'HELD' and patient_id is not null"))
+Index("hold_expire_time_idx", hold.c.expire_time, postgresql_using="brin")
+
 # A booking, the visit and its queue entry: one row, because they change together.
 appointment = Table(
     "appointment",

@@ -100,6 +100,19 @@ def minutes_from(message: Message, field: str, within: str = "") -> int:
     return int(value.seconds) // 60
 
 
+def length_from(message: Message, field: str) -> timedelta | None:
+    """The length of time in this field, not negative and cut to microseconds; None if it is absent.
+
+    Raises InvalidField if its parts are no such length.
+    """
+    if not message.HasField(field):
+        return None
+    value: duration_pb2.Duration = getattr(message, field)
+    if value.seconds < 0 or not 0 <= value.nanos < 10**9:
+        raise InvalidField((field, "is not a length of time"))
+    return timedelta(seconds=value.seconds, microseconds=value.nanos // 1000)
+
+
 def converter(message: type[M], shape: type[Any], **others: Callable[[Any], Any]) -> Callable[[Any], M]:
     """Make the function that turns a dataclass of the core into its message, field by field of the same name.
 

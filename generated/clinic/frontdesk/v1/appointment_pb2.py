@@ -25,12 +25,13 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from clinic.frontdesk.v1 import policy_pb2 as clinic_dot_frontdesk_dot_v1_dot_policy__pb2
 from clinic.frontdesk.v1 import rules_pb2 as clinic_dot_frontdesk_dot_v1_dot_rules__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.type import date_pb2 as google_dot_type_dot_date__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%clinic/frontdesk/v1/appointment.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\"\xb2\x08\n\x0b\x41ppointment\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\npatient_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tclinic_id\x18\x04 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\x04\x64\x61te\x18\x05 \x01(\x0b\x32\x11.google.type.Date\x12\x0e\n\x06number\x18\x06 \x01(\x05\x12\x1c\n\x07slot_id\x18\x07 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12?\n\x05state\x18\n \x01(\x0e\x32&.clinic.frontdesk.v1.Appointment.StateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1c\n\x06reason\x18\x0b \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12\x1b\n\x05notes\x18\x0c \x01(\tB\x0c\xbaH\tr\x07\x18\xa0\x1f\x90\xb5\x18\x01\x12#\n\rcancel_reason\x18\r \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12\x31\n\rcheck_in_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10start_visit_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rcomplete_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63\x61ncel_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0cno_show_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nleave_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63reate_time\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x15 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x16 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\"\xae\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_BOOKED\x10\x01\x12\x14\n\x10STATE_CHECKED_IN\x10\x02\x12\x19\n\x15STATE_IN_CONSULTATION\x10\x03\x12\x13\n\x0fSTATE_COMPLETED\x10\x04\x12\x13\n\x0fSTATE_CANCELLED\x10\x05\x12\x11\n\rSTATE_NO_SHOW\x10\x06\x12\x0e\n\nSTATE_LEFT\x10\x07\"Q\n\tDoctorDay\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\'\n\x04\x64\x61te\x18\x02 \x01(\x0b\x32\x11.google.type.DateB\x06\xbaH\x03\xc8\x01\x01\"\x99\x02\n\x16\x42ookAppointmentRequest\x12\x1c\n\npatient_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1b\n\x07slot_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01H\x00\x12\x34\n\ndoctor_day\x18\x03 \x01(\x0b\x32\x1e.clinic.frontdesk.v1.DoctorDayH\x00\x12\x1c\n\x06reason\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12\x1b\n\x05notes\x18\x05 \x01(\tB\x0c\xbaH\tr\x07\x18\xa0\x1f\x90\xb5\x18\x01\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\x12+\n\x0fidempotency_key\x18\x07 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$B\x0f\n\x06target\x12\x05\xbaH\x02\x08\x01\"t\n\x17\x42ookAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"9\n\x15GetAppointmentRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"O\n\x16GetAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\"\x87\x04\n\x17ListAppointmentsRequest\x12\x1f\n\npatient_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tclinic_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12I\n\x06states\x18\x04 \x03(\x0e\x32&.clinic.frontdesk.v1.Appointment.StateB\x11\xbaH\x0e\x92\x01\x0b\x10\x14\"\x07\x82\x01\x04\x10\x01 \x00\x12$\n\tfrom_date\x18\x05 \x01(\x0b\x32\x11.google.type.Date\x12\"\n\x07to_date\x18\x06 \x01(\x0b\x32\x11.google.type.Date\x12K\n\x05order\x18\x07 \x01(\x0e\x32\x32.clinic.frontdesk.v1.ListAppointmentsRequest.OrderB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1a\n\tpage_size\x18\x08 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\t \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\x12\x1c\n\x07slot_id\x18\n \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"G\n\x05Order\x12\x15\n\x11ORDER_UNSPECIFIED\x10\x00\x12\x12\n\x0eORDER_DATE_ASC\x10\x01\x12\x13\n\x0fORDER_DATE_DESC\x10\x02\"k\n\x18ListAppointmentsResponse\x12\x36\n\x0c\x61ppointments\x18\x01 \x03(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa0\x02\n\x18UpdateAppointmentRequest\x12=\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.AppointmentB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:L\xbaHI\x1aG\n\x0e\x61ppointment.id\x12\x1a\x61ppointment.id is required\x1a\x19this.appointment.id != \'\'\"v\n\x19UpdateAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\xec\x01\n\x1cRescheduleAppointmentRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1b\n\x07slot_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01H\x00\x12\x34\n\ndoctor_day\x18\x03 \x01(\x0b\x32\x1e.clinic.frontdesk.v1.DoctorDayH\x00\x12\x19\n\x04\x65tag\x18\x04 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$B\x0f\n\x06target\x12\x05\xbaH\x02\x08\x01\"\x94\x01\n\x1dRescheduleAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x18\n\x10vacated_revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"\xa9\x01\n\x18\x43\x61ncelAppointmentRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12#\n\rcancel_reason\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"v\n\x19\x43\x61ncelAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\x83\x01\n\x17StartAppointmentRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x04\x65tag\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"u\n\x18StartAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\x86\x01\n\x1a\x43ompleteAppointmentRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x04\x65tag\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"x\n\x1b\x43ompleteAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"}\n\x11MarkNoShowRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x04\x65tag\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"o\n\x12MarkNoShowResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\x32\x9e\t\n\x12\x41ppointmentService\x12|\n\x0f\x42ookAppointment\x12+.clinic.frontdesk.v1.BookAppointmentRequest\x1a,.clinic.frontdesk.v1.BookAppointmentResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12y\n\x0eGetAppointment\x12*.clinic.frontdesk.v1.GetAppointmentRequest\x1a+.clinic.frontdesk.v1.GetAppointmentResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12\x7f\n\x10ListAppointments\x12,.clinic.frontdesk.v1.ListAppointmentsRequest\x1a-.clinic.frontdesk.v1.ListAppointmentsResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12\x82\x01\n\x11UpdateAppointment\x12-.clinic.frontdesk.v1.UpdateAppointmentRequest\x1a..clinic.frontdesk.v1.UpdateAppointmentResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12\x8e\x01\n\x15RescheduleAppointment\x12\x31.clinic.frontdesk.v1.RescheduleAppointmentRequest\x1a\x32.clinic.frontdesk.v1.RescheduleAppointmentResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12\x82\x01\n\x11\x43\x61ncelAppointment\x12-.clinic.frontdesk.v1.CancelAppointmentRequest\x1a..clinic.frontdesk.v1.CancelAppointmentResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12}\n\x10StartAppointment\x12,.clinic.frontdesk.v1.StartAppointmentRequest\x1a-.clinic.frontdesk.v1.StartAppointmentResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12\x86\x01\n\x13\x43ompleteAppointment\x12/.clinic.frontdesk.v1.CompleteAppointmentRequest\x1a\x30.clinic.frontdesk.v1.CompleteAppointmentResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12k\n\nMarkNoShow\x12&.clinic.frontdesk.v1.MarkNoShowRequest\x1a\'.clinic.frontdesk.v1.MarkNoShowResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%clinic/frontdesk/v1/appointment.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\"\xb2\x08\n\x0b\x41ppointment\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\npatient_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tclinic_id\x18\x04 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\x04\x64\x61te\x18\x05 \x01(\x0b\x32\x11.google.type.Date\x12\x0e\n\x06number\x18\x06 \x01(\x05\x12\x1c\n\x07slot_id\x18\x07 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12?\n\x05state\x18\n \x01(\x0e\x32&.clinic.frontdesk.v1.Appointment.StateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1c\n\x06reason\x18\x0b \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12\x1b\n\x05notes\x18\x0c \x01(\tB\x0c\xbaH\tr\x07\x18\xa0\x1f\x90\xb5\x18\x01\x12#\n\rcancel_reason\x18\r \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12\x31\n\rcheck_in_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10start_visit_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rcomplete_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63\x61ncel_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0cno_show_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nleave_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63reate_time\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x15 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x16 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\"\xae\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_BOOKED\x10\x01\x12\x14\n\x10STATE_CHECKED_IN\x10\x02\x12\x19\n\x15STATE_IN_CONSULTATION\x10\x03\x12\x13\n\x0fSTATE_COMPLETED\x10\x04\x12\x13\n\x0fSTATE_CANCELLED\x10\x05\x12\x11\n\rSTATE_NO_SHOW\x10\x06\x12\x0e\n\nSTATE_LEFT\x10\x07\"Q\n\tDoctorDay\x12\x1b\n\tdoctor_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\'\n\x04\x64\x61te\x18\x02 \x01(\x0b\x32\x11.google.type.DateB\x06\xbaH\x03\xc8\x01\x01\"\xdb\x01\n\x04Hold\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\x07slot_id\x18\x02 \x01(\tH\x00\x12\x34\n\ndoctor_day\x18\x03 \x01(\x0b\x32\x1e.clinic.frontdesk.v1.DoctorDayH\x00\x12\x12\n\npatient_id\x18\x04 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x08\n\x06target\"\xfd\x01\n\x10HoldPlaceRequest\x12\x1b\n\x07slot_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01H\x00\x12\x34\n\ndoctor_day\x18\x02 \x01(\x0b\x32\x1e.clinic.frontdesk.v1.DoctorDayH\x00\x12\x1f\n\npatient_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x37\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0f\xbaH\x0c\xaa\x01\t\"\x03\x08\x88\x0e\x32\x02\x08\x1e\x12+\n\x0fidempotency_key\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$B\x0f\n\x06target\x12\x05\xbaH\x02\x08\x01\"N\n\x11HoldPlaceResponse\x12\'\n\x04hold\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.Hold\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\\\n\x12ReleaseHoldRequest\x12\x19\n\x07hold_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"\'\n\x13ReleaseHoldResponse\x12\x10\n\x08replayed\x18\x01 \x01(\x08\"\xb7\x02\n\x16\x42ookAppointmentRequest\x12\x1c\n\npatient_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1b\n\x07slot_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01H\x00\x12\x34\n\ndoctor_day\x18\x03 \x01(\x0b\x32\x1e.clinic.frontdesk.v1.DoctorDayH\x00\x12\x1c\n\x06reason\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12\x1b\n\x05notes\x18\x05 \x01(\tB\x0c\xbaH\tr\x07\x18\xa0\x1f\x90\xb5\x18\x01\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\x12+\n\x0fidempotency_key\x18\x07 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\x12\x1c\n\x07hold_id\x18\x08 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x42\x0f\n\x06target\x12\x05\xbaH\x02\x08\x01\"t\n\x17\x42ookAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"9\n\x15GetAppointmentRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\"O\n\x16GetAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\"\x87\x04\n\x17ListAppointmentsRequest\x12\x1f\n\npatient_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tclinic_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12I\n\x06states\x18\x04 \x03(\x0e\x32&.clinic.frontdesk.v1.Appointment.StateB\x11\xbaH\x0e\x92\x01\x0b\x10\x14\"\x07\x82\x01\x04\x10\x01 \x00\x12$\n\tfrom_date\x18\x05 \x01(\x0b\x32\x11.google.type.Date\x12\"\n\x07to_date\x18\x06 \x01(\x0b\x32\x11.google.type.Date\x12K\n\x05order\x18\x07 \x01(\x0e\x32\x32.clinic.frontdesk.v1.ListAppointmentsRequest.OrderB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1a\n\tpage_size\x18\x08 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\t \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\x12\x1c\n\x07slot_id\x18\n \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"G\n\x05Order\x12\x15\n\x11ORDER_UNSPECIFIED\x10\x00\x12\x12\n\x0eORDER_DATE_ASC\x10\x01\x12\x13\n\x0fORDER_DATE_DESC\x10\x02\"k\n\x18ListAppointmentsResponse\x12\x36\n\x0c\x61ppointments\x18\x01 \x03(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa0\x02\n\x18UpdateAppointmentRequest\x12=\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.AppointmentB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:L\xbaHI\x1aG\n\x0e\x61ppointment.id\x12\x1a\x61ppointment.id is required\x1a\x19this.appointment.id != \'\'\"v\n\x19UpdateAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\x8a\x02\n\x1cRescheduleAppointmentRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x1b\n\x07slot_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01H\x00\x12\x34\n\ndoctor_day\x18\x03 \x01(\x0b\x32\x1e.clinic.frontdesk.v1.DoctorDayH\x00\x12\x19\n\x04\x65tag\x18\x04 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\x12\x1c\n\x07hold_id\x18\x06 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x42\x0f\n\x06target\x12\x05\xbaH\x02\x08\x01\"\x94\x01\n\x1dRescheduleAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x18\n\x10vacated_revision\x18\x03 \x01(\x03\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"\xa9\x01\n\x18\x43\x61ncelAppointmentRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12#\n\rcancel_reason\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"v\n\x19\x43\x61ncelAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\x83\x01\n\x17StartAppointmentRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x04\x65tag\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"u\n\x18StartAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\x86\x01\n\x1a\x43ompleteAppointmentRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x04\x65tag\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"x\n\x1b\x43ompleteAppointmentResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"}\n\x11MarkNoShowRequest\x12 \n\x0e\x61ppointment_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x04\x65tag\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"o\n\x12MarkNoShowResponse\x12\x35\n\x0b\x61ppointment\x18\x01 \x01(\x0b\x32 .clinic.frontdesk.v1.Appointment\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x08replayed\x18\x03 \x01(\x08\x32\xfc\n\n\x12\x41ppointmentService\x12|\n\x0f\x42ookAppointment\x12+.clinic.frontdesk.v1.BookAppointmentRequest\x1a,.clinic.frontdesk.v1.BookAppointmentResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12j\n\tHoldPlace\x12%.clinic.frontdesk.v1.HoldPlaceRequest\x1a&.clinic.frontdesk.v1.HoldPlaceResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12p\n\x0bReleaseHold\x12\'.clinic.frontdesk.v1.ReleaseHoldRequest\x1a(.clinic.frontdesk.v1.ReleaseHoldResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12y\n\x0eGetAppointment\x12*.clinic.frontdesk.v1.GetAppointmentRequest\x1a+.clinic.frontdesk.v1.GetAppointmentResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12\x7f\n\x10ListAppointments\x12,.clinic.frontdesk.v1.ListAppointmentsRequest\x1a-.clinic.frontdesk.v1.ListAppointmentsResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12\x82\x01\n\x11UpdateAppointment\x12-.clinic.frontdesk.v1.UpdateAppointmentRequest\x1a..clinic.frontdesk.v1.UpdateAppointmentResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12\x8e\x01\n\x15RescheduleAppointment\x12\x31.clinic.frontdesk.v1.RescheduleAppointmentRequest\x1a\x32.clinic.frontdesk.v1.RescheduleAppointmentResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12\x82\x01\n\x11\x43\x61ncelAppointment\x12-.clinic.frontdesk.v1.CancelAppointmentRequest\x1a..clinic.frontdesk.v1.CancelAppointmentResponse\"\x0e\xd2\xb5\x18\n\x08\x01\x10\x01\x18\x02 \x02(\x02\x12}\n\x10StartAppointment\x12,.clinic.frontdesk.v1.StartAppointmentRequest\x1a-.clinic.frontdesk.v1.StartAppointmentResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12\x86\x01\n\x13\x43ompleteAppointment\x12/.clinic.frontdesk.v1.CompleteAppointmentRequest\x1a\x30.clinic.frontdesk.v1.CompleteAppointmentResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12k\n\nMarkNoShow\x12&.clinic.frontdesk.v1.MarkNoShowRequest\x1a\'.clinic.frontdesk.v1.MarkNoShowResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -61,6 +62,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DOCTORDAY'].fields_by_name['doctor_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_DOCTORDAY'].fields_by_name['date']._loaded_options = None
   _globals['_DOCTORDAY'].fields_by_name['date']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_HOLDPLACEREQUEST'].oneofs_by_name['target']._loaded_options = None
+  _globals['_HOLDPLACEREQUEST'].oneofs_by_name['target']._serialized_options = b'\272H\002\010\001'
+  _globals['_HOLDPLACEREQUEST'].fields_by_name['slot_id']._loaded_options = None
+  _globals['_HOLDPLACEREQUEST'].fields_by_name['slot_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_HOLDPLACEREQUEST'].fields_by_name['patient_id']._loaded_options = None
+  _globals['_HOLDPLACEREQUEST'].fields_by_name['patient_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
+  _globals['_HOLDPLACEREQUEST'].fields_by_name['ttl']._loaded_options = None
+  _globals['_HOLDPLACEREQUEST'].fields_by_name['ttl']._serialized_options = b'\272H\014\252\001\t\"\003\010\210\0162\002\010\036'
+  _globals['_HOLDPLACEREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
+  _globals['_HOLDPLACEREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_RELEASEHOLDREQUEST'].fields_by_name['hold_id']._loaded_options = None
+  _globals['_RELEASEHOLDREQUEST'].fields_by_name['hold_id']._serialized_options = b'\272H\005r\003\260\001\001'
+  _globals['_RELEASEHOLDREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
+  _globals['_RELEASEHOLDREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
   _globals['_BOOKAPPOINTMENTREQUEST'].oneofs_by_name['target']._loaded_options = None
   _globals['_BOOKAPPOINTMENTREQUEST'].oneofs_by_name['target']._serialized_options = b'\272H\002\010\001'
   _globals['_BOOKAPPOINTMENTREQUEST'].fields_by_name['patient_id']._loaded_options = None
@@ -73,6 +88,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BOOKAPPOINTMENTREQUEST'].fields_by_name['notes']._serialized_options = b'\272H\tr\007\030\240\037\220\265\030\001'
   _globals['_BOOKAPPOINTMENTREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
   _globals['_BOOKAPPOINTMENTREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_BOOKAPPOINTMENTREQUEST'].fields_by_name['hold_id']._loaded_options = None
+  _globals['_BOOKAPPOINTMENTREQUEST'].fields_by_name['hold_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_GETAPPOINTMENTREQUEST'].fields_by_name['appointment_id']._loaded_options = None
   _globals['_GETAPPOINTMENTREQUEST'].fields_by_name['appointment_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_LISTAPPOINTMENTSREQUEST'].fields_by_name['patient_id']._loaded_options = None
@@ -109,6 +126,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESCHEDULEAPPOINTMENTREQUEST'].fields_by_name['etag']._serialized_options = b'\272H\010r\006\030@\210\265\030\001'
   _globals['_RESCHEDULEAPPOINTMENTREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
   _globals['_RESCHEDULEAPPOINTMENTREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
+  _globals['_RESCHEDULEAPPOINTMENTREQUEST'].fields_by_name['hold_id']._loaded_options = None
+  _globals['_RESCHEDULEAPPOINTMENTREQUEST'].fields_by_name['hold_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_CANCELAPPOINTMENTREQUEST'].fields_by_name['appointment_id']._loaded_options = None
   _globals['_CANCELAPPOINTMENTREQUEST'].fields_by_name['appointment_id']._serialized_options = b'\272H\005r\003\260\001\001'
   _globals['_CANCELAPPOINTMENTREQUEST'].fields_by_name['cancel_reason']._loaded_options = None
@@ -137,6 +156,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MARKNOSHOWREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\017r\r\030\377\0012\010^[ -~]*$'
   _globals['_APPOINTMENTSERVICE'].methods_by_name['BookAppointment']._loaded_options = None
   _globals['_APPOINTMENTSERVICE'].methods_by_name['BookAppointment']._serialized_options = b'\322\265\030\n\010\001\020\001\030\002 \002(\002'
+  _globals['_APPOINTMENTSERVICE'].methods_by_name['HoldPlace']._loaded_options = None
+  _globals['_APPOINTMENTSERVICE'].methods_by_name['HoldPlace']._serialized_options = b'\322\265\030\n\010\001\020\001\030\002 \002(\002'
+  _globals['_APPOINTMENTSERVICE'].methods_by_name['ReleaseHold']._loaded_options = None
+  _globals['_APPOINTMENTSERVICE'].methods_by_name['ReleaseHold']._serialized_options = b'\322\265\030\n\010\001\020\001\030\002 \002(\002'
   _globals['_APPOINTMENTSERVICE'].methods_by_name['GetAppointment']._loaded_options = None
   _globals['_APPOINTMENTSERVICE'].methods_by_name['GetAppointment']._serialized_options = b'\322\265\030\n\010\001\020\001\030\002 \002(\002'
   _globals['_APPOINTMENTSERVICE'].methods_by_name['ListAppointments']._loaded_options = None
@@ -153,50 +176,60 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_APPOINTMENTSERVICE'].methods_by_name['CompleteAppointment']._serialized_options = b'\322\265\030\010\020\001\030\002 \002(\002'
   _globals['_APPOINTMENTSERVICE'].methods_by_name['MarkNoShow']._loaded_options = None
   _globals['_APPOINTMENTSERVICE'].methods_by_name['MarkNoShow']._serialized_options = b'\322\265\030\010\020\001\030\002 \002(\002'
-  _globals['_APPOINTMENT']._serialized_start=250
-  _globals['_APPOINTMENT']._serialized_end=1324
-  _globals['_APPOINTMENT_STATE']._serialized_start=1150
-  _globals['_APPOINTMENT_STATE']._serialized_end=1324
-  _globals['_DOCTORDAY']._serialized_start=1326
-  _globals['_DOCTORDAY']._serialized_end=1407
-  _globals['_BOOKAPPOINTMENTREQUEST']._serialized_start=1410
-  _globals['_BOOKAPPOINTMENTREQUEST']._serialized_end=1691
-  _globals['_BOOKAPPOINTMENTRESPONSE']._serialized_start=1693
-  _globals['_BOOKAPPOINTMENTRESPONSE']._serialized_end=1809
-  _globals['_GETAPPOINTMENTREQUEST']._serialized_start=1811
-  _globals['_GETAPPOINTMENTREQUEST']._serialized_end=1868
-  _globals['_GETAPPOINTMENTRESPONSE']._serialized_start=1870
-  _globals['_GETAPPOINTMENTRESPONSE']._serialized_end=1949
-  _globals['_LISTAPPOINTMENTSREQUEST']._serialized_start=1952
-  _globals['_LISTAPPOINTMENTSREQUEST']._serialized_end=2471
-  _globals['_LISTAPPOINTMENTSREQUEST_ORDER']._serialized_start=2400
-  _globals['_LISTAPPOINTMENTSREQUEST_ORDER']._serialized_end=2471
-  _globals['_LISTAPPOINTMENTSRESPONSE']._serialized_start=2473
-  _globals['_LISTAPPOINTMENTSRESPONSE']._serialized_end=2580
-  _globals['_UPDATEAPPOINTMENTREQUEST']._serialized_start=2583
-  _globals['_UPDATEAPPOINTMENTREQUEST']._serialized_end=2871
-  _globals['_UPDATEAPPOINTMENTRESPONSE']._serialized_start=2873
-  _globals['_UPDATEAPPOINTMENTRESPONSE']._serialized_end=2991
-  _globals['_RESCHEDULEAPPOINTMENTREQUEST']._serialized_start=2994
-  _globals['_RESCHEDULEAPPOINTMENTREQUEST']._serialized_end=3230
-  _globals['_RESCHEDULEAPPOINTMENTRESPONSE']._serialized_start=3233
-  _globals['_RESCHEDULEAPPOINTMENTRESPONSE']._serialized_end=3381
-  _globals['_CANCELAPPOINTMENTREQUEST']._serialized_start=3384
-  _globals['_CANCELAPPOINTMENTREQUEST']._serialized_end=3553
-  _globals['_CANCELAPPOINTMENTRESPONSE']._serialized_start=3555
-  _globals['_CANCELAPPOINTMENTRESPONSE']._serialized_end=3673
-  _globals['_STARTAPPOINTMENTREQUEST']._serialized_start=3676
-  _globals['_STARTAPPOINTMENTREQUEST']._serialized_end=3807
-  _globals['_STARTAPPOINTMENTRESPONSE']._serialized_start=3809
-  _globals['_STARTAPPOINTMENTRESPONSE']._serialized_end=3926
-  _globals['_COMPLETEAPPOINTMENTREQUEST']._serialized_start=3929
-  _globals['_COMPLETEAPPOINTMENTREQUEST']._serialized_end=4063
-  _globals['_COMPLETEAPPOINTMENTRESPONSE']._serialized_start=4065
-  _globals['_COMPLETEAPPOINTMENTRESPONSE']._serialized_end=4185
-  _globals['_MARKNOSHOWREQUEST']._serialized_start=4187
-  _globals['_MARKNOSHOWREQUEST']._serialized_end=4312
-  _globals['_MARKNOSHOWRESPONSE']._serialized_start=4314
-  _globals['_MARKNOSHOWRESPONSE']._serialized_end=4425
-  _globals['_APPOINTMENTSERVICE']._serialized_start=4428
-  _globals['_APPOINTMENTSERVICE']._serialized_end=5610
+  _globals['_APPOINTMENT']._serialized_start=282
+  _globals['_APPOINTMENT']._serialized_end=1356
+  _globals['_APPOINTMENT_STATE']._serialized_start=1182
+  _globals['_APPOINTMENT_STATE']._serialized_end=1356
+  _globals['_DOCTORDAY']._serialized_start=1358
+  _globals['_DOCTORDAY']._serialized_end=1439
+  _globals['_HOLD']._serialized_start=1442
+  _globals['_HOLD']._serialized_end=1661
+  _globals['_HOLDPLACEREQUEST']._serialized_start=1664
+  _globals['_HOLDPLACEREQUEST']._serialized_end=1917
+  _globals['_HOLDPLACERESPONSE']._serialized_start=1919
+  _globals['_HOLDPLACERESPONSE']._serialized_end=1997
+  _globals['_RELEASEHOLDREQUEST']._serialized_start=1999
+  _globals['_RELEASEHOLDREQUEST']._serialized_end=2091
+  _globals['_RELEASEHOLDRESPONSE']._serialized_start=2093
+  _globals['_RELEASEHOLDRESPONSE']._serialized_end=2132
+  _globals['_BOOKAPPOINTMENTREQUEST']._serialized_start=2135
+  _globals['_BOOKAPPOINTMENTREQUEST']._serialized_end=2446
+  _globals['_BOOKAPPOINTMENTRESPONSE']._serialized_start=2448
+  _globals['_BOOKAPPOINTMENTRESPONSE']._serialized_end=2564
+  _globals['_GETAPPOINTMENTREQUEST']._serialized_start=2566
+  _globals['_GETAPPOINTMENTREQUEST']._serialized_end=2623
+  _globals['_GETAPPOINTMENTRESPONSE']._serialized_start=2625
+  _globals['_GETAPPOINTMENTRESPONSE']._serialized_end=2704
+  _globals['_LISTAPPOINTMENTSREQUEST']._serialized_start=2707
+  _globals['_LISTAPPOINTMENTSREQUEST']._serialized_end=3226
+  _globals['_LISTAPPOINTMENTSREQUEST_ORDER']._serialized_start=3155
+  _globals['_LISTAPPOINTMENTSREQUEST_ORDER']._serialized_end=3226
+  _globals['_LISTAPPOINTMENTSRESPONSE']._serialized_start=3228
+  _globals['_LISTAPPOINTMENTSRESPONSE']._serialized_end=3335
+  _globals['_UPDATEAPPOINTMENTREQUEST']._serialized_start=3338
+  _globals['_UPDATEAPPOINTMENTREQUEST']._serialized_end=3626
+  _globals['_UPDATEAPPOINTMENTRESPONSE']._serialized_start=3628
+  _globals['_UPDATEAPPOINTMENTRESPONSE']._serialized_end=3746
+  _globals['_RESCHEDULEAPPOINTMENTREQUEST']._serialized_start=3749
+  _globals['_RESCHEDULEAPPOINTMENTREQUEST']._serialized_end=4015
+  _globals['_RESCHEDULEAPPOINTMENTRESPONSE']._serialized_start=4018
+  _globals['_RESCHEDULEAPPOINTMENTRESPONSE']._serialized_end=4166
+  _globals['_CANCELAPPOINTMENTREQUEST']._serialized_start=4169
+  _globals['_CANCELAPPOINTMENTREQUEST']._serialized_end=4338
+  _globals['_CANCELAPPOINTMENTRESPONSE']._serialized_start=4340
+  _globals['_CANCELAPPOINTMENTRESPONSE']._serialized_end=4458
+  _globals['_STARTAPPOINTMENTREQUEST']._serialized_start=4461
+  _globals['_STARTAPPOINTMENTREQUEST']._serialized_end=4592
+  _globals['_STARTAPPOINTMENTRESPONSE']._serialized_start=4594
+  _globals['_STARTAPPOINTMENTRESPONSE']._serialized_end=4711
+  _globals['_COMPLETEAPPOINTMENTREQUEST']._serialized_start=4714
+  _globals['_COMPLETEAPPOINTMENTREQUEST']._serialized_end=4848
+  _globals['_COMPLETEAPPOINTMENTRESPONSE']._serialized_start=4850
+  _globals['_COMPLETEAPPOINTMENTRESPONSE']._serialized_end=4970
+  _globals['_MARKNOSHOWREQUEST']._serialized_start=4972
+  _globals['_MARKNOSHOWREQUEST']._serialized_end=5097
+  _globals['_MARKNOSHOWRESPONSE']._serialized_start=5099
+  _globals['_MARKNOSHOWRESPONSE']._serialized_end=5210
+  _globals['_APPOINTMENTSERVICE']._serialized_start=5213
+  _globals['_APPOINTMENTSERVICE']._serialized_end=6617
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -228,6 +229,184 @@ class DoctorDay(_message.Message):
 Global___DoctorDay: _TypeAlias = DoctorDay  # noqa: Y015
 
 @_typing.final
+class Hold(_message.Message):
+    """A place that is kept for some minutes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SLOT_ID_FIELD_NUMBER: _builtins.int
+    DOCTOR_DAY_FIELD_NUMBER: _builtins.int
+    PATIENT_ID_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """A lower-case UUID, time-ordered. Whoever books with it gets the place."""
+    slot_id: _builtins.str
+    """A place in the slot with this id, which is also a place on the slot's doctor-day."""
+    patient_id: _builtins.str
+    """The id of the patient for whom the place is held; empty if it is held for anybody."""
+    @_builtins.property
+    def doctor_day(self) -> Global___DoctorDay:
+        """A place on this doctor-day, without a time."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """From this instant on the hold counts for nothing and cannot be used."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When the place was held."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        slot_id: _builtins.str = ...,
+        doctor_day: Global___DoctorDay | None = ...,
+        patient_id: _builtins.str = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "doctor_day", b"doctor_day", "expire_time", b"expire_time", "slot_id", b"slot_id", "target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "doctor_day", b"doctor_day", "expire_time", b"expire_time", "id", b"id", "patient_id", b"patient_id", "slot_id", b"slot_id", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["slot_id", "doctor_day"]  # noqa: Y015
+    _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
+
+Global___Hold: _TypeAlias = Hold  # noqa: Y015
+
+@_typing.final
+class HoldPlaceRequest(_message.Message):
+    """Request of HoldPlace."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_ID_FIELD_NUMBER: _builtins.int
+    DOCTOR_DAY_FIELD_NUMBER: _builtins.int
+    PATIENT_ID_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    slot_id: _builtins.str
+    """A place in the slot with this id, which is also a place on the slot's doctor-day."""
+    patient_id: _builtins.str
+    """Optional. Only this patient can then be booked with the hold. Empty means any patient; a caller who is a patient
+    and no more holds for himself in any case.
+    """
+    idempotency_key: _builtins.str
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
+    """
+    @_builtins.property
+    def doctor_day(self) -> Global___DoctorDay:
+        """A place on this doctor-day, without a time."""
+
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long the place is held: 30 s to 30 min; absent means 5 min. Cut to microseconds."""
+
+    def __init__(
+        self,
+        *,
+        slot_id: _builtins.str = ...,
+        doctor_day: Global___DoctorDay | None = ...,
+        patient_id: _builtins.str = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["doctor_day", b"doctor_day", "slot_id", b"slot_id", "target", b"target", "ttl", b"ttl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doctor_day", b"doctor_day", "idempotency_key", b"idempotency_key", "patient_id", b"patient_id", "slot_id", b"slot_id", "target", b"target", "ttl", b"ttl"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["slot_id", "doctor_day"]  # noqa: Y015
+    _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
+
+Global___HoldPlaceRequest: _TypeAlias = HoldPlaceRequest  # noqa: Y015
+
+@_typing.final
+class HoldPlaceResponse(_message.Message):
+    """Response of HoldPlace."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLD_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """True if an earlier call with the same key made the hold. It is then as that call made it, and may have ended."""
+    @_builtins.property
+    def hold(self) -> Global___Hold:
+        """The hold."""
+
+    def __init__(
+        self,
+        *,
+        hold: Global___Hold | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hold", b"hold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold", b"hold", "replayed", b"replayed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldPlaceResponse: _TypeAlias = HoldPlaceResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseHoldRequest(_message.Message):
+    """Request of ReleaseHold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLD_ID_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    hold_id: _builtins.str
+    """Required. The hold's id."""
+    idempotency_key: _builtins.str
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
+    """
+    def __init__(
+        self,
+        *,
+        hold_id: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold_id", b"hold_id", "idempotency_key", b"idempotency_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseHoldRequest: _TypeAlias = ReleaseHoldRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseHoldResponse(_message.Message):
+    """Response of ReleaseHold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """True if an earlier call with the same key did this."""
+    def __init__(
+        self,
+        *,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replayed", b"replayed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseHoldResponse: _TypeAlias = ReleaseHoldResponse  # noqa: Y015
+
+@_typing.final
 class BookAppointmentRequest(_message.Message):
     """Request of BookAppointment."""
 
@@ -240,6 +419,7 @@ class BookAppointmentRequest(_message.Message):
     NOTES_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    HOLD_ID_FIELD_NUMBER: _builtins.int
     patient_id: _builtins.str
     """Required. The patient's id."""
     slot_id: _builtins.str
@@ -259,6 +439,11 @@ class BookAppointmentRequest(_message.Message):
     characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
     (IDEMPOTENCY_KEY_REUSED).
     """
+    hold_id: _builtins.str
+    """Optional. A hold of this very place, of this patient or of nobody: it is used up by the booking. HOLD_MISMATCH if it is
+    of another slot, doctor-day or patient; HOLD_EXPIRED if it has ended, with EXPIRED, USED or RELEASED as `state` in
+    the metadata.
+    """
     @_builtins.property
     def doctor_day(self) -> Global___DoctorDay:
         """A place on this doctor-day, without a time."""
@@ -273,10 +458,11 @@ class BookAppointmentRequest(_message.Message):
         notes: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
         idempotency_key: _builtins.str = ...,
+        hold_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["doctor_day", b"doctor_day", "slot_id", b"slot_id", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["doctor_day", b"doctor_day", "idempotency_key", b"idempotency_key", "notes", b"notes", "patient_id", b"patient_id", "reason", b"reason", "slot_id", b"slot_id", "target", b"target", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doctor_day", b"doctor_day", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key", "notes", b"notes", "patient_id", b"patient_id", "reason", b"reason", "slot_id", b"slot_id", "target", b"target", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["slot_id", "doctor_day"]  # noqa: Y015
     _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
@@ -571,6 +757,7 @@ class RescheduleAppointmentRequest(_message.Message):
     DOCTOR_DAY_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    HOLD_ID_FIELD_NUMBER: _builtins.int
     appointment_id: _builtins.str
     """Required. The appointment's id."""
     slot_id: _builtins.str
@@ -581,6 +768,11 @@ class RescheduleAppointmentRequest(_message.Message):
     """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
     characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
     (IDEMPOTENCY_KEY_REUSED).
+    """
+    hold_id: _builtins.str
+    """Optional. A hold of this very place, of this patient or of nobody: it is used up by the move. HOLD_MISMATCH if it is
+    of another slot, doctor-day or patient; HOLD_EXPIRED if it has ended, with EXPIRED, USED or RELEASED as `state` in
+    the metadata.
     """
     @_builtins.property
     def doctor_day(self) -> Global___DoctorDay:
@@ -594,10 +786,11 @@ class RescheduleAppointmentRequest(_message.Message):
         doctor_day: Global___DoctorDay | None = ...,
         etag: _builtins.str = ...,
         idempotency_key: _builtins.str = ...,
+        hold_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["doctor_day", b"doctor_day", "slot_id", b"slot_id", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment_id", b"appointment_id", "doctor_day", b"doctor_day", "etag", b"etag", "idempotency_key", b"idempotency_key", "slot_id", b"slot_id", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment_id", b"appointment_id", "doctor_day", b"doctor_day", "etag", b"etag", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key", "slot_id", b"slot_id", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["slot_id", "doctor_day"]  # noqa: Y015
     _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015

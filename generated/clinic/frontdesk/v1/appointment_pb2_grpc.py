@@ -50,6 +50,16 @@ class AppointmentServiceStub:
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.BookAppointmentRequest.SerializeToString,
                 response_deserializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.BookAppointmentResponse.FromString,
                 _registered_method=True)
+        self.HoldPlace = channel.unary_unary(
+                '/clinic.frontdesk.v1.AppointmentService/HoldPlace',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.HoldPlaceRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.HoldPlaceResponse.FromString,
+                _registered_method=True)
+        self.ReleaseHold = channel.unary_unary(
+                '/clinic.frontdesk.v1.AppointmentService/ReleaseHold',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.ReleaseHoldRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.ReleaseHoldResponse.FromString,
+                _registered_method=True)
         self.GetAppointment = channel.unary_unary(
                 '/clinic.frontdesk.v1.AppointmentService/GetAppointment',
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.GetAppointmentRequest.SerializeToString,
@@ -107,9 +117,31 @@ class AppointmentServiceServicer:
     """
 
     def BookAppointment(self, request, context):
-        """Books a place in a slot or on a doctor-day, never beyond the capacity of either. Errors: PATIENT_NOT_FOUND,
-        PATIENT_INACTIVE, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_NOT_FOUND, SLOT_BLOCKED, SLOT_FULL,
-        SLOT_IN_PAST, DATE_IN_PAST, DOCTOR_ABSENT, DAY_FULL, DUPLICATE_BOOKING, PATIENT_OVERLAP.
+        """Books a place in a slot or on a doctor-day, never beyond the capacity of either; live holds take places too. If the
+        place would be free but for holds, the metadata of SLOT_FULL and DAY_FULL has their number as `held` and the seconds
+        to the first expiry as `retry_after`. With a hold, only bookings count, and the hold is used up; a refused booking
+        leaves it live. Errors: PATIENT_NOT_FOUND, PATIENT_INACTIVE, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE,
+        SLOT_NOT_FOUND, SLOT_BLOCKED, SLOT_FULL, SLOT_IN_PAST, DATE_IN_PAST, DOCTOR_ABSENT, DAY_FULL, DUPLICATE_BOOKING,
+        PATIENT_OVERLAP; before these, with a hold, HOLD_NOT_FOUND, HOLD_MISMATCH, HOLD_EXPIRED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HoldPlace(self, request, context):
+        """Keeps a place in a slot or on a doctor-day for some minutes, so that it can be booked with BookAppointment or
+        RescheduleAppointment. A live hold takes a place of both; it has no number, and watchers see nothing of it. It
+        expires by itself. A patient has one live hold on a doctor-day; a second is refused as DUPLICATE_BOOKING, with the
+        first as `hold_id` in the metadata. Errors: as BookAppointment without a hold; those that concern the patient only if
+        one is named.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseHold(self, request, context):
+        """Gives up a hold: its place is free again. A hold that was used, released or has expired stays as it is, and the call
+        succeeds. Holds that expired more than 7 days ago are deleted. Errors: HOLD_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,8 +172,8 @@ class AppointmentServiceServicer:
 
     def RescheduleAppointment(self, request, context):
         """Moves a BOOKED appointment to another slot or doctor-day, of the same doctor or another. It gives up the old place
-        only if it gets the new one. Errors: as BookAppointment, and APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
-        ETAG_MISMATCH.
+        only if it gets the new one. A move within a doctor-day or slot takes no further place of it. Errors: as
+        BookAppointment, and before these APPOINTMENT_NOT_FOUND, ETAG_MISMATCH, INVALID_TRANSITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -186,6 +218,16 @@ def add_AppointmentServiceServicer_to_server(servicer, server):
                     servicer.BookAppointment,
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.BookAppointmentRequest.FromString,
                     response_serializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.BookAppointmentResponse.SerializeToString,
+            ),
+            'HoldPlace': grpc.unary_unary_rpc_method_handler(
+                    servicer.HoldPlace,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.HoldPlaceRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.HoldPlaceResponse.SerializeToString,
+            ),
+            'ReleaseHold': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseHold,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.ReleaseHoldRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.ReleaseHoldResponse.SerializeToString,
             ),
             'GetAppointment': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAppointment,
@@ -266,6 +308,60 @@ class AppointmentService:
             '/clinic.frontdesk.v1.AppointmentService/BookAppointment',
             clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.BookAppointmentRequest.SerializeToString,
             clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.BookAppointmentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldPlace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AppointmentService/HoldPlace',
+            clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.HoldPlaceRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.HoldPlaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseHold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AppointmentService/ReleaseHold',
+            clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.ReleaseHoldRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.ReleaseHoldResponse.FromString,
             options,
             channel_credentials,
             insecure,

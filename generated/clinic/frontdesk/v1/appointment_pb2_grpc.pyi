@@ -45,9 +45,23 @@ class AppointmentServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AppointmentServiceAsyncStub: ...
     BookAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.BookAppointmentRequest, _appointment_pb2.BookAppointmentResponse]
-    """Books a place in a slot or on a doctor-day, never beyond the capacity of either. Errors: PATIENT_NOT_FOUND,
-    PATIENT_INACTIVE, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_NOT_FOUND, SLOT_BLOCKED, SLOT_FULL,
-    SLOT_IN_PAST, DATE_IN_PAST, DOCTOR_ABSENT, DAY_FULL, DUPLICATE_BOOKING, PATIENT_OVERLAP.
+    """Books a place in a slot or on a doctor-day, never beyond the capacity of either; live holds take places too. If the
+    place would be free but for holds, the metadata of SLOT_FULL and DAY_FULL has their number as `held` and the seconds
+    to the first expiry as `retry_after`. With a hold, only bookings count, and the hold is used up; a refused booking
+    leaves it live. Errors: PATIENT_NOT_FOUND, PATIENT_INACTIVE, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE,
+    SLOT_NOT_FOUND, SLOT_BLOCKED, SLOT_FULL, SLOT_IN_PAST, DATE_IN_PAST, DOCTOR_ABSENT, DAY_FULL, DUPLICATE_BOOKING,
+    PATIENT_OVERLAP; before these, with a hold, HOLD_NOT_FOUND, HOLD_MISMATCH, HOLD_EXPIRED.
+    """
+    HoldPlace: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.HoldPlaceRequest, _appointment_pb2.HoldPlaceResponse]
+    """Keeps a place in a slot or on a doctor-day for some minutes, so that it can be booked with BookAppointment or
+    RescheduleAppointment. A live hold takes a place of both; it has no number, and watchers see nothing of it. It
+    expires by itself. A patient has one live hold on a doctor-day; a second is refused as DUPLICATE_BOOKING, with the
+    first as `hold_id` in the metadata. Errors: as BookAppointment without a hold; those that concern the patient only if
+    one is named.
+    """
+    ReleaseHold: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.ReleaseHoldRequest, _appointment_pb2.ReleaseHoldResponse]
+    """Gives up a hold: its place is free again. A hold that was used, released or has expired stays as it is, and the call
+    succeeds. Holds that expired more than 7 days ago are deleted. Errors: HOLD_NOT_FOUND.
     """
     GetAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.GetAppointmentRequest, _appointment_pb2.GetAppointmentResponse]
     """Gets an appointment. Errors: APPOINTMENT_NOT_FOUND."""
@@ -60,8 +74,8 @@ class AppointmentServiceStub:
     """Changes the reason and the notes, in any visit state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
     RescheduleAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.RescheduleAppointmentRequest, _appointment_pb2.RescheduleAppointmentResponse]
     """Moves a BOOKED appointment to another slot or doctor-day, of the same doctor or another. It gives up the old place
-    only if it gets the new one. Errors: as BookAppointment, and APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
-    ETAG_MISMATCH.
+    only if it gets the new one. A move within a doctor-day or slot takes no further place of it. Errors: as
+    BookAppointment, and before these APPOINTMENT_NOT_FOUND, ETAG_MISMATCH, INVALID_TRANSITION.
     """
     CancelAppointment: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.CancelAppointmentRequest, _appointment_pb2.CancelAppointmentResponse]
     """Cancels a BOOKED or CHECKED_IN appointment. Its place is free again, and a checked-in patient leaves the queue.
@@ -96,9 +110,23 @@ class AppointmentServiceAsyncStub(AppointmentServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     BookAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.BookAppointmentRequest, _appointment_pb2.BookAppointmentResponse]  # type: ignore[assignment]
-    """Books a place in a slot or on a doctor-day, never beyond the capacity of either. Errors: PATIENT_NOT_FOUND,
-    PATIENT_INACTIVE, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_NOT_FOUND, SLOT_BLOCKED, SLOT_FULL,
-    SLOT_IN_PAST, DATE_IN_PAST, DOCTOR_ABSENT, DAY_FULL, DUPLICATE_BOOKING, PATIENT_OVERLAP.
+    """Books a place in a slot or on a doctor-day, never beyond the capacity of either; live holds take places too. If the
+    place would be free but for holds, the metadata of SLOT_FULL and DAY_FULL has their number as `held` and the seconds
+    to the first expiry as `retry_after`. With a hold, only bookings count, and the hold is used up; a refused booking
+    leaves it live. Errors: PATIENT_NOT_FOUND, PATIENT_INACTIVE, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE,
+    SLOT_NOT_FOUND, SLOT_BLOCKED, SLOT_FULL, SLOT_IN_PAST, DATE_IN_PAST, DOCTOR_ABSENT, DAY_FULL, DUPLICATE_BOOKING,
+    PATIENT_OVERLAP; before these, with a hold, HOLD_NOT_FOUND, HOLD_MISMATCH, HOLD_EXPIRED.
+    """
+    HoldPlace: _aio.UnaryUnaryMultiCallable[_appointment_pb2.HoldPlaceRequest, _appointment_pb2.HoldPlaceResponse]  # type: ignore[assignment]
+    """Keeps a place in a slot or on a doctor-day for some minutes, so that it can be booked with BookAppointment or
+    RescheduleAppointment. A live hold takes a place of both; it has no number, and watchers see nothing of it. It
+    expires by itself. A patient has one live hold on a doctor-day; a second is refused as DUPLICATE_BOOKING, with the
+    first as `hold_id` in the metadata. Errors: as BookAppointment without a hold; those that concern the patient only if
+    one is named.
+    """
+    ReleaseHold: _aio.UnaryUnaryMultiCallable[_appointment_pb2.ReleaseHoldRequest, _appointment_pb2.ReleaseHoldResponse]  # type: ignore[assignment]
+    """Gives up a hold: its place is free again. A hold that was used, released or has expired stays as it is, and the call
+    succeeds. Holds that expired more than 7 days ago are deleted. Errors: HOLD_NOT_FOUND.
     """
     GetAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.GetAppointmentRequest, _appointment_pb2.GetAppointmentResponse]  # type: ignore[assignment]
     """Gets an appointment. Errors: APPOINTMENT_NOT_FOUND."""
@@ -111,8 +139,8 @@ class AppointmentServiceAsyncStub(AppointmentServiceStub):
     """Changes the reason and the notes, in any visit state. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH."""
     RescheduleAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.RescheduleAppointmentRequest, _appointment_pb2.RescheduleAppointmentResponse]  # type: ignore[assignment]
     """Moves a BOOKED appointment to another slot or doctor-day, of the same doctor or another. It gives up the old place
-    only if it gets the new one. Errors: as BookAppointment, and APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
-    ETAG_MISMATCH.
+    only if it gets the new one. A move within a doctor-day or slot takes no further place of it. Errors: as
+    BookAppointment, and before these APPOINTMENT_NOT_FOUND, ETAG_MISMATCH, INVALID_TRANSITION.
     """
     CancelAppointment: _aio.UnaryUnaryMultiCallable[_appointment_pb2.CancelAppointmentRequest, _appointment_pb2.CancelAppointmentResponse]  # type: ignore[assignment]
     """Cancels a BOOKED or CHECKED_IN appointment. Its place is free again, and a checked-in patient leaves the queue.
@@ -150,9 +178,35 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _appointment_pb2.BookAppointmentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_appointment_pb2.BookAppointmentResponse, _abc.Awaitable[_appointment_pb2.BookAppointmentResponse]]:
-        """Books a place in a slot or on a doctor-day, never beyond the capacity of either. Errors: PATIENT_NOT_FOUND,
-        PATIENT_INACTIVE, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE, SLOT_NOT_FOUND, SLOT_BLOCKED, SLOT_FULL,
-        SLOT_IN_PAST, DATE_IN_PAST, DOCTOR_ABSENT, DAY_FULL, DUPLICATE_BOOKING, PATIENT_OVERLAP.
+        """Books a place in a slot or on a doctor-day, never beyond the capacity of either; live holds take places too. If the
+        place would be free but for holds, the metadata of SLOT_FULL and DAY_FULL has their number as `held` and the seconds
+        to the first expiry as `retry_after`. With a hold, only bookings count, and the hold is used up; a refused booking
+        leaves it live. Errors: PATIENT_NOT_FOUND, PATIENT_INACTIVE, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE, CLINIC_INACTIVE,
+        SLOT_NOT_FOUND, SLOT_BLOCKED, SLOT_FULL, SLOT_IN_PAST, DATE_IN_PAST, DOCTOR_ABSENT, DAY_FULL, DUPLICATE_BOOKING,
+        PATIENT_OVERLAP; before these, with a hold, HOLD_NOT_FOUND, HOLD_MISMATCH, HOLD_EXPIRED.
+        """
+
+    @_abc_1.abstractmethod
+    def HoldPlace(
+        self,
+        request: _appointment_pb2.HoldPlaceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_appointment_pb2.HoldPlaceResponse, _abc.Awaitable[_appointment_pb2.HoldPlaceResponse]]:
+        """Keeps a place in a slot or on a doctor-day for some minutes, so that it can be booked with BookAppointment or
+        RescheduleAppointment. A live hold takes a place of both; it has no number, and watchers see nothing of it. It
+        expires by itself. A patient has one live hold on a doctor-day; a second is refused as DUPLICATE_BOOKING, with the
+        first as `hold_id` in the metadata. Errors: as BookAppointment without a hold; those that concern the patient only if
+        one is named.
+        """
+
+    @_abc_1.abstractmethod
+    def ReleaseHold(
+        self,
+        request: _appointment_pb2.ReleaseHoldRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_appointment_pb2.ReleaseHoldResponse, _abc.Awaitable[_appointment_pb2.ReleaseHoldResponse]]:
+        """Gives up a hold: its place is free again. A hold that was used, released or has expired stays as it is, and the call
+        succeeds. Holds that expired more than 7 days ago are deleted. Errors: HOLD_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
@@ -189,8 +243,8 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_appointment_pb2.RescheduleAppointmentResponse, _abc.Awaitable[_appointment_pb2.RescheduleAppointmentResponse]]:
         """Moves a BOOKED appointment to another slot or doctor-day, of the same doctor or another. It gives up the old place
-        only if it gets the new one. Errors: as BookAppointment, and APPOINTMENT_NOT_FOUND, INVALID_TRANSITION,
-        ETAG_MISMATCH.
+        only if it gets the new one. A move within a doctor-day or slot takes no further place of it. Errors: as
+        BookAppointment, and before these APPOINTMENT_NOT_FOUND, ETAG_MISMATCH, INVALID_TRANSITION.
         """
 
     @_abc_1.abstractmethod

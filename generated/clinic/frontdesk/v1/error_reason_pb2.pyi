@@ -43,9 +43,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_APPOINTMENT_NOT_FOUND: _ErrorReason.ValueType  # 7
     """NOT_FOUND: the appointment does not exist. Example: CheckIn with a mistyped appointment_id."""
     ERROR_REASON_DAY_FULL: _ErrorReason.ValueType  # 8
-    """FAILED_PRECONDITION: the doctor-day has no free place. Example: the eleventh booking of a day with ten places."""
+    """FAILED_PRECONDITION: the doctor-day has no free place. If holds alone keep it from being free, the metadata has their
+    number as `held` and the seconds to the first expiry, rounded up, as `retry_after`. Example: the eleventh booking of a day with ten places.
+    """
     ERROR_REASON_SLOT_FULL: _ErrorReason.ValueType  # 9
-    """FAILED_PRECONDITION: the slot has no free place. Example: the second booking of a slot with one place."""
+    """FAILED_PRECONDITION: the slot has no free place. The metadata has `held` and `retry_after` as with DAY_FULL. Example: the second booking of a slot with one place."""
     ERROR_REASON_SLOT_BLOCKED: _ErrorReason.ValueType  # 10
     """FAILED_PRECONDITION: the slot is blocked, by BlockSlots or by a leave of hours. Example: booking a slot after
     BlockSlots.
@@ -76,7 +78,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_QUEUE_EMPTY: _ErrorReason.ValueType  # 18
     """FAILED_PRECONDITION: nobody is waiting. Example: CallNext on an empty queue."""
     ERROR_REASON_SLOT_HAS_BOOKINGS: _ErrorReason.ValueType  # 19
-    """FAILED_PRECONDITION: appointments hold places in the slot. Example: DeleteSlot of a booked slot."""
+    """FAILED_PRECONDITION: appointments take places in the slot, or live holds, whose number the metadata has as `held`.
+    Example: DeleteSlot of a booked slot.
+    """
     ERROR_REASON_PATIENT_INACTIVE: _ErrorReason.ValueType  # 20
     """FAILED_PRECONDITION: the patient's record is inactive. Example: booking for a deactivated patient."""
     ERROR_REASON_DOCTOR_INACTIVE: _ErrorReason.ValueType  # 21
@@ -84,8 +88,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_CLINIC_INACTIVE: _ErrorReason.ValueType  # 22
     """FAILED_PRECONDITION: the doctor's clinic is inactive. Example: booking with a doctor of a closed clinic."""
     ERROR_REASON_DUPLICATE_BOOKING: _ErrorReason.ValueType  # 23
-    """ALREADY_EXISTS: the patient already has a live appointment on this doctor-day. It is not
-    named to a caller who may not see it. Example: booking the same day twice.
+    """ALREADY_EXISTS: the patient already has a live appointment on this doctor-day, or, for HoldPlace, a live hold (its id
+    is `hold_id` in the metadata). An appointment is not named to a caller who may not see it. Example: booking the same day twice.
     """
     ERROR_REASON_PATIENT_OVERLAP: _ErrorReason.ValueType  # 24
     """ALREADY_EXISTS: the patient already has a live appointment at this time. It is not named to a
@@ -203,6 +207,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_SCHEDULE_EXCEPTION_NOT_FOUND: _ErrorReason.ValueType  # 67
     """NOT_FOUND: the doctor has no schedule exception on this date. Example: deleting it twice."""
+    ERROR_REASON_HOLD_NOT_FOUND: _ErrorReason.ValueType  # 74
+    """NOT_FOUND: the hold does not exist. Example: booking with a hold that ended weeks ago."""
+    ERROR_REASON_HOLD_MISMATCH: _ErrorReason.ValueType  # 75
+    """FAILED_PRECONDITION: the hold is of another place or patient. Example: booking with somebody else's hold."""
+    ERROR_REASON_HOLD_EXPIRED: _ErrorReason.ValueType  # 76
+    """FAILED_PRECONDITION: the hold has ended. The metadata has how, as `state`: EXPIRED, USED or RELEASED. Example:
+    booking after five minutes of choosing.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
@@ -233,9 +245,11 @@ ERROR_REASON_SLOT_NOT_FOUND: ErrorReason.ValueType  # 6
 ERROR_REASON_APPOINTMENT_NOT_FOUND: ErrorReason.ValueType  # 7
 """NOT_FOUND: the appointment does not exist. Example: CheckIn with a mistyped appointment_id."""
 ERROR_REASON_DAY_FULL: ErrorReason.ValueType  # 8
-"""FAILED_PRECONDITION: the doctor-day has no free place. Example: the eleventh booking of a day with ten places."""
+"""FAILED_PRECONDITION: the doctor-day has no free place. If holds alone keep it from being free, the metadata has their
+number as `held` and the seconds to the first expiry, rounded up, as `retry_after`. Example: the eleventh booking of a day with ten places.
+"""
 ERROR_REASON_SLOT_FULL: ErrorReason.ValueType  # 9
-"""FAILED_PRECONDITION: the slot has no free place. Example: the second booking of a slot with one place."""
+"""FAILED_PRECONDITION: the slot has no free place. The metadata has `held` and `retry_after` as with DAY_FULL. Example: the second booking of a slot with one place."""
 ERROR_REASON_SLOT_BLOCKED: ErrorReason.ValueType  # 10
 """FAILED_PRECONDITION: the slot is blocked, by BlockSlots or by a leave of hours. Example: booking a slot after
 BlockSlots.
@@ -266,7 +280,9 @@ the state of the queue entry, if there is one, as `queue_state`. Example: cancel
 ERROR_REASON_QUEUE_EMPTY: ErrorReason.ValueType  # 18
 """FAILED_PRECONDITION: nobody is waiting. Example: CallNext on an empty queue."""
 ERROR_REASON_SLOT_HAS_BOOKINGS: ErrorReason.ValueType  # 19
-"""FAILED_PRECONDITION: appointments hold places in the slot. Example: DeleteSlot of a booked slot."""
+"""FAILED_PRECONDITION: appointments take places in the slot, or live holds, whose number the metadata has as `held`.
+Example: DeleteSlot of a booked slot.
+"""
 ERROR_REASON_PATIENT_INACTIVE: ErrorReason.ValueType  # 20
 """FAILED_PRECONDITION: the patient's record is inactive. Example: booking for a deactivated patient."""
 ERROR_REASON_DOCTOR_INACTIVE: ErrorReason.ValueType  # 21
@@ -274,8 +290,8 @@ ERROR_REASON_DOCTOR_INACTIVE: ErrorReason.ValueType  # 21
 ERROR_REASON_CLINIC_INACTIVE: ErrorReason.ValueType  # 22
 """FAILED_PRECONDITION: the doctor's clinic is inactive. Example: booking with a doctor of a closed clinic."""
 ERROR_REASON_DUPLICATE_BOOKING: ErrorReason.ValueType  # 23
-"""ALREADY_EXISTS: the patient already has a live appointment on this doctor-day. It is not
-named to a caller who may not see it. Example: booking the same day twice.
+"""ALREADY_EXISTS: the patient already has a live appointment on this doctor-day, or, for HoldPlace, a live hold (its id
+is `hold_id` in the metadata). An appointment is not named to a caller who may not see it. Example: booking the same day twice.
 """
 ERROR_REASON_PATIENT_OVERLAP: ErrorReason.ValueType  # 24
 """ALREADY_EXISTS: the patient already has a live appointment at this time. It is not named to a
@@ -393,4 +409,12 @@ EnrollSecondFactor in two windows.
 """
 ERROR_REASON_SCHEDULE_EXCEPTION_NOT_FOUND: ErrorReason.ValueType  # 67
 """NOT_FOUND: the doctor has no schedule exception on this date. Example: deleting it twice."""
+ERROR_REASON_HOLD_NOT_FOUND: ErrorReason.ValueType  # 74
+"""NOT_FOUND: the hold does not exist. Example: booking with a hold that ended weeks ago."""
+ERROR_REASON_HOLD_MISMATCH: ErrorReason.ValueType  # 75
+"""FAILED_PRECONDITION: the hold is of another place or patient. Example: booking with somebody else's hold."""
+ERROR_REASON_HOLD_EXPIRED: ErrorReason.ValueType  # 76
+"""FAILED_PRECONDITION: the hold has ended. The metadata has how, as `state`: EXPIRED, USED or RELEASED. Example:
+booking after five minutes of choosing.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

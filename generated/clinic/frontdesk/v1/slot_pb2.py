@@ -30,7 +30,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.type import date_pb2 as google_dot_type_dot_date__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63linic/frontdesk/v1/slot.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\"\xc9\x04\n\x04Slot\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tclinic_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1f\n\x04\x64\x61te\x18\x06 \x01(\x0b\x32\x11.google.type.Date\x12\x1c\n\x08\x63\x61pacity\x18\x07 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x14\n\x0c\x62ooked_count\x18\x08 \x01(\x05\x12\x17\n\x0f\x61vailable_count\x18\t \x01(\x05\x12\x38\n\x05state\x18\n \x01(\x0e\x32\x1f.clinic.frontdesk.v1.Slot.StateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\"\n\x0c\x62lock_reason\x18\x0b \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x0e \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\"A\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0e\n\nSTATE_OPEN\x10\x01\x12\x11\n\rSTATE_BLOCKED\x10\x02\"q\n\x11\x43reateSlotRequest\x12/\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.SlotB\x06\xbaH\x03\xc8\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"O\n\x12\x43reateSlotResponse\x12\'\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"}\n\x17\x42\x61tchCreateSlotsRequest\x12\x35\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.SlotB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xf4\x03\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"V\n\x18\x42\x61tchCreateSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"+\n\x0eGetSlotRequest\x12\x19\n\x07slot_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\":\n\x0fGetSlotResponse\x12\'\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.Slot\"\xbb\x02\n\x10ListSlotsRequest\x12\x1e\n\tdoctor_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tclinic_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12#\n\tspecialty\x18\x03 \x01(\tB\x10\xbaH\rr\x0b\x18\xc8\x01\x88\xb5\x18\x01\x98\xb5\x18\x01\x12\x33\n\x0fstart_time_from\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rstart_time_to\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x61vailable_only\x18\x06 \x01(\x08\x12\x1a\n\tpage_size\x18\x07 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x08 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\"V\n\x11ListSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf6\x01\n\x11UpdateSlotRequest\x12/\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.SlotB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:7\xbaH4\x1a\x32\n\x07slot.id\x12\x13slot.id is required\x1a\x12this.slot.id != \'\'\"O\n\x12UpdateSlotResponse\x12\'\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\x8c\x01\n\x11\x42lockSlotsRequest\x12&\n\x08slot_ids\x18\x01 \x03(\tB\x14\xbaH\x11\x92\x01\x0e\x08\x01\x10\xf4\x03\x18\x01\"\x05r\x03\xb0\x01\x01\x12\"\n\x0c\x62lock_reason\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"r\n\x12\x42lockSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\x12 \n\x18\x61\x66\x66\x65\x63ted_appointment_ids\x18\x03 \x03(\t\"j\n\x13ReleaseSlotsRequest\x12&\n\x08slot_ids\x18\x01 \x03(\tB\x14\xbaH\x11\x92\x01\x0e\x08\x01\x10\xf4\x03\x18\x01\"\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"R\n\x14ReleaseSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"v\n\x11\x44\x65leteSlotRequest\x12\x19\n\x07slot_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x04\x65tag\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"&\n\x12\x44\x65leteSlotResponse\x12\x10\n\x08replayed\x18\x01 \x01(\x08\x32\x89\x07\n\x0bSlotService\x12k\n\nCreateSlot\x12&.clinic.frontdesk.v1.CreateSlotRequest\x1a\'.clinic.frontdesk.v1.CreateSlotResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12}\n\x10\x42\x61tchCreateSlots\x12,.clinic.frontdesk.v1.BatchCreateSlotsRequest\x1a-.clinic.frontdesk.v1.BatchCreateSlotsResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12\x66\n\x07GetSlot\x12#.clinic.frontdesk.v1.GetSlotRequest\x1a$.clinic.frontdesk.v1.GetSlotResponse\"\x10\xd2\xb5\x18\x0c\x08\x02\x10\x02\x18\x02 \x02(\x02\x30\x02\x12l\n\tListSlots\x12%.clinic.frontdesk.v1.ListSlotsRequest\x1a&.clinic.frontdesk.v1.ListSlotsResponse\"\x10\xd2\xb5\x18\x0c\x08\x02\x10\x02\x18\x02 \x02(\x02\x30\x02\x12k\n\nUpdateSlot\x12&.clinic.frontdesk.v1.UpdateSlotRequest\x1a\'.clinic.frontdesk.v1.UpdateSlotResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12k\n\nBlockSlots\x12&.clinic.frontdesk.v1.BlockSlotsRequest\x1a\'.clinic.frontdesk.v1.BlockSlotsResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12q\n\x0cReleaseSlots\x12(.clinic.frontdesk.v1.ReleaseSlotsRequest\x1a).clinic.frontdesk.v1.ReleaseSlotsResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12k\n\nDeleteSlot\x12&.clinic.frontdesk.v1.DeleteSlotRequest\x1a\'.clinic.frontdesk.v1.DeleteSlotResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63linic/frontdesk/v1/slot.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\"\xdd\x04\n\x04Slot\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tclinic_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1f\n\x04\x64\x61te\x18\x06 \x01(\x0b\x32\x11.google.type.Date\x12\x1c\n\x08\x63\x61pacity\x18\x07 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x14\n\x0c\x62ooked_count\x18\x08 \x01(\x05\x12\x17\n\x0f\x61vailable_count\x18\t \x01(\x05\x12\x38\n\x05state\x18\n \x01(\x0e\x32\x1f.clinic.frontdesk.v1.Slot.StateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\"\n\x0c\x62lock_reason\x18\x0b \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x0e \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12\x12\n\nheld_count\x18\x0f \x01(\x05\"A\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0e\n\nSTATE_OPEN\x10\x01\x12\x11\n\rSTATE_BLOCKED\x10\x02\"q\n\x11\x43reateSlotRequest\x12/\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.SlotB\x06\xbaH\x03\xc8\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"O\n\x12\x43reateSlotResponse\x12\'\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"}\n\x17\x42\x61tchCreateSlotsRequest\x12\x35\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.SlotB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\xf4\x03\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"V\n\x18\x42\x61tchCreateSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"+\n\x0eGetSlotRequest\x12\x19\n\x07slot_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\":\n\x0fGetSlotResponse\x12\'\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.Slot\"\xbb\x02\n\x10ListSlotsRequest\x12\x1e\n\tdoctor_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tclinic_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12#\n\tspecialty\x18\x03 \x01(\tB\x10\xbaH\rr\x0b\x18\xc8\x01\x88\xb5\x18\x01\x98\xb5\x18\x01\x12\x33\n\x0fstart_time_from\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rstart_time_to\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x61vailable_only\x18\x06 \x01(\x08\x12\x1a\n\tpage_size\x18\x07 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x08 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\"V\n\x11ListSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf6\x01\n\x11UpdateSlotRequest\x12/\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.SlotB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x19\n\x04\x65tag\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x04 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$:7\xbaH4\x1a\x32\n\x07slot.id\x12\x13slot.id is required\x1a\x12this.slot.id != \'\'\"O\n\x12UpdateSlotResponse\x12\'\n\x04slot\x18\x01 \x01(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\x8c\x01\n\x11\x42lockSlotsRequest\x12&\n\x08slot_ids\x18\x01 \x03(\tB\x14\xbaH\x11\x92\x01\x0e\x08\x01\x10\xf4\x03\x18\x01\"\x05r\x03\xb0\x01\x01\x12\"\n\x0c\x62lock_reason\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\xd0\x0f\x90\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"r\n\x12\x42lockSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\x12 \n\x18\x61\x66\x66\x65\x63ted_appointment_ids\x18\x03 \x03(\t\"j\n\x13ReleaseSlotsRequest\x12&\n\x08slot_ids\x18\x01 \x03(\tB\x14\xbaH\x11\x92\x01\x0e\x08\x01\x10\xf4\x03\x18\x01\"\x05r\x03\xb0\x01\x01\x12+\n\x0fidempotency_key\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"R\n\x14ReleaseSlotsResponse\x12(\n\x05slots\x18\x01 \x03(\x0b\x32\x19.clinic.frontdesk.v1.Slot\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"v\n\x11\x44\x65leteSlotRequest\x12\x19\n\x07slot_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01\x12\x19\n\x04\x65tag\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06\x18@\x88\xb5\x18\x01\x12+\n\x0fidempotency_key\x18\x03 \x01(\tB\x12\xbaH\x0fr\r\x18\xff\x01\x32\x08^[ -~]*$\"&\n\x12\x44\x65leteSlotResponse\x12\x10\n\x08replayed\x18\x01 \x01(\x08\x32\x89\x07\n\x0bSlotService\x12k\n\nCreateSlot\x12&.clinic.frontdesk.v1.CreateSlotRequest\x1a\'.clinic.frontdesk.v1.CreateSlotResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12}\n\x10\x42\x61tchCreateSlots\x12,.clinic.frontdesk.v1.BatchCreateSlotsRequest\x1a-.clinic.frontdesk.v1.BatchCreateSlotsResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12\x66\n\x07GetSlot\x12#.clinic.frontdesk.v1.GetSlotRequest\x1a$.clinic.frontdesk.v1.GetSlotResponse\"\x10\xd2\xb5\x18\x0c\x08\x02\x10\x02\x18\x02 \x02(\x02\x30\x02\x12l\n\tListSlots\x12%.clinic.frontdesk.v1.ListSlotsRequest\x1a&.clinic.frontdesk.v1.ListSlotsResponse\"\x10\xd2\xb5\x18\x0c\x08\x02\x10\x02\x18\x02 \x02(\x02\x30\x02\x12k\n\nUpdateSlot\x12&.clinic.frontdesk.v1.UpdateSlotRequest\x1a\'.clinic.frontdesk.v1.UpdateSlotResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12k\n\nBlockSlots\x12&.clinic.frontdesk.v1.BlockSlotsRequest\x1a\'.clinic.frontdesk.v1.BlockSlotsResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12q\n\x0cReleaseSlots\x12(.clinic.frontdesk.v1.ReleaseSlotsRequest\x1a).clinic.frontdesk.v1.ReleaseSlotsResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x12k\n\nDeleteSlot\x12&.clinic.frontdesk.v1.DeleteSlotRequest\x1a\'.clinic.frontdesk.v1.DeleteSlotResponse\"\x0c\xd2\xb5\x18\x08\x10\x01\x18\x02 \x02(\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -112,41 +112,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SLOTSERVICE'].methods_by_name['DeleteSlot']._loaded_options = None
   _globals['_SLOTSERVICE'].methods_by_name['DeleteSlot']._serialized_options = b'\322\265\030\010\020\001\030\002 \002(\002'
   _globals['_SLOT']._serialized_start=243
-  _globals['_SLOT']._serialized_end=828
-  _globals['_SLOT_STATE']._serialized_start=763
-  _globals['_SLOT_STATE']._serialized_end=828
-  _globals['_CREATESLOTREQUEST']._serialized_start=830
-  _globals['_CREATESLOTREQUEST']._serialized_end=943
-  _globals['_CREATESLOTRESPONSE']._serialized_start=945
-  _globals['_CREATESLOTRESPONSE']._serialized_end=1024
-  _globals['_BATCHCREATESLOTSREQUEST']._serialized_start=1026
-  _globals['_BATCHCREATESLOTSREQUEST']._serialized_end=1151
-  _globals['_BATCHCREATESLOTSRESPONSE']._serialized_start=1153
-  _globals['_BATCHCREATESLOTSRESPONSE']._serialized_end=1239
-  _globals['_GETSLOTREQUEST']._serialized_start=1241
-  _globals['_GETSLOTREQUEST']._serialized_end=1284
-  _globals['_GETSLOTRESPONSE']._serialized_start=1286
-  _globals['_GETSLOTRESPONSE']._serialized_end=1344
-  _globals['_LISTSLOTSREQUEST']._serialized_start=1347
-  _globals['_LISTSLOTSREQUEST']._serialized_end=1662
-  _globals['_LISTSLOTSRESPONSE']._serialized_start=1664
-  _globals['_LISTSLOTSRESPONSE']._serialized_end=1750
-  _globals['_UPDATESLOTREQUEST']._serialized_start=1753
-  _globals['_UPDATESLOTREQUEST']._serialized_end=1999
-  _globals['_UPDATESLOTRESPONSE']._serialized_start=2001
-  _globals['_UPDATESLOTRESPONSE']._serialized_end=2080
-  _globals['_BLOCKSLOTSREQUEST']._serialized_start=2083
-  _globals['_BLOCKSLOTSREQUEST']._serialized_end=2223
-  _globals['_BLOCKSLOTSRESPONSE']._serialized_start=2225
-  _globals['_BLOCKSLOTSRESPONSE']._serialized_end=2339
-  _globals['_RELEASESLOTSREQUEST']._serialized_start=2341
-  _globals['_RELEASESLOTSREQUEST']._serialized_end=2447
-  _globals['_RELEASESLOTSRESPONSE']._serialized_start=2449
-  _globals['_RELEASESLOTSRESPONSE']._serialized_end=2531
-  _globals['_DELETESLOTREQUEST']._serialized_start=2533
-  _globals['_DELETESLOTREQUEST']._serialized_end=2651
-  _globals['_DELETESLOTRESPONSE']._serialized_start=2653
-  _globals['_DELETESLOTRESPONSE']._serialized_end=2691
-  _globals['_SLOTSERVICE']._serialized_start=2694
-  _globals['_SLOTSERVICE']._serialized_end=3599
+  _globals['_SLOT']._serialized_end=848
+  _globals['_SLOT_STATE']._serialized_start=783
+  _globals['_SLOT_STATE']._serialized_end=848
+  _globals['_CREATESLOTREQUEST']._serialized_start=850
+  _globals['_CREATESLOTREQUEST']._serialized_end=963
+  _globals['_CREATESLOTRESPONSE']._serialized_start=965
+  _globals['_CREATESLOTRESPONSE']._serialized_end=1044
+  _globals['_BATCHCREATESLOTSREQUEST']._serialized_start=1046
+  _globals['_BATCHCREATESLOTSREQUEST']._serialized_end=1171
+  _globals['_BATCHCREATESLOTSRESPONSE']._serialized_start=1173
+  _globals['_BATCHCREATESLOTSRESPONSE']._serialized_end=1259
+  _globals['_GETSLOTREQUEST']._serialized_start=1261
+  _globals['_GETSLOTREQUEST']._serialized_end=1304
+  _globals['_GETSLOTRESPONSE']._serialized_start=1306
+  _globals['_GETSLOTRESPONSE']._serialized_end=1364
+  _globals['_LISTSLOTSREQUEST']._serialized_start=1367
+  _globals['_LISTSLOTSREQUEST']._serialized_end=1682
+  _globals['_LISTSLOTSRESPONSE']._serialized_start=1684
+  _globals['_LISTSLOTSRESPONSE']._serialized_end=1770
+  _globals['_UPDATESLOTREQUEST']._serialized_start=1773
+  _globals['_UPDATESLOTREQUEST']._serialized_end=2019
+  _globals['_UPDATESLOTRESPONSE']._serialized_start=2021
+  _globals['_UPDATESLOTRESPONSE']._serialized_end=2100
+  _globals['_BLOCKSLOTSREQUEST']._serialized_start=2103
+  _globals['_BLOCKSLOTSREQUEST']._serialized_end=2243
+  _globals['_BLOCKSLOTSRESPONSE']._serialized_start=2245
+  _globals['_BLOCKSLOTSRESPONSE']._serialized_end=2359
+  _globals['_RELEASESLOTSREQUEST']._serialized_start=2361
+  _globals['_RELEASESLOTSREQUEST']._serialized_end=2467
+  _globals['_RELEASESLOTSRESPONSE']._serialized_start=2469
+  _globals['_RELEASESLOTSRESPONSE']._serialized_end=2551
+  _globals['_DELETESLOTREQUEST']._serialized_start=2553
+  _globals['_DELETESLOTREQUEST']._serialized_end=2671
+  _globals['_DELETESLOTRESPONSE']._serialized_start=2673
+  _globals['_DELETESLOTRESPONSE']._serialized_end=2711
+  _globals['_SLOTSERVICE']._serialized_start=2714
+  _globals['_SLOTSERVICE']._serialized_end=3619
 # @@protoc_insertion_point(module_scope)

@@ -71,6 +71,7 @@ class Slot(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    HELD_COUNT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Output only, except in UpdateSlot, where it is required and names the slot to change. A lower-case UUID,
     time-ordered.
@@ -88,8 +89,8 @@ class Slot(_message.Message):
     completed.
     """
     available_count: _builtins.int
-    """Output only. How many places are free in the slot: capacity less booked_count, at least 0. The doctor-day may have
-    fewer.
+    """Output only. How many places are free in the slot: capacity less booked_count and held_count, at least 0. The
+    doctor-day may have fewer.
     """
     state: Global___Slot.State.ValueType
     """Output only. Whether the slot takes bookings."""
@@ -97,6 +98,8 @@ class Slot(_message.Message):
     """Output only. Why BlockSlots has blocked the slot; empty if it is open or closed by a leave alone."""
     etag: _builtins.str
     """Output only. Changes with every change of the slot."""
+    held_count: _builtins.int
+    """Output only. How many places of the slot live holds keep (AppointmentService.HoldPlace)."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """Required. In the future and before the year 10000; cut to microseconds."""
@@ -136,10 +139,11 @@ class Slot(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        held_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "date", b"date", "end_time", b"end_time", "start_time", b"start_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_count", b"available_count", "block_reason", b"block_reason", "booked_count", b"booked_count", "capacity", b"capacity", "clinic_id", b"clinic_id", "create_time", b"create_time", "date", b"date", "doctor_id", b"doctor_id", "end_time", b"end_time", "etag", b"etag", "id", b"id", "start_time", b"start_time", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_count", b"available_count", "block_reason", b"block_reason", "booked_count", b"booked_count", "capacity", b"capacity", "clinic_id", b"clinic_id", "create_time", b"create_time", "date", b"date", "doctor_id", b"doctor_id", "end_time", b"end_time", "etag", b"etag", "held_count", b"held_count", "id", b"id", "start_time", b"start_time", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -117,8 +117,9 @@ class SlotServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateSlot(self, request, context):
-        """Changes the capacity or the times of a slot. The capacity cannot go below booked_count, and the times cannot change
-        while booked_count is not 0 (SLOT_HAS_BOOKINGS). New times follow the rules of CreateSlot and may be on another
+        """Changes the capacity or the times of a slot. The capacity cannot go below booked_count and held_count together, and
+        the times cannot change while these are not 0 (SLOT_HAS_BOOKINGS, with `booked_count` and `held` in the metadata;
+        `held` only if there are holds). New times follow the rules of CreateSlot and may be on another
         date. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, SLOT_IN_PAST, SLOT_OVERLAP, ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -143,7 +144,8 @@ class SlotServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSlot(self, request, context):
-        """Deletes a slot, which must have a booked_count of 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, ETAG_MISMATCH.
+        """Deletes a slot, which must have a booked_count and a held_count of 0. Errors: SLOT_NOT_FOUND, ETAG_MISMATCH,
+        SLOT_HAS_BOOKINGS, which has the number of live holds, if there are any, as `held` in the metadata.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

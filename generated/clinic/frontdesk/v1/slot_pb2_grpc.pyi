@@ -48,8 +48,9 @@ class SlotServiceStub:
     ListSlots: _grpc.UnaryUnaryMultiCallable[_slot_pb2.ListSlotsRequest, _slot_pb2.ListSlotsResponse]
     """Lists the slots that match every filter that is set, by start time, then id."""
     UpdateSlot: _grpc.UnaryUnaryMultiCallable[_slot_pb2.UpdateSlotRequest, _slot_pb2.UpdateSlotResponse]
-    """Changes the capacity or the times of a slot. The capacity cannot go below booked_count, and the times cannot change
-    while booked_count is not 0 (SLOT_HAS_BOOKINGS). New times follow the rules of CreateSlot and may be on another
+    """Changes the capacity or the times of a slot. The capacity cannot go below booked_count and held_count together, and
+    the times cannot change while these are not 0 (SLOT_HAS_BOOKINGS, with `booked_count` and `held` in the metadata;
+    `held` only if there are holds). New times follow the rules of CreateSlot and may be on another
     date. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, SLOT_IN_PAST, SLOT_OVERLAP, ETAG_MISMATCH.
     """
     BlockSlots: _grpc.UnaryUnaryMultiCallable[_slot_pb2.BlockSlotsRequest, _slot_pb2.BlockSlotsResponse]
@@ -62,7 +63,9 @@ class SlotServiceStub:
     `index` as BlockSlots.
     """
     DeleteSlot: _grpc.UnaryUnaryMultiCallable[_slot_pb2.DeleteSlotRequest, _slot_pb2.DeleteSlotResponse]
-    """Deletes a slot, which must have a booked_count of 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, ETAG_MISMATCH."""
+    """Deletes a slot, which must have a booked_count and a held_count of 0. Errors: SLOT_NOT_FOUND, ETAG_MISMATCH,
+    SLOT_HAS_BOOKINGS, which has the number of live holds, if there are any, as `held` in the metadata.
+    """
 
 @_typing.type_check_only
 class SlotServiceAsyncStub(SlotServiceStub):
@@ -84,8 +87,9 @@ class SlotServiceAsyncStub(SlotServiceStub):
     ListSlots: _aio.UnaryUnaryMultiCallable[_slot_pb2.ListSlotsRequest, _slot_pb2.ListSlotsResponse]  # type: ignore[assignment]
     """Lists the slots that match every filter that is set, by start time, then id."""
     UpdateSlot: _aio.UnaryUnaryMultiCallable[_slot_pb2.UpdateSlotRequest, _slot_pb2.UpdateSlotResponse]  # type: ignore[assignment]
-    """Changes the capacity or the times of a slot. The capacity cannot go below booked_count, and the times cannot change
-    while booked_count is not 0 (SLOT_HAS_BOOKINGS). New times follow the rules of CreateSlot and may be on another
+    """Changes the capacity or the times of a slot. The capacity cannot go below booked_count and held_count together, and
+    the times cannot change while these are not 0 (SLOT_HAS_BOOKINGS, with `booked_count` and `held` in the metadata;
+    `held` only if there are holds). New times follow the rules of CreateSlot and may be on another
     date. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, SLOT_IN_PAST, SLOT_OVERLAP, ETAG_MISMATCH.
     """
     BlockSlots: _aio.UnaryUnaryMultiCallable[_slot_pb2.BlockSlotsRequest, _slot_pb2.BlockSlotsResponse]  # type: ignore[assignment]
@@ -98,7 +102,9 @@ class SlotServiceAsyncStub(SlotServiceStub):
     `index` as BlockSlots.
     """
     DeleteSlot: _aio.UnaryUnaryMultiCallable[_slot_pb2.DeleteSlotRequest, _slot_pb2.DeleteSlotResponse]  # type: ignore[assignment]
-    """Deletes a slot, which must have a booked_count of 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, ETAG_MISMATCH."""
+    """Deletes a slot, which must have a booked_count and a held_count of 0. Errors: SLOT_NOT_FOUND, ETAG_MISMATCH,
+    SLOT_HAS_BOOKINGS, which has the number of live holds, if there are any, as `held` in the metadata.
+    """
 
 class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
     """Manages slots, the bookable intervals of the doctors' days. Intervals are half-open: one slot may start at the
@@ -147,8 +153,9 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.UpdateSlotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.UpdateSlotResponse, _abc.Awaitable[_slot_pb2.UpdateSlotResponse]]:
-        """Changes the capacity or the times of a slot. The capacity cannot go below booked_count, and the times cannot change
-        while booked_count is not 0 (SLOT_HAS_BOOKINGS). New times follow the rules of CreateSlot and may be on another
+        """Changes the capacity or the times of a slot. The capacity cannot go below booked_count and held_count together, and
+        the times cannot change while these are not 0 (SLOT_HAS_BOOKINGS, with `booked_count` and `held` in the metadata;
+        `held` only if there are holds). New times follow the rules of CreateSlot and may be on another
         date. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, SLOT_IN_PAST, SLOT_OVERLAP, ETAG_MISMATCH.
         """
 
@@ -179,6 +186,8 @@ class SlotServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _slot_pb2.DeleteSlotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_slot_pb2.DeleteSlotResponse, _abc.Awaitable[_slot_pb2.DeleteSlotResponse]]:
-        """Deletes a slot, which must have a booked_count of 0. Errors: SLOT_NOT_FOUND, SLOT_HAS_BOOKINGS, ETAG_MISMATCH."""
+        """Deletes a slot, which must have a booked_count and a held_count of 0. Errors: SLOT_NOT_FOUND, ETAG_MISMATCH,
+        SLOT_HAS_BOOKINGS, which has the number of live holds, if there are any, as `held` in the metadata.
+        """
 
 def add_SlotServiceServicer_to_server(servicer: SlotServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -31,13 +31,18 @@ begin
 end
 $$;
 
+-- Whether a restricted caller reaches only what is his own as a patient.
+create or replace function own_only(r request) returns boolean language sql immutable
+    return r.restricted and (r.sight).clinics is null and (r.sight).doctor is null;
+
 -- The refusal of a request by a restricted caller who may not reach what it is about; null if he may. What does not
 -- exist is left to the act, but for the appointment of the request, which is `p_old`.
 create or replace function access_refusal(r request, p_old appointment) returns decision language plpgsql as $$
 declare
     d decision;
     v record;
-    v_own_only boolean := (r.sight).clinics is null and (r.sight).doctor is null;
+    v_own_only boolean := own_only(r);
+    h hold;
 begin
     if v_own_only then
         -- Whatever it is about.
@@ -50,7 +55,7 @@ begin
     if (r.sight).patient is not null then
         r.sight := ((r.sight).clinics, coalesce(current_patient((r.sight).patient), (r.sight).patient), (r.sight).doctor);
     end if;
-    if r.verb in ('BookAppointment', 'UpdatePatient') and v_own_only
+    if r.verb in ('BookAppointment', 'HoldPlace', 'UpdatePatient') and v_own_only
        and r.patient is distinct from (r.sight).patient then
         return refused('PATIENT_NOT_FOUND', r.wanted);
     end if;
@@ -61,6 +66,11 @@ begin
                 'RescheduleAppointment', 'CancelAppointment', 'UpdateAppointment') then 'APPOINTMENT_NOT_FOUND' end,
             p_old.id);
         if d.outcome is not null then return d; end if;
+    end if;
+    if r.verb = 'ReleaseHold' then
+        select * into h from hold where id = r.hold;
+        if not found then return refused('HOLD_NOT_FOUND', r.hold); end if;
+        return out_of_sight(r, h.clinic_id, h.doctor_id, h.patient_id, 'HOLD_NOT_FOUND', r.hold);
     end if;
     -- The doctor-day or slot that is asked for.
     for v in

@@ -1,3 +1,14 @@
+-- The refusal of a place on that date, as `find_place` has found it.
+create or replace function refused_place(r request, p_outcome text, p_subject uuid, p_details jsonb, p_date date)
+returns decision language plpgsql as $$
+begin
+    if p_outcome in ('DUPLICATE_BOOKING', 'PATIENT_OVERLAP') then
+        return refused_for(r, p_outcome, p_subject, p_date);
+    end if;
+    return refused(p_outcome, p_subject, jsonb_build_object('date', p_date) || coalesce(p_details, '{}'));
+end
+$$;
+
 -- Book a place of a slot or of a doctor-day.
 create or replace function book(r request) returns decision language plpgsql as $$
 declare
@@ -5,13 +16,9 @@ declare
     v_place record;
     v_now timestamptz := moment();
 begin
-    v_place := find_place(r.patient, r.doctor, r.date, r.slot, null, v_now);
+    v_place := find_place(r.patient, r.doctor, r.date, r.slot, null, v_now, p_hold => r.hold);
     if v_place.outcome <> 'OK' then
-        if v_place.outcome in ('DUPLICATE_BOOKING', 'PATIENT_OVERLAP') then
-            return refused_for(r, v_place.outcome, v_place.subject, r.date);
-        end if;
-        return refused(
-            v_place.outcome, v_place.subject, jsonb_build_object('date', r.date) || coalesce(v_place.details, '{}'));
+        return refused_place(r, v_place.outcome, v_place.subject, v_place.details, r.date);
     end if;
     d.outcome := 'OK';
 
@@ -29,6 +36,7 @@ begin
             v_place.end_time, 'BOOKED', r.reason, r.notes, v_now, v_now)
     returning a into d.appointment;
     d.revision := (record_change(r, 'appointment.booked', d.appointment, false, v_now)).revision;
+    if r.hold is not null then perform end_hold(r, r.hold, 'USED', (d.appointment).id, v_now); end if;
     return d;
 end
 $$;
@@ -44,13 +52,9 @@ begin
     if p_old.state <> 'BOOKED' then
         return refused_transition(p_old);
     end if;
-    v_place := find_place(p_old.patient_id, r.doctor, r.date, r.slot, p_old, v_now);
+    v_place := find_place(p_old.patient_id, r.doctor, r.date, r.slot, p_old, v_now, p_hold => r.hold);
     if v_place.outcome <> 'OK' then
-        if v_place.outcome in ('DUPLICATE_BOOKING', 'PATIENT_OVERLAP') then
-            return refused_for(r, v_place.outcome, v_place.subject, r.date);
-        end if;
-        return refused(
-            v_place.outcome, v_place.subject, jsonb_build_object('date', r.date) || coalesce(v_place.details, '{}'));
+        return refused_place(r, v_place.outcome, v_place.subject, v_place.details, r.date);
     end if;
 
     update appointment as a
@@ -66,6 +70,7 @@ begin
     d.vacated_revision := coalesce(d.vacated_revision, d.revision);
     d.vacated_doctor := p_old.doctor_id;
     d.vacated_date := p_old.date;
+    if r.hold is not null then perform end_hold(r, r.hold, 'USED', p_old.id, v_now); end if;
     d.outcome := 'OK';
     return d;
 end

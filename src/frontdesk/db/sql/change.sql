@@ -71,6 +71,18 @@ begin
 end
 $$;
 
+-- Append one change of a hold to the log; `p_appointment` is the booking that used it.
+create or replace function append_of_hold(r request, p_type text, h hold, p_appointment uuid, p_now timestamptz)
+returns void language plpgsql as $$
+begin
+    insert into log (id, time, actor, method, address, trace_id, type, resource, patient_id, clinic_id, doctor_id,
+                     slot_id, date, appointment_id, data)
+    values (log_id(p_now), p_now, r.actor, r.verb, coalesce(r.address, ''), coalesce(r.trace_id, ''), p_type,
+            'holds/' || h.id, h.patient_id, h.clinic_id, h.doctor_id, h.slot_id, h.date, p_appointment,
+            jsonb_build_object('expire_time', h.expire_time));
+end
+$$;
+
 -- Append one change to the log that is of a doctor, on or from a date, and is no change of the doctor-day: of his hours.
 create or replace function append_of_doctor(
     r request, p_type text, p_resource text, p_date date, p_now timestamptz, p_data jsonb

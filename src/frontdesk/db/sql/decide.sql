@@ -74,6 +74,8 @@ begin
             d := case r.verb
                 when 'BookAppointment' then book(r)
                 when 'RescheduleAppointment' then reschedule(r, v_old)
+                when 'HoldPlace' then hold_place(r)
+                when 'ReleaseHold' then release_hold(r)
                 when 'UpdateAppointment' then update_appointment(r, v_old)
                 when 'CallNext' then call_next(r)
                 when 'SetDoctorAvailability' then set_availability(r)

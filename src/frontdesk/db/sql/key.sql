@@ -28,7 +28,7 @@ end
 $$;
 
 -- Store what the key did: of an appointment all that a later change may overwrite, and no text of the patient; of slots,
--- days and schedules everything, since a slot may be deleted; of a patient the id.
+-- days, schedules and holds everything, since a slot may be deleted; of a patient the id.
 --
 -- It is the last write of the transaction: a twin that holds another lock waits here, then starts again, and finds this
 -- answer. Refusals are not stored.
@@ -44,7 +44,7 @@ begin
                                         'already_registered', d.already_registered)
                 else jsonb_build_object('day', d.day, 'slots', d.slots, 'affected', d.affected,
                                         'schedule', d.schedule, 'schedule_exception', d.schedule_exception,
-                                        'stale', d.stale, 'generated', d.generated) end,
+                                        'stale', d.stale, 'generated', d.generated, 'hold', d.hold) end,
             d.revision, d.vacated_revision)
     on conflict do nothing;
     if not found then

@@ -38,11 +38,15 @@ $$;
 -- An appointment and a slot may be moved before we hold their locks; whoever decides about them checks that afterwards.
 create or replace function locate(r request) returns request language plpgsql as $$
 begin
+    if r.verb = 'HoldPlace' and r.patient is null and own_only(r) then
+        -- A patient holds for himself.
+        r.patient := (r.sight).patient;
+    end if;
     r.wanted := coalesce(r.wanted, r.patient);
     if r.record is not null or r.keep is not null then
         return locate_patient(r);
     end if;
-    if r.verb = 'BookAppointment' then
+    if r.verb in ('BookAppointment', 'HoldPlace') then
         r.patient := coalesce((select p.merged_into from patient p where p.id = r.patient), r.patient);
     end if;
     if r.slot is not null then
@@ -53,6 +57,9 @@ begin
     if r.appointment is not null then
         select doctor_id, date, patient_id into r.from_doctor, r.from_date, r.from_patient
         from appointment where id = r.appointment;
+    end if;
+    if r.verb = 'ReleaseHold' then
+        select doctor_id, date into r.from_doctor, r.from_date from hold where id = r.hold;
     end if;
     if r.slots is not null then
         r.from_dates := slot_dates(r.slots);
@@ -83,7 +90,7 @@ begin
         perform keep_zones(array(select clinic_id from doctor where id = r.doctor));
         return array[schedule_name(r.doctor)];
     end if;
-    if r.verb in ('BookAppointment', 'RescheduleAppointment') then
+    if r.verb in ('BookAppointment', 'RescheduleAppointment', 'HoldPlace') then
         v_names := v_names || ('patient/' || coalesce(r.from_patient, r.patient));
     elsif r.verb in ('SetScheduleException', 'DeleteScheduleException', 'SetDoctorAvailability') then
         v_names := v_names || schedule_name(r.doctor);

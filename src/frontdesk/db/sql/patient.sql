@@ -245,6 +245,8 @@ begin
         end if;
     end loop;
 
+    perform merge_holds(r, v_merged.id, v_kept.id, v_now);
+
     update patient set merged_into = v_kept.id, version = version + 1, update_time = v_now
     where id = v_merged.id or merged_into = v_merged.id;
     -- If both have a user, each keeps his: the merged record's id stands for the kept one.

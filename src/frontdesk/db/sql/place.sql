@@ -1,15 +1,21 @@
 -- Is there a place for this patient in that slot or doctor-day? Ask under the locks of the doctor-day and of
 -- the patient. Answers OK with a place, or why not. `p_moving` is the appointment that would give up its own place; a
 -- move within its doctor-day or slot takes no further place of it. `details` is more of a refusal's metadata.
+--
+-- A live hold takes a place as a booking does, but not from one who has a hold himself, `p_hold`. `p_patient` may be null
+-- if the place is not for anybody yet.
 create or replace function find_place(
     p_patient uuid, p_doctor uuid, p_date date, p_slot uuid, p_moving appointment, p_now timestamptz,
+    p_hold uuid default null,
     out outcome text, out subject uuid, out details jsonb,
     out clinic_id uuid, out number integer, out start_time timestamptz, out end_time timestamptz
 ) language plpgsql as $$
 declare
     v record;
     v_slot slot;
+    v_hold decision;
     v_taken integer;
+    v_held integer := 0;
     v_highest integer;
 begin
     if p_slot is not null then
@@ -26,6 +32,7 @@ begin
            (select bool_or(l.whole_days) from leaves_over(p_doctor, p_date, v_slot.start_time, v_slot.end_time) l)
                as on_leave,
            (select e.closed from schedule_exception e where e.doctor_id = p_doctor and e.date = p_date) as closed,
+           (select count(*) from live_holds(p_doctor, p_date, p_now)) as held,
            coalesce(day.max_patients, d.max_patients_per_day) as capacity
     into v
     from (select 1) one
@@ -38,8 +45,20 @@ begin
     if v.merged_into is not null then
         raise exception 'the patient was merged meanwhile' using errcode = 'serialization_failure';
     end if;
-    if v.patient_active is null then outcome := 'PATIENT_NOT_FOUND'; return; end if;
-    if not v.patient_active then outcome := 'PATIENT_INACTIVE'; return; end if;
+    if p_hold is not null then
+        v_hold := hold_refusal(p_hold, p_patient, p_doctor, p_date, p_slot, p_now);
+        if v_hold.outcome is not null then
+            outcome := v_hold.outcome;
+            subject := v_hold.subject;
+            details := v_hold.details;
+            return;
+        end if;
+        v.held := 0;
+    end if;
+    if p_patient is not null then
+        if v.patient_active is null then outcome := 'PATIENT_NOT_FOUND'; return; end if;
+        if not v.patient_active then outcome := 'PATIENT_INACTIVE'; return; end if;
+    end if;
 
     if p_slot is not null then
         subject := p_slot;
@@ -70,7 +89,8 @@ begin
 
     if p_slot is not null then
         select id into subject from appointment a
-        where uuidrange(a.patient_id, a.patient_id, '[]') && uuidrange(p_patient, p_patient, '[]')
+        where p_patient is not null
+          and uuidrange(a.patient_id, a.patient_id, '[]') && uuidrange(p_patient, p_patient, '[]')
           and tstzrange(a.start_time, a.end_time) && tstzrange(v_slot.start_time, v_slot.end_time)
           and a.start_time is not null and is_live(a.state) and a.id is distinct from p_moving.id
         limit 1;
@@ -78,9 +98,13 @@ begin
 
         select count(*) into v_taken from appointment a
         where a.slot_id = p_slot and holds_place(a.state) and a.id is distinct from p_moving.id;
+        if v.held > 0 then
+            select count(*) into v_held from live_holds(p_doctor, p_date, p_now) h where h.slot_id = p_slot;
+        end if;
         subject := p_slot;
-        if v_taken >= v_slot.capacity and p_moving.slot_id is distinct from p_slot then
+        if v_taken + v_held >= v_slot.capacity and p_moving.slot_id is distinct from p_slot then
             outcome := 'SLOT_FULL';
+            if v_taken < v_slot.capacity then details := held_details(p_doctor, p_date, p_slot, p_now); end if;
             return;
         end if;
     end if;
@@ -88,8 +112,9 @@ begin
     select count(*), coalesce(max(a.number), 0) into v_taken, v_highest from appointment a
     where a.doctor_id = p_doctor and a.date = p_date and holds_place(a.state) and a.id is distinct from p_moving.id;
     subject := p_doctor;
-    if v_taken >= v.capacity and (p_moving.doctor_id, p_moving.date) is distinct from (p_doctor, p_date) then
+    if v_taken + v.held >= v.capacity and (p_moving.doctor_id, p_moving.date) is distinct from (p_doctor, p_date) then
         outcome := 'DAY_FULL';
+        if v_taken < v.capacity then details := held_details(p_doctor, p_date, null, p_now); end if;
         return;
     end if;
 

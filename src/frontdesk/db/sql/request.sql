@@ -33,7 +33,7 @@ begin
             capacity integer, start_time timestamptz, end_time timestamptz,
             from_doctor uuid, from_date date, from_patient uuid, from_dates date[],
             keep uuid, record jsonb, locks text[], wanted uuid, priority text,
-            to_date date, hours jsonb, closed boolean
+            to_date date, hours jsonb, closed boolean, hold uuid, ttl interval
         );
     end if;
 end
@@ -43,7 +43,7 @@ $do$;
 -- its metadata. The rest is the change: the appointment, day or slots after it; the revision of its doctor-day, and of
 -- the one that a reschedule left; the place in the queue; the appointments that it concerns; the patient, and the
 -- doctor-days that changed with the patient ([[doctor, date], …]); the schedule or its exception; the open slots of hours
--- that are no more; how many slots were generated, and why others were not.
+-- that are no more; how many slots were generated, and why others were not; the hold.
 do $do$
 begin
     if to_regtype('decision') is null then
@@ -53,7 +53,7 @@ begin
             "position" integer, patient_name text,
             appointment appointment, day doctor_day, slots slot[], affected uuid[],
             patient patient, already_registered boolean, days jsonb,
-            schedule schedule, schedule_exception schedule_exception, stale uuid[], generated jsonb
+            schedule schedule, schedule_exception schedule_exception, stale uuid[], generated jsonb, hold hold
         );
     end if;
 end

@@ -126,6 +126,7 @@ declare
     d decision := missing_slot(r);
     v_old slot;
     v_booked integer;
+    v_held integer;
     v_now timestamptz := moment();
 begin
     if d.outcome is not null then return d; end if;
@@ -134,8 +135,11 @@ begin
     r.start_time := coalesce(r.start_time, v_old.start_time);
     r.end_time := coalesce(r.end_time, v_old.end_time);
     select count(*) into v_booked from appointment where slot_id = v_old.id and holds_place(state);
-    if r.capacity < v_booked or v_booked > 0 and (r.start_time, r.end_time) <> (v_old.start_time, v_old.end_time) then
-        return refused('SLOT_HAS_BOOKINGS', v_old.id, jsonb_build_object('booked_count', v_booked));
+    select count(*) into v_held from live_holds(v_old.doctor_id, v_old.date, v_now) h where h.slot_id = v_old.id;
+    if r.capacity < v_booked + v_held
+       or v_booked + v_held > 0 and (r.start_time, r.end_time) <> (v_old.start_time, v_old.end_time) then
+        return refused('SLOT_HAS_BOOKINGS', v_old.id,
+                       jsonb_build_object('booked_count', v_booked, 'held', nullif(v_held, 0)));
     end if;
     if (r.start_time, r.end_time) <> (v_old.start_time, v_old.end_time) then
         if r.end_time <= r.start_time then return refused('END_NOT_AFTER_START', v_old.id); end if;
@@ -157,20 +161,25 @@ begin
 end
 $$;
 
--- Delete a slot that holds no booking.
+-- Delete a slot of which no place is booked or held.
 create or replace function delete_slot(r request) returns decision language plpgsql as $$
 declare
     d decision := missing_slot(r);
     v_slot slot;
+    v_held integer;
+    v_now timestamptz := moment();
 begin
     if d.outcome is not null then return d; end if;
     select * into v_slot from slot where id = r.slots[1];
     if r.version <> v_slot.version then return refused('ETAG_MISMATCH', v_slot.id); end if;
+    select count(*) into v_held from live_holds(v_slot.doctor_id, v_slot.date, v_now) h where h.slot_id = v_slot.id;
     perform from appointment where slot_id = v_slot.id and holds_place(state);
-    if found then return refused('SLOT_HAS_BOOKINGS', v_slot.id); end if;
+    if found or v_held > 0 then
+        return refused('SLOT_HAS_BOOKINGS', v_slot.id, jsonb_build_object('held', nullif(v_held, 0)));
+    end if;
     perform give_way(v_slot);
     delete from slot where id = v_slot.id;
-    perform append_change(r, 'slot.deleted', null, v_slot, moment(), slot_data(v_slot));
+    perform append_change(r, 'slot.deleted', null, v_slot, v_now, slot_data(v_slot));
     d.outcome := 'OK';
     return d;
 end

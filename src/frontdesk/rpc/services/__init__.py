@@ -8,6 +8,7 @@ from frontdesk.core.audit import Audit
 from frontdesk.core.auth import Auth
 from frontdesk.core.clinic import Clinics
 from frontdesk.core.doctor import Doctors
+from frontdesk.core.hold import Holds
 from frontdesk.core.password import Passwords
 from frontdesk.core.patient import Patients
 from frontdesk.core.queue import Queues
@@ -41,7 +42,7 @@ def servicers(
         DoctorServicer(Doctors(db, feed.changed)),
         ScheduleServicer(Schedules(db)),
         SlotServicer(Slots(db)),
-        AppointmentServicer(appointments),
+        AppointmentServicer(appointments, Holds(db)),
         QueueServicer(
             Queues(db, appointments, feed.paces),
             feed,

@@ -4,15 +4,19 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
-from frontdesk.core.appointment import Appointment, AppointmentFilter, Appointments, Target
+from frontdesk.core.appointment import Appointment, AppointmentFilter, Appointments
+from frontdesk.core.decision import Target
+from frontdesk.core.hold import DEFAULT_TTL, Hold, Holds
 from frontdesk.db.change import Change
 from frontdesk.rpc.convert import (
     changes_from,
     converter,
     date_from,
+    date_to,
     enum_numbers,
     id_or_none,
     key_of,
+    length_from,
     page_from,
     page_token,
     required_date,
@@ -24,6 +28,7 @@ from frontdesk.rpc.pipeline import Call
 R = TypeVar("R")
 
 to_appointment = converter(pb.Appointment, Appointment)
+to_hold = converter(pb.Hold, Hold, doctor_day=lambda hold: None if hold.slot_id else _doctor_day(hold))
 
 _WRITABLE = writable("reason", "notes")
 _STATES = {number: name for name, number in enum_numbers(pb.Appointment.State.DESCRIPTOR).items()}
@@ -34,8 +39,9 @@ class AppointmentServicer:
 
     service = pb.DESCRIPTOR.services_by_name["AppointmentService"]
 
-    def __init__(self, appointments: Appointments) -> None:
+    def __init__(self, appointments: Appointments, holds: Holds) -> None:
         self._appointments = appointments
+        self._holds = holds
 
     async def BookAppointment(self, request: pb.BookAppointmentRequest, call: Call) -> pb.BookAppointmentResponse:
         change = await self._appointments.book(
@@ -45,9 +51,24 @@ class AppointmentServicer:
             reason=request.reason,
             notes=request.notes,
             validate_only=request.validate_only,
+            hold_id=id_or_none(request.hold_id),
             key=key_of(request, call),
         )
         return _answer(change, call, pb.BookAppointmentResponse)
+
+    async def HoldPlace(self, request: pb.HoldPlaceRequest, call: Call) -> pb.HoldPlaceResponse:
+        change = await self._holds.place(
+            call.caller,
+            id_or_none(request.patient_id),
+            _target(request),
+            length_from(request, "ttl") or DEFAULT_TTL,
+            key=key_of(request, call),
+        )
+        return pb.HoldPlaceResponse(hold=to_hold(change.result), replayed=change.replayed)
+
+    async def ReleaseHold(self, request: pb.ReleaseHoldRequest, call: Call) -> pb.ReleaseHoldResponse:
+        change = await self._holds.release(call.caller, request.hold_id, key=key_of(request, call))
+        return pb.ReleaseHoldResponse(replayed=change.replayed)
 
     async def GetAppointment(self, request: pb.GetAppointmentRequest, call: Call) -> pb.GetAppointmentResponse:
         found = await self._appointments.get(call.caller, request.appointment_id)
@@ -95,6 +116,7 @@ class AppointmentServicer:
             request.appointment_id,
             _target(request),
             version_from(request.etag),
+            hold_id=id_or_none(request.hold_id),
             key=key_of(request, call),
         )
         return _answer(change, call, pb.RescheduleAppointmentResponse, vacated_revision=change.vacated_revision)
@@ -141,7 +163,11 @@ def _answer(change: Change[Appointment], call: Call, response: Callable[..., R],
     )
 
 
-def _target(request: pb.BookAppointmentRequest | pb.RescheduleAppointmentRequest) -> Target:
+def _doctor_day(hold: Hold) -> pb.DoctorDay:
+    return pb.DoctorDay(doctor_id=hold.doctor_id, date=date_to(hold.date))
+
+
+def _target(request: pb.BookAppointmentRequest | pb.RescheduleAppointmentRequest | pb.HoldPlaceRequest) -> Target:
     if request.WhichOneof("target") == "slot_id":
         return Target(slot_id=request.slot_id)
     day = request.doctor_day

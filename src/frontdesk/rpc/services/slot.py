@@ -18,7 +18,9 @@ from frontdesk.rpc.convert import (
 )
 from frontdesk.rpc.pipeline import Call
 
-to_slot = converter(pb.Slot, Slot, available_count=lambda slot: max(slot.capacity - slot.booked_count, 0))
+to_slot = converter(
+    pb.Slot, Slot, available_count=lambda slot: max(slot.capacity - slot.booked_count - slot.held_count, 0)
+)
 
 
 def _instant_column(name: str) -> Columns:

@@ -597,6 +597,37 @@ def upgrade() -> None:
         postgresql_where=sa.text("outcome = 'MOVED'"),
     )
 
+    op.create_table(
+        "hold",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("doctor_id", sa.Uuid(), nullable=False),
+        sa.Column("clinic_id", sa.Uuid(), nullable=False),
+        sa.Column("date", sa.Date(), nullable=False),
+        sa.Column("slot_id", sa.Uuid(), nullable=True),
+        sa.Column("patient_id", sa.Uuid(), nullable=True),
+        sa.Column("state", sa.Text(), server_default="HELD", nullable=False),
+        sa.Column("expire_time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("create_time", sa.DateTime(timezone=True), nullable=False),
+        sa.CheckConstraint("state in ('HELD', 'USED', 'RELEASED')", name="hold_state_check"),
+        sa.CheckConstraint("create_time < expire_time", name="hold_interval_check"),
+        sa.PrimaryKeyConstraint("id", name="hold_pkey"),
+    )
+    op.create_index(
+        "hold_live_idx",
+        "hold",
+        ["doctor_id", "date", "expire_time"],
+        unique=False,
+        postgresql_where=sa.text("state = 'HELD'"),
+    )
+    op.create_index(
+        "hold_patient_idx",
+        "hold",
+        ["patient_id"],
+        unique=False,
+        postgresql_where=sa.text("state = 'HELD' and patient_id is not null"),
+    )
+    op.create_index("hold_expire_time_idx", "hold", ["expire_time"], unique=False, postgresql_using="brin")
+
     op.execute(
         sa.text("insert into clinic (name, time_zone, is_default) values ('Default clinic', :zone, true)").bindparams(
             zone=context.config.attributes["default_time_zone"]
