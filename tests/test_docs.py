@@ -17,6 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import grpc
+import psycopg
 import pytest
 import typer
 import yaml
@@ -29,10 +31,12 @@ import clinic.frontdesk.v1
 from clinic.frontdesk.v1 import error_reason_pb2
 from frontdesk.cli import app
 from frontdesk.errors import REFUSALS
+from frontdesk.process.postgres_programs import installation
 from frontdesk.rpc.status import code_of
 from frontdesk.settings import Settings
 from tests.clinic import Front
-from tests.servers import free_port
+from tests.servers import Cluster, Service, directories, free_port
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -318,3 +322,68 @@ print(person.auth.GetProfile(auth_pb2.GetProfileRequest()).user.email)
         with suppress(ProcessLookupError):
             os.killpg(service.pid, signal.SIGTERM)
         service.communicate(timeout=60)
+
+
+def shell(commands: str, **environment: str) -> str:
+    """What these commands print; `psql` is that of the tests' PostgreSQL. Each of them must succeed."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FRONTDESK_", "PG"))}
+    path = f"{installation() / 'bin'}:{os.environ['PATH']}"
+    functions = f"""
+frontdesk() {{ {sys.executable} -m frontdesk.cli "$@"; }}
+psql() {{ command psql -v ON_ERROR_STOP=1 "$@"; }}
+"""
+    done = subprocess.run(
+        ["bash", "-ec", functions + commands],
+        env={**clean, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+async def test_roles_of_a_database_of_ones_own(tmp_path: Path) -> None:
+    """The guide's statements make an owner and a service's role, which serves and cannot change the log."""
+    blocks = code(ROOT / "docs" / "operations.md", "sh")
+    (create,) = [block for block in blocks if "create database clinic owner frontdesk" in block]
+    (divide,) = [block for block in blocks if "create role frontdesk_owner" in block]
+    (find,) = [block for block in blocks if "where backend_xid is not null" in block]
+    with directories() as make, Cluster(make("own")) as postgres:
+        await asyncio.to_thread(postgres.start)
+        place = f"127.0.0.1:{postgres.port}/clinic"
+        # The guide's name is that of the cluster's own administrator.
+        postgres.sql("create role administrator superuser login password 'x'")
+        administrator = f"postgresql://administrator:x@127.0.0.1:{postgres.port}/postgres"
+        with psycopg.connect(administrator, autocommit=True) as connection:
+            connection.execute("alter role frontdesk rename to bootstrap")
+        urls = {
+            "ADMIN_URL": administrator,
+            "OWNER_URL": f"postgresql://frontdesk_owner:change%20me%20too@{place}",
+        }
+        service_url = f"postgresql://frontdesk:change%20me@{place}"
+        assert "frontdesk:change%20me@" in create
+        for commands in (create[: create.index("export ")], divide):
+            await asyncio.to_thread(shell, commands, **urls)
+        # After an upgrade the grants are made again.
+        again = divide[divide.index("FRONTDESK_DATABASE_URL") :]
+        await asyncio.to_thread(shell, again, **urls)
+        with Service(tmp_path / "log", service_url, access="open") as service:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{service.port}") as channel:
+                front = Front(channel, service_url, service.port)
+                doctor, patient = await front.doctor(), await front.patient()
+                await front.book(patient.id, doctor.id)
+            await until(lambda: front.sql("select count(*) from seal")[0][0] >= 4)
+            for table in ("log", "seal"):
+                for change in (f"delete from {table}", f"truncate {table}", f"update {table} set id = id"):
+                    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                        front.sql(change)
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                front.sql("create table mine ()")
+            assert front.sql("show statement_timeout") == [("10s",)], "the role's own setting"
+            await asyncio.to_thread(service.stop)
+        commands = "frontdesk audit verify; frontdesk maintain"
+        said = await asyncio.to_thread(shell, commands, FRONTDESK_DATABASE_URL=service_url)
+        assert "nothing was changed up to" in said
+        assert "0 events of the audit" in said
+        assert "(0 rows)" in await asyncio.to_thread(shell, find, **urls)
