@@ -43,7 +43,7 @@ def measure(stage: Stage, *, calls: int, rounds: int, progress: Callable[[str], 
         people.history(connection, total, doctors, total, day)
         people.booked(connection, TO_MOVE, total, doctors, day + timedelta(days=10))
         people.booked(connection, 100, doctors * 10, doctors, day + timedelta(days=40), checked_in=True)
-        key, tokens = _key(connection), _tokens(connection)
+        key, tokens = key_of(connection), tokens_of(connection)
     people.settle(conninfo)
     rows = []
     with (
@@ -71,17 +71,18 @@ def measure(stage: Stage, *, calls: int, rounds: int, progress: Callable[[str], 
     return {"calls": rows}
 
 
-def _key(connection: psycopg.Connection[Any]) -> str:
+def key_of(connection: psycopg.Connection[Any], requests_per_minute: int = 100_000) -> str:
+    """A new API key of a service."""
     key_id, secret = uuid.uuid4(), secrets.token_urlsafe(32)
     connection.execute(
         "insert into api_key (id, name, secret_hash, roles, requests_per_minute)"
-        " values (%s, 'bench', %s, '{SERVICE}', 100000)",
-        (key_id, hash_of(secret)),
+        " values (%s, 'bench', %s, '{SERVICE}', %s)",
+        (key_id, hash_of(secret), requests_per_minute),
     )
     return f"fdk_{key_id}_{secret}"
 
 
-def _tokens(connection: psycopg.Connection[Any]) -> tuple[str, ...]:
+def tokens_of(connection: psycopg.Connection[Any]) -> tuple[str, ...]:
     """Access tokens of as many users, as a process of the service would sign them."""
     key = Ed25519PrivateKey.generate()
     connection.execute(
@@ -106,6 +107,11 @@ def _tokens(connection: psycopg.Connection[Any]) -> tuple[str, ...]:
     return tuple(tokens)
 
 
+def get_appointment(n: int) -> appointment_pb2.GetAppointmentRequest:
+    """Read the n-th of the appointments that are there."""
+    return appointment_pb2.GetAppointmentRequest(appointment_id=make_id(TO_MOVE, n))
+
+
 def _kinds(server: ServerProcess, credentials: tuple[str, ...], mode: int, day: date, doctors: int) -> Iterator[Kind]:
     appointments, queues = "/clinic.frontdesk.v1.AppointmentService/", "/clinic.frontdesk.v1.QueueService/"
 
@@ -122,7 +128,7 @@ def _kinds(server: ServerProcess, credentials: tuple[str, ...], mode: int, day: 
         )
 
     def get(n: int) -> Message:
-        return appointment_pb2.GetAppointmentRequest(appointment_id=make_id(TO_MOVE, len(MODES) * n + mode))
+        return get_appointment(len(MODES) * n + mode)
 
     def get_queue(n: int) -> Message:
         line = doctor_day(n, 40)

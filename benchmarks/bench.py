@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import access, booking, lists, report, watching
+from benchmarks import access, booking, lists, neighbours, report, watching
 from benchmarks.report import Part, Progress, table
 from benchmarks.stage import Stage
 
@@ -34,6 +34,10 @@ def _booking(stage: Stage, arguments: Namespace, progress: Progress) -> dict[str
 def _access(stage: Stage, arguments: Namespace, progress: Progress) -> dict[str, Any]:
     quick = arguments.quick
     return access.measure(stage, calls=400, rounds=3 if quick else 15, progress=progress)
+
+
+def _neighbours(stage: Stage, arguments: Namespace, progress: Progress) -> dict[str, Any]:
+    return neighbours.measure(stage, seconds=8.0, rounds=2 if arguments.quick else 5, progress=progress)
 
 
 def _watch(stage: Stage, arguments: Namespace, progress: Progress) -> dict[str, Any]:
@@ -102,6 +106,19 @@ def _show_access(console: Console, found: dict[str, Any]) -> None:
     console.print(shown)
 
 
+def _show_neighbours(console: Console, found: dict[str, Any]) -> None:
+    shown = table(
+        f"GetAppointment, {neighbours.RATE:.0f} a second, alone and beside a neighbour: ms",
+        "neighbour", "alone p50", "p99", "beside p50", "p99", "p99 of alone", "failed", "the neighbour's calls",
+    )  # fmt: skip
+    shown.columns[-1].justify = "left"
+    for row in found["neighbours"]:
+        times = (f"{ms:.1f}" for ms in (*row["quiet_ms"], *row["beside_ms"]))
+        outcomes = ", ".join(f"{name} {count:,}" for name, count in row["outcomes"].items())
+        shown.add_row(row["name"], *times, f"{row['ratio']:.2f}", str(sum(row["refused"].values())), outcomes)
+    console.print(shown)
+
+
 def _show_watch(console: Console, found: dict[str, Any]) -> None:
     shown = table(
         "WatchQueue: from a change to its receipt",
@@ -154,6 +171,14 @@ def _access_failures(found: dict[str, Any]) -> Iterator[str]:
             yield f"{row['name']}, {row['in_flight']} in flight: {row['refused']}"
 
 
+def _neighbour_failures(found: dict[str, Any]) -> Iterator[str]:
+    for row in found["neighbours"]:
+        if row["refused"]:
+            yield f"beside the {row['name']}: {row['refused']}"
+        if row["ratio"] > neighbours.MOST_RATIO:
+            yield f"beside the {row['name']} the p99 is {row['ratio']:.2f} times that of alone"
+
+
 def _watch_failures(found: dict[str, Any]) -> Iterator[str]:
     for scene in found["scenes"]:
         name = f"{scene['watchers']} watchers on {scene['days']} doctor-days"
@@ -173,6 +198,7 @@ def _list_failures(found: dict[str, Any]) -> Iterator[str]:
 _PARTS = {
     "booking": Part(_booking, _show_booking, _booking_failures),
     "access": Part(_access, _show_access, _access_failures),
+    "neighbours": Part(_neighbours, _show_neighbours, _neighbour_failures),
     "watch": Part(_watch, _show_watch, _watch_failures),
     "lists": Part(_lists, _show_lists, _list_failures),
 }
