@@ -69,7 +69,7 @@ def hours(*args: Any) -> pb.Hours:
     return pb.Hours(**fields_of(*args))
 
 
-async def hold(
+async def set_week(
     front: Front, doctor_id: str, rules: Sequence[pb.WeeklyRule], first: date, last: date | None = None, **fields: Any
 ) -> pb.SetWeeklyScheduleResponse:
     """Set the doctor's weekly hours."""
@@ -159,7 +159,7 @@ async def test_a_schedule_is_stored(desk: Front) -> None:
     """Hours come back by weekday and start, with a capacity of 1 if none is given; an end of 24:00 stays one."""
     doctor = await desk.doctor("UTC")
     given = [rule(TUESDAY, "14:00", "24:00", 60), rule(MONDAY, "13:00", "18:00", 30, 2), rule(MONDAY, "08:00", "12:00")]
-    answer = await hold(desk, doctor.id, given, TODAY)
+    answer = await set_week(desk, doctor.id, given, TODAY)
     ordered = [given[2], given[1], given[0]]
     ordered[0].capacity = ordered[2].capacity = 1
     assert list(answer.schedule.rules) == ordered
@@ -175,14 +175,14 @@ async def test_hours_that_touch(desk: Front) -> None:
     """Hours may begin when others of the weekday end, and at any time of another weekday."""
     doctor = await desk.doctor("UTC")
     given = [rule(MONDAY, "08:00", "12:00"), rule(MONDAY, "12:00", "13:00"), rule(TUESDAY, "08:00", "12:00")]
-    assert len((await hold(desk, doctor.id, given, TODAY)).schedule.rules) == 3
+    assert len((await set_week(desk, doctor.id, given, TODAY)).schedule.rules) == 3
 
 
 async def test_no_hours(desk: Front) -> None:
     """A schedule without rules means that the doctor has no hours."""
     doctor = await desk.doctor("UTC")
-    await hold(desk, doctor.id, daily("09:00", "10:00"), TODAY)
-    await hold(desk, doctor.id, [], on(1))
+    await set_week(desk, doctor.id, daily("09:00", "10:00"), TODAY)
+    await set_week(desk, doctor.id, [], on(1))
     assert (await generate(desk, doctor.id, on(1), on(8))).created_count == 0
 
 
@@ -222,7 +222,7 @@ def _without(name: str) -> pb.WeeklyRule:
 )
 async def test_bad_rules(front: Front, rules: list[pb.WeeklyRule], path: str) -> None:
     """Rules that overlap, end before they start, name no weekday, hold no visit or are no times of day are refused."""
-    error = await refusal(hold(front, (await front.doctor()).id, rules, date(2100, 1, 1)))
+    error = await refusal(set_week(front, (await front.doctor()).id, rules, date(2100, 1, 1)))
     assert reason_of(error) == "INVALID_FIELD"
     assert set(named(error)) == {path}
 
@@ -234,7 +234,7 @@ async def test_times_are_whole_minutes(front: Front) -> None:
         for field in ("start", "end"):
             bad = rule(MONDAY, "08:00", "12:00")
             getattr(bad, field).CopyFrom(odd)
-            error = await refusal(hold(front, doctor.id, [bad], date(2100, 1, 1)))
+            error = await refusal(set_week(front, doctor.id, [bad], date(2100, 1, 1)))
             assert named(error) == [f"rules.{field}"]
 
 
@@ -243,18 +243,18 @@ async def test_dates_of_a_schedule(desk: Front) -> None:
     doctor = await desk.doctor("UTC")
     missing = pb.SetWeeklyScheduleRequest(doctor_id=doctor.id)
     assert named(await refusal(desk.schedules.SetWeeklySchedule(missing))) == ["effective_from"]
-    assert named(await refusal(hold(desk, doctor.id, [], on(2), on(1)))) == ["effective_until"]
-    assert await outcome(hold(desk, doctor.id, [], on(2), on(2))) == "OK"
+    assert named(await refusal(set_week(desk, doctor.id, [], on(2), on(1)))) == ["effective_until"]
+    assert await outcome(set_week(desk, doctor.id, [], on(2), on(2))) == "OK"
 
 
 async def test_past_days_keep_their_hours(desk: Front) -> None:
     """A schedule may begin today in the clinic's time zone, and not before."""
     kiritimati, pago = await desk.doctor("Pacific/Kiritimati"), await desk.doctor("Pacific/Pago_Pago")
-    assert await outcome(hold(desk, kiritimati.id, [], TODAY)) == "OK"
-    assert await outcome(hold(desk, kiritimati.id, [], on(-1))) == "DATE_IN_PAST"
+    assert await outcome(set_week(desk, kiritimati.id, [], TODAY)) == "OK"
+    assert await outcome(set_week(desk, kiritimati.id, [], on(-1))) == "DATE_IN_PAST"
     # There it is still Sunday.
-    assert await outcome(hold(desk, pago.id, [], on(-1))) == "OK"
-    error = await refusal(hold(desk, pago.id, [], on(-2)))
+    assert await outcome(set_week(desk, pago.id, [], on(-1))) == "OK"
+    error = await refusal(set_week(desk, pago.id, [], on(-2)))
     assert reason_of(error) == "DATE_IN_PAST"
     assert details(error)["ErrorInfo"].metadata == {"doctor_id": pago.id, "date": "2027-01-02"}
 
@@ -263,7 +263,7 @@ async def test_unknown_doctor(front: Front) -> None:
     """Every method of the service tells an unknown doctor."""
     unknown, when = "00000000-0000-4000-8000-000000000000", date(2100, 1, 1)
     for call in (
-        hold(front, unknown, [], when),
+        set_week(front, unknown, [], when),
         schedules(front, unknown),
         set_day(front, unknown, when),
         reset_day(front, unknown, when),
@@ -312,9 +312,9 @@ async def test_schedules_give_way(
 
     doctor = await desk.doctor("UTC")
     for one in before:
-        await hold(desk, doctor.id, [], *dates(*one))
+        await set_week(desk, doctor.id, [], *dates(*one))
     etags = {schedule.id: schedule.etag for schedule in await schedules(desk, doctor.id)}
-    answer = await hold(desk, doctor.id, daily("09:00", "10:00"), *dates(*new))
+    answer = await set_week(desk, doctor.id, daily("09:00", "10:00"), *dates(*new))
     found = await schedules(desk, doctor.id)
     assert [
         (
@@ -338,7 +338,7 @@ async def test_schedules_at_once(desk: Front) -> None:
     """Whatever is set at once, schedules of one doctor do not overlap."""
     doctor = await desk.doctor("UTC")
     dates = [(on(first), on(first + length)) for first, length in itertools.product(range(0, 20, 4), (2, 6, 11))]
-    assert {await one for one in asyncio.as_completed([outcome(hold(desk, doctor.id, [], *d)) for d in dates])} == {
+    assert {await one for one in asyncio.as_completed([outcome(set_week(desk, doctor.id, [], *d)) for d in dates])} == {
         "OK"
     }
     ((overlapping,),) = desk.sql(
@@ -352,19 +352,19 @@ async def test_stale_slots(desk: Front) -> None:
     """New hours name the open slots that the old ones had and they lack: none that is blocked or was made by hand."""
     doctor, other = await desk.doctor("UTC"), await desk.doctor("UTC")
     for one in (doctor, other):
-        await hold(desk, one.id, daily("09:00", "12:00", 60), TODAY)
+        await set_week(desk, one.id, daily("09:00", "12:00", 60), TODAY)
         await generate(desk, one.id, TODAY, on(3))
     slots = (await generate(desk, doctor.id, TODAY, on(3))).slots
     by_start = {(slot.date.day, moment(slot.start_time)): slot.id for slot in slots}
     await desk.slots.BlockSlots(slot_pb2.BlockSlotsRequest(slot_ids=[by_start[5, "09:00"]]))
     evening = await desk.slot(doctor.id, datetime(2027, 1, 5, 20, tzinfo=ZoneInfo("UTC")))
-    answer = await hold(desk, doctor.id, daily("10:00", "12:00", 60), on(1))
+    answer = await set_week(desk, doctor.id, daily("10:00", "12:00", 60), on(1))
     assert list(answer.stale_slot_ids) == [by_start[6, "09:00"], by_start[7, "09:00"]]
     person = await desk.patient()
     assert await outcome(desk.book_slot(person.id, by_start[6, "09:00"])) == "OK"
     assert await outcome(desk.book_slot((await desk.patient()).id, evening.id)) == "OK"
     # Those of the days after it too, on which nothing resumes.
-    answer = await hold(desk, doctor.id, daily("10:00", "12:00", 120), on(2), on(2))
+    answer = await set_week(desk, doctor.id, daily("10:00", "12:00", 120), on(2), on(2))
     assert list(answer.stale_slot_ids) == [by_start[n, at] for n in (6, 7) for at in ("10:00", "11:00")]
 
 
@@ -372,10 +372,10 @@ async def test_started_slots_are_not_stale(at: Clock) -> None:
     """A slot that has started cannot be booked any more, so new hours do not name it."""
     async with at(NOW) as desk:
         doctor = await desk.doctor("UTC")
-        await hold(desk, doctor.id, daily("09:00", "12:00", 60), TODAY)
+        await set_week(desk, doctor.id, daily("09:00", "12:00", 60), TODAY)
         slots = (await generate(desk, doctor.id, TODAY)).slots
     async with at("2027-01-04 10:00+00") as desk:
-        assert list((await hold(desk, doctor.id, [], TODAY)).stale_slot_ids) == [slots[2].id]
+        assert list((await set_week(desk, doctor.id, [], TODAY)).stale_slot_ids) == [slots[2].id]
 
 
 # Exceptions
@@ -410,7 +410,7 @@ async def test_bad_hours(front: Front, held: list[pb.Hours], path: str) -> None:
 async def test_a_second_exception_replaces(desk: Front) -> None:
     """The hours of a date are those of its exception, which a second one replaces, and the weekly ones after it."""
     doctor = await desk.doctor("UTC")
-    await hold(desk, doctor.id, daily("09:00", "10:00"), TODAY)
+    await set_week(desk, doctor.id, daily("09:00", "10:00"), TODAY)
     first = (await set_day(desk, doctor.id, on(1))).exception
     assert (first.closed, list(first.hours), first.date) == (True, [], day(on(1)))
     second = (await set_day(desk, doctor.id, on(1), hours("14:00", "15:00"), hours("11:00", "12:00"))).exception
@@ -430,7 +430,7 @@ async def test_a_second_exception_replaces(desk: Front) -> None:
 async def test_a_closed_date(desk: Front) -> None:
     """A closed date takes no booking of the day or of a slot, also not by a move, until the exception is deleted."""
     doctor, people = await desk.doctor("UTC"), await desk.people(4)
-    await hold(desk, doctor.id, daily("09:00", "10:00"), TODAY)
+    await set_week(desk, doctor.id, daily("09:00", "10:00"), TODAY)
     slots = (await generate(desk, doctor.id, on(1))).slots
     staying = await desk.book(people[0].id, doctor.id, on(1))
     elsewhere = await desk.book(people[3].id, doctor.id, on(2))
@@ -472,7 +472,7 @@ async def test_absence_comes_before_an_exception(desk: Front) -> None:
 async def test_hours_refuse_nothing(desk: Front) -> None:
     """Other hours on a date refuse no booking, of the day or of a slot outside them."""
     doctor, people = await desk.doctor("UTC"), await desk.people(2)
-    await hold(desk, doctor.id, daily("09:00", "10:00"), TODAY)
+    await set_week(desk, doctor.id, daily("09:00", "10:00"), TODAY)
     slots = (await generate(desk, doctor.id, on(1))).slots
     answer = await set_day(desk, doctor.id, on(1), hours("14:00", "15:00"))
     assert list(answer.stale_slot_ids) == [slot.id for slot in slots]
@@ -483,7 +483,7 @@ async def test_hours_refuse_nothing(desk: Front) -> None:
 async def test_who_is_affected(desk: Front) -> None:
     """Closed concerns every live appointment of the date; hours those whose slot lies outside. None is cancelled."""
     doctor, people = await desk.doctor("UTC", max_patients_per_day=20), await desk.people(7)
-    await hold(desk, doctor.id, daily("09:00", "12:00", 60), TODAY)
+    await set_week(desk, doctor.id, daily("09:00", "12:00", 60), TODAY)
     slots = (await generate(desk, doctor.id, on(1))).slots
     early, middle, late = [
         (await desk.book_slot(person.id, slot.id)).appointment.id for person, slot in zip(people, slots, strict=False)
@@ -568,7 +568,7 @@ async def test_the_slots_of_a_week(desk: Front) -> None:
         rule(MONDAY, "13:00", "14:00", 45, 3),
         rule(SUNDAY, "22:30", "24:00", 45),
     ]
-    await hold(desk, doctor.id, rules, TODAY)
+    await set_week(desk, doctor.id, rules, TODAY)
     answer = await generate(desk, doctor.id, TODAY, on(6))
     monday = ["09:00-09:25", "09:25-09:50", "09:50-10:15", "10:15-10:40", "13:00-13:45"]
     assert spans(answer.slots) == [*monday, "22:30-23:15", "23:15-00:00"]
@@ -583,7 +583,7 @@ async def test_the_slots_of_a_week(desk: Front) -> None:
 async def test_only_days_of_the_schedule(desk: Front) -> None:
     """A schedule has hours from its first date to its last, both included."""
     doctor = await desk.doctor("UTC")
-    await hold(desk, doctor.id, daily("09:00", "10:00", 60), on(2), on(4))
+    await set_week(desk, doctor.id, daily("09:00", "10:00", 60), on(2), on(4))
     answer = await generate(desk, doctor.id, TODAY, on(9))
     assert [slot.date for slot in answer.slots] == [day(on(n)) for n in (2, 3, 4)]
 
@@ -591,7 +591,7 @@ async def test_only_days_of_the_schedule(desk: Front) -> None:
 async def test_generation_is_repeatable(desk: Front) -> None:
     """A second call keeps what is there, also a slot of exactly the visit's interval that was made by hand."""
     doctor = await desk.doctor("UTC")
-    await hold(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
+    await set_week(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
     by_hand = await desk.slot(doctor.id, datetime(2027, 1, 5, 10, tzinfo=ZoneInfo("UTC")), 60, capacity=7)
     first = await generate(desk, doctor.id, on(1), on(2))
     assert (first.created_count, first.kept_count) == (3, 1)
@@ -603,7 +603,7 @@ async def test_generation_is_repeatable(desk: Front) -> None:
 async def test_generations_at_once(desk: Front) -> None:
     """Of calls at once each answers every slot, and each slot is created by one of them."""
     doctor = await desk.doctor("UTC")
-    await hold(desk, doctor.id, daily("09:00", "17:00", 15), TODAY)
+    await set_week(desk, doctor.id, daily("09:00", "17:00", 15), TODAY)
     answers = await asyncio.gather(*(generate(desk, doctor.id, TODAY, on(9)) for _ in range(6)))
     assert sum(answer.created_count for answer in answers) == 320
     assert {answer.created_count + answer.kept_count for answer in answers} == {320}
@@ -613,7 +613,7 @@ async def test_generations_at_once(desk: Front) -> None:
 async def test_generation_and_slots_by_hand_at_once(desk: Front) -> None:
     """Slots that are made by hand, moved and deleted during a generation meet no failure and no overlap."""
     doctor = await desk.doctor("UTC")
-    await hold(desk, doctor.id, daily("09:00", "17:00", 30), TODAY)
+    await set_week(desk, doctor.id, daily("09:00", "17:00", 30), TODAY)
     noon = datetime(2027, 1, 5, 12, 10, tzinfo=ZoneInfo("UTC"))
     first = await desk.slot(doctor.id, noon)
 
@@ -632,7 +632,7 @@ async def test_generation_and_slots_by_hand_at_once(desk: Front) -> None:
 async def test_why_a_visit_is_skipped(desk: Front) -> None:
     """A skipped visit has the first reason that applies; a closed date is one row; other dates are not concerned."""
     doctor = await desk.doctor("UTC")
-    await hold(desk, doctor.id, daily("07:00", "09:00", 60), TODAY)
+    await set_week(desk, doctor.id, daily("07:00", "09:00", 60), TODAY)
     await desk.slot(doctor.id, datetime(2027, 1, 5, 7, 30, tzinfo=ZoneInfo("UTC")), 60)
     await set_day(desk, doctor.id, on(2))
     for when in (on(2), on(3)):
@@ -658,9 +658,9 @@ async def test_what_is_there_is_kept(at: Clock) -> None:
     """A visit that has its slot is kept, though the day is past or the doctor absent by now; nothing is deleted."""
     async with at(NOW) as desk:
         doctor = await desk.doctor("UTC")
-        await hold(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
+        await set_week(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
         made = await generate(desk, doctor.id, TODAY)
-        await hold(desk, doctor.id, daily("09:00", "12:00", 60), TODAY)
+        await set_week(desk, doctor.id, daily("09:00", "12:00", 60), TODAY)
         await desk.doctors.SetDoctorAvailability(
             doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(TODAY), is_present=False)
         )
@@ -673,7 +673,7 @@ async def test_what_is_there_is_kept(at: Clock) -> None:
 async def test_validate_only(desk: Front) -> None:
     """validate_only answers what would be created, creates nothing and leaves the key unused."""
     doctor = await desk.doctor("UTC")
-    await hold(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
+    await set_week(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
     by_hand = await desk.slot(doctor.id, datetime(2027, 1, 5, 10, tzinfo=ZoneInfo("UTC")), 60)
     answer = await generate(desk, doctor.id, on(1), validate_only=True, idempotency_key="k")
     assert (answer.created_count, answer.kept_count) == (1, 1)
@@ -700,7 +700,7 @@ async def test_most_visits(desk: Front) -> None:
     """A call makes 5,000 visits; one more is refused, and nothing is created."""
     doctor = await desk.doctor("UTC")
     # 1,250 a day.
-    await hold(desk, doctor.id, daily("00:00", "20:50", 1), TODAY)
+    await set_week(desk, doctor.id, daily("00:00", "20:50", 1), TODAY)
     await set_day(desk, doctor.id, on(5), hours("00:00", "00:01", 1))
     error = await refusal(generate(desk, doctor.id, on(1), on(5)))
     assert named(error) == ["to_date"]
@@ -712,7 +712,7 @@ async def test_most_visits(desk: Front) -> None:
 async def test_most_skipped(desk: Front) -> None:
     """The response lists the first 1,000 skipped visits, and counts all."""
     doctor = await desk.doctor("UTC")
-    await hold(desk, doctor.id, daily("00:00", "20:50", 1), on(-0))
+    await set_week(desk, doctor.id, daily("00:00", "20:50", 1), on(-0))
     await desk.doctors.SetDoctorAvailability(
         doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(on(1)), is_present=False)
     )
@@ -724,7 +724,7 @@ async def test_most_skipped(desk: Front) -> None:
 async def test_an_inactive_doctor_gets_no_slots(desk: Front) -> None:
     """An inactive doctor's hours can be set; slots are not generated."""
     doctor = await desk.doctor("UTC", active=False)
-    assert await outcome(hold(desk, doctor.id, daily("09:00", "10:00"), TODAY)) == "OK"
+    assert await outcome(set_week(desk, doctor.id, daily("09:00", "10:00"), TODAY)) == "OK"
     assert await outcome(generate(desk, doctor.id, on(1))) == "DOCTOR_INACTIVE"
 
 
@@ -808,7 +808,7 @@ async def test_when_the_clock_is_changed(
 ) -> None:
     """A start that does not exist is skipped, one that comes twice makes two slots, and each lasts as long as ever."""
     doctor = await desk.doctor(zone)
-    await hold(desk, doctor.id, daily(*held), TODAY)
+    await set_week(desk, doctor.id, daily(*held), TODAY)
     answer = await generate(desk, doctor.id, when)
     assert starts(answer.slots, zone) == expected
     assert skips(answer) == skipped
@@ -831,7 +831,7 @@ async def test_when_the_clock_is_changed(
 async def test_the_afternoon_is_the_same(desk: Front, zone: str, changed: tuple[date, date]) -> None:
     """13:00 to 18:00 by the clock has the same visits on days on which the clock is changed."""
     doctor = await desk.doctor(zone)
-    await hold(desk, doctor.id, daily("13:00", "18:00", 30), TODAY)
+    await set_week(desk, doctor.id, daily("13:00", "18:00", 30), TODAY)
     usual = [time[:5] for time in starts((await generate(desk, doctor.id, on(1))).slots, zone)]
     assert len(usual) == 10
     for when in changed:
@@ -845,7 +845,7 @@ async def test_a_new_time_zone_during_generation(desk: Front) -> None:
     clinic = await desk.clinic("UTC")
     doctors = [await desk.doctor(clinic_id=clinic.id) for _ in range(4)]
     for doctor in doctors:
-        await hold(desk, doctor.id, daily("00:00", "24:00", 60), TODAY)
+        await set_week(desk, doctor.id, daily("00:00", "24:00", 60), TODAY)
 
     async def move(zone: str) -> str:
         changed = clinic_pb2.Clinic(id=clinic.id, time_zone=zone)
@@ -876,7 +876,7 @@ async def test_the_horizon(at: Clock, conninfo: str, settings: Settings, monkeyp
         doctor, other = await desk.doctor("UTC"), await desk.doctor("UTC")
         await set_day(desk, other.id, on(1), hours("09:00", "10:00"))
     async with serving(settings, conninfo, slot_horizon_days=4) as (_, desk):
-        await hold(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
+        await set_week(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
         await until(lambda: slots_by_date(desk, doctor.id) == Counter({on(n): 2 for n in range(4)}))
         await set_day(desk, doctor.id, on(3), hours("09:00", "13:00", 60))
         await until(lambda: slots_by_date(desk, doctor.id)[on(3)] == 4)
@@ -898,9 +898,9 @@ async def test_the_horizon_follows_what_kept_visits_out(
     monkeypatch.setattr(horizon, "PAUSE_SECONDS", 0.02)
     async with at(NOW) as desk:
         doctor = await desk.doctor("UTC")
-        await hold(desk, doctor.id, daily("09:00", "11:00", 60), on(1))
+        await set_week(desk, doctor.id, daily("09:00", "11:00", 60), on(1))
         old = (await generate(desk, doctor.id, on(1), on(2))).slots
-        stale = (await hold(desk, doctor.id, daily("09:30", "11:30", 60), on(1))).stale_slot_ids
+        stale = (await set_week(desk, doctor.id, daily("09:30", "11:30", 60), on(1))).stale_slot_ids
         assert list(stale) == [slot.id for slot in old]
 
     async def say(front: Front, present: bool) -> None:
@@ -934,7 +934,7 @@ async def test_one_replica_generates(
     async with at(NOW) as desk:
         doctors = [await desk.doctor("UTC", active=n > 0) for n in range(4)]
         for doctor in doctors:
-            await hold(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
+            await set_week(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
     async with (
         serving(settings, conninfo, slot_horizon_days=10) as (_, desk),
         serving(settings, conninfo, slot_horizon_days=10),
@@ -957,7 +957,7 @@ async def test_the_horizon_is_off(at: Clock, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("frontdesk.process.worker.keep_ahead", never)
     async with at(NOW) as desk:
         doctor = await desk.doctor("UTC")
-        await hold(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
+        await set_week(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
         assert not slots_by_date(desk, doctor.id)
 
 
@@ -967,7 +967,7 @@ async def test_the_horizon_is_off(at: Clock, monkeypatch: pytest.MonkeyPatch) ->
 async def test_the_days_of_a_doctor(desk: Front) -> None:
     """Each date has its hours after the exception, its slots, and the free places of the doctor-day."""
     doctor, people = await desk.doctor("UTC", max_patients_per_day=3), await desk.people(3)
-    await hold(desk, doctor.id, [rule(TUESDAY, "09:00", "10:00", 30, 2), rule(WEDNESDAY, "09:00", "10:00")], TODAY)
+    await set_week(desk, doctor.id, [rule(TUESDAY, "09:00", "10:00", 30, 2), rule(WEDNESDAY, "09:00", "10:00")], TODAY)
     await set_day(desk, doctor.id, on(2), hours("14:00", "15:00", 60))
     slots = (await generate(desk, doctor.id, on(1), on(2))).slots
     booked = await desk.book_slot(people[0].id, slots[0].id)
@@ -996,6 +996,31 @@ async def test_the_days_of_a_doctor(desk: Front) -> None:
     await desk.cancel(booked.appointment.id)
     ((again),) = await days(desk, doctor.id, on(1))
     assert (again.booked_count, again.free_count) == (1, 2)
+
+
+async def test_held_places(desk: Front) -> None:
+    """A live hold takes a free place of its date, and of its slot, until it is released."""
+    doctor = await desk.doctor("UTC", max_patients_per_day=3)
+    await set_week(desk, doctor.id, daily("09:00", "10:00", 30, 2), TODAY)
+    slots = (await generate(desk, doctor.id, on(1))).slots
+    held = [await desk.hold_slot(slots[0].id), await desk.hold(doctor.id, on(1)), await desk.hold(doctor.id, on(2))]
+    found = await days(desk, doctor.id, TODAY, on(2))
+    assert [(one.held_count, one.free_count) for one in found] == [(0, 3), (2, 1), (1, 2)]
+    assert [(slot.held_count, slot.available_count) for slot in found[1].slots] == [(1, 1), (0, 2)]
+    await desk.appointments.ReleaseHold(appointment_pb2.ReleaseHoldRequest(hold_id=held[0].id))
+    ((again),) = await days(desk, doctor.id, on(1))
+    assert (again.held_count, again.free_count, again.slots[0].held_count) == (1, 2, 0)
+
+
+async def test_holds_of_a_closed_date(desk: Front) -> None:
+    """A closed date refuses a new hold, and the use of one that was made before."""
+    doctor, person = await desk.doctor("UTC"), await desk.patient()
+    held = await desk.hold(doctor.id, on(1))
+    await set_day(desk, doctor.id, on(1))
+    for call in (desk.hold(doctor.id, on(1)), desk.book(person.id, doctor.id, on(1), hold_id=held.id)):
+        error = await refusal(call)
+        assert reason_of(error) == "DOCTOR_ABSENT"
+        assert details(error)["ErrorInfo"].metadata["cause"] == "EXCEPTION"
 
 
 async def test_no_free_places(desk: Front) -> None:

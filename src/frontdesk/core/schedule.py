@@ -13,7 +13,7 @@ from frontdesk.core import doctor
 from frontdesk.core.caller import Caller
 from frontdesk.core.decision import asked, iso, refusal
 from frontdesk.core.formats import require_order
-from frontdesk.core.slot import AS_SHOWN, Slot
+from frontdesk.core.slot import AS_SHOWN, LIVE_HOLDS, Slot
 from frontdesk.db import schema
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database, compiled
@@ -339,13 +339,17 @@ with day as materialized (
            hours_on(x.id, on_date.date) as hours, coalesce(dd.max_patients, x.max_patients_per_day) as capacity,
            (select count(*) from appointment where appointment.doctor_id = x.id and appointment.date = on_date.date
                                                and {schema.HOLDING}) as booked_count,
+           (select count(*) from {LIVE_HOLDS.format(of="on_date")}) as held_count,
            exists (select from leaves_over(x.id, on_date.date, null, null) l where l.whole_days) as on_leave
     from doctor x
-    cross join (select %(from)s::date + n as date from generate_series(0, %(to)s::date - %(from)s::date) n) on_date
+    cross join (
+        select %(doctor)s::uuid as doctor_id, %(from)s::date + n as date
+        from generate_series(0, %(to)s::date - %(from)s::date) n
+    ) on_date
     left join doctor_day dd on dd.doctor_id = x.id and dd.date = on_date.date
     where x.id = %(doctor)s
 )
-select day.date, day.is_present, day.note, day.hours, day.capacity, day.booked_count, 0, day.on_leave,
+select day.date, day.is_present, day.note, day.hours, day.capacity, day.booked_count, day.held_count, day.on_leave,
        {", ".join(f"e.{field.name}" for field in fields(ScheduleException))}, s.id, {AS_SHOWN}
 from day
 left join schedule_exception e on e.doctor_id = day.doctor_id and e.date = day.date

@@ -67,13 +67,14 @@ def _state(of: str) -> str:
     return f"case when exists (select from {leave} l where not l.whole_days) then 'BLOCKED' else {of}.state end"
 
 
-# The live holds of a slot's doctor-day. With moment() as the argument, the planner would not look into the function.
-_LIVE_HOLDS = "(select moment() as now offset 0) clock, live_holds({of}.doctor_id, {of}.date, clock.now) h"
+LIVE_HOLDS = "(select moment() as now offset 0) clock, live_holds({of}.doctor_id, {of}.date, clock.now) h"
+"""SQL for FROM: the live holds `h` of a row's doctor-day. With moment() itself as the argument, the planner would not
+look into the function."""
 
 
 def _held(of: str) -> str:
     """SQL for the number of live holds in a slot; `of` is the slot's table or alias."""
-    return f"(select count(*) from {_LIVE_HOLDS.format(of=of)} where h.slot_id = {of}.id)"
+    return f"(select count(*) from {LIVE_HOLDS.format(of=of)} where h.slot_id = {of}.id)"
 
 
 _columns: tuple[sa.ColumnElement[Any], ...] = (
@@ -225,7 +226,7 @@ def _list_statement(given: frozenset[str], available_only: bool) -> str:
                 sa.literal_column("count(*)").label("in_day"),
                 sa.literal_column("count(*) filter (where h.slot_id = slot.id)").label("in_slot"),
             )
-            .select_from(sa.text(_LIVE_HOLDS.format(of="slot")))
+            .select_from(sa.text(LIVE_HOLDS.format(of="slot")))
             .lateral("held")
         )
         statement = (
