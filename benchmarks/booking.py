@@ -16,7 +16,7 @@ from google.type.date_pb2 import Date
 from benchmarks import floor, people
 from benchmarks.calls import Kind, percentiles, spend
 from benchmarks.load import unary_client
-from benchmarks.people import DOCTOR, PATIENT, SLOT, TO_CHECK_IN, TO_MOVE, make_id
+from benchmarks.people import DOCTOR, HOLD, PATIENT, SLOT, TO_CHECK_IN, TO_MOVE, make_id
 from benchmarks.stage import Child, ServerProcess, Stage, program
 from clinic.frontdesk.v1 import appointment_pb2, queue_pb2
 
@@ -30,6 +30,7 @@ CONNECTIONS = 8
 
 BOOKING, SLOTS, FLOOR = "BookAppointment by doctor-day", "BookAppointment by slot", "the floor"
 RESCHEDULE = "RescheduleAppointment"
+HELD, HOLDING = "BookAppointment with a hold", "HoldPlace"
 QUEUE, ESTIMATED = "GetQueue (10 waiting)", "GetQueue (10 waiting, with estimates)"
 
 
@@ -122,6 +123,7 @@ def _prepared(stage: Stage, name: str, zone: str, day: date, total: int, doctors
             " where date = %s and number = 1",
             (day + timedelta(days=41),),
         )
+        people.holds(connection, total, doctors, day + timedelta(days=35))
         people.slots(connection, total, doctors, day + timedelta(days=20), zone)
         connection.execute(floor.BARE_FUNCTION)
     people.settle(conninfo)
@@ -150,6 +152,19 @@ def _kinds(floor_server: ServerProcess, server: ServerProcess, day: date, doctor
             patient_id=make_id(PATIENT, n), slot_id=make_id(SLOT, n), idempotency_key=f"slot-{n}"
         )
 
+    def book_held(n: int) -> Message:
+        return appointment_pb2.BookAppointmentRequest(
+            patient_id=make_id(PATIENT, n),
+            doctor_day=doctor_day(n, 35),
+            hold_id=make_id(HOLD, n),
+            idempotency_key=f"held-{n}",
+        )
+
+    def hold(n: int) -> Message:
+        return appointment_pb2.HoldPlaceRequest(
+            patient_id=make_id(PATIENT, n), doctor_day=doctor_day(n, 36), idempotency_key=f"hold-{n}"
+        )
+
     def move(n: int) -> Message:
         return appointment_pb2.RescheduleAppointmentRequest(
             appointment_id=make_id(TO_MOVE, n), doctor_day=doctor_day(n, 30), idempotency_key=f"move-{n}"
@@ -172,6 +187,8 @@ def _kinds(floor_server: ServerProcess, server: ServerProcess, day: date, doctor
     yield Kind(FLOOR, floor_server, floor_server.port, appointments + "BookAppointment", book)
     yield kind(BOOKING, appointments + "BookAppointment", book)
     yield kind(SLOTS, appointments + "BookAppointment", book_slot)
+    yield kind(HELD, appointments + "BookAppointment", book_held)
+    yield kind(HOLDING, appointments + "HoldPlace", hold)
     yield kind(RESCHEDULE, appointments + "RescheduleAppointment", move)
     yield kind("CheckIn", queues + "CheckIn", check_in)
     yield kind(QUEUE, queues + "GetQueue", get_queue)
@@ -205,6 +222,8 @@ def _ratios(costs: Sequence[Cost]) -> dict[str, dict[int, float]]:
     return {
         "booking / floor": ratio(BOOKING, FLOOR),
         "slot booking / day booking": ratio(SLOTS, BOOKING),
+        "booking with a hold / day booking": ratio(HELD, BOOKING),
+        "hold / day booking": ratio(HOLDING, BOOKING),
         "reschedule / day booking": ratio(RESCHEDULE, BOOKING),
         "queue / floor": ratio(QUEUE, FLOOR),
         "queue with estimates / without": ratio(ESTIMATED, QUEUE),

@@ -5,7 +5,7 @@ from zoneinfo import ZoneInfo
 
 import psycopg
 
-CLINIC, DOCTOR, PATIENT, SLOT, TO_MOVE, TO_CHECK_IN, PAST = range(1, 8)
+CLINIC, DOCTOR, PATIENT, SLOT, TO_MOVE, TO_CHECK_IN, PAST, HOLD = range(1, 9)
 
 CLINICS = 78
 
@@ -132,6 +132,20 @@ def slots(connection: psycopg.Connection, rows: int, doctors: int, on: date, zon
         {
             "slot": SLOT, "doctor": DOCTOR, "doctors": doctors, "clinic": CLINIC, "clinics": CLINICS, "on": on,
             "zone": zone, "last": rows - 1,
+        },
+    )  # fmt: skip
+
+
+def holds(connection: psycopg.Connection, rows: int, doctors: int, on: date) -> None:
+    """Insert `rows` holds of places on one day, shared out among the doctors, that outlast a run."""
+    connection.execute(
+        "insert into hold (id, doctor_id, clinic_id, date, patient_id, expire_time, create_time)"
+        " select bench_id(%(hold)s, i), bench_id(%(doctor)s, i %% %(doctors)s),"
+        " bench_id(%(clinic)s, i %% %(doctors)s %% %(clinics)s), %(on)s, bench_id(%(patient)s, i),"
+        " now() + interval '1 day', now() from generate_series(0, %(last)s::bigint) i",
+        {
+            "hold": HOLD, "doctor": DOCTOR, "doctors": doctors, "clinic": CLINIC, "clinics": CLINICS, "on": on,
+            "patient": PATIENT, "last": rows - 1,
         },
     )  # fmt: skip
 

@@ -85,6 +85,17 @@ class Visit:
 
 
 @dataclass
+class Held:
+    """A hold in the model."""
+
+    id: str
+    patient: int | None
+    doctor: int
+    slot: int | None
+    state: str = "HELD"
+
+
+@dataclass
 class Day:
     """A doctor's day in the model."""
 
@@ -153,12 +164,26 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             self.slots = [slot.id for slot in made.slots]
             self.days = [Day(), Day()]
             self.visits: list[Visit] = []
+            self.holds: list[Held] = []
 
         # The model's rules for a place
 
-        def place(self, patient: int, doctor: int, slot: int | None, moving: Visit | None = None) -> str | int:
+        def place(
+            self,
+            patient: int | None,
+            doctor: int,
+            slot: int | None,
+            moving: Visit | None = None,
+            hold: Held | None = None,
+        ) -> str | int:
             """The number that will be given, or the reason of the refusal."""
             others = [visit for visit in self.visits if visit is not moving]
+            if hold is not None:
+                if (hold.doctor, hold.slot) != (doctor, slot) or hold.patient not in (None, patient):
+                    return "HOLD_MISMATCH"
+                if hold.state != "HELD":
+                    return "HOLD_EXPIRED"
+            live = [] if hold is not None else [h for h in self.holds if h.state == "HELD" and h.doctor == doctor]
             if not self.days[doctor].present or self.days[doctor].exception == "CLOSED":
                 return "DOCTOR_ABSENT"
             if any(v.patient == patient and v.doctor == doctor and v.state in LIVE for v in others):
@@ -170,10 +195,13 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                         other = SLOTS[visit.slot][1] * 60 + SLOTS[visit.slot][2]
                         if abs(other - start) < 30:
                             return "PATIENT_OVERLAP"
-                if sum(v.slot == slot and v.state in HOLDING for v in others) >= SLOTS[slot][3]:
+                taken_there = sum(v.slot == slot and v.state in HOLDING for v in others)
+                if taken_there + sum(h.slot == slot for h in live) >= SLOTS[slot][3] and not (
+                    moving is not None and moving.slot == slot
+                ):
                     return "SLOT_FULL"
             taken = {v.number for v in others if v.doctor == doctor and v.state in HOLDING}
-            if len(taken) >= CAPACITY:
+            if len(taken) + len(live) >= CAPACITY and not (moving is not None and moving.doctor == doctor):
                 return "DAY_FULL"
             return min(set(range(1, CAPACITY + 1)) - taken)
 
@@ -193,14 +221,73 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             )
             self.booked(request, patient, doctor, None)
 
+        @precondition(lambda self: self.holds)
+        @rule(data=st.data(), patient=st.none() | st.integers(0, 5), dry=st.booleans(), elsewhere=st.booleans())
+        def book_with_a_hold(self, data: st.DataObject, patient: int | None, dry: bool, elsewhere: bool) -> None:
+            hold = data.draw(st.sampled_from(self.holds[-6:]))
+            if patient is None:
+                patient = 0 if hold.patient is None else hold.patient
+            doctor, slot = hold.doctor, hold.slot
+            if elsewhere:
+                doctor, slot = 1 - doctor, None
+            request = pb.BookAppointmentRequest(patient_id=self.patients[patient], validate_only=dry, hold_id=hold.id)
+            self.aim(request, doctor, slot)
+            self.booked(request, patient, doctor, slot, hold)
+
+        @rule(patient=st.none() | st.integers(0, 5), doctor=st.integers(0, 1), slot=st.none() | st.integers(0, 3))
+        def hold(self, patient: int | None, doctor: int, slot: int | None) -> None:
+            doctor = doctor if slot is None else SLOTS[slot][0]
+            request = pb.HoldPlaceRequest(patient_id="" if patient is None else self.patients[patient])
+            self.aim(request, doctor, slot)
+            patient = None if patient is None else self.records[patient]
+            expected = self.place(patient, doctor, slot)
+            twice = any(h.patient == patient and h.doctor == doctor and h.state == "HELD" for h in self.holds)
+            if patient is not None and twice and expected != "DOCTOR_ABSENT":
+                expected = "DUPLICATE_BOOKING"
+            answer, reason = attempt(lambda: client.appointments.HoldPlace(request))
+            if answer is None:
+                assert reason == expected
+                return
+            assert isinstance(expected, int)
+            self.holds.append(Held(answer.hold.id, patient, doctor, slot))
+
+        @precondition(lambda self: self.holds)
+        @rule(data=st.data(), release=st.booleans())
+        def end_hold(self, data: st.DataObject, release: bool) -> None:
+            hold = data.draw(st.sampled_from(self.holds[-6:]))
+            if release:
+                client.appointments.ReleaseHold(pb.ReleaseHoldRequest(hold_id=hold.id))
+            else:
+                # The clock stands, so the hold is moved to where it has run out.
+                clinic.sql(
+                    "update hold set create_time = create_time - interval '1 day', expire_time = moment()"
+                    " where id = %s and state = 'HELD' returning id",
+                    hold.id,
+                )
+            if hold.state == "HELD":
+                hold.state = "ENDED"
+
+        def aim(self, request: Any, doctor: int, slot: int | None) -> None:
+            if slot is None:
+                request.doctor_day.CopyFrom(pb.DoctorDay(doctor_id=self.doctors[doctor], date=TODAY))
+            else:
+                request.slot_id = self.slots[slot]
+
         @rule(patient=st.integers(0, 5), slot=st.integers(0, 3))
         def book_slot(self, patient: int, slot: int) -> None:
             request = pb.BookAppointmentRequest(patient_id=self.patients[patient], slot_id=self.slots[slot])
             self.booked(request, patient, SLOTS[slot][0], slot)
 
-        def booked(self, request: pb.BookAppointmentRequest, patient: int, doctor: int, slot: int | None) -> None:
+        def booked(
+            self,
+            request: pb.BookAppointmentRequest,
+            patient: int,
+            doctor: int,
+            slot: int | None,
+            hold: Held | None = None,
+        ) -> None:
             patient = self.records[patient]
-            expected = self.place(patient, doctor, slot)
+            expected = self.place(patient, doctor, slot, hold=hold)
             answer, reason = attempt(lambda: client.appointments.BookAppointment(request))
             if answer is None:
                 assert reason == expected
@@ -209,6 +296,8 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             if not request.validate_only:
                 assert answer.revision == self.changed(doctor, "BOOKED")
                 self.visits.append(Visit(answer.appointment.id, patient, doctor, answer.appointment.number, slot))
+                if hold is not None:
+                    hold.state = "ENDED"
 
         @precondition(lambda self: self.visits)
         @rule(data=st.data(), doctor=st.integers(0, 1), slot=st.none() | st.integers(0, 3))
@@ -354,6 +443,14 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             for visit in self.visits:
                 visit.patient = kept if visit.patient == merged else visit.patient
             self.records = [kept if record == merged else record for record in self.records]
+            for hold in [h for h in self.holds if h.patient == merged]:
+                hold.patient = kept
+                twice = any(
+                    h is not hold and h.state == "HELD" and h.patient == kept and h.doctor == hold.doctor
+                    for h in self.holds
+                )
+                if hold.state == "HELD" and twice:
+                    hold.state = "ENDED"
 
         @rule(patient=st.integers(0, 5), name=st.sampled_from(["Ana", "ANA", "Eva"]))
         def correct_the_name(self, patient: int, name: str) -> None:
@@ -401,6 +498,14 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             return sorted(waiting, key=lambda v: (v.priority, v.returned, v.ticket))
 
         @invariant()
+        def no_place_is_sold_twice(self) -> None:
+            for slot, (_, _, _, capacity) in enumerate(SLOTS):
+                shown = client.slots.GetSlot(slot_pb2.GetSlotRequest(slot_id=self.slots[slot])).slot
+                assert shown.held_count == sum(h.slot == slot and h.state == "HELD" for h in self.holds)
+                assert shown.booked_count == sum(v.slot == slot and v.state in HOLDING for v in self.visits) <= capacity
+                assert shown.available_count == max(capacity - shown.booked_count - shown.held_count, 0)
+
+        @invariant()
         def the_queues_agree(self) -> None:
             for doctor, day in enumerate(self.days):
                 queue = client.queues.GetQueue(queue_pb2.GetQueueRequest(doctor_id=self.doctors[doctor])).queue
@@ -433,9 +538,11 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                 )
                 (found,) = client.schedules.GetDoctorSchedule(request).days
                 booked = sum(v.doctor == doctor and v.state in HOLDING for v in self.visits)
+                held = sum(h.doctor == doctor and h.state == "HELD" for h in self.holds)
                 open_ = day.present and day.exception != "CLOSED"
                 assert (found.present, found.HasField("exception")) == (day.present, bool(day.exception))
-                assert (found.booked_count, found.free_count) == (booked, max(CAPACITY - booked, 0) if open_ else 0)
+                free = max(CAPACITY - booked - held, 0) if open_ else 0
+                assert (found.booked_count, found.held_count, found.free_count) == (booked, held, free)
                 for slot in found.slots:
                     taken = [v for v in self.visits if v.state in HOLDING and v.slot == self.slots.index(slot.id)]
                     assert slot.booked_count == len(taken)

@@ -143,11 +143,13 @@ MUTANTS = (
         "never DAY_FULL, no unique index",
         CROWD,
         _all(
-            _edited("find_place", ("if v_taken >= v.capacity and", "if false and")),
+            _edited("find_place", ("if v_taken + v.held >= v.capacity and", "if false and")),
             _sql("drop index appointment_number_key"),
         ),
     ),
-    Mutant("never SLOT_FULL", CROWD, _edited("find_place", ("if v_taken >= v_slot.capacity and", "if false and"))),
+    Mutant(
+        "never SLOT_FULL", CROWD, _edited("find_place", ("if v_taken + v_held >= v_slot.capacity and", "if false and"))
+    ),
     Mutant("a key is never found again", CROWD, _edited("recall", ("if not found then", "if true then"))),
     Mutant(
         "a key is never remembered",

@@ -28,7 +28,9 @@ declare
 begin
     select * into h from hold where id = p_hold;
     if not found then return refused('HOLD_NOT_FOUND', p_hold); end if;
-    if (h.doctor_id, h.date, h.slot_id) is distinct from (p_doctor, p_date, p_slot) or h.patient_id <> p_patient then
+    if (h.doctor_id, h.date, h.slot_id) is distinct from (p_doctor, p_date, p_slot)
+       -- A hold that had ended before its patient was merged still has the former id.
+       or h.patient_id <> p_patient and current_patient(h.patient_id) is distinct from p_patient then
         return refused('HOLD_MISMATCH', p_hold);
     end if;
     if h.state <> 'HELD' or h.expire_time <= p_now then
