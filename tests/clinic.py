@@ -26,6 +26,7 @@ from clinic.frontdesk.v1 import (
     patient_pb2_grpc,
     queue_pb2,
     queue_pb2_grpc,
+    schedule_pb2,
     schedule_pb2_grpc,
     slot_pb2,
     slot_pb2_grpc,
@@ -200,6 +201,21 @@ class Front:
         """The queue as it is now."""
         request = queue_pb2.GetQueueRequest(doctor_id=doctor_id, date=day(on) if on else None)
         return (await self.queues.GetQueue(request)).queue
+
+    async def leave(
+        self, doctor_id: str, first: date | datetime, last: date | datetime | None = None, **fields: Any
+    ) -> schedule_pb2.CreateLeaveResponse:
+        """Leave of this doctor: of the hours between two instants, or of whole days, by default one."""
+        wanted = schedule_pb2.Leave(doctor_id=doctor_id, reason="holidays")
+        if isinstance(first, datetime) and isinstance(last, datetime):
+            wanted.hours.start_time.FromDatetime(first)
+            wanted.hours.end_time.FromDatetime(last)
+        else:
+            wanted.days.from_date.CopyFrom(day(first))
+            wanted.days.to_date.CopyFrom(day(last or first))
+        if "policy" in fields:
+            wanted.policy = fields.pop("policy")
+        return await self.schedules.CreateLeave(schedule_pb2.CreateLeaveRequest(leave=wanted, **fields))
 
     async def slot(self, doctor_id: str, start: datetime, minutes: int = 30, capacity: int = 1) -> slot_pb2.Slot:
         """A new slot of this doctor."""

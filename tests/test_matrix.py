@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,10 @@ FACTS: dict[str, Fact] = {
     "ListScheduleExceptions": _about("public", "DOCTOR_NOT_FOUND"),
     "GenerateSlots": _DAY,
     "GetDoctorSchedule": _about("public", "DOCTOR_NOT_FOUND"),
+    "CreateLeave": _DAY,
+    "GetLeave": _about("public", "LEAVE_NOT_FOUND"),
+    "ListLeaves": _about("public", "DOCTOR_NOT_FOUND"),
+    "CancelLeave": _about("doctor", "LEAVE_NOT_FOUND", told=True),
     "CreateSlot": _DAY,
     "BatchCreateSlots": _DAY,
     "GetSlot": _about("public", "SLOT_NOT_FOUND"),
@@ -309,6 +314,7 @@ async def worlds(front: Front) -> Mapping[str, World]:
         slot_id=(await front.slot(doctor.id, noon(2))).id,
         appointment_id=(await front.book(person.id, doctor.id, tomorrow())).appointment.id,
         hold_id=(await front.hold(doctor.id, noon(5).date(), patient_id=person.id)).id,
+        leave_id=(await front.leave(doctor.id, tomorrow() + timedelta(days=50))).leave.id,
     )
     nobodys = World(**{field.name: str(uuid.uuid4()) for field in fields(World)})
     return {OWN: own, OTHER: other, ELSEWHERE: elsewhere, NONE: nobodys}

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from clinic.frontdesk.v1 import appointment_pb2, error_reason_pb2, queue_pb2
+from clinic.frontdesk.v1 import appointment_pb2, error_reason_pb2, queue_pb2, schedule_pb2
 from frontdesk.db.schema import VISIT_AND_QUEUE, metadata
 from frontdesk.db.session import MARKER
 from frontdesk.errors import REFUSALS
@@ -134,7 +134,7 @@ def test_transitions_lead_to_the_allowed_states(conninfo: str) -> None:
         table = rows.fetchall()
     assert {"BOOKED/"} | {f"{state}/{queue}" for *_, state, queue in table} == set(VISIT_AND_QUEUE)
     assert {f"{state}/{queue}" for _, state, queues, *_ in table for queue in queues} <= set(VISIT_AND_QUEUE)
-    services = (appointment_pb2.DESCRIPTOR, queue_pb2.DESCRIPTOR)
+    services = (appointment_pb2.DESCRIPTOR, queue_pb2.DESCRIPTOR, schedule_pb2.DESCRIPTOR)
     methods = {m.name for file in services for service in file.services_by_name.values() for m in service.methods}
     assert {verb for verb, *_ in table} <= methods
 

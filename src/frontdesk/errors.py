@@ -115,6 +115,13 @@ class HoldNotFound(NotFound):
     resource = "hold"
 
 
+class LeaveNotFound(NotFound):
+    """The leave does not exist."""
+
+    reason = "LEAVE_NOT_FOUND"
+    resource = "leave"
+
+
 class ApiKeyNotFound(NotFound):
     """The API key does not exist."""
 
@@ -231,6 +238,13 @@ class HoldExpired(Precondition):
     resource = "hold"
 
 
+class LeaveState(Precondition):
+    """The leave has already been cancelled."""
+
+    reason = "LEAVE_STATE"
+    resource = "leave"
+
+
 class PatientInactive(Precondition):
     """The patient's record is inactive."""
 
@@ -310,6 +324,13 @@ class SlotOverlap(AlreadyExists):
 
     reason = "SLOT_OVERLAP"
     resource = "slot"
+
+
+class LeaveOverlap(AlreadyExists):
+    """The doctor already has a leave at this time."""
+
+    reason = "LEAVE_OVERLAP"
+    resource = "leave"
 
 
 class CodeTaken(AlreadyExists):

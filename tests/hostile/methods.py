@@ -235,6 +235,7 @@ class World:
     user_id: str
     refresh_token: str
     hold_id: str
+    leave_id: str
 
 
 async def register(front: Front, **fields: Any) -> auth_pb2.RegisterUserResponse:
@@ -255,6 +256,7 @@ async def world(front: Front) -> World:
     key = await create_key(front, "BOARD")
     user = await register(front)
     held = await front.hold(doctor.id, noon(5).date(), patient_id=patient.id)
+    leave = await front.leave(doctor.id, today() + timedelta(days=50))
     return World(
         clinic.id,
         doctor.id,
@@ -266,6 +268,7 @@ async def world(front: Front) -> World:
         user.user.id,
         user.session.refresh_token,
         held.id,
+        leave.leave.id,
     )
 
 
@@ -356,6 +359,17 @@ VALID: dict[str, Callable[[World], Message]] = {
         effective_from=day(tomorrow()),
         rules=[schedule_pb2.WeeklyRule(weekday=MONDAY, **hours_at(9, 12))],
     ),
+    "CreateLeave": lambda w: schedule_pb2.CreateLeaveRequest(
+        leave=schedule_pb2.Leave(
+            doctor_id=w.doctor_id,
+            days=schedule_pb2.DateRange(
+                from_date=day(today() + timedelta(days=40)), to_date=day(today() + timedelta(days=41))
+            ),
+        )
+    ),
+    "GetLeave": lambda w: schedule_pb2.GetLeaveRequest(leave_id=w.leave_id),
+    "ListLeaves": lambda w: schedule_pb2.ListLeavesRequest(doctor_id=w.doctor_id),
+    "CancelLeave": lambda w: schedule_pb2.CancelLeaveRequest(leave_id=w.leave_id),
     "ListWeeklySchedules": lambda w: schedule_pb2.ListWeeklySchedulesRequest(doctor_id=w.doctor_id),
     "SetScheduleException": lambda w: schedule_pb2.SetScheduleExceptionRequest(
         doctor_id=w.doctor_id, date=day(tomorrow()), hours=[schedule_pb2.Hours(**hours_at(9, 12))]

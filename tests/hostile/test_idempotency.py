@@ -272,6 +272,33 @@ async def _generate_slots(front: Front) -> Scenario:
     return Scenario(until(0), until(1), lambda: _delete_slots_of(front, doctor.id))
 
 
+async def _create_leave(front: Front) -> Scenario:
+    doctor = await front.doctor()
+
+    def on(offset: int) -> schedule_pb2.CreateLeaveRequest:
+        date = day(tomorrow() + timedelta(days=offset))
+        days = schedule_pb2.DateRange(from_date=date, to_date=date)
+        return schedule_pb2.CreateLeaveRequest(leave=schedule_pb2.Leave(doctor_id=doctor.id, days=days))
+
+    async def later() -> None:
+        listed = await front.schedules.ListLeaves(schedule_pb2.ListLeavesRequest(doctor_id=doctor.id))
+        await front.schedules.CancelLeave(schedule_pb2.CancelLeaveRequest(leave_id=listed.leaves[0].id))
+
+    return Scenario(on(0), on(1), later, _only("id", "state"))
+
+
+async def _cancel_leave(front: Front) -> Scenario:
+    doctor = await front.doctor()
+    one, other = [(await front.leave(doctor.id, tomorrow() + timedelta(days=n))).leave for n in range(2)]
+
+    async def later() -> None:
+        await front.leave(doctor.id, tomorrow())
+
+    return Scenario(
+        schedule_pb2.CancelLeaveRequest(leave_id=one.id), schedule_pb2.CancelLeaveRequest(leave_id=other.id), later
+    )
+
+
 async def _delete_slots_of(front: Front, doctor_id: str) -> None:
     for (slot_id,) in front.sql("select id::text from slot where doctor_id = %s", doctor_id):
         await front.slots.DeleteSlot(slot_pb2.DeleteSlotRequest(slot_id=slot_id))
@@ -549,6 +576,8 @@ SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "SetScheduleException": _set_schedule_exception,
     "DeleteScheduleException": _delete_schedule_exception,
     "GenerateSlots": _generate_slots,
+    "CreateLeave": _create_leave,
+    "CancelLeave": _cancel_leave,
     "CreateSlot": _create_slot,
     "BatchCreateSlots": _batch_create_slots,
     "UpdateSlot": _update_slot,
@@ -618,6 +647,8 @@ TABLES = (
     "patient",
     "doctor",
     "slot",
+    "leave",
+    "leave_outcome",
     "appointment",
     "log where type is not null",
     "idempotency",

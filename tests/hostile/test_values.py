@@ -223,6 +223,11 @@ async def _tokens(front: Front) -> dict[str, tuple[Message, str]]:
         said.date.year += n  # type: ignore[attr-defined]
         said.date.day = 1  # type: ignore[attr-defined]
         await call(front, "SetDoctorAvailability", said)
+        leave = VALID["CreateLeave"](here)
+        leave.leave.days.from_date.year += 1 + n  # type: ignore[attr-defined]
+        leave.leave.days.from_date.day = 1  # type: ignore[attr-defined]
+        leave.leave.days.to_date.CopyFrom(leave.leave.days.from_date)  # type: ignore[attr-defined]
+        await call(front, "CreateLeave", leave)
         held = VALID["SetWeeklySchedule"](here)
         held.effective_from.year += 1 + n  # type: ignore[attr-defined]
         held.effective_from.day = 1  # type: ignore[attr-defined]
@@ -313,6 +318,7 @@ async def test_page_tokens_of_another_filter(front: Front) -> None:
         "ListDoctorAvailability": doctor_pb2.ListDoctorAvailabilityRequest(doctor_id=here.doctor_id),
         "ListScheduleExceptions": schedule_pb2.ListScheduleExceptionsRequest(doctor_id=here.doctor_id),
         "ListWeeklySchedules": schedule_pb2.ListWeeklySchedulesRequest(doctor_id=here.doctor_id),
+        "ListLeaves": schedule_pb2.ListLeavesRequest(doctor_id=here.doctor_id),
         "ListSlots": slot_pb2.ListSlotsRequest(available_only=True),
         "ListAppointments": appointment_pb2.ListAppointmentsRequest(doctor_id=here.doctor_id),
         "ListApiKeys": access_pb2.ListApiKeysRequest(active_only=True),

@@ -6,7 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from frontdesk.errors import ClinicNotYours
+from frontdesk.errors import ClinicNotYours, RoleRequired
 
 ALL, OWN = "ALL", "OWN"
 
@@ -120,6 +120,15 @@ class Caller:
         """Raise ClinicNotYours unless a role of the desk holds there."""
         if not self.may_reach_clinic(clinic_id):
             raise ClinicNotYours(clinic_id)
+
+    def may_reach_doctor(self, clinic_id: str, doctor_id: str) -> bool:
+        """Whether a role of the desk holds at this clinic, or the doctor's things are the caller's own."""
+        return self.may_reach_clinic(clinic_id) or (self.sight is not None and self.sight.doctor_id == doctor_id)
+
+    def require_doctor(self, clinic_id: str, doctor_id: str, method: str) -> None:
+        """Raise ClinicNotYours or, for somebody without a role of the desk, RoleRequired, unless he may reach both."""
+        if not self.may_reach_doctor(clinic_id, doctor_id):
+            raise ClinicNotYours(clinic_id) if self.everywhere else RoleRequired(details={"method": method})
 
     @property
     def everywhere(self) -> bool:

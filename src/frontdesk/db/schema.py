@@ -24,7 +24,6 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     Table,
     Text,
-    UniqueConstraint,
     Uuid,
     func,
     literal_column,
@@ -311,9 +310,9 @@ leave = Table(
     "leave",
     metadata,
     _id(),
-    Column("doctor_id", Uuid, ForeignKey("doctor.id"), nullable=False),
+    Column("doctor_id", Uuid, nullable=False),
     # The doctor's when the leave was made; its zone gave dates or instants.
-    Column("clinic_id", Uuid, ForeignKey("clinic.id"), nullable=False),
+    Column("clinic_id", Uuid, nullable=False),
     # Both forms have dates and instants: the dates that the interval touches, or the instants between which the dates
     # lie. The dates are inclusive, the end is not.
     Column("whole_days", Boolean, nullable=False),
@@ -324,8 +323,9 @@ leave = Table(
     _text("reason"),
     Column("policy", Text, nullable=False),
     Column("state", Text, nullable=False, server_default="APPLYING"),
-    # While it is applied: every appointment of an earlier date is settled.
+    # While it is applied: every appointment of an earlier date is settled; and how many are.
     Column("next_date", Date, nullable=False),
+    Column("settled", Integer, nullable=False, server_default="0"),
     # Whose change each settled appointment is, as the log names it.
     Column("actor", Text, nullable=False),
     _text("address"),
@@ -345,29 +345,29 @@ leave = Table(
 Index("leave_doctor_idx", leave.c.doctor_id, leave.c.to_date)
 Index("leave_applying_idx", leave.c.id, postgresql_where=text("state = 'APPLYING'"))
 
-# What became of each live appointment that a leave met, in the order in which they were settled. Once for each, however
-# often the work is taken up again.
+# What became of each live appointment that a leave met: once for each, however often the work is taken up again.
 leave_outcome = Table(
     "leave_outcome",
     metadata,
     Column("leave_id", Uuid, nullable=False),
-    Column("position", Integer, nullable=False),
     Column("appointment_id", Uuid, nullable=False),
+    # In which order they were settled, from 1.
+    Column("position", Integer, nullable=False),
     Column("outcome", Text, nullable=False),
     # To where it was moved.
     Column("doctor_id", Uuid),
     Column("date", Date),
     Column("slot_id", Uuid),
-    PrimaryKeyConstraint("leave_id", "position"),
-    UniqueConstraint("leave_id", "appointment_id", name="leave_outcome_appointment_key"),
+    PrimaryKeyConstraint("leave_id", "appointment_id"),
     CheckConstraint("outcome in ('KEPT', 'CANCELLED', 'MOVED', 'NOT_MOVED')", name="outcome"),
     CheckConstraint("(outcome = 'MOVED') = (doctor_id is not null and date is not null)", name="moved"),
 )
 Index(
     "leave_outcome_place_idx",
-    leave_outcome.c.leave_id,
     leave_outcome.c.doctor_id,
     leave_outcome.c.date,
+    # Last, so that nobody looks for one appointment's outcome here.
+    leave_outcome.c.leave_id,
     postgresql_where=text("outcome = 'MOVED'"),
 )
 

@@ -15,6 +15,7 @@ import uvloop
 
 from frontdesk.core.credential import Credentials
 from frontdesk.core.issuer import Issuer, Issuers
+from frontdesk.core.leave import Leaves
 from frontdesk.core.limit import Limits
 from frontdesk.core.notes import Notes
 from frontdesk.core.password import Passwords
@@ -25,6 +26,7 @@ from frontdesk.errors import Refused
 from frontdesk.jobs.horizon import keep_ahead
 from frontdesk.jobs.maintenance import clean, retention
 from frontdesk.jobs.sealing import Sealer
+from frontdesk.jobs.settling import Settling
 from frontdesk.live.feed import Feed
 from frontdesk.process.log import configure_log, dropped, failure
 from frontdesk.rpc.access import Access
@@ -99,6 +101,8 @@ class Worker:
         self._limits = Limits(self._db)
         self._sealer = Sealer(self._db)
         self._notes = Notes(self._db, self._sealer.changed)
+        leaves = Leaves(self._db, self._feed.changed)
+        self._settling = Settling(leaves, self._sealer.changed)
         origins = Origins(settings.proxies)
         self._pipeline = Pipeline(
             max_in_flight=settings.max_in_flight,
@@ -145,6 +149,7 @@ class Worker:
         self._background.start(self._notes.follow)
         if self._settings.slot_horizon_days:
             self._background.start(self._keep_ahead)
+        self._background.start(self._settling.follow)
         if self._metrics is not None:
             self._background.start(self._keep_measuring)
         return port

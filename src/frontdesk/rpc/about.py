@@ -15,6 +15,7 @@ _COLLECTIONS = {
     "user": "users",
     "api_key": "apiKeys",
     "slot": "slots",
+    "leave": "leaves",
     "doctor": "doctors",
     "patient": "patients",
     "clinic": "clinics",

@@ -215,6 +215,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the hold has ended. The metadata has how, as `state`: EXPIRED, USED or RELEASED. Example:
     booking after five minutes of choosing.
     """
+    ERROR_REASON_LEAVE_NOT_FOUND: _ErrorReason.ValueType  # 68
+    """NOT_FOUND: the leave does not exist. Example: CancelLeave with a mistyped leave_id."""
+    ERROR_REASON_LEAVE_STATE: _ErrorReason.ValueType  # 69
+    """FAILED_PRECONDITION: the leave has already been cancelled. Example: CancelLeave in two windows."""
+    ERROR_REASON_LEAVE_OVERLAP: _ErrorReason.ValueType  # 70
+    """ALREADY_EXISTS: the doctor already has a leave at this time. Example: leave for a week of which one day was taken
+    before.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
@@ -416,5 +424,13 @@ ERROR_REASON_HOLD_MISMATCH: ErrorReason.ValueType  # 75
 ERROR_REASON_HOLD_EXPIRED: ErrorReason.ValueType  # 76
 """FAILED_PRECONDITION: the hold has ended. The metadata has how, as `state`: EXPIRED, USED or RELEASED. Example:
 booking after five minutes of choosing.
+"""
+ERROR_REASON_LEAVE_NOT_FOUND: ErrorReason.ValueType  # 68
+"""NOT_FOUND: the leave does not exist. Example: CancelLeave with a mistyped leave_id."""
+ERROR_REASON_LEAVE_STATE: ErrorReason.ValueType  # 69
+"""FAILED_PRECONDITION: the leave has already been cancelled. Example: CancelLeave in two windows."""
+ERROR_REASON_LEAVE_OVERLAP: ErrorReason.ValueType  # 70
+"""ALREADY_EXISTS: the doctor already has a leave at this time. Example: leave for a week of which one day was taken
+before.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

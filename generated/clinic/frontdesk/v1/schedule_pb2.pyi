@@ -13,6 +13,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.type import date_pb2 as _date_pb2
 from google.type import dayofweek_pb2 as _dayofweek_pb2
+from google.type import interval_pb2 as _interval_pb2
 from google.type import timeofday_pb2 as _timeofday_pb2
 import builtins as _builtins
 import sys
@@ -904,3 +905,540 @@ class GetDoctorScheduleResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetDoctorScheduleResponse: _TypeAlias = GetDoctorScheduleResponse  # noqa: Y015
+
+@_typing.final
+class DateRange(_message.Message):
+    """Dates of the clinic's time zone, inclusive at both ends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_DATE_FIELD_NUMBER: _builtins.int
+    TO_DATE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def from_date(self) -> _date_pb2.Date:
+        """Required. The first date."""
+
+    @_builtins.property
+    def to_date(self) -> _date_pb2.Date:
+        """Required. The last date, not before from_date; at most 366 dates in all."""
+
+    def __init__(
+        self,
+        *,
+        from_date: _date_pb2.Date | None = ...,
+        to_date: _date_pb2.Date | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["from_date", b"from_date", "to_date", b"to_date"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_date", b"from_date", "to_date", b"to_date"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DateRange: _TypeAlias = DateRange  # noqa: Y015
+
+@_typing.final
+class Leave(_message.Message):
+    """A time for which a doctor is away. Two leaves of one doctor do not overlap, unless one is cancelled."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Policy:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _PolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Leave._Policy.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        POLICY_UNSPECIFIED: Leave._Policy.ValueType  # 0
+        """POLICY_KEEP. Never in a response."""
+        POLICY_KEEP: Leave._Policy.ValueType  # 1
+        """They stay as they are."""
+        POLICY_CANCEL: Leave._Policy.ValueType  # 2
+        """They are cancelled."""
+        POLICY_MOVE_SAME_DOCTOR: Leave._Policy.ValueType  # 3
+        """Each moves to the first place of the same doctor after its own, at most 60 days later: from a slot to a slot, from
+        a day to a day. Places where the patient is refused are passed over.
+        """
+        POLICY_MOVE_SAME_SPECIALTY: Leave._Policy.ValueType  # 4
+        """Each moves to another doctor of the same specialty at its clinic: from a slot to a slot, from a day to a day, on
+        its own date or at most 60 days later, to the first by date, then start, then doctor code. Places where the patient
+        is refused are passed over.
+        """
+
+    class Policy(_Policy, metaclass=_PolicyEnumTypeWrapper):
+        """What becomes of the live appointments that the leave meets."""
+
+    POLICY_UNSPECIFIED: Leave.Policy.ValueType  # 0
+    """POLICY_KEEP. Never in a response."""
+    POLICY_KEEP: Leave.Policy.ValueType  # 1
+    """They stay as they are."""
+    POLICY_CANCEL: Leave.Policy.ValueType  # 2
+    """They are cancelled."""
+    POLICY_MOVE_SAME_DOCTOR: Leave.Policy.ValueType  # 3
+    """Each moves to the first place of the same doctor after its own, at most 60 days later: from a slot to a slot, from
+    a day to a day. Places where the patient is refused are passed over.
+    """
+    POLICY_MOVE_SAME_SPECIALTY: Leave.Policy.ValueType  # 4
+    """Each moves to another doctor of the same specialty at its clinic: from a slot to a slot, from a day to a day, on
+    its own date or at most 60 days later, to the first by date, then start, then doctor code. Places where the patient
+    is refused are passed over.
+    """
+
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Leave._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: Leave._State.ValueType  # 0
+        """Never in a response; refused in requests."""
+        STATE_APPLYING: Leave._State.ValueType  # 1
+        """The leave refuses new bookings, and its appointments are being settled."""
+        STATE_APPLIED: Leave._State.ValueType  # 2
+        """The appointments are settled."""
+        STATE_CANCELLED: Leave._State.ValueType  # 3
+        """CancelLeave has cancelled the leave."""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """Whether the appointments are settled."""
+
+    STATE_UNSPECIFIED: Leave.State.ValueType  # 0
+    """Never in a response; refused in requests."""
+    STATE_APPLYING: Leave.State.ValueType  # 1
+    """The leave refuses new bookings, and its appointments are being settled."""
+    STATE_APPLIED: Leave.State.ValueType  # 2
+    """The appointments are settled."""
+    STATE_CANCELLED: Leave.State.ValueType  # 3
+    """CancelLeave has cancelled the leave."""
+
+    ID_FIELD_NUMBER: _builtins.int
+    DOCTOR_ID_FIELD_NUMBER: _builtins.int
+    CLINIC_ID_FIELD_NUMBER: _builtins.int
+    DAYS_FIELD_NUMBER: _builtins.int
+    HOURS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    AFFECTED_COUNT_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Output only. A lower-case UUID, time-ordered; empty in the response of a CreateLeave with validate_only."""
+    doctor_id: _builtins.str
+    """Required. The doctor's id."""
+    clinic_id: _builtins.str
+    """Output only. The id of the doctor's clinic when the leave was created; its time zone gives the dates their instants."""
+    reason: _builtins.str
+    """Why. Up to 2,000 characters, on any number of lines. Only for staff, administrators, services and the doctor; empty
+    for others.
+    """
+    policy: Global___Leave.Policy.ValueType
+    """What becomes of the appointments; unspecified means POLICY_KEEP."""
+    state: Global___Leave.State.ValueType
+    """Output only. Whether the appointments are settled."""
+    affected_count: _builtins.int
+    """Output only. How many appointments are settled so far, kept ones too; 0 for those who may not see them."""
+    etag: _builtins.str
+    """Output only. Changes with every change of the leave."""
+    @_builtins.property
+    def days(self) -> Global___DateRange:
+        """Whole days."""
+
+    @_builtins.property
+    def hours(self) -> _interval_pb2.Interval:
+        """Hours, from start_time on until before end_time; both are required, and at most 366 days lie between them. Cut to
+        microseconds.
+        """
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only. When the leave was created."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only. When the leave was last changed: created, applied or cancelled."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        doctor_id: _builtins.str = ...,
+        clinic_id: _builtins.str = ...,
+        days: Global___DateRange | None = ...,
+        hours: _interval_pb2.Interval | None = ...,
+        reason: _builtins.str = ...,
+        policy: Global___Leave.Policy.ValueType = ...,
+        state: Global___Leave.State.ValueType = ...,
+        affected_count: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "days", b"days", "hours", b"hours", "period", b"period", "update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affected_count", b"affected_count", "clinic_id", b"clinic_id", "create_time", b"create_time", "days", b"days", "doctor_id", b"doctor_id", "etag", b"etag", "hours", b"hours", "id", b"id", "period", b"period", "policy", b"policy", "reason", b"reason", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_period: _TypeAlias = _typing.Literal["days", "hours"]  # noqa: Y015
+    _WhichOneofArgType_period: _TypeAlias = _typing.Literal["period", b"period"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_period) -> _WhichOneofReturnType_period | None: ...
+
+Global___Leave: _TypeAlias = Leave  # noqa: Y015
+
+@_typing.final
+class AffectedAppointment(_message.Message):
+    """What became of a live appointment that a leave met."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Outcome:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[AffectedAppointment._Outcome.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        OUTCOME_UNSPECIFIED: AffectedAppointment._Outcome.ValueType  # 0
+        """Never in a response."""
+        OUTCOME_KEPT: AffectedAppointment._Outcome.ValueType  # 1
+        """Nothing: by POLICY_KEEP, or because the patient was checked in or in consultation."""
+        OUTCOME_CANCELLED: AffectedAppointment._Outcome.ValueType  # 2
+        """It was cancelled."""
+        OUTCOME_MOVED: AffectedAppointment._Outcome.ValueType  # 3
+        """It was moved to moved_to."""
+        OUTCOME_NOT_MOVED: AffectedAppointment._Outcome.ValueType  # 4
+        """Nothing: there was no place to which it could move. It stays as it is."""
+
+    class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
+        """What was done."""
+
+    OUTCOME_UNSPECIFIED: AffectedAppointment.Outcome.ValueType  # 0
+    """Never in a response."""
+    OUTCOME_KEPT: AffectedAppointment.Outcome.ValueType  # 1
+    """Nothing: by POLICY_KEEP, or because the patient was checked in or in consultation."""
+    OUTCOME_CANCELLED: AffectedAppointment.Outcome.ValueType  # 2
+    """It was cancelled."""
+    OUTCOME_MOVED: AffectedAppointment.Outcome.ValueType  # 3
+    """It was moved to moved_to."""
+    OUTCOME_NOT_MOVED: AffectedAppointment.Outcome.ValueType  # 4
+    """Nothing: there was no place to which it could move. It stays as it is."""
+
+    @_typing.final
+    class Place(_message.Message):
+        """A place."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        DOCTOR_ID_FIELD_NUMBER: _builtins.int
+        DATE_FIELD_NUMBER: _builtins.int
+        SLOT_ID_FIELD_NUMBER: _builtins.int
+        doctor_id: _builtins.str
+        """The doctor's id."""
+        slot_id: _builtins.str
+        """The slot's id; empty if the place is one of the day."""
+        @_builtins.property
+        def date(self) -> _date_pb2.Date:
+            """The date in the clinic's time zone."""
+
+        def __init__(
+            self,
+            *,
+            doctor_id: _builtins.str = ...,
+            date: _date_pb2.Date | None = ...,
+            slot_id: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["date", b"date"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "doctor_id", b"doctor_id", "slot_id", b"slot_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    APPOINTMENT_ID_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    MOVED_TO_FIELD_NUMBER: _builtins.int
+    appointment_id: _builtins.str
+    """The appointment's id."""
+    outcome: Global___AffectedAppointment.Outcome.ValueType
+    """What was done."""
+    @_builtins.property
+    def moved_to(self) -> Global___AffectedAppointment.Place:
+        """Where it was moved to; absent unless the outcome is OUTCOME_MOVED."""
+
+    def __init__(
+        self,
+        *,
+        appointment_id: _builtins.str = ...,
+        outcome: Global___AffectedAppointment.Outcome.ValueType = ...,
+        moved_to: Global___AffectedAppointment.Place | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["moved_to", b"moved_to"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment_id", b"appointment_id", "moved_to", b"moved_to", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AffectedAppointment: _TypeAlias = AffectedAppointment  # noqa: Y015
+
+@_typing.final
+class CreateLeaveRequest(_message.Message):
+    """Request of CreateLeave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEAVE_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    validate_only: _builtins.bool
+    """If true, nothing is changed: the response says what would become of the appointments now. Of a leave that meets
+    several ten thousand appointments that may take longer than a call may.
+    """
+    idempotency_key: _builtins.str
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
+    """
+    @_builtins.property
+    def leave(self) -> Global___Leave:
+        """Required. The leave to create; output-only fields are ignored."""
+
+    def __init__(
+        self,
+        *,
+        leave: Global___Leave | None = ...,
+        validate_only: _builtins.bool = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["leave", b"leave"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "leave", b"leave", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateLeaveRequest: _TypeAlias = CreateLeaveRequest  # noqa: Y015
+
+@_typing.final
+class CreateLeaveResponse(_message.Message):
+    """Response of CreateLeave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEAVE_FIELD_NUMBER: _builtins.int
+    AFFECTED_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """True if an earlier call with the same key made the change. The leave is then as it is now, except that it is not
+    STATE_CANCELLED.
+    """
+    @_builtins.property
+    def leave(self) -> Global___Leave:
+        """The leave as stored."""
+
+    @_builtins.property
+    def affected(self) -> _containers.RepeatedCompositeFieldContainer[Global___AffectedAppointment]:
+        """What became of the appointments so far, in the order in which they are settled; at most 20,000."""
+
+    def __init__(
+        self,
+        *,
+        leave: Global___Leave | None = ...,
+        affected: _abc.Iterable[Global___AffectedAppointment] | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["leave", b"leave"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affected", b"affected", "leave", b"leave", "replayed", b"replayed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateLeaveResponse: _TypeAlias = CreateLeaveResponse  # noqa: Y015
+
+@_typing.final
+class GetLeaveRequest(_message.Message):
+    """Request of GetLeave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEAVE_ID_FIELD_NUMBER: _builtins.int
+    leave_id: _builtins.str
+    """Required. The leave's id."""
+    def __init__(
+        self,
+        *,
+        leave_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leave_id", b"leave_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLeaveRequest: _TypeAlias = GetLeaveRequest  # noqa: Y015
+
+@_typing.final
+class GetLeaveResponse(_message.Message):
+    """Response of GetLeave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEAVE_FIELD_NUMBER: _builtins.int
+    AFFECTED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def leave(self) -> Global___Leave:
+        """The leave."""
+
+    @_builtins.property
+    def affected(self) -> _containers.RepeatedCompositeFieldContainer[Global___AffectedAppointment]:
+        """What became of the appointments so far, in the order in which they were settled; at most 20,000. Only for staff,
+        administrators, services and the doctor; empty for others.
+        """
+
+    def __init__(
+        self,
+        *,
+        leave: Global___Leave | None = ...,
+        affected: _abc.Iterable[Global___AffectedAppointment] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["leave", b"leave"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affected", b"affected", "leave", b"leave"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLeaveResponse: _TypeAlias = GetLeaveResponse  # noqa: Y015
+
+@_typing.final
+class ListLeavesRequest(_message.Message):
+    """Request of ListLeaves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCTOR_ID_FIELD_NUMBER: _builtins.int
+    FROM_DATE_FIELD_NUMBER: _builtins.int
+    TO_DATE_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    doctor_id: _builtins.str
+    """Required. The doctor's id."""
+    page_size: _builtins.int
+    """The maximum number of leaves to return. 0 means 50; above 100 means 100; a negative number is refused."""
+    page_token: _builtins.str
+    """The `next_page_token` of the previous page, with the same filter; empty means the first page. Any other token is
+    refused.
+    """
+    @_builtins.property
+    def from_date(self) -> _date_pb2.Date:
+        """Only leaves that touch this date or a later one; absent means no limit."""
+
+    @_builtins.property
+    def to_date(self) -> _date_pb2.Date:
+        """Only leaves that touch this date or an earlier one; absent means no limit. A date before from_date is refused."""
+
+    def __init__(
+        self,
+        *,
+        doctor_id: _builtins.str = ...,
+        from_date: _date_pb2.Date | None = ...,
+        to_date: _date_pb2.Date | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["from_date", b"from_date", "to_date", b"to_date"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doctor_id", b"doctor_id", "from_date", b"from_date", "page_size", b"page_size", "page_token", b"page_token", "to_date", b"to_date"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLeavesRequest: _TypeAlias = ListLeavesRequest  # noqa: Y015
+
+@_typing.final
+class ListLeavesResponse(_message.Message):
+    """Response of ListLeaves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEAVES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """The `page_token` of the next page; empty on the last page."""
+    @_builtins.property
+    def leaves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Leave]:
+        """The leaves of this page."""
+
+    def __init__(
+        self,
+        *,
+        leaves: _abc.Iterable[Global___Leave] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leaves", b"leaves", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLeavesResponse: _TypeAlias = ListLeavesResponse  # noqa: Y015
+
+@_typing.final
+class CancelLeaveRequest(_message.Message):
+    """Request of CancelLeave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEAVE_ID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    leave_id: _builtins.str
+    """Required. The leave's id."""
+    etag: _builtins.str
+    """Optional. The leave is cancelled only if this is still its etag; otherwise the call is refused (ETAG_MISMATCH)."""
+    idempotency_key: _builtins.str
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
+    """
+    def __init__(
+        self,
+        *,
+        leave_id: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "idempotency_key", b"idempotency_key", "leave_id", b"leave_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelLeaveRequest: _TypeAlias = CancelLeaveRequest  # noqa: Y015
+
+@_typing.final
+class CancelLeaveResponse(_message.Message):
+    """Response of CancelLeave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEAVE_FIELD_NUMBER: _builtins.int
+    AFFECTED_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """True if an earlier call with the same key made the change. The leave is then as it is now."""
+    @_builtins.property
+    def leave(self) -> Global___Leave:
+        """The leave after the change."""
+
+    @_builtins.property
+    def affected(self) -> _containers.RepeatedCompositeFieldContainer[Global___AffectedAppointment]:
+        """What became of the appointments before, in the order in which they were settled; at most 20,000."""
+
+    def __init__(
+        self,
+        *,
+        leave: Global___Leave | None = ...,
+        affected: _abc.Iterable[Global___AffectedAppointment] | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["leave", b"leave"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affected", b"affected", "leave", b"leave", "replayed", b"replayed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelLeaveResponse: _TypeAlias = CancelLeaveResponse  # noqa: Y015

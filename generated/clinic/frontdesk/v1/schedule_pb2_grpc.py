@@ -73,6 +73,26 @@ class ScheduleServiceStub:
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetDoctorScheduleRequest.SerializeToString,
                 response_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetDoctorScheduleResponse.FromString,
                 _registered_method=True)
+        self.CreateLeave = channel.unary_unary(
+                '/clinic.frontdesk.v1.ScheduleService/CreateLeave',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.CreateLeaveRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.CreateLeaveResponse.FromString,
+                _registered_method=True)
+        self.GetLeave = channel.unary_unary(
+                '/clinic.frontdesk.v1.ScheduleService/GetLeave',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetLeaveRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetLeaveResponse.FromString,
+                _registered_method=True)
+        self.ListLeaves = channel.unary_unary(
+                '/clinic.frontdesk.v1.ScheduleService/ListLeaves',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListLeavesRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListLeavesResponse.FromString,
+                _registered_method=True)
+        self.CancelLeave = channel.unary_unary(
+                '/clinic.frontdesk.v1.ScheduleService/CancelLeave',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.CancelLeaveRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.CancelLeaveResponse.FromString,
+                _registered_method=True)
 
 
 class ScheduleServiceServicer:
@@ -145,6 +165,43 @@ class ScheduleServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateLeave(self, request, context):
+        """Creates a leave. From the first commit on it refuses new bookings: of whole days for every place of these dates
+        (DOCTOR_ABSENT, with LEAVE as the `cause`), of hours for the slots that it touches (SLOT_BLOCKED), also those made
+        later, while bookings of the day go on. The live appointments that it meets are settled by its policy, in the order of
+        date, start and number, a few at a time, so that others can book meanwhile. Patients who are checked in or in
+        consultation are kept under every policy. The response comes when all are settled, or after 5 s with those that are
+        settled so far; the rest follows by itself. Errors: DOCTOR_NOT_FOUND, DATE_IN_PAST (the leave has ended already),
+        LEAVE_OVERLAP.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLeave(self, request, context):
+        """Gets a leave, with what became of the appointments so far. Errors: LEAVE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLeaves(self, request, context):
+        """Lists the leaves of a doctor that touch any of the dates, cancelled ones too, by start, then id. Errors:
+        DOCTOR_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelLeave(self, request, context):
+        """Cancels a leave: what it closed is open again, except for slots that BlockSlots has blocked. If it is still being
+        applied, no more appointments are settled. Appointments that it has cancelled or moved stay so. Errors:
+        LEAVE_NOT_FOUND, LEAVE_STATE (it was cancelled before), ETAG_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ScheduleServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -182,6 +239,26 @@ def add_ScheduleServiceServicer_to_server(servicer, server):
                     servicer.GetDoctorSchedule,
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetDoctorScheduleRequest.FromString,
                     response_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetDoctorScheduleResponse.SerializeToString,
+            ),
+            'CreateLeave': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateLeave,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.CreateLeaveRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.CreateLeaveResponse.SerializeToString,
+            ),
+            'GetLeave': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLeave,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetLeaveRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetLeaveResponse.SerializeToString,
+            ),
+            'ListLeaves': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLeaves,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListLeavesRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListLeavesResponse.SerializeToString,
+            ),
+            'CancelLeave': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelLeave,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.CancelLeaveRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.CancelLeaveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -377,6 +454,114 @@ class ScheduleService:
             '/clinic.frontdesk.v1.ScheduleService/GetDoctorSchedule',
             clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetDoctorScheduleRequest.SerializeToString,
             clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetDoctorScheduleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateLeave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.ScheduleService/CreateLeave',
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.CreateLeaveRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.CreateLeaveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLeave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.ScheduleService/GetLeave',
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetLeaveRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.GetLeaveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLeaves(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.ScheduleService/ListLeaves',
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListLeavesRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.ListLeavesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelLeave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.ScheduleService/CancelLeave',
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.CancelLeaveRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_schedule__pb2.CancelLeaveResponse.FromString,
             options,
             channel_credentials,
             insecure,

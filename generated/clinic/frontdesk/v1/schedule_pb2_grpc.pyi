@@ -69,6 +69,26 @@ class ScheduleServiceStub:
     """
     GetDoctorSchedule: _grpc.UnaryUnaryMultiCallable[_schedule_pb2.GetDoctorScheduleRequest, _schedule_pb2.GetDoctorScheduleResponse]
     """Gets a doctor's days with their hours, slots and free places. Errors: DOCTOR_NOT_FOUND."""
+    CreateLeave: _grpc.UnaryUnaryMultiCallable[_schedule_pb2.CreateLeaveRequest, _schedule_pb2.CreateLeaveResponse]
+    """Creates a leave. From the first commit on it refuses new bookings: of whole days for every place of these dates
+    (DOCTOR_ABSENT, with LEAVE as the `cause`), of hours for the slots that it touches (SLOT_BLOCKED), also those made
+    later, while bookings of the day go on. The live appointments that it meets are settled by its policy, in the order of
+    date, start and number, a few at a time, so that others can book meanwhile. Patients who are checked in or in
+    consultation are kept under every policy. The response comes when all are settled, or after 5 s with those that are
+    settled so far; the rest follows by itself. Errors: DOCTOR_NOT_FOUND, DATE_IN_PAST (the leave has ended already),
+    LEAVE_OVERLAP.
+    """
+    GetLeave: _grpc.UnaryUnaryMultiCallable[_schedule_pb2.GetLeaveRequest, _schedule_pb2.GetLeaveResponse]
+    """Gets a leave, with what became of the appointments so far. Errors: LEAVE_NOT_FOUND."""
+    ListLeaves: _grpc.UnaryUnaryMultiCallable[_schedule_pb2.ListLeavesRequest, _schedule_pb2.ListLeavesResponse]
+    """Lists the leaves of a doctor that touch any of the dates, cancelled ones too, by start, then id. Errors:
+    DOCTOR_NOT_FOUND.
+    """
+    CancelLeave: _grpc.UnaryUnaryMultiCallable[_schedule_pb2.CancelLeaveRequest, _schedule_pb2.CancelLeaveResponse]
+    """Cancels a leave: what it closed is open again, except for slots that BlockSlots has blocked. If it is still being
+    applied, no more appointments are settled. Appointments that it has cancelled or moved stay so. Errors:
+    LEAVE_NOT_FOUND, LEAVE_STATE (it was cancelled before), ETAG_MISMATCH.
+    """
 
 @_typing.type_check_only
 class ScheduleServiceAsyncStub(ScheduleServiceStub):
@@ -111,6 +131,26 @@ class ScheduleServiceAsyncStub(ScheduleServiceStub):
     """
     GetDoctorSchedule: _aio.UnaryUnaryMultiCallable[_schedule_pb2.GetDoctorScheduleRequest, _schedule_pb2.GetDoctorScheduleResponse]  # type: ignore[assignment]
     """Gets a doctor's days with their hours, slots and free places. Errors: DOCTOR_NOT_FOUND."""
+    CreateLeave: _aio.UnaryUnaryMultiCallable[_schedule_pb2.CreateLeaveRequest, _schedule_pb2.CreateLeaveResponse]  # type: ignore[assignment]
+    """Creates a leave. From the first commit on it refuses new bookings: of whole days for every place of these dates
+    (DOCTOR_ABSENT, with LEAVE as the `cause`), of hours for the slots that it touches (SLOT_BLOCKED), also those made
+    later, while bookings of the day go on. The live appointments that it meets are settled by its policy, in the order of
+    date, start and number, a few at a time, so that others can book meanwhile. Patients who are checked in or in
+    consultation are kept under every policy. The response comes when all are settled, or after 5 s with those that are
+    settled so far; the rest follows by itself. Errors: DOCTOR_NOT_FOUND, DATE_IN_PAST (the leave has ended already),
+    LEAVE_OVERLAP.
+    """
+    GetLeave: _aio.UnaryUnaryMultiCallable[_schedule_pb2.GetLeaveRequest, _schedule_pb2.GetLeaveResponse]  # type: ignore[assignment]
+    """Gets a leave, with what became of the appointments so far. Errors: LEAVE_NOT_FOUND."""
+    ListLeaves: _aio.UnaryUnaryMultiCallable[_schedule_pb2.ListLeavesRequest, _schedule_pb2.ListLeavesResponse]  # type: ignore[assignment]
+    """Lists the leaves of a doctor that touch any of the dates, cancelled ones too, by start, then id. Errors:
+    DOCTOR_NOT_FOUND.
+    """
+    CancelLeave: _aio.UnaryUnaryMultiCallable[_schedule_pb2.CancelLeaveRequest, _schedule_pb2.CancelLeaveResponse]  # type: ignore[assignment]
+    """Cancels a leave: what it closed is open again, except for slots that BlockSlots has blocked. If it is still being
+    applied, no more appointments are settled. Appointments that it has cancelled or moved stay so. Errors:
+    LEAVE_NOT_FOUND, LEAVE_STATE (it was cancelled before), ETAG_MISMATCH.
+    """
 
 class ScheduleServiceServicer(metaclass=_abc_1.ABCMeta):
     """Manages the hours of doctors: weekly schedules, exceptions from them on a date, and the slots that follow from both.
@@ -192,5 +232,49 @@ class ScheduleServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_schedule_pb2.GetDoctorScheduleResponse, _abc.Awaitable[_schedule_pb2.GetDoctorScheduleResponse]]:
         """Gets a doctor's days with their hours, slots and free places. Errors: DOCTOR_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def CreateLeave(
+        self,
+        request: _schedule_pb2.CreateLeaveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_schedule_pb2.CreateLeaveResponse, _abc.Awaitable[_schedule_pb2.CreateLeaveResponse]]:
+        """Creates a leave. From the first commit on it refuses new bookings: of whole days for every place of these dates
+        (DOCTOR_ABSENT, with LEAVE as the `cause`), of hours for the slots that it touches (SLOT_BLOCKED), also those made
+        later, while bookings of the day go on. The live appointments that it meets are settled by its policy, in the order of
+        date, start and number, a few at a time, so that others can book meanwhile. Patients who are checked in or in
+        consultation are kept under every policy. The response comes when all are settled, or after 5 s with those that are
+        settled so far; the rest follows by itself. Errors: DOCTOR_NOT_FOUND, DATE_IN_PAST (the leave has ended already),
+        LEAVE_OVERLAP.
+        """
+
+    @_abc_1.abstractmethod
+    def GetLeave(
+        self,
+        request: _schedule_pb2.GetLeaveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_schedule_pb2.GetLeaveResponse, _abc.Awaitable[_schedule_pb2.GetLeaveResponse]]:
+        """Gets a leave, with what became of the appointments so far. Errors: LEAVE_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def ListLeaves(
+        self,
+        request: _schedule_pb2.ListLeavesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_schedule_pb2.ListLeavesResponse, _abc.Awaitable[_schedule_pb2.ListLeavesResponse]]:
+        """Lists the leaves of a doctor that touch any of the dates, cancelled ones too, by start, then id. Errors:
+        DOCTOR_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelLeave(
+        self,
+        request: _schedule_pb2.CancelLeaveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_schedule_pb2.CancelLeaveResponse, _abc.Awaitable[_schedule_pb2.CancelLeaveResponse]]:
+        """Cancels a leave: what it closed is open again, except for slots that BlockSlots has blocked. If it is still being
+        applied, no more appointments are settled. Appointments that it has cancelled or moved stay so. Errors:
+        LEAVE_NOT_FOUND, LEAVE_STATE (it was cancelled before), ETAG_MISMATCH.
+        """
 
 def add_ScheduleServiceServicer_to_server(servicer: ScheduleServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

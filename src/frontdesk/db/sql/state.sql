@@ -48,6 +48,8 @@ create or replace function transitions() returns table (
         'COMPLETED', 'DONE', 'queue.completed', 'complete_time', false),
     ('CancelAppointment', 'BOOKED', '{""}',
         'CANCELLED', '', 'appointment.cancelled', 'cancel_time', false),
+    ('CreateLeave', 'BOOKED', '{""}',
+        'CANCELLED', '', 'appointment.cancelled', 'cancel_time', false),
     ('CancelAppointment', 'CHECKED_IN', '{WAITING,CALLED,PARKED,MISSED}',
         'CANCELLED', 'LEFT', 'appointment.cancelled', 'cancel_time', false),
     ('MarkNoShow', 'BOOKED', '{""}',

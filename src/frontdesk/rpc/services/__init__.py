@@ -9,6 +9,7 @@ from frontdesk.core.auth import Auth
 from frontdesk.core.clinic import Clinics
 from frontdesk.core.doctor import Doctors
 from frontdesk.core.hold import Holds
+from frontdesk.core.leave import Leaves
 from frontdesk.core.password import Passwords
 from frontdesk.core.patient import Patients
 from frontdesk.core.queue import Queues
@@ -40,7 +41,7 @@ def servicers(
         ClinicServicer(Clinics(db)),
         PatientServicer(patients),
         DoctorServicer(Doctors(db, feed.changed)),
-        ScheduleServicer(Schedules(db)),
+        ScheduleServicer(Schedules(db), Leaves(db, feed.changed)),
         SlotServicer(Slots(db)),
         AppointmentServicer(appointments, Holds(db)),
         QueueServicer(

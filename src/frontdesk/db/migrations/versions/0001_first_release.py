@@ -547,6 +547,7 @@ def upgrade() -> None:
         sa.Column("policy", sa.Text(), nullable=False),
         sa.Column("state", sa.Text(), server_default="APPLYING", nullable=False),
         sa.Column("next_date", sa.Date(), nullable=False),
+        sa.Column("settled", sa.Integer(), server_default="0", nullable=False),
         sa.Column("actor", sa.Text(), nullable=False),
         sa.Column("address", sa.Text(), server_default="", nullable=False),
         sa.Column("trace_id", sa.Text(), server_default="", nullable=False),
@@ -565,8 +566,6 @@ def upgrade() -> None:
             "policy in ('KEEP', 'CANCEL', 'MOVE_SAME_DOCTOR', 'MOVE_SAME_SPECIALTY')", name="leave_policy_check"
         ),
         sa.CheckConstraint("state in ('APPLYING', 'APPLIED', 'CANCELLED')", name="leave_state_check"),
-        sa.ForeignKeyConstraint(["doctor_id"], ["doctor.id"], name="leave_doctor_id_fkey"),
-        sa.ForeignKeyConstraint(["clinic_id"], ["clinic.id"], name="leave_clinic_id_fkey"),
         sa.PrimaryKeyConstraint("id", name="leave_pkey"),
     )
     op.create_index("leave_doctor_idx", "leave", ["doctor_id", "to_date"], unique=False)
@@ -574,8 +573,8 @@ def upgrade() -> None:
     op.create_table(
         "leave_outcome",
         sa.Column("leave_id", sa.Uuid(), nullable=False),
-        sa.Column("position", sa.Integer(), nullable=False),
         sa.Column("appointment_id", sa.Uuid(), nullable=False),
+        sa.Column("position", sa.Integer(), nullable=False),
         sa.Column("outcome", sa.Text(), nullable=False),
         sa.Column("doctor_id", sa.Uuid(), nullable=True),
         sa.Column("date", sa.Date(), nullable=True),
@@ -586,13 +585,12 @@ def upgrade() -> None:
         sa.CheckConstraint(
             "(outcome = 'MOVED') = (doctor_id is not null and date is not null)", name="leave_outcome_moved_check"
         ),
-        sa.PrimaryKeyConstraint("leave_id", "position", name="leave_outcome_pkey"),
-        sa.UniqueConstraint("leave_id", "appointment_id", name="leave_outcome_appointment_key"),
+        sa.PrimaryKeyConstraint("leave_id", "appointment_id", name="leave_outcome_pkey"),
     )
     op.create_index(
         "leave_outcome_place_idx",
         "leave_outcome",
-        ["leave_id", "doctor_id", "date"],
+        ["doctor_id", "date", "leave_id"],
         unique=False,
         postgresql_where=sa.text("outcome = 'MOVED'"),
     )
