@@ -344,6 +344,21 @@ async def test_same_doctor_by_day(front: Front) -> None:
     assert (await front.queue(doctor.id, after(4))).revision == 3
 
 
+async def test_a_held_place(front: Front) -> None:
+    """A move does not take a place that a hold holds, nor does its trial promise it."""
+    doctor = await front.doctor(max_patients_per_day=1)
+    slots = [await front.slot(doctor.id, soon(24 * n)) for n in (0, 3, 4)]
+    (by_day,) = await booked(front, doctor.id, 1)
+    await front.book_slot((await front.patient()).id, slots[0].id)
+    await front.hold(doctor.id, after(2))
+    await front.hold_slot(slots[1].id)
+    trial = await front.leave(doctor.id, after(0), after(1), policy=SAME_DOCTOR, validate_only=True)
+    answer = await front.leave(doctor.id, after(0), after(1), policy=SAME_DOCTOR)
+    assert places(answer) == [(doctor.id, after(4).day, slots[2].id), (doctor.id, after(5).day, "")]
+    assert list(trial.affected) == list(answer.affected)
+    assert answer.affected[1].appointment_id == by_day
+
+
 async def test_same_doctor_within_sixty_days(front: Front) -> None:
     """A place is sought up to 60 days after the appointment; without one it stays where it is."""
     doctor = await front.doctor(max_patients_per_day=1)

@@ -82,6 +82,8 @@ create or replace function next_place(
     p_plan uuid,
     out doctor uuid, out date date, out slot uuid, out start_time timestamptz, out end_time timestamptz, out code text
 ) language plpgsql as $$
+declare
+    v_now timestamptz := moment();
 begin
     if a.slot_id is not null then
         select x.doctor_id, x.date, x.id, x.start_time, x.end_time, d.code
@@ -96,11 +98,13 @@ begin
               and s.state = 'OPEN' and coalesce(y.is_present, true)
               and not exists (select from leaves_over(s.doctor_id, s.date, s.start_time, s.end_time))
               and s.capacity > (select count(*) from appointment o where o.slot_id = s.id and holds_place(o.state))
+                  + (select count(*) from live_holds(s.doctor_id, s.date, v_now) h where h.slot_id = s.id)
                   + (select p.count from planned(p_plan, s.doctor_id, s.date, s.id) p)
               and ((s.doctor_id, s.date) = (a.doctor_id, a.date)
                    or coalesce(y.max_patients, d.max_patients_per_day)
                       > (select count(*) from appointment o
                          where o.doctor_id = s.doctor_id and o.date = s.date and holds_place(o.state))
+                      + (select count(*) from live_holds(s.doctor_id, s.date, v_now))
                       + (select p.count from planned(p_plan, s.doctor_id, s.date, null) p))
             order by s.start_time limit 1) x
         order by x.start_time, d.code collate "C" limit 1;
@@ -117,6 +121,7 @@ begin
           and coalesce(y.max_patients, d.max_patients_per_day)
               > (select count(*) from appointment o
                  where o.doctor_id = d.id and o.date = next_place.date and holds_place(o.state))
+              + (select count(*) from live_holds(d.id, next_place.date, v_now))
               + (select p.count from planned(p_plan, d.id, next_place.date, null) p)
         order by d.code collate "C" limit 1;
         if found then return; end if;
