@@ -42,7 +42,7 @@ from tests.identities import (
     signed,
     user_token,
 )
-from tests.waiting import SOON, early_in_a_minute
+from tests.waiting import SOON, early_in_a_minute, until
 
 EMAIL = "rosa@example.com"
 
@@ -274,6 +274,19 @@ async def test_new_users_hold_up_nobody(conninfo: str, settings: Settings) -> No
             assert await clinics(front, ADMIN) == "OK"
         assert not creating.done()
         await creating
+        assert set(await asyncio.gather(*logins)) == {"BAD_LOGIN"}
+
+
+async def test_logins_leave_connections_to_others(conninfo: str, settings: Settings) -> None:
+    """However many log in at once, two of them use the database before their passwords are checked."""
+    async with serving(settings, conninfo, pool_size=3) as (_, front):
+        async with await psycopg.AsyncConnection.connect(conninfo) as other:
+            await other.execute("lock table login_attempt in access exclusive mode")
+            logins = [asyncio.create_task(outcome(login(front, f"{n}@example.com"))) for n in range(20)]
+            waiting = "select 1 from pg_locks where not granted and relation = 'login_attempt'::regclass"
+            await until(lambda: len(front.sql(waiting)) == 2)
+            for _ in range(3):
+                assert await clinics(front, ADMIN) == "OK"
         assert set(await asyncio.gather(*logins)) == {"BAD_LOGIN"}
 
 

@@ -22,7 +22,7 @@ from frontdesk.settings import Settings, SettingsError
 from tests.clinic import Front, details, outcome, refusal
 from tests.hostile.wire import serving
 from tests.identities import REFRESH_TOKEN, Metadata, auth, bearing, create_key, user_token
-from tests.waiting import early_in_a_minute
+from tests.waiting import early_in_a_minute, until
 
 
 @pytest.fixture
@@ -125,6 +125,28 @@ async def test_calls_of_a_user(conninfo: str, settings: Settings) -> None:
         outcomes = await asyncio.gather(*(clinics((one, two)[n % 2], user_token()) for n in range(40)))
         assert Counter(outcomes) == {"OK": 20, "RATE_LIMITED": 20}
         assert Counter([await clinics(one) for _ in range(40)]) == {"OK": 40}
+
+
+async def test_a_flood(conninfo: str, settings: Settings) -> None:
+    """Who goes on after many refusals waits for the next ones, and takes no place from others meanwhile."""
+    async with serving(settings, conninfo, max_in_flight=20) as (worker, front):
+        limited = bearing((await create_key(front, "SERVICE", requests_per_minute=1)).key)
+        pipeline = worker._pipeline
+
+        async def some(count: int) -> Counter[str]:
+            request = clinic_pb2.ListClinicsRequest()
+            calls = (outcome(front.clinics.ListClinics(request, metadata=limited)) for _ in range(count))
+            return Counter(await asyncio.gather(*calls))
+
+        await early_in_a_minute()
+        for _ in range(10):
+            assert (await some(11)).keys() <= {"OK", "RATE_LIMITED"}
+        flood = asyncio.create_task(some(60))
+        await until(lambda: pipeline._held > 40)
+        assert pipeline.in_flight <= 20
+        assert await outcome(front.clinics.ListClinics(clinic_pb2.ListClinicsRequest())) == "OK"
+        assert (await flood).keys() <= {"RATE_LIMITED", "OVERLOADED"}
+        assert (pipeline._held, pipeline.in_flight) == (0, 0)
 
 
 async def test_calls_of_an_address(conninfo: str, settings: Settings) -> None:

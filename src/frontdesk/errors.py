@@ -484,6 +484,8 @@ class RateLimited(Exhausted):
     reason = "RATE_LIMITED"
     of_refusals = False
     """Whether refused credentials have used them up."""
+    flood = False
+    """Whether the caller goes on although many calls of this minute were refused."""
 
 
 class LoginThrottled(Exhausted):

@@ -1,5 +1,6 @@
 """Users and their sessions: registering, logging in, refreshing, logging out, and the password."""
 
+import asyncio
 import hashlib
 import secrets
 import unicodedata
@@ -40,6 +41,9 @@ GRACE_SECONDS = 10.0
 """How long the refresh token before the present one may be repeated: the answer to it may have been lost."""
 _SESSION_DAYS = 30
 _IDLE_HOURS = 12
+_LOGINS_IN_DATABASE = 2
+"""Logins of one worker that use the database at once before their passwords are checked: when a thousand come, the
+others' calls need its connections."""
 _FAILURES_OF_ADDRESS = 5
 """Failures in a row of an e-mail from one address after which logins wait."""
 _FAILURES_OF_ALL = 50
@@ -159,6 +163,7 @@ class Auth:
         self._passwords = passwords
         self._tokens = tokens
         self._patients = patients
+        self._in_database = asyncio.Semaphore(_LOGINS_IN_DATABASE)
 
     async def register(
         self, caller: Caller, email: str, password: str, patient: Mapping[str, Any], country: str, *, key: Key
@@ -445,8 +450,9 @@ class Auth:
         """
         # The place comes first: who is turned away has used up no attempt, and the others' calls need the database.
         with self._passwords.place():
-            attempts = await self._attempt(email_key(email), address)
-            found = await self._db.row(statement, (of,), _Password)
+            async with self._in_database:
+                attempts = await self._attempt(email_key(email), address)
+                found = await self._db.row(statement, (of,), _Password)
             right = await self._passwords.matches(None if found is None else found.hash, password)
         if not right or found is None or found.expired:
             raise BadLogin

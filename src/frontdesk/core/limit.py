@@ -7,6 +7,7 @@ lease of a minute that is over.
 
 import asyncio
 import ipaddress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +17,10 @@ from frontdesk.tasks import end
 
 _NETWORK = 64
 """Bits of an IPv6 address that tell customers apart: within them, each has as many addresses as he likes."""
+_CALM = 100
+"""Refusals of a subject in a minute, by one worker, until it counts as a flood."""
+_ADDRESSES_AT_ONCE = 2
+"""Leases for addresses that are asked for at once: a crowd of strangers leaves the database to the others."""
 _MOST_SUBJECTS = 100_000
 """Subjects that a worker knows; when there are more, those whose minute is over are forgotten."""
 
@@ -29,7 +34,11 @@ def holder_of(address: str) -> str:
 
 def _public(subject: str) -> str:
     """What a refusal says of the subject: an identity by its name, an address without itself."""
-    return "address" if subject.startswith(("calls/", "refusals/")) else subject
+    return "address" if _is_address(subject) else subject
+
+
+def _is_address(subject: str) -> bool:
+    return subject.startswith(("calls/", "refusals/"))
 
 
 @dataclass(slots=True)
@@ -41,6 +50,8 @@ class _Lease:
     """When the minute is over, by the loop's clock."""
     used_up: bool
     """Whether the whole quota of this minute is leased."""
+    refused: int = 0
+    """Calls that were refused in this minute."""
 
 
 class Limits:
@@ -50,6 +61,7 @@ class Limits:
         self._db = db
         self._leases: dict[str, _Lease] = {}
         self._asking: dict[str, asyncio.Task[_Lease]] = {}
+        self._addresses = asyncio.Semaphore(_ADDRESSES_AT_ONCE)
 
     def require_left(self, subject: str) -> None:
         """Raise RateLimited if this worker knows that the quota is used up; counts nothing."""
@@ -69,7 +81,10 @@ class Limits:
                     lease.left -= 1
                     return
                 if lease.used_up:
-                    raise RateLimited(_public(subject), retry_after=lease.ends - now())
+                    lease.refused += 1
+                    refusal = RateLimited(_public(subject), retry_after=lease.ends - now())
+                    refusal.flood = lease.refused > _CALM
+                    raise refusal
             await self._renew(subject, limit)
 
     async def _renew(self, subject: str, limit: int) -> None:
@@ -89,6 +104,10 @@ class Limits:
             del self._asking[subject]
 
     async def _lease(self, subject: str, limit: int) -> _Lease:
+        async with self._addresses if _is_address(subject) else nullcontext():
+            return await self._ask(subject, limit)
+
+    async def _ask(self, subject: str, limit: int) -> _Lease:
         now = asyncio.get_running_loop().time()
         found = await self._db.row(
             "select granted, seconds, used_up from lease(%s, %s)",

@@ -41,6 +41,10 @@ from frontdesk.tasks import Timeout
 DEADLINE_SECONDS = 10.0
 """The limit of a unary call whose caller gives no limit, or a longer one."""
 
+_HOLD_SECONDS = 0.25
+"""How long a caller who floods waits for a refusal."""
+_MOST_HELD = 2_000
+
 _NO_ACCESS = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 
 _log = structlog.get_logger("frontdesk.call")
@@ -167,6 +171,7 @@ class Pipeline:
         self._max_in_flight = max_in_flight
         self._metrics = metrics
         self._tracing = tracing
+        self._held = 0
         self.in_flight = 0
         """Unary calls in progress."""
         self.draining = False
@@ -227,9 +232,10 @@ class Pipeline:
                 account.close("CANCELLED", started, identity)
                 raise
             except BaseException as error:
-                await context.abort(
-                    *self._refusal(error, account, started, identity, caller, self._origins.of(context), raw, kind)
-                )
+                answer = self._refusal(error, account, started, identity, caller, self._origins.of(context), raw, kind)
+                if isinstance(error, RateLimited) and error.flood:
+                    await self._hold(1)
+                await context.abort(*answer)
                 raise
             finally:
                 self.in_flight -= 1
@@ -264,15 +270,31 @@ class Pipeline:
                 account.close("CANCELLED", started, identity)
                 raise
             except BaseException as error:
-                await context.abort(
-                    *self._refusal(error, account, started, identity, caller, self._origins.of(context), raw, kind)
-                )
+                answer = self._refusal(error, account, started, identity, caller, self._origins.of(context), raw, kind)
+                if isinstance(error, RateLimited) and error.flood:
+                    await self._hold(0)
+                await context.abort(*answer)
                 raise
             finally:
                 # As above.
                 del context
 
         return stream
+
+    async def _hold(self, counted: int) -> None:
+        """Let a caller who floods wait for the refusal: most send so many calls at a time, and the next one then.
+
+        Of `in_flight` the call is `counted`, and takes no place from others while it is held.
+        """
+        if self._held >= _MOST_HELD:
+            return
+        self._held += 1
+        self.in_flight -= counted
+        try:
+            await asyncio.sleep(_HOLD_SECONDS)
+        finally:
+            self._held -= 1
+            self.in_flight += counted
 
     def _refusal(
         self,
