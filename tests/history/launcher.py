@@ -13,8 +13,8 @@ import sqlalchemy as sa
 
 from frontdesk.core import access as _access
 from frontdesk.core import appointment as _appointment
-from frontdesk.core import auth as _auth
 from frontdesk.core import queue as _queue
+from frontdesk.core import user_session as _user_session
 from frontdesk.core.limit import Limits
 from frontdesk.core.token import Tokens
 from frontdesk.db import batch as _batch
@@ -33,7 +33,7 @@ session: Any = _session
 queue: Any = _queue
 access: Any = _access
 appointment: Any = _appointment
-auth: Any = _auth
+user_session: Any = _user_session
 records: Any = _records
 
 
@@ -119,7 +119,7 @@ def _revocations_untold() -> None:
     async def silent(*args: Any) -> None:
         pass
 
-    access.changed = auth.changed = silent
+    access.changed = user_session.changed = silent
 
 
 def _streams_unjudged() -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from frontdesk.core import second_factor
-from frontdesk.core.auth import User, checked, email_key, end_sessions
-from frontdesk.core.auth import records as users
 from frontdesk.core.caller import Caller
 from frontdesk.core.credential import KEY_PREFIX, changed, hash_of
 from frontdesk.core.password import Passwords
+from frontdesk.core.user import User, checked, email_key
+from frontdesk.core.user import records as users
+from frontdesk.core.user_session import end_sessions
 from frontdesk.db import schema
 from frontdesk.db.change import Change, Key, acted
 from frontdesk.db.database import Database, Transaction

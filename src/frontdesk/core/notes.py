@@ -38,6 +38,19 @@ cross join lateral (select moment() - make_interval(secs => n.age) as t offset 0
 """
 
 
+class _Read(NamedTuple):
+    """Records that a call has read."""
+
+    at: float
+    """When, by the notes' clock."""
+    identity: str
+    method: str
+    patient_ids: Sequence[str]
+    about: Mapping[str, Any]
+    address: str
+    trace_id: str
+
+
 class _Refusal(NamedTuple):
     """What refusals have in common that are summed."""
 
@@ -56,7 +69,7 @@ class Notes:
         self._db = db
         self._grown = grown
         self._clock = clock
-        self._reads: list[tuple[float, str, str, Sequence[str], Mapping[str, Any], str, str]] = []
+        self._reads: list[_Read] = []
         self._refusals: dict[_Refusal, tuple[float, int]] = {}
         """When the first of equal refusals came, and how many came."""
         self._different: Counter[tuple[str, str]] = Counter()
@@ -75,7 +88,7 @@ class Notes:
     ) -> None:
         """A call has read these patients' records, one for each id; `about` are other columns of the log."""
         if len(self._reads) < _MOST_KEPT:
-            self._reads.append((self._clock(), identity, method, patient_ids, about, address, trace_id))
+            self._reads.append(_Read(self._clock(), identity, method, patient_ids, about, address, trace_id))
         else:
             self.dropped += 1
 
@@ -117,7 +130,7 @@ class Notes:
     async def _flush(self, refused_before: float) -> None:
         """Write what was read, and what was refused for the first time before that."""
         while reads := self._reads[:_AT_ONCE]:
-            await self._insert([self._row_of_read(*read) for read in reads])
+            await self._insert([self._row_of_read(read) for read in reads])
             # Others may have been appended meanwhile.
             del self._reads[: len(reads)]
         while due := [what for what, (since, _) in self._refusals.items() if since <= refused_before][:_AT_ONCE]:
@@ -134,27 +147,18 @@ class Notes:
         await self._db.run(_write, (json.dumps(rows, default=str),))
         self._grown()
 
-    def _row_of_read(
-        self,
-        noted: float,
-        identity: str,
-        method: str,
-        patient_ids: Sequence[str],
-        about: Mapping[str, Any],
-        address: str,
-        trace_id: str,
-    ) -> dict[str, Any]:
-        different = sorted(set(patient_ids))
+    def _row_of_read(self, read: _Read) -> dict[str, Any]:
+        different = sorted(set(read.patient_ids))
         return {
-            "age": self._clock() - noted,
-            "actor": actor_of(identity),
-            "method": method,
+            "age": self._clock() - read.at,
+            "actor": actor_of(read.identity),
+            "method": read.method,
             "outcome": "OK",
-            "count": len(patient_ids),
+            "count": len(read.patient_ids),
             **({"patient_id": different[0]} if len(different) == 1 else {"patient_ids": different or None}),
-            **about,
-            "address": address,
-            "trace_id": trace_id,
+            **read.about,
+            "address": read.address,
+            "trace_id": read.trace_id,
         }
 
     def _row_of_refusal(self, what: "_Refusal", since: float, count: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from frontdesk.core.queue import Queues
 from frontdesk.core.schedule import Schedules
 from frontdesk.core.slot import Slots
 from frontdesk.core.token import Tokens
+from frontdesk.core.user_session import Sessions
 from frontdesk.db.database import Database
 from frontdesk.live.feed import Feed
 from frontdesk.rpc.pipeline import Servicer
@@ -37,6 +38,7 @@ def servicers(
     """All services of the server, each with its part of the core. Health and reflection follow from this list."""
     appointments = Appointments(db, feed.changed)
     patients = Patients(db, feed.changed)
+    sessions = Sessions(db, tokens)
     return (
         ClinicServicer(Clinics(db)),
         PatientServicer(patients),
@@ -50,7 +52,7 @@ def servicers(
             max_watchers=max_watchers,
             max_watchers_per_caller=max_watchers_per_caller,
         ),
-        AuthServicer(Auth(db, passwords, tokens, patients)),
+        AuthServicer(Auth(db, passwords, sessions, patients), sessions),
         AccessServicer(Users(db, passwords), ApiKeys(db)),
         AuditServicer(Audit(db)),
     )

@@ -6,8 +6,10 @@ from google.protobuf.duration_pb2 import Duration
 
 from clinic.frontdesk.v1 import auth_pb2 as pb
 from clinic.frontdesk.v1 import policy_pb2
-from frontdesk.core.auth import Auth, Session, User
+from frontdesk.core.auth import Auth
 from frontdesk.core.second_factor import Challenge
+from frontdesk.core.user import User
+from frontdesk.core.user_session import Session, Sessions
 from frontdesk.db.change import Key
 from frontdesk.rpc.convert import (
     EVERY_FIELD,
@@ -57,12 +59,13 @@ def _no_key(call: Call) -> Key:
 
 
 class AuthServicer:
-    """Translates; `Auth` decides."""
+    """Translates; `Auth` and `Sessions` decide."""
 
     service = pb.DESCRIPTOR.services_by_name["AuthService"]
 
-    def __init__(self, auth: Auth) -> None:
+    def __init__(self, auth: Auth, sessions: Sessions) -> None:
         self._auth = auth
+        self._sessions = sessions
 
     async def RegisterUser(self, request: pb.RegisterUserRequest, call: Call) -> pb.RegisterUserResponse:
         patient = changes_from(request.patient, EVERY_FIELD, PATIENT)
@@ -91,11 +94,11 @@ class AuthServicer:
         return pb.VerifySecondFactorResponse(session=_to_session(session))
 
     async def RefreshToken(self, request: pb.RefreshTokenRequest, call: Call) -> pb.RefreshTokenResponse:
-        session = await self._auth.refresh(request.refresh_token, key=_no_key(call))
+        session = await self._sessions.refresh(request.refresh_token, key=_no_key(call))
         return pb.RefreshTokenResponse(session=_to_session(session))
 
     async def Logout(self, request: pb.LogoutRequest, call: Call) -> pb.LogoutResponse:
-        replayed = await self._auth.logout(
+        replayed = await self._sessions.logout(
             request.refresh_token, everywhere=request.everywhere, key=key_of(request, call)
         )
         return pb.LogoutResponse(replayed=replayed)
