@@ -22,6 +22,7 @@ from frontdesk.settings import Settings
 from tests.clinic import Clock, Front, day, details, outcome, reason_of, refusal
 from tests.hostile.methods import named
 from tests.hostile.wire import serving
+from tests.identities import bearing, create_key, user
 from tests.waiting import until
 
 NOW = "2027-01-04 08:00+00"
@@ -654,6 +655,22 @@ async def test_why_a_visit_is_skipped(desk: Front) -> None:
     assert (answer.created_count, answer.skipped_count) == (2, 7)
 
 
+async def test_visits_during_leave(desk: Front) -> None:
+    """Leave of whole days skips visits, after absence; leave of hours lets the slots be made, which answer BLOCKED."""
+    doctor = await desk.doctor("UTC")
+    await set_week(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
+    utc = ZoneInfo("UTC")
+    await desk.leave(doctor.id, on(1), on(2))
+    await desk.leave(doctor.id, datetime(2027, 1, 7, 10, 30, tzinfo=utc), datetime(2027, 1, 7, 12, tzinfo=utc))
+    await desk.doctors.SetDoctorAvailability(
+        doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(on(2)), is_present=False)
+    )
+    answer = await generate(desk, doctor.id, on(1), on(3))
+    assert [reason for _, reason in skips(answer)] == ["ON_LEAVE"] * 2 + ["DOCTOR_ABSENT"] * 2
+    assert starts(answer.slots) == ["09:00", "10:00"]
+    assert [slot.state for slot in answer.slots] == [slot_pb2.Slot.STATE_OPEN, slot_pb2.Slot.STATE_BLOCKED]
+
+
 async def test_what_is_there_is_kept(at: Clock) -> None:
     """A visit that has its slot is kept, though the day is past or the doctor absent by now; nothing is deleted."""
     async with at(NOW) as desk:
@@ -926,6 +943,21 @@ async def test_the_horizon_follows_what_kept_visits_out(
         assert slots_by_date(desk, doctor.id)[on(1)] == 1
 
 
+async def test_the_horizon_after_leave(
+    at: Clock, conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dates of a leave are generated once it is cancelled."""
+    monkeypatch.setattr(horizon, "PAUSE_SECONDS", 0.02)
+    async with at(NOW) as desk:
+        doctor = await desk.doctor("UTC")
+        await set_week(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
+        away = (await desk.leave(doctor.id, on(1), on(2))).leave
+    async with serving(settings, conninfo, slot_horizon_days=4) as (_, desk):
+        await until(lambda: slots_by_date(desk, doctor.id) == Counter({TODAY: 2, on(3): 2}))
+        await desk.schedules.CancelLeave(pb.CancelLeaveRequest(leave_id=away.id))
+        await until(lambda: slots_by_date(desk, doctor.id) == Counter({on(n): 2 for n in range(4)}))
+
+
 async def test_one_replica_generates(
     at: Clock, conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1021,6 +1053,49 @@ async def test_holds_of_a_closed_date(desk: Front) -> None:
         error = await refusal(call)
         assert reason_of(error) == "DOCTOR_ABSENT"
         assert details(error)["ErrorInfo"].metadata["cause"] == "EXCEPTION"
+
+
+async def test_leave_of_a_date(desk: Front) -> None:
+    """A date shows its leave: leave of whole days takes its free places, leave of hours blocks slots alone."""
+    doctor = await desk.doctor("UTC", max_patients_per_day=3)
+    await set_week(desk, doctor.id, daily("09:00", "10:00"), TODAY)
+    await generate(desk, doctor.id, TODAY, on(3))
+    away = (await desk.leave(doctor.id, on(1), on(2))).leave
+    utc = ZoneInfo("UTC")
+    late = (
+        await desk.leave(doctor.id, datetime(2027, 1, 7, 9, 30, tzinfo=utc), datetime(2027, 1, 7, 20, tzinfo=utc))
+    ).leave
+    found = await days(desk, doctor.id, TODAY, on(3))
+    assert [one.leave.id for one in found] == ["", away.id, away.id, late.id]
+    assert found[1].leave == (await desk.schedules.GetLeave(pb.GetLeaveRequest(leave_id=away.id))).leave
+    assert [one.free_count for one in found] == [3, 0, 0, 3]
+    assert [slot.state for slot in found[3].slots] == [slot_pb2.Slot.STATE_OPEN, slot_pb2.Slot.STATE_BLOCKED]
+    await desk.schedules.CancelLeave(pb.CancelLeaveRequest(leave_id=away.id))
+    assert not (await days(desk, doctor.id, on(1)))[0].HasField("leave")
+
+
+async def test_who_knows_why(at: Clock, conninfo: str, settings: Settings) -> None:
+    """The doctor himself, staff and services see the reason of a leave among the days; others that there is one."""
+    async with at(NOW) as desk:
+        doctor, other = await desk.doctor("UTC"), await desk.doctor("UTC")
+        person = await desk.patient()
+        await desk.leave(doctor.id, on(1))
+    async with serving(settings, conninfo, access="required") as (_, desk):
+        ask = pb.GetDoctorScheduleRequest(doctor_id=doctor.id, from_date=day(on(1)), to_date=day(on(1)))
+        seen = []
+        for metadata in (
+            user(desk, "DOCTOR", doctor_id=doctor.id),
+            user(desk, "STAFF", clinic_ids=(doctor.clinic_id,)),
+            bearing((await create_key(desk, "SERVICE")).key),
+            user(desk, "DOCTOR", doctor_id=other.id),
+            user(desk, "STAFF", clinic_ids=(other.clinic_id,)),
+            user(desk, "PATIENT", patient_id=person.id),
+            bearing((await create_key(desk, "BOARD")).key),
+        ):
+            found = (await desk.schedules.GetDoctorSchedule(ask, metadata=metadata)).days[0]
+            assert found.leave.id
+            seen.append(found.leave.reason)
+        assert seen == ["holidays"] * 3 + [""] * 4
 
 
 async def test_no_free_places(desk: Front) -> None:

@@ -81,17 +81,18 @@ class _Batch:
 Told = tuple[Leave, Sequence[Affected]]
 """A leave and what became of the appointments, in the order in which they were settled."""
 
-_columns = """
+COLUMNS = """
 l.id, l.doctor_id, l.clinic_id, case when l.whole_days then l.from_date end,
        case when l.whole_days then l.to_date end, case when not l.whole_days then l.start_time end,
        case when not l.whole_days then l.end_time end, l.reason, l.policy, l.state,
        l.settled, l.version, l.create_time, l.update_time
-from leave l
 """
-_get = f"select {_columns} where l.id = %s"
+"""The columns of a `Leave`, in SQL; `l` is the row of the leave."""
+
+_get = f"select {COLUMNS} from leave l where l.id = %s"
 # The start as text: that of the last date that we have lies in the year 10000 in some zones, which Python cannot hold.
 _list = f"""
-select l.start_time::text, {_columns}
+select l.start_time::text, {COLUMNS} from leave l
 where l.doctor_id = %(doctor)s and l.to_date >= coalesce(%(from)s::date, '-infinity')
   and l.from_date <= coalesce(%(to)s::date, 'infinity')
   and (%(after_time)s::timestamptz is null or (l.start_time, l.id) > (%(after_time)s, %(after_id)s::uuid))
@@ -105,6 +106,9 @@ _create = "select outcome, subject from create_leave(%s, %s, %s, %s, %s, %s, %s,
 _settle = "select outcome, wanted, doctors, dates from settle_leave(%s, %s, %s)"
 _counts = "select outcome, count(*) from leave_outcome where leave_id = %s group by 1"
 _cancel = "update leave set state = 'CANCELLED', version = version + 1, update_time = moment() where id = %s"
+_generate_again = """
+select generate_again(doctor_id, daterange(from_date, to_date, '[]')) from leave where id = %s and whole_days
+"""
 
 
 class _Planned(Exception):
@@ -175,7 +179,7 @@ class Leaves:
         """
         leave = await _read(self._db, leave_id)
         if not _may_know(insight, leave):
-            return _outline(leave), ()
+            return shown_to(insight, leave), ()
         return await self._tell(leave_id)
 
     async def list(
@@ -203,7 +207,7 @@ class Leaves:
             lambda start, *columns: (start, Leave(*columns)),
         )  # fmt: skip
         kept = cut(page, found, lambda row: (row[0], row[1].id))
-        shown = [leave if _may_know(insight, leave) else _outline(leave) for _, leave in kept.items]
+        shown = [shown_to(insight, leave) for _, leave in kept.items]
         return Listing(shown, kept.next)
 
     async def cancel(self, caller: Caller, leave_id: str, version: int | None, *, key: Key) -> Change[Told]:
@@ -223,6 +227,9 @@ class Leaves:
             if leave.state == "CANCELLED":
                 raise LeaveState(leave_id, {"state": leave.state})
             await tx.run(_cancel, (leave_id,))
+            # After a generation that still saw the leave.
+            await tx.run("select lock_all(array[schedule_name(%s)])", (leave.doctor_id,))
+            await tx.run(_generate_again, (leave_id,))
             await _log(tx, key, await _read(tx, leave_id), "cancelled")
             return False
 
@@ -283,9 +290,9 @@ def _may_know(insight: Caller | None, leave: Leave) -> bool:
     return insight is not None and insight.may_reach_doctor(leave.clinic_id, leave.doctor_id)
 
 
-def _outline(leave: Leave) -> Leave:
-    """What everybody may know."""
-    return replace(leave, reason="", affected_count=0)
+def shown_to(insight: Caller | None, leave: Leave) -> Leave:
+    """The leave as this caller may see it: everybody may know when somebody is away."""
+    return leave if _may_know(insight, leave) else replace(leave, reason="", affected_count=0)
 
 
 async def _read(via: Database | Transaction, leave_id: str, *, lock: bool = False) -> Leave:

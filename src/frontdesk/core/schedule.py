@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date, datetime
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sa
@@ -13,6 +13,7 @@ from frontdesk.core import doctor
 from frontdesk.core.caller import Caller
 from frontdesk.core.decision import asked, iso, refusal
 from frontdesk.core.formats import require_order
+from frontdesk.core.leave import COLUMNS, Leave, shown_to
 from frontdesk.core.slot import AS_SHOWN, LIVE_HOLDS, Slot
 from frontdesk.db import schema
 from frontdesk.db.change import Change, Key
@@ -109,6 +110,8 @@ class Day:
     date: date
     present: bool
     note: str
+    leave: Leave | None
+    """That of whole days, or the first one of hours."""
     exception: ScheduleException | None
     hours: Sequence[Hours]
     capacity: int
@@ -232,14 +235,19 @@ class Schedules:
         generated = Generated(counts["created_count"], counts["kept_count"], slots, counts["skipped_count"], skipped)
         return Change(generated, replayed)
 
-    async def days(self, caller: Caller, doctor_id: str, from_date: date, to_date: date) -> Sequence[Day]:
-        """Every date of the range, the earliest first. Raises InvalidField, DoctorNotFound."""
+    async def days(
+        self, caller: Caller, doctor_id: str, from_date: date, to_date: date, insight: Caller | None
+    ) -> Sequence[Day]:
+        """Every date of the range, the earliest first; `insight` as in `Leaves.get`.
+
+        Raises InvalidField, DoctorNotFound.
+        """
         require_range(from_date, to_date, MOST_DATES_SHOWN)
         values = {"doctor": doctor_id, "from": from_date, "to": to_date}
         rows = await self._db.rows(_days, values, lambda *columns: columns)
         if not rows:
             raise DoctorNotFound(doctor_id)
-        return [_day([*same]) for _, same in groupby(rows, key=lambda row: row[0])]
+        return [_day([*same], insight) for _, same in groupby(rows, key=lambda row: row[0])]
 
 
 def require_range(from_date: date, to_date: date, most: int) -> None:
@@ -267,21 +275,30 @@ def _schedule(*columns: Any) -> Schedule:
     return replace(schedule, rules=[WeeklyRule(**rule) for rule in columns[4]])
 
 
-def _day(rows: Sequence[Sequence[Any]]) -> Day:
-    on, present, note, hours, capacity, booked, held, on_leave = rows[0][:8]
-    exception = _exception(*rows[0][8:15]) if rows[0][8] is not None else None
-    shut = not present or on_leave or (exception is not None and exception.closed)
+_EXCEPTION, _LEAVE, _SLOT = accumulate((7, len(fields(ScheduleException)), len(fields(Leave))))
+"""Where the columns of the exception, the leave and the slot (its id, then all) begin in a row of `_days`."""
+
+
+def _day(rows: Sequence[Sequence[Any]], insight: Caller | None) -> Day:
+    on, present, note, hours, capacity, booked, held = rows[0][:_EXCEPTION]
+    excepted, away = rows[0][_EXCEPTION:_LEAVE], rows[0][_LEAVE:_SLOT]
+    exception = None if excepted[0] is None else _exception(*excepted)
+    leave = None if away[0] is None else shown_to(insight, Leave(*away))
+    closed = exception is not None and exception.closed
+    # Leave of hours closes slots, not the day.
+    on_leave = leave is not None and leave.from_date is not None
     return Day(
         on,
         present,
         note,
+        leave,
         exception,
         [_hours(one) for one in hours],
         capacity,
         booked,
         held,
-        0 if shut else max(capacity - booked - held, 0),
-        [Slot(*row[16:]) for row in rows if row[15] is not None],
+        max(capacity - booked - held, 0) if present and not on_leave and not closed else 0,
+        [Slot(*row[_SLOT + 1 :]) for row in rows if row[_SLOT] is not None],
     )
 
 
@@ -340,8 +357,11 @@ with day as materialized (
            (select count(*) from appointment where appointment.doctor_id = x.id and appointment.date = on_date.date
                                                and {schema.HOLDING}) as booked_count,
            (select count(*) from {LIVE_HOLDS.format(of="on_date")}) as held_count,
-           exists (select from leaves_over(x.id, on_date.date, null, null) l where l.whole_days) as on_leave
-    from doctor x
+           (select l.id
+            from leaves_over(x.id, on_date.date, on_date.date::timestamp at time zone c.time_zone,
+                             (on_date.date + 1)::timestamp at time zone c.time_zone) o
+            join leave l on l.id = o.id order by o.whole_days desc, l.start_time limit 1) as leave_id
+    from doctor x join clinic c on c.id = x.clinic_id
     cross join (
         select %(doctor)s::uuid as doctor_id, %(from)s::date + n as date
         from generate_series(0, %(to)s::date - %(from)s::date) n
@@ -349,9 +369,10 @@ with day as materialized (
     left join doctor_day dd on dd.doctor_id = x.id and dd.date = on_date.date
     where x.id = %(doctor)s
 )
-select day.date, day.is_present, day.note, day.hours, day.capacity, day.booked_count, day.held_count, day.on_leave,
-       {", ".join(f"e.{field.name}" for field in fields(ScheduleException))}, s.id, {AS_SHOWN}
+select day.date, day.is_present, day.note, day.hours, day.capacity, day.booked_count, day.held_count,
+       {", ".join(f"e.{field.name}" for field in fields(ScheduleException))}, {COLUMNS}, s.id, {AS_SHOWN}
 from day
+left join leave l on l.id = day.leave_id
 left join schedule_exception e on e.doctor_id = day.doctor_id and e.date = day.date
 left join (
     select slot.* from slot

@@ -823,6 +823,7 @@ class DaySchedule(_message.Message):
     DATE_FIELD_NUMBER: _builtins.int
     PRESENT_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
+    LEAVE_FIELD_NUMBER: _builtins.int
     EXCEPTION_FIELD_NUMBER: _builtins.int
     HOURS_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
@@ -849,6 +850,12 @@ class DaySchedule(_message.Message):
         """The date."""
 
     @_builtins.property
+    def leave(self) -> Global___Leave:
+        """The doctor's leave on the date: that of whole days, or the first one of hours; absent if there is none. Its reason and
+        affected_count are only for those for whom GetLeave shows them.
+        """
+
+    @_builtins.property
     def exception(self) -> Global___ScheduleException:
         """The exception of the date; absent if there is none."""
 
@@ -866,6 +873,7 @@ class DaySchedule(_message.Message):
         date: _date_pb2.Date | None = ...,
         present: _builtins.bool = ...,
         note: _builtins.str = ...,
+        leave: Global___Leave | None = ...,
         exception: Global___ScheduleException | None = ...,
         hours: _abc.Iterable[Global___Hours] | None = ...,
         capacity: _builtins.int = ...,
@@ -874,9 +882,9 @@ class DaySchedule(_message.Message):
         free_count: _builtins.int = ...,
         slots: _abc.Iterable[_slot_pb2.Slot] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "exception", b"exception"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "exception", b"exception", "leave", b"leave"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["booked_count", b"booked_count", "capacity", b"capacity", "date", b"date", "exception", b"exception", "free_count", b"free_count", "held_count", b"held_count", "hours", b"hours", "note", b"note", "present", b"present", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["booked_count", b"booked_count", "capacity", b"capacity", "date", b"date", "exception", b"exception", "free_count", b"free_count", "held_count", b"held_count", "hours", b"hours", "leave", b"leave", "note", b"note", "present", b"present", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

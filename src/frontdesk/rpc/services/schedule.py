@@ -46,13 +46,6 @@ _to_exception = converter(
 _to_skipped = converter(
     pb.SkippedVisit, Skipped, start_time=lambda visit: None if visit.start is None else minute_to(visit.start)
 )
-_to_day = converter(
-    pb.DaySchedule,
-    Day,
-    exception=lambda day: day.exception and _to_exception(day.exception),
-    hours=lambda day: map(_to_hours, day.hours),
-    slots=lambda day: map(to_slot, day.slots),
-)
 _to_leave = converter(
     pb.Leave,
     Leave,
@@ -60,6 +53,14 @@ _to_leave = converter(
         pb.DateRange(from_date=date_to(leave.from_date), to_date=date_to(leave.to_date)) if leave.from_date else None
     ),
     hours=lambda leave: Interval(start_time=leave.start_time, end_time=leave.end_time) if leave.start_time else None,
+)
+_to_day = converter(
+    pb.DaySchedule,
+    Day,
+    leave=lambda day: day.leave and _to_leave(day.leave),
+    exception=lambda day: day.exception and _to_exception(day.exception),
+    hours=lambda day: map(_to_hours, day.hours),
+    slots=lambda day: map(to_slot, day.slots),
 )
 _to_place = converter(pb.AffectedAppointment.Place, Affected)
 _to_affected = converter(
@@ -167,7 +168,11 @@ class ScheduleServicer:
 
     async def GetDoctorSchedule(self, request: pb.GetDoctorScheduleRequest, call: Call) -> pb.GetDoctorScheduleResponse:
         days = await self._schedules.days(
-            call.caller, request.doctor_id, required_date(request, "from_date"), required_date(request, "to_date")
+            call.caller,
+            request.doctor_id,
+            required_date(request, "from_date"),
+            required_date(request, "to_date"),
+            _insight(call),
         )
         return pb.GetDoctorScheduleResponse(days=map(_to_day, days))
 
