@@ -118,7 +118,7 @@ async def test_a_slot_is_held(front: Front) -> None:
 
 
 async def test_a_hold_is_no_change_of_the_day(front: Front) -> None:
-    """A hold, its release, its use and its expiry count no revision; only the booking that uses it does."""
+    """A hold, its release and its expiry count no revision; a use is told by the one of the booking."""
     doctor = await front.doctor()
     person = await front.patient()
     held, other = await front.hold(doctor.id), await front.hold(doctor.id)
@@ -129,15 +129,14 @@ async def test_a_hold_is_no_change_of_the_day(front: Front) -> None:
     booked = await front.book(person.id, doctor.id, hold_id=held.id)
     assert (booked.revision, booked.appointment.number) == (2, 1)
     rows = front.sql(
-        "select type, revision, appointment_id::text from log where doctor_id = %s and type not like 'doctor.%%'"
+        "select type, revision, data ->> 'hold_id' from log where doctor_id = %s and type not like 'doctor.%%'"
         " order by id",
         doctor.id,
     )
     assert sorted(rows) == [
-        ("appointment.booked", 2, booked.appointment.id),
+        ("appointment.booked", 2, held.id),
         ("hold.placed", 0, None), ("hold.placed", 0, None), ("hold.placed", 0, None),
         ("hold.released", 0, None),
-        ("hold.used", 0, booked.appointment.id),
     ]  # fmt: skip
 
 
@@ -367,7 +366,7 @@ async def test_the_instant_of_expiry(front: Front) -> None:
         )
         ((refused,),) = front.sql(
             "select (hold_refusal(h.id, null, h.doctor_id, h.date, null,"
-            " h.expire_time + %s * interval '1 microsecond')).details ->> 'state' from hold h where h.id = %s",
+            " h.expire_time + %s * interval '1 microsecond')).state from hold h where h.id = %s",
             microseconds,
             held.id,
         )

@@ -36,7 +36,7 @@ begin
             v_place.end_time, 'BOOKED', r.reason, r.notes, v_now, v_now)
     returning a into d.appointment;
     d.revision := (record_change(r, 'appointment.booked', d.appointment, false, v_now)).revision;
-    if r.hold is not null then perform end_hold(r, r.hold, 'USED', (d.appointment).id, v_now); end if;
+    if r.hold is not null then update hold set state = 'USED' where id = r.hold; end if;
     return d;
 end
 $$;
@@ -70,7 +70,7 @@ begin
     d.vacated_revision := coalesce(d.vacated_revision, d.revision);
     d.vacated_doctor := p_old.doctor_id;
     d.vacated_date := p_old.date;
-    if r.hold is not null then perform end_hold(r, r.hold, 'USED', p_old.id, v_now); end if;
+    if r.hold is not null then update hold set state = 'USED' where id = r.hold; end if;
     d.outcome := 'OK';
     return d;
 end

@@ -51,6 +51,9 @@ begin
             coalesce(a.clinic_id, (select d.clinic_id from doctor d where d.id = v_doctor)), v_doctor, a.patient_id,
             a.id, a.slot_id, v_date, record_change.revision,
             case when a.id is null then p_data
+                 when r.hold is not null then
+                     jsonb_strip_nulls(jsonb_build_object('state', a.state, 'number', a.number, 'start_time', a.start_time,
+                                                          'end_time', a.end_time, 'hold_id', r.hold))
                  when a.start_time is null then jsonb_build_object('state', a.state, 'number', a.number)
                  else jsonb_build_object('state', a.state, 'number', a.number, 'start_time', a.start_time,
                                          'end_time', a.end_time) end,
@@ -71,14 +74,14 @@ begin
 end
 $$;
 
--- Append one change of a hold to the log; `p_appointment` is the booking that used it.
-create or replace function append_of_hold(r request, p_type text, h hold, p_appointment uuid, p_now timestamptz)
+-- Append one change of a hold to the log. Its use is told by the change of the appointment that used it.
+create or replace function append_of_hold(r request, p_type text, h hold, p_now timestamptz)
 returns void language plpgsql as $$
 begin
     insert into log (id, time, actor, method, address, trace_id, type, resource, patient_id, clinic_id, doctor_id,
-                     slot_id, date, appointment_id, data)
+                     slot_id, date, data)
     values (log_id(p_now), p_now, r.actor, r.verb, coalesce(r.address, ''), coalesce(r.trace_id, ''), p_type,
-            'holds/' || h.id, h.patient_id, h.clinic_id, h.doctor_id, h.slot_id, h.date, p_appointment,
+            'holds/' || h.id, h.patient_id, h.clinic_id, h.doctor_id, h.slot_id, h.date,
             jsonb_build_object('expire_time', h.expire_time));
 end
 $$;

@@ -18,42 +18,40 @@ language sql stable as $$
     from live_holds(p_doctor, p_date, p_now) h where p_slot is null or h.slot_id = p_slot
 $$;
 
--- Why this hold cannot be used for that place by that patient; null if it can. Ask under the lock of the doctor-day: the
--- use and the expiry of a hold are judged by one moment.
+-- Why this hold cannot be used for that place by that patient; null if it can. `state` is how it has ended. Ask under the
+-- lock of the doctor-day: the use and the expiry of a hold are judged by one moment.
 create or replace function hold_refusal(
-    p_hold uuid, p_patient uuid, p_doctor uuid, p_date date, p_slot uuid, p_now timestamptz
-) returns decision language plpgsql as $$
+    p_hold uuid, p_patient uuid, p_doctor uuid, p_date date, p_slot uuid, p_now timestamptz,
+    out reason text, out state text
+) language plpgsql as $$
 declare
     h hold;
 begin
     select * into h from hold where id = p_hold;
-    if not found then return refused('HOLD_NOT_FOUND', p_hold); end if;
-    if (h.doctor_id, h.date, h.slot_id) is distinct from (p_doctor, p_date, p_slot)
-       -- A hold that had ended before its patient was merged still has the former id.
-       or h.patient_id <> p_patient and current_patient(h.patient_id) is distinct from p_patient then
-        return refused('HOLD_MISMATCH', p_hold);
+    if not found then
+        reason := 'HOLD_NOT_FOUND';
+    elsif (h.doctor_id, h.date, h.slot_id) is distinct from (p_doctor, p_date, p_slot)
+          -- A hold that had ended before its patient was merged still has the former id.
+          or h.patient_id <> p_patient and current_patient(h.patient_id) is distinct from p_patient then
+        reason := 'HOLD_MISMATCH';
+    elsif h.state <> 'HELD' or h.expire_time <= p_now then
+        reason := 'HOLD_EXPIRED';
+        state := case h.state when 'HELD' then 'EXPIRED' else h.state end;
     end if;
-    if h.state <> 'HELD' or h.expire_time <= p_now then
-        return refused('HOLD_EXPIRED', p_hold,
-                       jsonb_build_object('state', case h.state when 'HELD' then 'EXPIRED' else h.state end));
-    end if;
-    return null;
 end
 $$;
 
--- End a hold that is live; whether it was. Two that would end it wait for each other at its row.
-create or replace function end_hold(
-    r request, p_hold uuid, p_state text, p_appointment uuid, p_now timestamptz
-) returns boolean language plpgsql as $$
+-- Release a hold, if it is live. Two that would end it wait for each other at its row.
+create or replace function end_hold(r request, p_hold uuid, p_now timestamptz) returns void language plpgsql as $$
 declare
     h hold;
 begin
-    update hold x set state = p_state
+    update hold x set state = 'RELEASED'
     where x.id = p_hold and x.state = 'HELD' and x.expire_time > p_now
     returning x.* into h;
-    if not found then return false; end if;
-    perform append_of_hold(r, 'hold.' || lower(p_state), h, p_appointment, p_now);
-    return true;
+    if found then
+        perform append_of_hold(r, 'hold.released', h, p_now);
+    end if;
 end
 $$;
 
@@ -79,7 +77,7 @@ begin
     insert into hold as h (doctor_id, clinic_id, date, slot_id, patient_id, expire_time, create_time)
     values (r.doctor, v_place.clinic_id, r.date, r.slot, r.patient, v_now + r.ttl, v_now)
     returning h into d.hold;
-    perform append_of_hold(r, 'hold.placed', d.hold, null, v_now);
+    perform append_of_hold(r, 'hold.placed', d.hold, v_now);
     d.outcome := 'OK';
     return d;
 end
@@ -92,7 +90,7 @@ declare
 begin
     perform from hold where id = r.hold;
     if not found then return refused('HOLD_NOT_FOUND', r.hold); end if;
-    perform end_hold(r, r.hold, 'RELEASED', null, moment());
+    perform end_hold(r, r.hold, moment());
     d.outcome := 'OK';
     return d;
 end
@@ -110,7 +108,7 @@ begin
         where x.patient_id = p_merged and x.state = 'HELD' and x.expire_time > p_now
     loop
         update hold set patient_id = p_kept where id = h.id;
-        if h.second then perform end_hold(r, h.id, 'RELEASED', null, p_now); end if;
+        if h.second then perform end_hold(r, h.id, p_now); end if;
     end loop;
 end
 $$;

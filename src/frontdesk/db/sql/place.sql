@@ -13,7 +13,7 @@ create or replace function find_place(
 declare
     v record;
     v_slot slot;
-    v_hold decision;
+    v_hold record;
     v_taken integer;
     v_held integer := 0;
     v_highest integer;
@@ -47,10 +47,10 @@ begin
     end if;
     if p_hold is not null then
         v_hold := hold_refusal(p_hold, p_patient, p_doctor, p_date, p_slot, p_now);
-        if v_hold.outcome is not null then
-            outcome := v_hold.outcome;
-            subject := v_hold.subject;
-            details := v_hold.details;
+        if v_hold.reason is not null then
+            outcome := v_hold.reason;
+            subject := p_hold;
+            details := jsonb_build_object('state', v_hold.state);
             return;
         end if;
         v.held := 0;
