@@ -51,10 +51,11 @@ class Appointment:
     version: int
     create_time: datetime
     update_time: datetime
+    patient_name: str
+    """As it is now, of a merged record that of the kept one; so is the doctor's."""
+    doctor_name: str
     position: int = 0
     """1 = next; 0 if the patient is not waiting. Derived, and known after a change of the queue alone."""
-    patient_name: str = ""
-    """Known after a change of the queue alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +73,30 @@ class AppointmentFilter:
     descending: bool
 
 
-_DERIVED = {"position", "patient_name"}
+_DERIVED = {"patient_name", "doctor_name", "position"}
 _COLUMNS = tuple(field.name for field in fields(Appointment) if field.name not in _DERIVED)
 _t = schema.appointment.c
 _selected = [_t[name] for name in _COLUMNS]
+
+
+def _names(of: Any) -> list[sa.ColumnElement[Any]]:
+    """The names of an appointment's patient and doctor, asked for each row that is answered."""
+    p, x = schema.patient.c, schema.doctor.c
+    blank: sa.ColumnElement[str] = sa.literal_column("' '")
+    nothing: sa.ColumnElement[str] = sa.literal_column("''")
+    full_name = sa.func.concat_ws(blank, p.given_name, sa.func.nullif(p.family_name, nothing))
+    return [
+        sa.select(full_name).where(p.id == of.patient_id).scalar_subquery(),
+        sa.select(x.display_name).where(x.id == of.doctor_id).scalar_subquery(),
+    ]
+
+
 _decided = (
     "select d.outcome, d.subject, d.details, coalesce(d.replayed, false), coalesce(d.revision, 0),"
     " coalesce(d.vacated_revision, 0), d.vacated_doctor, d.vacated_date, "
     + ", ".join(f"(d.appointment).{name}" for name in _COLUMNS)
-    + ", coalesce(d.position, 0), coalesce(d.patient_name, '') from decide(%s) d"
+    # Of what was true under the locks: this statement may have waited for them.
+    + ", d.patient_name, d.doctor_name, coalesce(d.position, 0) from decide(%s) d"
 )
 
 
@@ -260,7 +276,7 @@ def _place(appointment: Appointment) -> tuple[str, ...]:
 
 @cache
 def _get_statement(parts: frozenset[str] | None) -> str:
-    statement = sa.select(*_selected).where(_t.id == sa.bindparam("id"))
+    statement = sa.select(*_selected, *_names(_t)).where(_t.id == sa.bindparam("id"))
     return compiled(statement if parts is None else statement.where(within(parts, _t)))
 
 
@@ -326,7 +342,7 @@ def _list_statement(given: frozenset[str], states: tuple[str, ...], descending: 
         # search by state: it does not know that nearly everyone who is checked in is so today, and would read all.
         state = _t.state.concat(sa.literal_column("''"))
         statement = ordered(
-            sa.select(*_selected).where(*chosen, state.in_([sa.literal_column(f"'{s}'") for s in states])),
+            sa.select(*_selected, *_names(_t)).where(*chosen, state.in_([sa.literal_column(f"'{s}'") for s in states])),
             sort_key,
         )
     else:
@@ -340,5 +356,5 @@ def _list_statement(given: frozenset[str], states: tuple[str, ...], descending: 
         ]
         merged = sa.union_all(*(sa.select(part) for part in each)).subquery()
         start = sa.func.coalesce(merged.c.start_time, schema.FIRST)
-        statement = ordered(sa.select(merged), (merged.c.date, start, merged.c.id))
+        statement = ordered(sa.select(merged, *_names(merged.c)), (merged.c.date, start, merged.c.id))
     return compiled(statement)

@@ -94,6 +94,8 @@ class Appointment(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    PATIENT_NAME_FIELD_NUMBER: _builtins.int
+    DOCTOR_NAME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Output only, except in UpdateAppointment, where it is required and names the appointment to change. A lower-case
     UUID, time-ordered.
@@ -122,6 +124,10 @@ class Appointment(_message.Message):
     """Output only. The reason given to CancelAppointment."""
     etag: _builtins.str
     """Output only. Changes with every change of the appointment."""
+    patient_name: _builtins.str
+    """Output only. The patient's full name as it is now, given name first."""
+    doctor_name: _builtins.str
+    """Output only. The doctor's display name as it is now."""
     @_builtins.property
     def date(self) -> _date_pb2.Date:
         """Output only. The civil date in the clinic's time zone."""
@@ -191,10 +197,12 @@ class Appointment(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        patient_name: _builtins.str = ...,
+        doctor_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_time", b"cancel_time", "check_in_time", b"check_in_time", "complete_time", b"complete_time", "create_time", b"create_time", "date", b"date", "end_time", b"end_time", "leave_time", b"leave_time", "no_show_time", b"no_show_time", "start_time", b"start_time", "start_visit_time", b"start_visit_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_reason", b"cancel_reason", "cancel_time", b"cancel_time", "check_in_time", b"check_in_time", "clinic_id", b"clinic_id", "complete_time", b"complete_time", "create_time", b"create_time", "date", b"date", "doctor_id", b"doctor_id", "end_time", b"end_time", "etag", b"etag", "id", b"id", "leave_time", b"leave_time", "no_show_time", b"no_show_time", "notes", b"notes", "number", b"number", "patient_id", b"patient_id", "reason", b"reason", "slot_id", b"slot_id", "start_time", b"start_time", "start_visit_time", b"start_visit_time", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_reason", b"cancel_reason", "cancel_time", b"cancel_time", "check_in_time", b"check_in_time", "clinic_id", b"clinic_id", "complete_time", b"complete_time", "create_time", b"create_time", "date", b"date", "doctor_id", b"doctor_id", "doctor_name", b"doctor_name", "end_time", b"end_time", "etag", b"etag", "id", b"id", "leave_time", b"leave_time", "no_show_time", b"no_show_time", "notes", b"notes", "number", b"number", "patient_id", b"patient_id", "patient_name", b"patient_name", "reason", b"reason", "slot_id", b"slot_id", "start_time", b"start_time", "start_visit_time", b"start_visit_time", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

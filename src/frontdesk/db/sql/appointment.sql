@@ -21,6 +21,8 @@ begin
         return refused_place(r, v_place.outcome, v_place.subject, v_place.details, r.date);
     end if;
     d.outcome := 'OK';
+    d.patient_name := v_place.patient_name;
+    d.doctor_name := v_place.doctor_name;
 
     if r.validate_only then
         d.appointment := jsonb_populate_record(null::appointment, jsonb_build_object(
@@ -57,6 +59,8 @@ begin
         return refused_place(r, v_place.outcome, v_place.subject, v_place.details, r.date);
     end if;
 
+    d.patient_name := v_place.patient_name;
+    d.doctor_name := v_place.doctor_name;
     update appointment as a
     set doctor_id = r.doctor, clinic_id = v_place.clinic_id, date = r.date, number = v_place.number, slot_id = r.slot,
         start_time = v_place.start_time, end_time = v_place.end_time, version = a.version + 1, update_time = v_now

@@ -98,8 +98,9 @@ begin
                 perform remember(r, d);
             end if;
         end if;
-        if (d.appointment).queue_state is not null then
-            d := with_place_in_queue(d);
+        if (d.appointment).queue_state is not null
+           or d.patient_name is null and (d.appointment).patient_id is not null then
+            d := as_answered(d);
         end if;
         return next d;
     end loop;

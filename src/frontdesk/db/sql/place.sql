@@ -8,7 +8,8 @@ create or replace function find_place(
     p_patient uuid, p_doctor uuid, p_date date, p_slot uuid, p_moving appointment, p_now timestamptz,
     p_hold uuid default null,
     out outcome text, out subject uuid, out details jsonb,
-    out clinic_id uuid, out number integer, out start_time timestamptz, out end_time timestamptz
+    out clinic_id uuid, out number integer, out start_time timestamptz, out end_time timestamptz,
+    out patient_name text, out doctor_name text
 ) language plpgsql as $$
 declare
     v record;
@@ -25,7 +26,9 @@ begin
         end if;
     end if;
     -- A slot belongs to its clinic, also when its doctor has moved to another one.
-    select p.active as patient_active, p.merged_into, d.id as doctor_id, d.active as doctor_active,
+    select p.active as patient_active, p.merged_into,
+           concat_ws(' ', p.given_name, nullif(p.family_name, '')) as patient_name,
+           d.display_name, d.id as doctor_id, d.active as doctor_active,
            c.id as clinic_id, c.active as clinic_active, (p_now at time zone c.time_zone)::date as today,
            coalesce(day.is_present, true) as is_present,
            -- True if a leave takes the whole day, false if one takes hours that the slot touches, else null.
@@ -81,6 +84,8 @@ begin
         return;
     end if;
     clinic_id := v.clinic_id;
+    patient_name := v.patient_name;
+    doctor_name := v.display_name;
 
     select id into subject from appointment a
     where a.patient_id = p_patient and a.doctor_id = p_doctor and a.date = p_date

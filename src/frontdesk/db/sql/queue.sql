@@ -115,8 +115,8 @@ begin
 end
 $$;
 
--- The entry's present position and the patient's name, for the answer.
-create or replace function with_place_in_queue(d decision) returns decision language plpgsql as $$
+-- The entry's present position, and the names of patient and doctor unless they are known, for the answer.
+create or replace function as_answered(d decision) returns decision language plpgsql as $$
 declare
     v_place queue_place;
 begin
@@ -127,8 +127,10 @@ begin
           and a.ticket is not null and a.queue_state = 'WAITING'
           and place_in_queue(a) <= v_place;
     end if;
-    select concat_ws(' ', p.given_name, nullif(p.family_name, '')) into d.patient_name
-    from patient p where p.id = (d.appointment).patient_id;
+    if d.patient_name is null then
+        select concat_ws(' ', p.given_name, nullif(p.family_name, '')), x.display_name into d.patient_name, d.doctor_name
+        from patient p, doctor x where p.id = (d.appointment).patient_id and x.id = (d.appointment).doctor_id;
+    end if;
     return d;
 end
 $$;

@@ -41,16 +41,16 @@ $do$;
 
 -- The answer. `outcome` is OK or the reason of a refusal, `subject` the id that the refusal is about, `details` more of
 -- its metadata. The rest is the change: the appointment, day or slots after it; the revision of its doctor-day, and of
--- the one that a reschedule left; the place in the queue; the appointments that it concerns; the patient, and the
--- doctor-days that changed with the patient ([[doctor, date], …]); the schedule or its exception; the open slots of hours
--- that are no more; how many slots were generated, and why others were not; the hold.
+-- the one that a reschedule left; the place in the queue, and the names; the appointments that it concerns; the patient,
+-- and the doctor-days that changed with the patient ([[doctor, date], …]); the schedule or its exception; the open slots
+-- of hours that are no more; how many slots were generated, and why others were not; the hold.
 do $do$
 begin
     if to_regtype('decision') is null then
         create type decision as (
             outcome text, subject uuid, details jsonb, replayed boolean,
             revision bigint, vacated_revision bigint, vacated_doctor uuid, vacated_date date,
-            "position" integer, patient_name text,
+            "position" integer, patient_name text, doctor_name text,
             appointment appointment, day doctor_day, slots slot[], affected uuid[],
             patient patient, already_registered boolean, days jsonb,
             schedule schedule, schedule_exception schedule_exception, stale uuid[], generated jsonb, hold hold
