@@ -15,6 +15,7 @@ import psycopg
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.type.date_pb2 import Date
+from google.type.interval_pb2 import Interval
 from google.type.timeofday_pb2 import TimeOfDay
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -96,6 +97,21 @@ class Held:
 
 
 @dataclass
+class Leave:
+    """A leave in the model, in minutes of the day; the whole day has no start."""
+
+    id: str
+    start: int | None
+    end: int | None
+
+    def touches(self, slot: int | None) -> bool:
+        """Whether it blocks this slot, or closes the day if that is None."""
+        if self.start is None or self.end is None:
+            return slot is None
+        return slot is not None and self.start < minute_of(slot) + 30 and minute_of(slot) < self.end
+
+
+@dataclass
 class Day:
     """A doctor's day in the model."""
 
@@ -105,6 +121,12 @@ class Day:
     exception: str = ""
     """CLOSED, HOURS (those of the slot at 10:00) or none."""
     kinds: list[str] = field(default_factory=list)
+    leaves: list[Leave] = field(default_factory=list)
+
+
+def minute_of(slot: int) -> int:
+    """The minute of the day at which this slot starts."""
+    return SLOTS[slot][1] * 60 + SLOTS[slot][2]
 
 
 TEN_O_CLOCK = schedule_pb2.Hours(
@@ -133,7 +155,11 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                 client.doctors.CreateDoctor(
                     doctor_pb2.CreateDoctorRequest(
                         doctor=doctor_pb2.Doctor(
-                            code=f"{key}{n}", display_name="D", clinic_id=c.id, max_patients_per_day=CAPACITY
+                            code=f"{key}{n}",
+                            display_name="D",
+                            specialty="S",
+                            clinic_id=c.id,
+                            max_patients_per_day=CAPACITY,
                         )
                     )
                 ).doctor.id
@@ -184,7 +210,12 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                 if hold.state != "HELD":
                     return "HOLD_EXPIRED"
             live = [] if hold is not None else [h for h in self.holds if h.state == "HELD" and h.doctor == doctor]
+            leaves = self.days[doctor].leaves
+            if slot is not None and any(leave.touches(slot) for leave in leaves):
+                return "SLOT_BLOCKED"
             if not self.days[doctor].present or self.days[doctor].exception == "CLOSED":
+                return "DOCTOR_ABSENT"
+            if any(leave.touches(None) for leave in leaves):
                 return "DOCTOR_ABSENT"
             if any(v.patient == patient and v.doctor == doctor and v.state in LIVE for v in others):
                 return "DUPLICATE_BOOKING"
@@ -242,7 +273,7 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             patient = None if patient is None else self.records[patient]
             expected = self.place(patient, doctor, slot)
             twice = any(h.patient == patient and h.doctor == doctor and h.state == "HELD" for h in self.holds)
-            if patient is not None and twice and expected != "DOCTOR_ABSENT":
+            if patient is not None and twice and expected not in ("DOCTOR_ABSENT", "SLOT_BLOCKED"):
                 expected = "DUPLICATE_BOOKING"
             answer, reason = attempt(lambda: client.appointments.HoldPlace(request))
             if answer is None:
@@ -365,6 +396,89 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                 and (not held or (v.slot is not None and SLOTS[v.slot][1:3] != (10, 0)))
             }
             assert set(answer.affected_appointment_ids) == affected
+
+        @rule(doctor=st.integers(0, 1), policy=st.sampled_from(["KEEP", "CANCEL"]))
+        def leave_for_the_day(self, doctor: int, policy: str) -> None:
+            days = schedule_pb2.DateRange(from_date=TODAY, to_date=TODAY)
+            self.leave(doctor, policy, None, None, days=days)
+
+        @rule(
+            doctor=st.integers(0, 1),
+            # To another doctor's, or to another slot of the same one: there are no slots on other days.
+            policy=st.sampled_from(["KEEP", "CANCEL", "MOVE_SAME_DOCTOR", "MOVE_SAME_SPECIALTY"]),
+            start=st.sampled_from([600, 615, 630]),
+        )
+        def leave_for_hours(self, doctor: int, policy: str, start: int) -> None:
+            hours = Interval()
+            hours.start_time.FromDatetime(NOW.replace(hour=start // 60, minute=start % 60))
+            hours.end_time.FromDatetime(NOW.replace(hour=(start + 30) // 60, minute=(start + 30) % 60))
+            self.leave(doctor, policy, start, start + 30, hours=hours)
+
+        def leave(self, doctor: int, policy: str, start: int | None, end: int | None, **period: Any) -> None:
+            wanted = schedule_pb2.Leave(doctor_id=self.doctors[doctor], **period)
+            wanted.policy = schedule_pb2.Leave.Policy.Value(f"POLICY_{policy}")
+            trial = schedule_pb2.CreateLeaveRequest(leave=wanted, validate_only=True)
+            planned, _ = attempt(lambda: client.schedules.CreateLeave(trial))
+            answer, reason = attempt(
+                lambda: client.schedules.CreateLeave(schedule_pb2.CreateLeaveRequest(leave=wanted))
+            )
+            others = self.days[doctor].leaves
+            if any(
+                None in (start, end, other.start, other.end) or (other.start < end and start < other.end)  # type: ignore[operator]
+                for other in others
+            ):
+                assert reason == "LEAVE_OVERLAP"
+                return
+            assert answer is not None, reason
+            assert list(planned.affected) == list(answer.affected)
+            made = Leave(answer.leave.id, start, end)
+            others.append(made)
+            met = [
+                v
+                for v in self.visits
+                if v.doctor == doctor
+                and v.state in LIVE
+                and (start is None or (v.slot is not None and made.touches(v.slot)))
+            ]
+            outcomes = []
+            for visit in sorted(met, key=lambda v: (-1 if v.slot is None else minute_of(v.slot), v.number)):
+                outcomes.append((visit.id, self.settle(visit, policy)))
+            names = schedule_pb2.AffectedAppointment.Outcome
+            assert [(a.appointment_id, names.Name(a.outcome)) for a in answer.affected] == [
+                (visit, f"OUTCOME_{outcome}") for visit, outcome in outcomes
+            ]
+
+        def settle(self, visit: Visit, policy: str) -> str:
+            if visit.state != "BOOKED" or policy == "KEEP":
+                return "KEPT"
+            if policy == "CANCEL":
+                visit.state = "CANCELLED"
+                self.changed(visit.doctor, "CANCELLED")
+                return "CANCELLED"
+            assert visit.slot is not None
+            for slot in sorted(range(len(SLOTS)), key=minute_of):
+                same = SLOTS[slot][0] == visit.doctor
+                if same != (policy == "MOVE_SAME_DOCTOR") or (same and minute_of(slot) <= minute_of(visit.slot)):
+                    continue
+                number = self.place(visit.patient, SLOTS[slot][0], slot, visit)
+                if isinstance(number, int):
+                    if not same:
+                        self.changed(visit.doctor, "MOVED_OUT")
+                    self.changed(SLOTS[slot][0], "MOVED_IN")
+                    visit.doctor, visit.slot, visit.number = SLOTS[slot][0], slot, number
+                    return "MOVED"
+            return "NOT_MOVED"
+
+        @precondition(lambda self: any(day.leaves for day in self.days))
+        @rule(data=st.data())
+        def cancel_leave(self, data: st.DataObject) -> None:
+            leave = data.draw(st.sampled_from([leave for day in self.days for leave in day.leaves]))
+            request = schedule_pb2.CancelLeaveRequest(leave_id=leave.id)
+            client.schedules.CancelLeave(request)
+            _, reason = attempt(lambda: client.schedules.CancelLeave(request))
+            assert reason == "LEAVE_STATE"
+            for day in self.days:
+                day.leaves = [other for other in day.leaves if other is not leave]
 
         @precondition(lambda self: self.visits)
         @rule(data=st.data(), verb=st.sampled_from(sorted(VERBS)))
@@ -539,11 +653,13 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                 (found,) = client.schedules.GetDoctorSchedule(request).days
                 booked = sum(v.doctor == doctor and v.state in HOLDING for v in self.visits)
                 held = sum(h.doctor == doctor and h.state == "HELD" for h in self.holds)
-                open_ = day.present and day.exception != "CLOSED"
+                open_ = day.present and day.exception != "CLOSED" and not any(x.touches(None) for x in day.leaves)
                 assert (found.present, found.HasField("exception")) == (day.present, bool(day.exception))
                 free = max(CAPACITY - booked - held, 0) if open_ else 0
                 assert (found.booked_count, found.held_count, found.free_count) == (booked, held, free)
                 for slot in found.slots:
+                    blocked = any(x.touches(self.slots.index(slot.id)) for x in day.leaves)
+                    assert slot.state == (slot_pb2.Slot.STATE_BLOCKED if blocked else slot_pb2.Slot.STATE_OPEN)
                     taken = [v for v in self.visits if v.state in HOLDING and v.slot == self.slots.index(slot.id)]
                     assert slot.booked_count == len(taken)
 
