@@ -55,7 +55,7 @@ KINDS = {
     "StartAppointment": "STARTED", "CompleteAppointment": "COMPLETED",
 }  # fmt: skip
 
-_PLACE = {"DAY_FULL", "SLOT_FULL", "DUPLICATE_BOOKING", "PATIENT_OVERLAP"}
+_PLACE = {"DAY_FULL", "SLOT_FULL", "DUPLICATE_BOOKING", "PATIENT_OVERLAP", "HOLD_EXPIRED"}
 REFUSALS: dict[str, set[str]] = {method: {"INVALID_TRANSITION"} for method in KINDS} | {
     "BookAppointment": _PLACE,
     "RescheduleAppointment": _PLACE | {"INVALID_TRANSITION"},
@@ -275,6 +275,8 @@ class History:
     faults: list[tuple[float, float]] = field(default_factory=list)
     """When each fault began and ended, by the wall clock."""
     acts: list[Act] = field(default_factory=list)
+    holds: list[str] = field(default_factory=list)
+    """The holds that were acknowledged."""
 
 
 @dataclass(slots=True)
@@ -289,6 +291,27 @@ class Event:
     ticket: int = 0
     actor: str = ""
     method: str = ""
+    time: float = 0.0
+    """By the clock of the database."""
+    hold: str = ""
+    """The hold that was used."""
+
+
+@dataclass(slots=True)
+class Hold:
+    """A row of `hold`. Its times are of the clock of the database."""
+
+    id: str
+    day: Day
+    slot: str
+    patient: str
+    placed: float
+    expire: float
+    released: float = float("inf")
+
+    def live(self, at: float, used: float) -> bool:
+        """Whether it counts as a place at that time; `used` is when it was used."""
+        return self.placed < at < min(self.expire, self.released, used)
 
 
 @dataclass(slots=True)
@@ -345,6 +368,7 @@ class Facts:
     events: list[Event] = field(default_factory=list)
     visits: dict[str, Visit] = field(default_factory=dict)
     memories: list[Memory] = field(default_factory=list)
+    holds: dict[str, Hold] = field(default_factory=dict)
     revisions: dict[Day, int] = field(default_factory=dict)
     deadlocks: int = 0
     """Deadlocks that PostgreSQL broke during the run."""
@@ -591,8 +615,8 @@ class Checker:
             if event.kind == "MOVED_OUT":
                 self._left[event.appointment, event.revision].append(event.day)
         self._memory = {(memory.method, memory.key): memory for memory in facts.memories}
-        made = {(memory.day, memory.revision): memory for memory in facts.memories}
-        self._replays = {day: _Replay(day, events, made, facts) for day, events in self._events.items()}
+        self._made = {(memory.day, memory.revision): memory for memory in facts.memories}
+        self._replays = {day: _Replay(day, events, self._made, facts) for day, events in self._events.items()}
         self._of_patient: dict[str, list[str]] = defaultdict(list)
         for visit in facts.visits.values():
             self._of_patient[visit.patient].append(visit.id)
@@ -610,7 +634,7 @@ class Checker:
 
     PARTS = (
         "acknowledged", "keys", "answers", "replayed", "final", "overlaps", "real_time", "pictures", "watches",
-        "refusals", "asked", "manners", "access", "streams", "probes", "quota", "log", "acts", "seals",
+        "refusals", "asked", "manners", "holds", "access", "streams", "probes", "quota", "log", "acts", "seals",
     )  # fmt: skip
     """The parts of the checker, each with some rules."""
 
@@ -832,14 +856,18 @@ class Checker:
         moves = operation.method == "RescheduleAppointment"
         if one.outcome == "DAY_FULL":
             capacity = self._facts.capacities[operation.day[0]]
-            most = max(replay.taken.between(low, high))
+            most = max(replay.taken.between(low, high)) + _held(one)
             return f"but at most {most} of {capacity} places were taken {when}" if most < capacity else ""
         if one.outcome == "SLOT_FULL" and not moves:
             places = self._facts.slots.get(operation.slot, 0)
             if not places:
                 return "but it named no slot"
-            most = max(replay.taken_of_slot[operation.slot].between(low, high))
+            most = max(replay.taken_of_slot[operation.slot].between(low, high)) + _held(one)
             return f"but at most {most} of the slot's {places} places were taken {when}" if most < places else ""
+        if one.outcome == "HOLD_EXPIRED":
+            about = dict(zip(one.about[::2], one.about[1::2], strict=True))
+            uses = [event for event in self._facts.events if event.hold == about.get("hold_id")]
+            return "but nobody has used it" if about.get("state") == "USED" and not uses else ""
         if one.outcome == "QUEUE_EMPTY":
             pictures = (replay.pictures.get(revision) for revision in range(low, high + 1))
             empty = any(p is None or all(entry[2] != "WAITING" for entry in p[0]) for p in pictures)
@@ -932,6 +960,74 @@ class Checker:
         for watcher, end in self._history.drains:
             if end != "closing, OK":
                 yield Violation("drain", f"stream {watcher} of the stopping service ended with: {end}")
+
+    def _holds(self) -> Iterator[Violation]:
+        """A hold is used once, while it is live and for its own place; and live holds take places as bookings do."""
+        for missing in sorted({*self._history.holds} - self._facts.holds.keys()):
+            yield Violation("hold-lost", f"hold {missing} was acknowledged, but the database does not have it")
+        uses: dict[str, list[Event]] = defaultdict(list)
+        for day in self._events:
+            for event in self._events[day]:
+                if event.hold and event.kind != "MOVED_OUT":
+                    uses[event.hold].append(event)
+        used: dict[str, float] = defaultdict(lambda: float("inf"))
+        for name, events in uses.items():
+            used[name] = min(event.time for event in events)
+            days = tuple(sorted({event.day for event in events}))
+            if len(events) > 1:
+                told = ", ".join(f"r{event.revision} of {_told(event.day)}" for event in events)
+                yield Violation("hold-used-twice", f"hold {name} was used at {told}", days)
+            hold = self._facts.holds.get(name)
+            for event in events:
+                at = f"r{event.revision} of {_told(event.day)}"
+                if hold is None:
+                    yield Violation("hold-misused", f"{at} used hold {name}, which does not exist", days)
+                elif event.time >= min(hold.expire, hold.released):
+                    late = event.time - min(hold.expire, hold.released)
+                    yield Violation("hold-used-late", f"{at} used hold {name} {late:.6f} s after its end", days)
+                elif event.day != hold.day or self._place_of(event) != hold.slot:
+                    yield Violation("hold-misused", f"{at} used hold {name} of {_told(hold.day)} {hold.slot}", days)
+                elif hold.patient and self._patient_of(event) != hold.patient:
+                    yield Violation("hold-misused", f"{at} used hold {name} of patient {hold.patient}", days)
+        of_day: dict[Day, list[Hold]] = defaultdict(list)
+        for hold in self._facts.holds.values():
+            of_day[hold.day].append(hold)
+        for day, holds in of_day.items():
+            yield from self._held_places(day, holds, used)
+
+    def _held_places(self, day: Day, holds: Sequence[Hold], used: dict[str, float]) -> Iterator[Violation]:
+        events, replay = self._events[day], self._replays.get(day)
+        capacity = self._facts.capacities.get(day[0], 0)
+        # Whenever somebody takes a place without a hold, or holds one: the time, the revision and the slot.
+        takes = [(hold.placed, 0, hold.slot, f"hold {hold.id}") for hold in holds]
+        for event in events:
+            if replay is not None and event.kind in ("BOOKED", "MOVED_IN") and not event.hold:
+                before, after = (replay.taken.between(r, r)[-1] for r in (event.revision - 1, event.revision))
+                if after > before:
+                    takes.append((event.time, event.revision, self._place_of(event), f"r{event.revision}"))
+        for at, revision, slot, what in takes:
+            last = revision or max((event.revision for event in events if event.time < at), default=1)
+            live = [one for one in holds if one.live(at, used[one.id]) or (not revision and one.placed == at)]
+            booked = replay.taken.between(last, last)[-1] if replay is not None else 0
+            if booked + len(live) > capacity:
+                text = f"{what} of {_told(day)} took a place beside {booked} booked and {len(live)} held of {capacity}"
+                yield Violation("held-over-capacity", text, (day,), revision)
+            if slot:
+                booked = replay.taken_of_slot[slot].between(last, last)[-1] if replay is not None else 0
+                held = sum(one.slot == slot for one in live)
+                if booked + held > (places := self._facts.slots.get(slot, 0)):
+                    text = f"{what} took a place beside {booked} booked and {held} held of {places} in slot {slot}"
+                    yield Violation("held-over-capacity", text, (day,), revision)
+
+    def _place_of(self, event: Event) -> str:
+        """The slot that a booking or a move got."""
+        memory = self._made.get((event.day, event.revision))
+        visit = self._facts.visits.get(event.appointment)
+        return memory.slot if memory else visit.slot if visit else ""
+
+    def _patient_of(self, event: Event) -> str:
+        visit = self._facts.visits.get(event.appointment)
+        return visit.patient if visit else ""
 
     # Access
 
@@ -1061,6 +1157,12 @@ class Checker:
                     yield Violation(rule, text)
         if self._facts.unsealed:
             yield Violation("not-sealed", f"{self._facts.unsealed} rows of the log were never sealed")
+
+
+def _held(one: Attempt) -> int:
+    """How many places were held, as a refusal says."""
+    about = dict(zip(one.about[::2], one.about[1::2], strict=True))
+    return int(about.get("held", 0))
 
 
 def _credentials_misjudged(one: Attempt | Probe) -> tuple[str, str] | None:

@@ -70,6 +70,17 @@ class Known:
     slot: str = ""
 
 
+@dataclass(slots=True)
+class Kept:
+    """A hold that the clients have, or had."""
+
+    id: str
+    day: Day
+    slot: str
+    patient: str
+    """Empty if it is for anybody."""
+
+
 class Shift:
     """One doctor at work: two days, their slots, and the clients' beliefs about their visits."""
 
@@ -81,6 +92,8 @@ class Shift:
         self.capacity = capacity
         self.asked = 0
         self.visits: dict[str, Known] = {}
+        self.holds: list[Kept] = []
+        """The latest ones, ended ones too."""
         self.busy: set[str] = set()
         """Visits with a request in flight."""
         self.arriving = 0
@@ -203,7 +216,7 @@ class Clients:
 
     def __init__(
         self, chapter: Chapter, fronts: Sequence[Front], *,
-        moves: float, twins: float, bursts: float, haste: float, probes: float,
+        moves: float, twins: float, bursts: float, haste: float, holds: float, probes: float,
         relieve: Callable[[Shift], None], healed: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.chapter = chapter
@@ -212,6 +225,7 @@ class Clients:
         self._moves, self._twins, self._bursts, self._haste = moves, twins, bursts, haste
         self._relieve = relieve
         self._healed = healed
+        self._holds = holds
         self._probes = probes
         self._callers = chapter.callers
         self._asking: dict[str, Caller] = {}
@@ -231,6 +245,8 @@ class Clients:
                 await self._burst(number, mine)
             elif dice < 0.08 + self._bursts + self._probes:
                 await self._probe(number, mine)
+            elif dice < 0.08 + self._bursts + self._probes + self._holds:
+                await self._hold(mine.choice(self.chapter.at_work), mine)
             else:
                 await self._one(number, mine)
 
@@ -365,6 +381,30 @@ class Clients:
         self._history.reads.append(read)
         return read
 
+    async def _hold(self, shift: Shift, mine: random.Random) -> None:
+        """Hold a place, or release one. Without a key: whatever the answer, the database tells what was done."""
+        target, slot = self._target(shift, mine, mine.random() < 0.3)
+        patient = self._patient(shift, target, mine, False)
+        # Whoever may book may hold.
+        wish, _ = self.booking(0, patient, target, slot)
+        caller = self._callers.chosen(wish, "", "", mine)
+        desk: Any = caller.desk if isinstance(caller, Clerk) else mine.choice(self._fronts)
+        metadata, _ = caller.credentials()
+        with suppress(grpc.aio.AioRpcError, FrontdeskError):
+            if shift.holds and mine.random() < 0.15:
+                release = pb.ReleaseHoldRequest(hold_id=mine.choice(shift.holds).id)
+                await desk.appointments.ReleaseHold(release, timeout=4, metadata=metadata)
+                self._history.tally["releases of holds"] += 1
+                return
+            request = pb.HoldPlaceRequest(patient_id=patient if mine.random() < 0.5 else "")
+            request.ttl.seconds = mine.choice((30, 60, 300))
+            _aim(request, target, slot)
+            held = (await desk.appointments.HoldPlace(request, timeout=4, metadata=metadata)).hold
+            self._history.tally["holds"] += 1
+            self._history.holds.append(held.id)
+            shift.holds.append(Kept(held.id, target, slot, held.patient_id))
+            del shift.holds[:-6]
+
     # Probes
 
     async def _probe(self, number: int, mine: random.Random) -> None:
@@ -440,10 +480,10 @@ class Clients:
 
     # Requests
 
-    def booking(self, number: int, patient: str, target: Day, slot: str = "") -> tuple[Operation, Any]:
+    def booking(self, number: int, patient: str, target: Day, slot: str = "", hold: str = "") -> tuple[Operation, Any]:
         """A booking."""
         key = self.chapter.key()
-        request = pb.BookAppointmentRequest(patient_id=patient, idempotency_key=key)
+        request = pb.BookAppointmentRequest(patient_id=patient, idempotency_key=key, hold_id=hold)
         _aim(request, target, slot)
         return Operation(number, key, "BookAppointment", target, slot=slot, patient=patient), request
 
@@ -465,6 +505,14 @@ class Clients:
         if booked and mine.random() < self._moves:
             target, slot = self._target(mine.choice(self.chapter.at_work), mine, hasty)
             return self._moving(number, mine.choice(booked), target, slot)
+        if shift.holds and mine.random() < 0.5 * min(self._holds * 10, 1):
+            held = mine.choice(shift.holds)
+            if not hasty:
+                # Else somebody else, or the same one again, may use it too.
+                shift.holds.remove(held)
+            self._history.tally["bookings with holds"] += 1
+            patient = held.patient or self._patient(shift, held.day, mine, False)
+            return self.booking(number, patient, held.day, held.slot, held.id)
         target, slot = self._target(shift, mine, hasty)
         if (hasty or shift.room(target) > 0) and mine.random() < 0.45:
             return self.booking(number, self._patient(shift, target, mine, hasty), target, slot)
@@ -571,7 +619,7 @@ class Clients:
         if not operation.successes:
             refused = operation.attempts[-1].outcome
             where = self._shift_of(operation.day, shift)
-            if refused == "DAY_FULL":
+            if refused == "DAY_FULL" and "held" not in operation.attempts[-1].about:
                 where.full.add(operation.day)
             known = shift.visits.get(operation.appointment)
             if refused == "INVALID_TRANSITION" and known is not None:

@@ -42,6 +42,7 @@ from tests.history.check import (
     Facts,
     Grant,
     History,
+    Hold,
     Memory,
     Sealed,
     Stream,
@@ -111,6 +112,8 @@ class Plan:
     """The probability that a request is sent twice at once with one key."""
     bursts: float = 0.02
     """The probability that a client sends many requests at once."""
+    holds: float = 0.04
+    """The probability that a client holds a place; later it books with it, or lets it expire."""
     haste: float = 0.1
     """The probability that a client acts without looking at the beliefs; most of these requests are refused."""
     mutate: Callable[[psycopg.Connection], None] = lambda admin: None
@@ -494,7 +497,7 @@ class Run:
 
         clients = Clients(
             chapter, self._fronts, moves=plan.moves, twins=plan.twins, bursts=plan.bursts, haste=plan.haste,
-            probes=plan.probes if self._required else 0.0,
+            holds=plan.holds, probes=plan.probes if self._required else 0.0,
             relieve=relieve, healed=lambda: self._faults_over,
         )  # fmt: skip
         return clients
@@ -922,10 +925,19 @@ def _facts(conninfo: str, name: str, identities: list[str], doctors: list[str]) 
             facts.revisions[doctor, date] = revision
         for doctor, date, *rest in admin.execute(
             "select doctor_id::text, date::text, revision, change_kind(type), coalesce(appointment_id::text, ''),"
-            " coalesce(queue_state, ''), coalesce(ticket, 0), actor, method from log"
+            " coalesce(queue_state, ''), coalesce(ticket, 0), actor, method, extract(epoch from time)::float8,"
+            " coalesce(data ->> 'hold_id', '') from log"
             " where revision > 0 and doctor_id = any(%s::uuid[])", of,
         ):  # fmt: skip
             facts.events.append(Event((doctor, date), *rest))
+        for hold, doctor, date, *of_hold in admin.execute(
+            "select h.id::text, h.doctor_id::text, h.date::text, coalesce(h.slot_id::text, ''),"
+            " coalesce(h.patient_id::text, ''), extract(epoch from h.create_time)::float8,"
+            " extract(epoch from h.expire_time)::float8, coalesce(extract(epoch from l.time)::float8, 'infinity')"
+            " from hold h left join log l on l.resource = 'holds/' || h.id and l.revision = 0"
+            " and l.type = 'hold.released' where h.doctor_id = any(%s::uuid[])", of,
+        ):  # fmt: skip
+            facts.holds[hold] = Hold(hold, (doctor, date), *of_hold)
         for who, patient, doctor, date, number, slot, state, line, ticket in admin.execute(
             "select id::text, patient_id::text, doctor_id::text, date::text, number, coalesce(slot_id::text, ''),"
             " state, coalesce(queue_state, ''), coalesce(ticket, 0) from appointment"

@@ -6,36 +6,25 @@ start (`launcher`). The runs are short and crowded: two doctors with few places.
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 
 import psycopg
 
-from frontdesk.db.migrate import SQL_FILES
 from tests.history.harness import Plan, play
-from tests.history.world import Cluster
+from tests.history.world import Cluster, function
 
 Mutation = Callable[[psycopg.Connection], None]
 
 
-def _function(name: str) -> str:
-    """The text of a function in src/."""
-    text = "\n".join(files("frontdesk.db").joinpath("sql", file).read_text() for file in SQL_FILES)
-    found = re.search(rf"^create or replace function {name}\(.*?^\$\$;", text, re.DOTALL | re.MULTILINE)
-    assert found is not None, name
-    return found.group()
-
-
 def _edited(name: str, *edits: tuple[str, str]) -> Mutation:
     """Create a function again with parts of its text replaced. Each part must be there."""
-    text = _function(name)
+    text = function(name)
     for old, new in edits:
         assert old in text, f"{name} has no {old!r}"
         text = text.replace(old, new)
@@ -70,6 +59,7 @@ CROWD = Plan(
     seconds=6, clients=24, channels=6, doctors=2, capacity=(2, 4), patients=24, faults=(), twins=0.3, haste=0.5,
     bustle=False,
 )  # fmt: skip
+HOLDING = replace(CROWD, seconds=8, holds=0.3, haste=0.2, capacity=(6, 12))
 LONG_LINE = replace(CROWD, doctors=1, capacity=(12, 16))
 GUARDED = replace(CROWD, access="required", patients=40, probes=0.15)
 LOSING = replace(
@@ -149,6 +139,22 @@ MUTANTS = (
     ),
     Mutant(
         "never SLOT_FULL", CROWD, _edited("find_place", ("if v_taken + v_held >= v_slot.capacity and", "if false and"))
+    ),
+    Mutant("none, many holds", HOLDING, tries=1),
+    Mutant(
+        "a hold that does not count",
+        HOLDING,
+        _edited("find_place", ("(select count(*) from live_holds(p_doctor, p_date, p_now)) as held", "0 as held")),
+    ),
+    Mutant(
+        "an expired hold that still sells",
+        HOLDING,
+        _edited("hold_refusal", ("h.state <> 'HELD' or h.expire_time <= p_now", "h.state <> 'HELD'")),
+    ),
+    Mutant(
+        "a hold used twice",
+        HOLDING,
+        _edited("hold_refusal", ("h.state <> 'HELD' or h.expire_time <= p_now", "h.expire_time <= p_now")),
     ),
     Mutant("a key is never found again", CROWD, _edited("recall", ("if not found then", "if true then"))),
     Mutant(

@@ -16,6 +16,7 @@ from tests.history.check import (
     Facts,
     Grant,
     History,
+    Hold,
     Memory,
     Metered,
     Operation,
@@ -38,7 +39,10 @@ def told(start: float, revision: int, appointment: str, state: str, number: int 
 
 
 def right() -> tuple[History, Facts]:
-    """Two places: a and b are booked, c is refused, a checks in, is called and parked, and b moves to the next day."""
+    """Two places: a and b are booked, c is refused, a checks in, is called and parked, and b moves to the next day.
+
+    One hold runs out before the bookings; b moves with another one.
+    """
     history, facts = History(), Facts(capacities={"doctor": 2}, slots={"slot": 1})
     steps = [
         ("BookAppointment", "a", told(1, 2, "a", "BOOKED")),
@@ -71,6 +75,12 @@ def right() -> tuple[History, Facts]:
         facts.events, [*(one.method for one in facts.memories), "RescheduleAppointment"], strict=True
     ):
         event.method = method
+    for event, time in zip(facts.events, (1.2, 2.2, 4.2, 5.2, 6.2, 8.2, 8.2), strict=True):
+        event.time = time
+    for event in facts.events[5:]:
+        event.hold = "h"
+    history.holds = ["g", "h"]
+    facts.holds = {"g": Hold("g", DAY, "", "", 0.5, 0.9), "h": Hold("h", NEXT, "", "q", 7.5, 9)}
     facts.visits = {"a": Visit("a", "p", DAY, 1, "", "PARKED", 1), "b": Visit("b", "q", NEXT, 1, "", "BOOKED", 0)}
     for number, patient in enumerate("pqr"):
         history.operations[number].patient = patient
@@ -420,6 +430,47 @@ def _not_sealed(history: History, facts: Facts) -> None:
     facts.unsealed = 1
 
 
+def _hold_lost(history: History, facts: Facts) -> None:
+    history.holds.append("i")
+
+
+def _hold_used_twice(history: History, facts: Facts) -> None:
+    facts.events[0].hold = "h"
+
+
+def _hold_used_late(history: History, facts: Facts) -> None:
+    facts.holds["h"].expire = 8.2
+
+
+def _released_hold_used(history: History, facts: Facts) -> None:
+    facts.holds["h"].released = 8
+
+
+def _hold_of_another_day(history: History, facts: Facts) -> None:
+    facts.holds["h"].day = DAY
+
+
+def _hold_of_another_patient(history: History, facts: Facts) -> None:
+    facts.holds["h"].patient = "p"
+
+
+def _booked_beside_a_hold(history: History, facts: Facts) -> None:
+    facts.holds["g"].expire = 2.5
+
+
+def _held_beside_bookings(history: History, facts: Facts) -> None:
+    facts.holds["i"] = Hold("i", DAY, "", "", 3, 4)
+
+
+def _slot_held_twice(history: History, facts: Facts) -> None:
+    facts.holds |= {name: Hold(name, NEXT, "slot", "", 3, 4) for name in "ij"}
+
+
+def _used_by_nobody(history: History, facts: Facts) -> None:
+    about = ("hold_id", "g", "state", "USED")
+    history.operations[2].attempts = [Attempt(3, 3.5, "HOLD_EXPIRED", about=about, grant=Grant("keys/desk", "service"))]
+
+
 WRONG: list[tuple[str, Callable[[History, Facts], None]]] = [
     ("acknowledged-lost", _lost), ("key-twice", _forgotten), ("key-twice", _twice),
     ("key-without-effect", _without_effect), ("answers-disagree", _another_answer),
@@ -442,7 +493,11 @@ WRONG: list[tuple[str, Callable[[History, Facts], None]]] = [
     ("wrong-actor", _logged_as_another), ("wrong-actor", _logged_as_another_method),
     ("act-not-logged", _act_not_logged), ("act-logged-twice", _act_of_nobody), ("seal-gap", _seal_left_out),
     ("seal-gap", _row_deleted), ("chain-broken", _row_changed), ("seal-order", _sealed_in_another_order),
-    ("not-sealed", _not_sealed), ("stream-late", _stream_went_on),
+    ("not-sealed", _not_sealed), ("stream-late", _stream_went_on), ("hold-lost", _hold_lost),
+    ("hold-used-twice", _hold_used_twice), ("hold-used-late", _hold_used_late), ("hold-used-late", _released_hold_used),
+    ("hold-misused", _hold_of_another_day), ("hold-misused", _hold_of_another_patient),
+    ("held-over-capacity", _booked_beside_a_hold), ("held-over-capacity", _held_beside_bookings),
+    ("held-over-capacity", _slot_held_twice), ("impossible-refusal", _used_by_nobody),
 ]  # fmt: skip
 """The rule, and the change that breaks it."""
 

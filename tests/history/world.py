@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -16,13 +17,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.resources import files
 from pathlib import Path
 from typing import cast
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from frontdesk.db.migrate import migrate
+from frontdesk.db.migrate import SQL_FILES, migrate
 from frontdesk.process.postgres import EmbeddedPostgres
 from tests.servers import Service
 
@@ -30,6 +32,17 @@ _ROOT = Path(__file__).parents[2]
 _TEMPLATE = "frontdesk_template"
 _SOCKET = ".s.PGSQL.5432"
 _names = itertools.count(1)
+
+_TTL = ("v_now + r.ttl,", "v_now + r.ttl / 100,")
+"""Holds last a hundredth of the time that they are asked for, so that they expire within a run."""
+
+
+def function(name: str) -> str:
+    """The text of an SQL function in src/."""
+    text = "\n".join(files("frontdesk.db").joinpath("sql", file).read_text() for file in SQL_FILES)
+    found = re.search(rf"^create or replace function {name}\(.*?^\$\$;", text, re.DOTALL | re.MULTILINE)
+    assert found is not None, name
+    return found.group()
 
 
 class Cluster:
@@ -48,6 +61,10 @@ class Cluster:
         with psycopg.connect(self.conninfo, autocommit=True) as admin:
             admin.execute(f"create database {_TEMPLATE}")
         migrate(make_conninfo(self.conninfo, dbname=_TEMPLATE))
+        with psycopg.connect(make_conninfo(self.conninfo, dbname=_TEMPLATE)) as admin:
+            text = function("hold_place")
+            assert _TTL[0] in text
+            admin.execute(text.replace(*_TTL).encode())
 
     def _heard(self) -> tuple[int, str]:
         assert self._keeper.stdout is not None
