@@ -7,9 +7,10 @@ create databases.
 import itertools
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import grpc
 import hypothesis
@@ -40,6 +41,11 @@ hypothesis.settings.load_profile("test")
 TEMPLATE = f"frontdesk_template_{os.getpid()}"
 
 
+class _Postgres(EmbeddedPostgres):
+    # Tests kill processes, never the machine, so written data survives without fsync.
+    DURABILITY: ClassVar[Mapping[str, str]] = {**EmbeddedPostgres.DURABILITY, "fsync": "off", "full_page_writes": "off"}
+
+
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A connection string with the right to create databases."""
@@ -47,7 +53,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if given:
         yield given
         return
-    embedded = EmbeddedPostgres(tmp_path_factory.mktemp("postgres"))
+    embedded = _Postgres(tmp_path_factory.mktemp("postgres"))
     embedded.start()
     try:
         yield embedded.conninfo

@@ -17,10 +17,10 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 import psycopg
 import structlog
@@ -98,6 +98,9 @@ class EmbeddedPostgres:
     The kernel ends the server (a fast shutdown) when the *thread* that started it ends, so call `start` from the
     main thread. One process at a time owns a data directory.
     """
+
+    DURABILITY: ClassVar[Mapping[str, str]] = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
+    """Settings by which no acknowledged change is lost if the machine stops."""
 
     def __init__(self, data_dir: Path, *, max_connections: int = 300) -> None:
         # Absolute, because a later change of the working directory must not move it.
@@ -277,9 +280,7 @@ class EmbeddedPostgres:
             # Relative, so that its path is never too long: the server works in the cluster's directory.
             "unix_socket_directories": ".",
             "unix_socket_permissions": "0700",
-            "fsync": "on",
-            "synchronous_commit": "on",
-            "full_page_writes": "on",
+            **self.DURABILITY,
             "max_connections": self._max_connections,
             "shared_buffers": f"{_buffers() >> 20}MB",
             "timezone": "UTC",
