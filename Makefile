@@ -77,6 +77,7 @@ scale: install ## Measure with ten million appointments and ten thousand watcher
 	$(BIN)/python -m benchmarks.scale $(if $(DIR),--data $(DIR))
 
 soak: install ## Test for longer: random actions, hostile requests, and faults (SEED=1 MINUTES=10)
+	$(BIN)/python -m pytest -m soak
 	$(BIN)/python -m pytest tests/test_model.py tests/fuzz --hypothesis-profile=soak
 	@if $(BIN)/python -c 'import atheris' 2>/dev/null; then $(BIN)/python -m tests.fuzz.decode_atheris -max_total_time=120; fi
 	$(BIN)/python -m tests.history --seed $(or $(SEED),1) --minutes $(or $(MINUTES),10)

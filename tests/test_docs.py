@@ -366,8 +366,7 @@ async def test_roles_of_a_database_of_ones_own(tmp_path: Path) -> None:
         for commands in (create[: create.index("export ")], divide):
             await asyncio.to_thread(shell, commands, **urls)
         # After an upgrade the grants are made again.
-        again = divide[divide.index("FRONTDESK_DATABASE_URL") :]
-        await asyncio.to_thread(shell, again, **urls)
+        await asyncio.to_thread(shell, divide[divide.rindex("psql ") :], **urls)
         with Service(tmp_path / "log", service_url, access="open") as service:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{service.port}") as channel:
                 front = Front(channel, service_url, service.port)

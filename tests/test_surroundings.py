@@ -277,7 +277,9 @@ def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
 
 
 @needs_root
-@pytest.mark.parametrize("kibibytes", [16, 200, 4_000, 20_000, 39_000])
+@pytest.mark.parametrize(
+    "kibibytes", [*(pytest.param(size, marks=pytest.mark.soak) for size in (16, 4_000, 39_000)), 200, 20_000]
+)
 def test_a_small_disk(tmp_path: Path, kibibytes: int) -> None:
     """A disk on which the cluster finds no room is told as such, whatever part of it still fits."""
     mount = f"mount -t tmpfs -o size={kibibytes}k tmpfs {shlex.quote(str(tmp_path))} || exit 77"
@@ -307,10 +309,15 @@ def test_a_read_only_disk(tmp_path: Path) -> None:
 
 # --- Limits ---
 
+MORE_LIMITS = ("-n 7", "-n 31", "-n 40", "-f 0", "-f 1000", "-v 1000000")
+
 
 @pytest.mark.parametrize(
     "limit",
-    ["-n 7", "-n 31", "-n 33", "-n 40", "-n 64", "-f 0", "-f 64", "-f 1000", "-v 600000", "-v 1000000", "-s 128"],
+    [
+        *("-n 33", "-n 64", "-f 64", "-v 600000", "-s 128"),
+        *(pytest.param(limit, marks=pytest.mark.soak) for limit in MORE_LIMITS),
+    ],
 )
 def test_limits(tmp_path: Path, limit: str) -> None:
     """Few open files, small files, little memory, a small stack: PostgreSQL's line or ours, and no traceback."""
