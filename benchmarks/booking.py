@@ -119,8 +119,8 @@ def _prepared(stage: Stage, name: str, zone: str, day: date, total: int, doctors
         # And one with an eleventh patient, in consultation, so that it has estimates.
         people.booked(connection, 200, doctors * 11, doctors, day + timedelta(days=41), checked_in=True)
         connection.execute(
-            "update appointment set state = 'IN_CONSULTATION', queue_state = state, start_visit_time = now()"
-            " where date = %s and number = 1",
+            "update appointment set state = 'IN_CONSULTATION', queue_state = 'IN_CONSULTATION',"
+            " start_visit_time = now() where date = %s and number = 1",
             (day + timedelta(days=41),),
         )
         people.holds(connection, total, doctors, day + timedelta(days=35))
