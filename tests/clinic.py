@@ -80,6 +80,16 @@ def reason_of(error: grpc.RpcError) -> str:
     return str(details(error)["ErrorInfo"].reason)
 
 
+def without_estimates(queue: queue_pb2.Queue) -> queue_pb2.Queue:
+    """The part of a queue that its revision tells."""
+    bare = queue_pb2.Queue()
+    bare.CopyFrom(queue)
+    bare.ClearField("next_estimate")
+    for entry in bare.entries:
+        entry.ClearField("estimate")
+    return bare
+
+
 async def outcome(call: Awaitable[Any]) -> str:
     """OK, or the reason of the refusal."""
     try:
@@ -216,6 +226,10 @@ class Front:
         if "policy" in fields:
             wanted.policy = fields.pop("policy")
         return await self.schedules.CreateLeave(schedule_pb2.CreateLeaveRequest(leave=wanted, **fields))
+
+    async def standing(self, doctor_id: str) -> queue_pb2.Queue:
+        """The queue as it is now, without the estimates, which may differ between two reads of one revision."""
+        return without_estimates(await self.queue(doctor_id))
 
     async def slot(self, doctor_id: str, start: datetime, minutes: int = 30, capacity: int = 1) -> slot_pb2.Slot:
         """A new slot of this doctor."""

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -83,6 +84,27 @@ class Visit:
     """The number in the contract: the smaller, the earlier."""
     returned: int = 0
     """The revision of the return after a missed call."""
+    calls: int = 0
+    """Since the last CallNext, which counts."""
+    over: bool = False
+    """Above the capacity, by an override."""
+    steps: list["Step"] = field(default_factory=list)
+    """The verbs that can be taken back, the last one at the end."""
+
+    def before(self, shown: pb.Appointment) -> "Step":
+        """What an undo leads back to, if the visit is shown so."""
+        return Step(shown, self.state, self.line, self.ticket, self.priority)
+
+
+@dataclass
+class Step:
+    """A visit before a verb: as it was shown, and what the model knew."""
+
+    shown: pb.Appointment
+    state: str
+    line: str | None
+    ticket: int
+    priority: int
 
 
 @dataclass
@@ -201,8 +223,11 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             slot: int | None,
             moving: Visit | None = None,
             hold: Held | None = None,
+            *,
+            again: bool = False,
+            override: bool = False,
         ) -> str | int:
-            """The number that will be given, or the reason of the refusal."""
+            """The number that will be given, or the reason of the refusal; `again`: by an undo."""
             others = [visit for visit in self.visits if visit is not moving]
             if hold is not None:
                 if (hold.doctor, hold.slot) != (doctor, slot) or hold.patient not in (None, patient):
@@ -210,13 +235,13 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                 if hold.state != "HELD":
                     return "HOLD_EXPIRED"
             live = [] if hold is not None else [h for h in self.holds if h.state == "HELD" and h.doctor == doctor]
-            leaves = self.days[doctor].leaves
-            if slot is not None and any(leave.touches(slot) for leave in leaves):
-                return "SLOT_BLOCKED"
-            if not self.days[doctor].present or self.days[doctor].exception == "CLOSED":
-                return "DOCTOR_ABSENT"
-            if any(leave.touches(None) for leave in leaves):
-                return "DOCTOR_ABSENT"
+            stays = moving is not None and moving.state in HOLDING and moving.doctor == doctor
+            day = self.days[doctor]
+            if not again:
+                if slot is not None and any(leave.touches(slot) for leave in day.leaves):
+                    return "SLOT_BLOCKED"
+                if not day.present or day.exception == "CLOSED" or any(leave.touches(None) for leave in day.leaves):
+                    return "DOCTOR_ABSENT"
             if any(v.patient == patient and v.doctor == doctor and v.state in LIVE for v in others):
                 return "DUPLICATE_BOOKING"
             if slot is not None:
@@ -226,15 +251,18 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                         other = SLOTS[visit.slot][1] * 60 + SLOTS[visit.slot][2]
                         if abs(other - start) < 30:
                             return "PATIENT_OVERLAP"
+                stays_in_slot = stays and moving is not None and moving.slot == slot
                 taken_there = sum(v.slot == slot and v.state in HOLDING for v in others)
-                if taken_there + sum(h.slot == slot for h in live) >= SLOTS[slot][3] and not (
-                    moving is not None and moving.slot == slot
-                ):
+                if taken_there + sum(h.slot == slot for h in live) >= SLOTS[slot][3] and not stays_in_slot:
                     return "SLOT_FULL"
             taken = {v.number for v in others if v.doctor == doctor and v.state in HOLDING}
-            if len(taken) + len(live) >= CAPACITY and not (moving is not None and moving.doctor == doctor):
+            full = len(taken) + len(live) >= CAPACITY and not stays
+            if full and not override:
                 return "DAY_FULL"
-            return min(set(range(1, CAPACITY + 1)) - taken)
+            if again and moving is not None and moving.number not in taken:
+                return moving.number
+            first = CAPACITY + 1 if full else 1
+            return next(n for n in itertools.count(first) if n not in taken)
 
         def changed(self, doctor: int, kind: str) -> int:
             self.days[doctor].revision += 1
@@ -351,11 +379,99 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             if visit.doctor != doctor:
                 assert answer.vacated_revision == self.changed(visit.doctor, "MOVED_OUT")
             assert answer.revision == self.changed(doctor, "MOVED_IN")
+            visit.over = visit.over and visit.doctor == doctor
             visit.doctor, visit.slot, visit.number = doctor, slot, answer.appointment.number
+            visit.steps = []
+
+        @rule(
+            patient=st.integers(0, 5), doctor=st.integers(0, 1), priority=st.integers(0, 3), override=st.booleans(),
+        )  # fmt: skip
+        def walk_in(self, patient: int, doctor: int, priority: Any, override: bool) -> None:
+            record = self.records[patient]
+            expected = self.place(record, doctor, None, override=override)
+            over = self.place(record, doctor, None) == "DAY_FULL"
+            request = queue_pb2.AddWalkInRequest(
+                patient_id=self.patients[patient], doctor_id=self.doctors[doctor], priority=priority,
+                override_reason="fainted" if override else "",
+            )  # fmt: skip
+            answer, reason = attempt(lambda: client.queues.AddWalkIn(request))
+            if answer is None:
+                assert reason == expected
+                return
+            assert answer.appointment.number == expected
+            booked = self.changed(doctor, "BOOKED")
+            assert answer.revision == self.changed(doctor, "CHECKED_IN") == booked + 1
+            visit = Visit(answer.appointment.id, record, doctor, answer.appointment.number, None, over=over)
+            shown = pb.Appointment()
+            shown.CopyFrom(answer.appointment)
+            shown.state = pb.Appointment.STATE_BOOKED
+            shown.ClearField("check_in_time")
+            visit.steps = [visit.before(shown)]
+            visit.state, visit.line, visit.ticket = "CHECKED_IN", "WAITING", self.next_ticket(doctor)
+            visit.priority = priority or 3
+            self.visits.append(visit)
+
+        def next_ticket(self, doctor: int) -> int:
+            self.days[doctor].last_ticket += 1
+            return self.days[doctor].last_ticket
+
+        @precondition(lambda self: self.visits)
+        @rule(data=st.data(), to=st.integers(0, 1), override=st.booleans())
+        def transfer(self, data: st.DataObject, to: int, override: bool) -> None:
+            visit = data.draw(st.sampled_from(self.visits[-6:]))
+            request = queue_pb2.TransferPatientRequest(
+                appointment_id=visit.id, to_doctor_id=self.doctors[to], override_reason="ill" if override else ""
+            )
+            over = False
+            if visit.line not in ("WAITING", "CALLED", "PARKED"):
+                expected: str | int = "INVALID_TRANSITION"
+            elif visit.doctor == to:
+                expected = "INVALID_FIELD"
+            else:
+                expected = self.place(visit.patient, to, None, visit, override=override)
+                over = self.place(visit.patient, to, None, visit) == "DAY_FULL"
+            answer, reason = attempt(lambda: client.queues.TransferPatient(request))
+            if answer is None:
+                assert reason == expected
+                return
+            assert answer.appointment.number == expected
+            assert answer.vacated_revision == self.changed(visit.doctor, "TRANSFERRED_OUT")
+            assert answer.revision == self.changed(to, "TRANSFERRED_IN")
+            visit.doctor, visit.slot, visit.number, visit.over = to, None, answer.appointment.number, over
+            visit.line, visit.ticket, visit.returned, visit.calls = "WAITING", self.next_ticket(to), 0, 0
+            visit.steps = []
+
+        @precondition(lambda self: self.visits)
+        @rule(data=st.data())
+        def undo(self, data: st.DataObject) -> None:
+            visit = data.draw(st.sampled_from([v for v in self.visits if v.steps] or self.visits))
+            expected: str | int = visit.number
+            if not visit.steps:
+                expected = "NOTHING_TO_UNDO"
+            elif visit.state not in LIVE:
+                expected = self.place(visit.patient, visit.doctor, visit.slot, visit, again=True)
+            request = pb.UndoTransitionRequest(appointment_id=visit.id, etag=self.shown(visit).etag)
+            answer, reason = attempt(lambda: client.appointments.UndoTransition(request))
+            if answer is None:
+                assert reason == expected
+                return
+            assert answer.appointment.number == expected
+            assert answer.revision == self.changed(visit.doctor, "UNDONE")
+            step = visit.steps.pop()
+            for changes in ("etag", "update_time", "number", "patient_id", "patient_name"):
+                step.shown.ClearField(changes)
+                answer.appointment.ClearField(changes)
+            assert answer.appointment == step.shown
+            visit.number = int(expected)
+            visit.state, visit.line, visit.ticket, visit.priority = step.state, step.line, step.ticket, step.priority
+
+        def shown(self, visit: Visit) -> pb.Appointment:
+            return client.appointments.GetAppointment(pb.GetAppointmentRequest(appointment_id=visit.id)).appointment
 
         @rule(doctor=st.integers(0, 1))
         def call_next(self, doctor: int) -> None:
-            line = self.line(doctor)
+            busy = {v.patient for v in self.visits if v.doctor != doctor and v.line in ("CALLED", "IN_CONSULTATION")}
+            line = [visit for visit in self.line(doctor) if visit.patient not in busy]
             request = queue_pb2.CallNextRequest(doctor_id=self.doctors[doctor], room="1")
             answer, reason = attempt(lambda: client.queues.CallNext(request))
             if not line:
@@ -364,7 +480,7 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             assert answer is not None
             assert answer.entry.appointment_id == line[0].id
             assert answer.revision == self.changed(doctor, "CALLED")
-            line[0].line = "CALLED"
+            line[0].line, line[0].calls, line[0].steps = "CALLED", 1, []
 
         @rule(doctor=st.integers(0, 1), present=st.booleans())
         def set_presence(self, doctor: int, present: bool) -> None:
@@ -452,7 +568,7 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             if visit.state != "BOOKED" or policy == "KEEP":
                 return "KEPT"
             if policy == "CANCEL":
-                visit.state = "CANCELLED"
+                visit.state, visit.steps = "CANCELLED", []
                 self.changed(visit.doctor, "CANCELLED")
                 return "CANCELLED"
             assert visit.slot is not None
@@ -465,6 +581,7 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                     if not same:
                         self.changed(visit.doctor, "MOVED_OUT")
                     self.changed(SLOTS[slot][0], "MOVED_IN")
+                    visit.over, visit.steps = visit.over and same, []
                     visit.doctor, visit.slot, visit.number = SLOTS[slot][0], slot, number
                     return "MOVED"
             return "NOT_MOVED"
@@ -487,12 +604,16 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             visit = data.draw(st.sampled_from(self.visits[-6:]))
             call, allowed, after = VERBS[verb]
             at = visit.line if visit.state == "CHECKED_IN" else visit.state
+            before = visit.before(self.shown(visit))
             answer, reason = attempt(lambda: call(client, visit.id))
             if at not in allowed:
                 already = verb == "CheckIn" and visit.state in ("CHECKED_IN", "IN_CONSULTATION")
                 too_early = verb == "MarkNoShow" and visit.state == "BOOKED"
                 assert not too_early
                 assert reason == ("ALREADY_CHECKED_IN" if already else "INVALID_TRANSITION")
+                return
+            if verb == "CallAgain" and visit.calls == 3:
+                assert reason == "CALL_LIMIT_REACHED"
                 return
             if verb == "MarkNoShow" and visit.slot is not None:
                 assert reason == "TOO_EARLY"
@@ -502,8 +623,10 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             assert answer.revision == self.changed(visit.doctor, kind)
             day = self.days[visit.doctor]
             if verb == "CheckIn":
-                day.last_ticket += 1
-                visit.ticket = day.last_ticket
+                visit.ticket = self.next_ticket(visit.doctor)
+            if verb == "CallAgain":
+                visit.calls += 1
+            visit.steps = [*visit.steps, before] if verb in UNDOABLE else []
             if line == "WAITING" and visit.line == "MISSED":
                 visit.returned = day.revision
             visit.state = state or visit.state
@@ -523,6 +646,7 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             assert answer is not None, reason
             assert answer.revision == self.changed(visit.doctor, "PRIORITY_SET")
             visit.priority = priority
+            visit.steps = []
 
         @rule(keep=st.integers(0, 5), other=st.integers(4, 5))
         def merge(self, keep: int, other: int) -> None:
@@ -675,6 +799,7 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
                 got = client.appointments.GetAppointment(pb.GetAppointmentRequest(appointment_id=visit.id)).appointment
                 assert pb.Appointment.State.Name(got.state) == f"STATE_{visit.state}"
                 assert got.patient_id == self.patients[visit.patient]
+                assert bool(got.override_reason) == visit.over
                 assert (got.number, got.slot_id) == (
                     visit.number,
                     "" if visit.slot is None else self.slots[visit.slot],
@@ -692,13 +817,15 @@ def machine(clinic: Clinic) -> type[RuleBasedStateMachine]:
             tickets = []
             expected: set[str] = set()
             for _, kind, appointment_id, state, ticket in events:
-                if kind in ("BOOKED", "MOVED_IN"):
+                if kind in ("BOOKED", "MOVED_IN") or (kind == "UNDONE" and state in (None, "LEFT")):
                     expected.add(appointment_id)
                 elif kind in ("CANCELLED", "MOVED_OUT", "NO_SHOW", "CHECKED_IN"):
                     expected.discard(appointment_id)
-                if kind == "CHECKED_IN":
+                if kind in ("CHECKED_IN", "TRANSFERRED_IN"):
                     tickets.append(ticket)
-                if state is not None:
+                if state == "TRANSFERRED" or (kind == "UNDONE" and state == "LEFT"):
+                    del line[appointment_id]
+                elif state is not None:
                     line[appointment_id] = state
             assert tickets == list(range(1, day.last_ticket + 1))
             mine = [v for v in self.visits if v.doctor == doctor]
@@ -718,6 +845,10 @@ def attempt(call: Any) -> tuple[Any, str]:
         return None, error.reason
 
 
+UNDOABLE = {
+    "CheckIn", "StartAppointment", "CompleteAppointment", "MarkNoShow", "LeaveQueue", "MarkMissed", "ParkPatient",
+    "CancelAppointment",
+}  # fmt: skip
 ANY_LINE = {"WAITING", "CALLED", "PARKED", "MISSED"}
 VERBS: dict[str, tuple[Any, set[str], tuple[str, str | None, str]]] = {
     "CheckIn": (
@@ -765,5 +896,7 @@ VERBS: dict[str, tuple[Any, set[str], tuple[str, str | None, str]]] = {
 
 
 def test_the_service_agrees_with_the_model(clinic: Clinic) -> None:
-    """Never over capacity, unique numbers, tickets and revisions without gaps, history = present, the same refusals."""
+    """Over capacity by overrides alone, unique numbers, tickets and revisions without gaps, an undo restores exactly,
+    history = present, the same refusals.
+    """
     run_state_machine_as_test(machine(clinic))

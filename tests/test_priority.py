@@ -23,7 +23,7 @@ async def set_priority(
 
 async def waiting(front: Front, doctor_id: str) -> list[int]:
     """The tickets of those who wait, in the order of the queue; each has the position of its place."""
-    found = [entry for entry in (await front.queue(doctor_id)).entries if entry.state == Entry.STATE_WAITING]
+    found = [entry for entry in (await front.standing(doctor_id)).entries if entry.state == Entry.STATE_WAITING]
     assert [entry.position for entry in found] == list(range(1, len(found) + 1))
     return [entry.ticket for entry in found]
 
@@ -86,7 +86,7 @@ async def test_the_priority_stays(front: Front) -> None:
     await front.queues.MarkMissed(queue_pb2.MarkMissedRequest(appointment_id=ids[2]))
     missed = await set_priority(front, ids[2], PRIORITY_NORMAL)
     assert (missed.entry.state, missed.entry.priority) == (Entry.STATE_MISSED, PRIORITY_NORMAL)
-    assert {entry.ticket: entry.priority for entry in (await front.queue(doctor.id)).entries} == {1: 2, 2: 3, 3: 3}
+    assert {entry.ticket: entry.priority for entry in (await front.standing(doctor.id)).entries} == {1: 2, 2: 3, 3: 3}
 
 
 async def test_the_end_of_a_class(front: Front) -> None:
@@ -144,7 +144,7 @@ async def test_bad_priorities(front: Front) -> None:
     """SetPriority needs a priority, and one that exists; a check-in one that exists."""
     doctor = await front.doctor()
     arrived = await front.arrive(doctor.id)
-    before = await front.queue(doctor.id)
+    before = await front.standing(doctor.id)
     bad: list[Any] = [0, 4, 99, -1]
     for priority in bad:
         error = await refusal(set_priority(front, arrived.appointment.id, priority))
@@ -153,7 +153,7 @@ async def test_bad_priorities(front: Front) -> None:
     booked = (await front.book((await front.patient()).id, doctor.id)).appointment
     for priority in bad[1:]:
         assert await outcome(front.check_in(booked.id, priority=priority)) == "INVALID_FIELD"
-    assert (await front.queue(doctor.id)).entries == before.entries
+    assert (await front.standing(doctor.id)).entries == before.entries
 
 
 async def test_watchers_see_priorities(front: Front) -> None:

@@ -266,6 +266,34 @@ class ClinicInactive(Precondition):
     resource = "doctor"
 
 
+class CallLimitReached(Precondition):
+    """The patient has been called as often as the clinic allows."""
+
+    reason = "CALL_LIMIT_REACHED"
+    resource = "appointment"
+
+
+class NothingToUndo(Precondition):
+    """The appointment's last change cannot be taken back, or no longer."""
+
+    reason = "NOTHING_TO_UNDO"
+    resource = "appointment"
+
+
+class NotToday(Precondition):
+    """The appointment is not on today's date in the clinic's time zone, so nobody takes over its patient."""
+
+    reason = "NOT_TODAY"
+    resource = "appointment"
+
+
+class OtherClinic(Precondition):
+    """This doctor works at another clinic."""
+
+    reason = "OTHER_CLINIC"
+    resource = "doctor"
+
+
 class TimeZoneInUse(Precondition):
     """Slots or live appointments ahead depend on the clinic's time zone."""
 

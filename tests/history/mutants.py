@@ -133,7 +133,9 @@ MUTANTS = (
         "never DAY_FULL, no unique index",
         CROWD,
         _all(
-            _edited("find_place", ("if v_taken + v.held >= v.capacity and", "if false and")),
+            _edited(
+                "find_place", ("over_capacity := v_taken + v.held >= v.capacity and", "over_capacity := false and")
+            ),
             _sql("drop index appointment_number_key"),
         ),
     ),

@@ -414,6 +414,11 @@ VALID: dict[str, Callable[[World], Message]] = {
     "WatchQueue": lambda w: queue_pb2.WatchQueueRequest(doctor_id=w.doctor_id, date=day(today())),
     "CallNext": lambda w: queue_pb2.CallNextRequest(doctor_id=w.doctor_id, date=day(today())),
     "CallAgain": _of_appointment("CallAgain"),
+    "AddWalkIn": lambda w: queue_pb2.AddWalkInRequest(doctor_id=w.doctor_id, patient_id=w.patient_id, reason="cough"),
+    "TransferPatient": lambda w: queue_pb2.TransferPatientRequest(
+        appointment_id=w.appointment_id, to_doctor_id=w.doctor_id
+    ),
+    "UndoTransition": lambda w: appointment_pb2.UndoTransitionRequest(appointment_id=w.appointment_id, etag="1"),
     "SetPriority": lambda w: queue_pb2.SetPriorityRequest(
         appointment_id=w.appointment_id, priority=queue_pb2.PRIORITY_URGENT
     ),

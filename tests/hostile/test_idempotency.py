@@ -447,6 +447,46 @@ async def _call_next(front: Front) -> Scenario:
     return Scenario(to("1"), to("2"), later)
 
 
+async def _add_walk_in(front: Front) -> Scenario:
+    doctor, patient = await front.doctor(), await front.patient()
+
+    def because(reason: str) -> queue_pb2.AddWalkInRequest:
+        return queue_pb2.AddWalkInRequest(doctor_id=doctor.id, patient_id=patient.id, reason=reason)
+
+    async def later() -> None:
+        ((appointment,),) = front.sql("select id::text from appointment where doctor_id = %s", doctor.id)
+        await call(front, "LeaveQueue", queue_pb2.LeaveQueueRequest(appointment_id=appointment))
+
+    return Scenario(because("cough"), because("fever"), later, _without_position)
+
+
+async def _transfer_patient(front: Front) -> Scenario:
+    appointment, doctor = await _appointment(front, "CheckIn")
+    clinic_id = (await front.doctors.GetDoctor(doctor_pb2.GetDoctorRequest(doctor_id=doctor))).doctor.clinic_id
+    others = [await front.doctor(clinic_id=clinic_id) for _ in range(2)]
+
+    def to(other: doctor_pb2.Doctor) -> queue_pb2.TransferPatientRequest:
+        return queue_pb2.TransferPatientRequest(appointment_id=appointment, to_doctor_id=other.id)
+
+    async def later() -> None:
+        await call(front, "StartAppointment", appointment_pb2.StartAppointmentRequest(appointment_id=appointment))
+
+    return Scenario(to(others[0]), to(others[1]), later, _without_position)
+
+
+async def _undo_transition(front: Front) -> Scenario:
+    appointments = [(await _appointment(front, "CheckIn"))[0] for _ in range(2)]
+
+    async def of(appointment: str) -> appointment_pb2.UndoTransitionRequest:
+        etag = (await front.appointment(appointment)).etag
+        return appointment_pb2.UndoTransitionRequest(appointment_id=appointment, etag=etag)
+
+    async def later() -> None:
+        await front.check_in(appointments[0])
+
+    return Scenario(await of(appointments[0]), await of(appointments[1]), later)
+
+
 async def _set_priority(front: Front) -> Scenario:
     appointment, _ = await _appointment(front, "CheckIn")
 
@@ -596,6 +636,9 @@ SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "CheckIn": _visit("CheckIn", later="StartAppointment"),
     "CallNext": _call_next,
     "CallAgain": _visit("CallAgain", "CheckIn", "CallNext", later="StartAppointment"),
+    "AddWalkIn": _add_walk_in,
+    "TransferPatient": _transfer_patient,
+    "UndoTransition": _undo_transition,
     "SetPriority": _set_priority,
     "ReturnToLine": _visit("ReturnToLine", "CheckIn", "CallNext", "MarkMissed", later="LeaveQueue"),
     "ParkPatient": _visit("ParkPatient", "CheckIn", "CallNext", later="ReturnToLine"),

@@ -48,6 +48,7 @@ class Appointment:
     call_count: int
     call_time: datetime | None
     priority: str
+    override_reason: str
     version: int
     create_time: datetime
     update_time: datetime
@@ -206,6 +207,10 @@ class Appointments:
         """
         return await self.decide(caller, key, appointment=appointment_id, version=version, reason=reason)
 
+    async def undo(self, caller: Caller, appointment_id: str, version: int | None, *, key: Key) -> Change[Appointment]:
+        """Take back the visit's last verb. Raises what UndoTransition names."""
+        return await self.decide(caller, key, appointment=appointment_id, version=version)
+
     async def get(self, caller: Caller, appointment_id: str) -> Appointment:
         """Raises AppointmentNotFound, ClinicNotYours."""
         parts = {} if caller.sight is None else caller.sight.parts
@@ -303,12 +308,12 @@ _clinic_of = compiled(sa.select(_t.clinic_id).where(_t.id == sa.bindparam("id"))
 
 
 def _shown(caller: Caller, appointment: Appointment) -> Appointment:
-    """The appointment as the caller may see it: notes are for the clinic and the doctor, not for the patient."""
-    if not appointment.notes or caller.may_reach_clinic(appointment.clinic_id):
+    """The appointment as the caller may see it: notes and an override's reason are for the clinic and the doctor."""
+    if not (appointment.notes or appointment.override_reason) or caller.may_reach_clinic(appointment.clinic_id):
         return appointment
     if caller.sight is not None and caller.sight.doctor_id == appointment.doctor_id:
         return appointment
-    return replace(appointment, notes="")
+    return replace(appointment, notes="", override_reason="")
 
 
 @cache

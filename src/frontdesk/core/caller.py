@@ -53,9 +53,10 @@ class Identity:
         if not scopes:
             return None
         whole = ALL in scopes.values()
+        may_override = not scopes.keys().isdisjoint(("STAFF", "ADMIN"))
         # A patient is nobody's in particular, so what every patient may see is seen at every clinic.
         if scopes.get("PATIENT") == ALL or (whole and not self.clinic_ids):
-            return Caller(self.name)
+            return Caller(self.name, may_override=may_override)
         return Caller(
             self.name,
             Sight(
@@ -63,6 +64,7 @@ class Identity:
                 patient_id=self.patient_id if "PATIENT" in scopes else None,
                 doctor_id=self.doctor_id if "DOCTOR" in scopes else None,
             ),
+            may_override,
         )
 
 
@@ -111,6 +113,8 @@ class Caller:
     identity: str
     sight: Sight | None = None
     """None means that the caller may reach everything."""
+    may_override: bool = True
+    """Whether the caller's reason makes a place on a full doctor-day: the desk's does."""
 
     def may_reach_clinic(self, clinic_id: str) -> bool:
         """Whether a role of the desk holds there."""

@@ -33,6 +33,7 @@ class Clinic:
     active: bool
     visit_length: timedelta
     """Of a consultation without a slot, as far as nothing else is known."""
+    max_calls: int
     version: int
     create_time: datetime
     update_time: datetime

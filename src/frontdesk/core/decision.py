@@ -7,7 +7,7 @@ from typing import Any
 
 from frontdesk.core.caller import Caller
 from frontdesk.db.change import Key
-from frontdesk.errors import REFUSALS, Refused
+from frontdesk.errors import REFUSALS, InvalidField, Refused
 
 Changed = Callable[[str, date], None]
 """Told after the commit which doctor-day has changed, so that its watchers are woken; losing a call costs only time."""
@@ -39,6 +39,8 @@ def asked(caller: Caller, key: Key, **attributes: Any) -> dict[str, Any]:
 
 def refusal(outcome: str, subject: str | None, details: Mapping[str, Any] | None) -> Refused:
     """The refusal that `decide` answered."""
+    if outcome == InvalidField.reason and details is not None:
+        return InvalidField((details["field"], details["rule"]))
     return REFUSALS[outcome](subject, details)
 
 

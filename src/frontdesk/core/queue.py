@@ -445,6 +445,31 @@ class Queues:
         """Call the first waiting patient to `room`. Raises DoctorNotFound, QueueEmpty."""
         return await self._appointments.decide(caller, key, doctor=doctor_id, date=iso(on), room=room)
 
+    async def add_walk_in(
+        self, caller: Caller, doctor_id: str, patient_id: str, priority: str | None, reason: str, override_reason: str,
+        *, key: Key,
+    ) -> Change[Appointment]:  # fmt: skip
+        """Book the doctor's today for a patient who is here, and check the patient in.
+
+        `override_reason` makes a place on a full day, if the caller may do that. Raises what AddWalkIn names.
+        """
+        return await self._appointments.decide(
+            caller, key, doctor=doctor_id, patient=patient_id, priority=priority, reason=reason, notes="",
+            override_reason=override_reason, may_override=caller.may_override,
+        )  # fmt: skip
+
+    async def transfer(
+        self, caller: Caller, appointment_id: str, to_doctor_id: str, override_reason: str, *, key: Key
+    ) -> Change[Appointment]:
+        """Hand a patient over to another doctor's queue of today.
+
+        `override_reason` makes a place on a full day, if the caller may do that. Raises what TransferPatient names.
+        """
+        return await self._appointments.decide(
+            caller, key, appointment=appointment_id, doctor=to_doctor_id, override_reason=override_reason,
+            may_override=caller.may_override,
+        )  # fmt: skip
+
     async def change(
         self,
         caller: Caller,
@@ -458,7 +483,8 @@ class Queues:
         """One transition of the queue entry: the method of `key`, by the table in `db/sql/state.sql`.
 
         `patient_id` guards a check-in; `priority` is the patient's from now on, None the present one. Raises
-        AppointmentNotFound, InvalidTransition, AlreadyCheckedIn, PatientMismatch, NotAppointmentDate, RoleRequired.
+        AppointmentNotFound, InvalidTransition, AlreadyCheckedIn, PatientMismatch, NotAppointmentDate, RoleRequired,
+        CallLimitReached.
         """
         return await self._appointments.decide(
             caller, key, appointment=appointment_id, room=room, patient=patient_id, priority=priority

@@ -32,8 +32,8 @@ SQL_FILES = (
     "time.sql", "state.sql",
     # After the tables, in the order in which they build on one another.
     "request.sql", "clinic.sql", "lock.sql", "key.sql", "seal.sql", "change.sql", "patient.sql", "leave.sql",
-    "hold.sql", "place.sql", "appointment.sql", "queue.sql", "doctor.sql", "schedule.sql", "slot.sql", "limit.sql",
-    "access.sql", "decide.sql", "retention.sql",
+    "hold.sql", "place.sql", "appointment.sql", "queue.sql", "undo.sql", "doctor.sql", "schedule.sql", "slot.sql",
+    "limit.sql", "access.sql", "decide.sql", "retention.sql",
 )  # fmt: skip
 _BEFORE_TABLES = 2
 

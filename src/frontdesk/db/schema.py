@@ -122,7 +122,10 @@ clinic = Table(
     Column("visit_length", Interval, nullable=False, server_default="00:12:00"),
     # The clinic of doctors that name none.
     Column("is_default", Boolean, nullable=False, server_default=text("false")),
+    # How often a patient is called before somebody else must be; 0 means no limit.
+    Column("max_calls", Integer, nullable=False, server_default="3"),
     *_versioned(),
+    CheckConstraint("max_calls between 0 and 1000", name="max_calls"),
 )
 Index("clinic_city_idx", clinic.c.city_key, clinic.c.id)
 Index("clinic_default_key", clinic.c.is_default, unique=True, postgresql_where=clinic.c.is_default)
@@ -422,15 +425,22 @@ appointment = Table(
     Column("queue_state", Text),
     _text("room"),
     Column("call_count", Integer, nullable=False, server_default="0"),
+    # Those since the last CallNext, which counts as one.
+    Column("calls", Integer, nullable=False, server_default="0"),
     _instant("call_time"),
     Column("priority", Text, nullable=False, server_default="NORMAL"),
+    # Why the appointment has a place above the capacity; empty if it has none.
+    _text("override_reason"),
+    # The latest verbs that UndoTransition may take back, the last first; null if there are none (`sql/undo.sql`).
+    Column("undo", JSONB),
     *_versioned(),
     # Of each state and of both together, in one check: PostgreSQL prepares every check anew for every insert.
     CheckConstraint(
         f"state || '/' || coalesce(queue_state, '') = any ('{{{','.join(VISIT_AND_QUEUE)}}}'::text[])",
         name="visit_and_queue",
     ),
-    CheckConstraint("number between 1 and 1000", name="number"),
+    # Without an upper limit: overrides go above the capacity.
+    CheckConstraint("number >= 1", name="number"),
     CheckConstraint(
         "(slot_id is null or start_time is not null) and (start_time is null) = (end_time is null)", name="slot"
     ),

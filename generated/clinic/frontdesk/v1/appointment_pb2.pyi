@@ -94,6 +94,7 @@ class Appointment(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    OVERRIDE_REASON_FIELD_NUMBER: _builtins.int
     PATIENT_NAME_FIELD_NUMBER: _builtins.int
     DOCTOR_NAME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
@@ -107,8 +108,8 @@ class Appointment(_message.Message):
     clinic_id: _builtins.str
     """Output only. The id of the clinic: that of the slot, or that of the doctor when a doctor-day was booked."""
     number: _builtins.int
-    """Output only. The appointment's number on the doctor-day, from 1: the lowest free one when it was booked or moved.
-    If the patient cancels, does not come or leaves, the number is free for another appointment.
+    """Output only. The appointment's number on the doctor-day, from 1: the lowest free one when it was booked or moved;
+    above the capacity if the place needed an override. If the patient cancels, does not come or leaves, the number is free for another appointment.
     """
     slot_id: _builtins.str
     """Output only. The id of the slot; empty if a doctor-day was booked."""
@@ -124,6 +125,10 @@ class Appointment(_message.Message):
     """Output only. The reason given to CancelAppointment."""
     etag: _builtins.str
     """Output only. Changes with every change of the appointment."""
+    override_reason: _builtins.str
+    """Output only. Why the appointment has a place although its doctor-day was full; empty if that was not needed. A patient
+    gets it empty.
+    """
     patient_name: _builtins.str
     """Output only. The patient's full name as it is now, given name first."""
     doctor_name: _builtins.str
@@ -197,12 +202,13 @@ class Appointment(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        override_reason: _builtins.str = ...,
         patient_name: _builtins.str = ...,
         doctor_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_time", b"cancel_time", "check_in_time", b"check_in_time", "complete_time", b"complete_time", "create_time", b"create_time", "date", b"date", "end_time", b"end_time", "leave_time", b"leave_time", "no_show_time", b"no_show_time", "start_time", b"start_time", "start_visit_time", b"start_visit_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_reason", b"cancel_reason", "cancel_time", b"cancel_time", "check_in_time", b"check_in_time", "clinic_id", b"clinic_id", "complete_time", b"complete_time", "create_time", b"create_time", "date", b"date", "doctor_id", b"doctor_id", "doctor_name", b"doctor_name", "end_time", b"end_time", "etag", b"etag", "id", b"id", "leave_time", b"leave_time", "no_show_time", b"no_show_time", "notes", b"notes", "number", b"number", "patient_id", b"patient_id", "patient_name", b"patient_name", "reason", b"reason", "slot_id", b"slot_id", "start_time", b"start_time", "start_visit_time", b"start_visit_time", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_reason", b"cancel_reason", "cancel_time", b"cancel_time", "check_in_time", b"check_in_time", "clinic_id", b"clinic_id", "complete_time", b"complete_time", "create_time", b"create_time", "date", b"date", "doctor_id", b"doctor_id", "doctor_name", b"doctor_name", "end_time", b"end_time", "etag", b"etag", "id", b"id", "leave_time", b"leave_time", "no_show_time", b"no_show_time", "notes", b"notes", "number", b"number", "override_reason", b"override_reason", "patient_id", b"patient_id", "patient_name", b"patient_name", "reason", b"reason", "slot_id", b"slot_id", "start_time", b"start_time", "start_visit_time", b"start_visit_time", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1115,3 +1121,72 @@ class MarkNoShowResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MarkNoShowResponse: _TypeAlias = MarkNoShowResponse  # noqa: Y015
+
+@_typing.final
+class UndoTransitionRequest(_message.Message):
+    """Request of UndoTransition."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPOINTMENT_ID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    appointment_id: _builtins.str
+    """Required. The appointment's id."""
+    etag: _builtins.str
+    """Required. The verb is taken back only if this is still the appointment's etag; otherwise the call is refused
+    (ETAG_MISMATCH).
+    """
+    idempotency_key: _builtins.str
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
+    """
+    def __init__(
+        self,
+        *,
+        appointment_id: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment_id", b"appointment_id", "etag", b"etag", "idempotency_key", b"idempotency_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndoTransitionRequest: _TypeAlias = UndoTransitionRequest  # noqa: Y015
+
+@_typing.final
+class UndoTransitionResponse(_message.Message):
+    """Response of UndoTransition."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPOINTMENT_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """The revision that this change gave the doctor-day. Watchers of its queue see the same number."""
+    replayed: _builtins.bool
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
+    @_builtins.property
+    def appointment(self) -> Global___Appointment:
+        """The appointment after the change."""
+
+    def __init__(
+        self,
+        *,
+        appointment: Global___Appointment | None = ...,
+        revision: _builtins.int = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["appointment", b"appointment"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment", b"appointment", "replayed", b"replayed", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndoTransitionResponse: _TypeAlias = UndoTransitionResponse  # noqa: Y015

@@ -32,6 +32,8 @@ class AppointmentServiceStub:
     BOOKED -> CHECKED_IN -> IN_CONSULTATION -> COMPLETED
     BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
 
+    UndoTransition goes back again, soon after a wrong click.
+
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
     is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the queue
     entry, if there is one, as `queue_state`.
@@ -100,6 +102,11 @@ class AppointmentServiceStub:
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.MarkNoShowRequest.SerializeToString,
                 response_deserializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.MarkNoShowResponse.FromString,
                 _registered_method=True)
+        self.UndoTransition = channel.unary_unary(
+                '/clinic.frontdesk.v1.AppointmentService/UndoTransition',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.UndoTransitionRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.UndoTransitionResponse.FromString,
+                _registered_method=True)
 
 
 class AppointmentServiceServicer:
@@ -108,6 +115,8 @@ class AppointmentServiceServicer:
 
     BOOKED -> CHECKED_IN -> IN_CONSULTATION -> COMPLETED
     BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
+
+    UndoTransition goes back again, soon after a wrong click.
 
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
     is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the queue
@@ -211,6 +220,19 @@ class AppointmentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UndoTransition(self, request, context):
+        """Takes back the last verb of a visit after a wrong click: CheckIn, AddWalkIn's check-in, StartAppointment,
+        CompleteAppointment, MarkNoShow, LeaveQueue, MarkMissed, ParkPatient or CancelAppointment, within 15 min and on the
+        same day of the clinic. The visit and its queue entry are then as they were before; only a check-in's ticket stays
+        spent. A second call takes back the verb before. Every other verb puts an end to what can be undone, but
+        UpdateAppointment does not. A place that was freed is taken again, with the same number if that is free, else the
+        lowest. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH, NOTHING_TO_UNDO; and for the place DAY_FULL, SLOT_FULL,
+        SLOT_NOT_FOUND (the slot was deleted or moved), DUPLICATE_BOOKING, PATIENT_OVERLAP.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AppointmentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -269,6 +291,11 @@ def add_AppointmentServiceServicer_to_server(servicer, server):
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.MarkNoShowRequest.FromString,
                     response_serializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.MarkNoShowResponse.SerializeToString,
             ),
+            'UndoTransition': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndoTransition,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.UndoTransitionRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.UndoTransitionResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'clinic.frontdesk.v1.AppointmentService', rpc_method_handlers)
@@ -283,6 +310,8 @@ class AppointmentService:
 
     BOOKED -> CHECKED_IN -> IN_CONSULTATION -> COMPLETED
     BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
+
+    UndoTransition goes back again, soon after a wrong click.
 
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
     is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the queue
@@ -578,6 +607,33 @@ class AppointmentService:
             '/clinic.frontdesk.v1.AppointmentService/MarkNoShow',
             clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.MarkNoShowRequest.SerializeToString,
             clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.MarkNoShowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndoTransition(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AppointmentService/UndoTransition',
+            clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.UndoTransitionRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_appointment__pb2.UndoTransitionResponse.FromString,
             options,
             channel_credentials,
             insecure,

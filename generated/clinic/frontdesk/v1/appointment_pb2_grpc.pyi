@@ -33,6 +33,8 @@ class AppointmentServiceStub:
       BOOKED -> CHECKED_IN -> IN_CONSULTATION -> COMPLETED
       BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
 
+    UndoTransition goes back again, soon after a wrong click.
+
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
     is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the queue
     entry, if there is one, as `queue_state`.
@@ -92,6 +94,15 @@ class AppointmentServiceStub:
     APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH, and TOO_EARLY before the appointment's date or start
     time.
     """
+    UndoTransition: _grpc.UnaryUnaryMultiCallable[_appointment_pb2.UndoTransitionRequest, _appointment_pb2.UndoTransitionResponse]
+    """Takes back the last verb of a visit after a wrong click: CheckIn, AddWalkIn's check-in, StartAppointment,
+    CompleteAppointment, MarkNoShow, LeaveQueue, MarkMissed, ParkPatient or CancelAppointment, within 15 min and on the
+    same day of the clinic. The visit and its queue entry are then as they were before; only a check-in's ticket stays
+    spent. A second call takes back the verb before. Every other verb puts an end to what can be undone, but
+    UpdateAppointment does not. A place that was freed is taken again, with the same number if that is free, else the
+    lowest. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH, NOTHING_TO_UNDO; and for the place DAY_FULL, SLOT_FULL,
+    SLOT_NOT_FOUND (the slot was deleted or moved), DUPLICATE_BOOKING, PATIENT_OVERLAP.
+    """
 
 @_typing.type_check_only
 class AppointmentServiceAsyncStub(AppointmentServiceStub):
@@ -100,6 +111,8 @@ class AppointmentServiceAsyncStub(AppointmentServiceStub):
 
       BOOKED -> CHECKED_IN -> IN_CONSULTATION -> COMPLETED
       BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
+
+    UndoTransition goes back again, soon after a wrong click.
 
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
     is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the queue
@@ -157,6 +170,15 @@ class AppointmentServiceAsyncStub(AppointmentServiceStub):
     APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH, and TOO_EARLY before the appointment's date or start
     time.
     """
+    UndoTransition: _aio.UnaryUnaryMultiCallable[_appointment_pb2.UndoTransitionRequest, _appointment_pb2.UndoTransitionResponse]  # type: ignore[assignment]
+    """Takes back the last verb of a visit after a wrong click: CheckIn, AddWalkIn's check-in, StartAppointment,
+    CompleteAppointment, MarkNoShow, LeaveQueue, MarkMissed, ParkPatient or CancelAppointment, within 15 min and on the
+    same day of the clinic. The visit and its queue entry are then as they were before; only a check-in's ticket stays
+    spent. A second call takes back the verb before. Every other verb puts an end to what can be undone, but
+    UpdateAppointment does not. A place that was freed is taken again, with the same number if that is free, else the
+    lowest. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH, NOTHING_TO_UNDO; and for the place DAY_FULL, SLOT_FULL,
+    SLOT_NOT_FOUND (the slot was deleted or moved), DUPLICATE_BOOKING, PATIENT_OVERLAP.
+    """
 
 class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Books appointments and records the course of each visit. A doctor-day is one doctor on one civil date of the clinic's
@@ -164,6 +186,8 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
 
       BOOKED -> CHECKED_IN -> IN_CONSULTATION -> COMPLETED
       BOOKED or CHECKED_IN -> CANCELLED;  BOOKED -> NO_SHOW;  CHECKED_IN -> LEFT
+
+    UndoTransition goes back again, soon after a wrong click.
 
     QueueService.CheckIn makes an appointment CHECKED_IN, and QueueService.LeaveQueue makes it LEFT. Every other change
     is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the queue
@@ -284,6 +308,21 @@ class AppointmentServiceServicer(metaclass=_abc_1.ABCMeta):
         """Records that the patient of a BOOKED appointment did not come. Its place is free again. Errors:
         APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, ETAG_MISMATCH, and TOO_EARLY before the appointment's date or start
         time.
+        """
+
+    @_abc_1.abstractmethod
+    def UndoTransition(
+        self,
+        request: _appointment_pb2.UndoTransitionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_appointment_pb2.UndoTransitionResponse, _abc.Awaitable[_appointment_pb2.UndoTransitionResponse]]:
+        """Takes back the last verb of a visit after a wrong click: CheckIn, AddWalkIn's check-in, StartAppointment,
+        CompleteAppointment, MarkNoShow, LeaveQueue, MarkMissed, ParkPatient or CancelAppointment, within 15 min and on the
+        same day of the clinic. The visit and its queue entry are then as they were before; only a check-in's ticket stays
+        spent. A second call takes back the verb before. Every other verb puts an end to what can be undone, but
+        UpdateAppointment does not. A place that was freed is taken again, with the same number if that is free, else the
+        lowest. Errors: APPOINTMENT_NOT_FOUND, ETAG_MISMATCH, NOTHING_TO_UNDO; and for the place DAY_FULL, SLOT_FULL,
+        SLOT_NOT_FOUND (the slot was deleted or moved), DUPLICATE_BOOKING, PATIENT_OVERLAP.
         """
 
 def add_AppointmentServiceServicer_to_server(servicer: AppointmentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

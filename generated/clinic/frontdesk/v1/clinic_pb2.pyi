@@ -42,6 +42,7 @@ class Clinic(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     VISIT_LENGTH_FIELD_NUMBER: _builtins.int
+    MAX_CALLS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Output only, except in UpdateClinic, where it is required and names the clinic to change. A lower-case UUID,
     time-ordered.
@@ -73,6 +74,10 @@ class Clinic(_message.Message):
     """Absent on create means true. An inactive clinic takes no new bookings (CLINIC_INACTIVE)."""
     etag: _builtins.str
     """Output only. Changes with every change of the clinic."""
+    max_calls: _builtins.int
+    """How many times a patient may be called from one CallNext on, which counts as one, before CallAgain is refused
+    (CALL_LIMIT_REACHED). 0 to 1,000; 0 means no limit. Absent on create means 3.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Output only. When the clinic was created."""
@@ -105,14 +110,20 @@ class Clinic(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         visit_length: _duration_pb2.Duration | None = ...,
+        max_calls: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "create_time", b"create_time", "update_time", b"update_time", "visit_length", b"visit_length"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "_max_calls", b"_max_calls", "active", b"active", "create_time", b"create_time", "max_calls", b"max_calls", "update_time", b"update_time", "visit_length", b"visit_length"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "address", b"address", "city", b"city", "country", b"country", "create_time", b"create_time", "email", b"email", "etag", b"etag", "id", b"id", "name", b"name", "phone", b"phone", "postal_code", b"postal_code", "state", b"state", "time_zone", b"time_zone", "update_time", b"update_time", "visit_length", b"visit_length"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "_max_calls", b"_max_calls", "active", b"active", "address", b"address", "city", b"city", "country", b"country", "create_time", b"create_time", "email", b"email", "etag", b"etag", "id", b"id", "max_calls", b"max_calls", "name", b"name", "phone", b"phone", "postal_code", b"postal_code", "state", b"state", "time_zone", b"time_zone", "update_time", b"update_time", "visit_length", b"visit_length"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__active: _TypeAlias = _typing.Literal["active"]  # noqa: Y015
     _WhichOneofArgType__active: _TypeAlias = _typing.Literal["_active", b"_active"]  # noqa: Y015
+    _WhichOneofReturnType__max_calls: _TypeAlias = _typing.Literal["max_calls"]  # noqa: Y015
+    _WhichOneofArgType__max_calls: _TypeAlias = _typing.Literal["_max_calls", b"_max_calls"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__active) -> _WhichOneofReturnType__active | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_calls) -> _WhichOneofReturnType__max_calls | None: ...
 
 Global___Clinic: _TypeAlias = Clinic  # noqa: Y015
 

@@ -207,6 +207,20 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_SCHEDULE_EXCEPTION_NOT_FOUND: _ErrorReason.ValueType  # 67
     """NOT_FOUND: the doctor has no schedule exception on this date. Example: deleting it twice."""
+    ERROR_REASON_CALL_LIMIT_REACHED: _ErrorReason.ValueType  # 71
+    """FAILED_PRECONDITION: the patient was called `Clinic.max_calls` times since CallNext. Example: a fourth call to a patient
+    who is not there.
+    """
+    ERROR_REASON_NOTHING_TO_UNDO: _ErrorReason.ValueType  # 72
+    """FAILED_PRECONDITION: the last verb cannot be taken back, or no longer. Example: UndoTransition after a call, or 16 min
+    after a check-in.
+    """
+    ERROR_REASON_NOT_TODAY: _ErrorReason.ValueType  # 73
+    """FAILED_PRECONDITION: the appointment is not on today's date in the clinic's time zone. Example: TransferPatient for a
+    patient who was left in yesterday's queue.
+    """
+    ERROR_REASON_OTHER_CLINIC: _ErrorReason.ValueType  # 77
+    """FAILED_PRECONDITION: the doctor works at another clinic. Example: TransferPatient to a doctor across the town."""
     ERROR_REASON_HOLD_NOT_FOUND: _ErrorReason.ValueType  # 74
     """NOT_FOUND: the hold does not exist. Example: booking with a hold that ended weeks ago."""
     ERROR_REASON_HOLD_MISMATCH: _ErrorReason.ValueType  # 75
@@ -417,6 +431,20 @@ EnrollSecondFactor in two windows.
 """
 ERROR_REASON_SCHEDULE_EXCEPTION_NOT_FOUND: ErrorReason.ValueType  # 67
 """NOT_FOUND: the doctor has no schedule exception on this date. Example: deleting it twice."""
+ERROR_REASON_CALL_LIMIT_REACHED: ErrorReason.ValueType  # 71
+"""FAILED_PRECONDITION: the patient was called `Clinic.max_calls` times since CallNext. Example: a fourth call to a patient
+who is not there.
+"""
+ERROR_REASON_NOTHING_TO_UNDO: ErrorReason.ValueType  # 72
+"""FAILED_PRECONDITION: the last verb cannot be taken back, or no longer. Example: UndoTransition after a call, or 16 min
+after a check-in.
+"""
+ERROR_REASON_NOT_TODAY: ErrorReason.ValueType  # 73
+"""FAILED_PRECONDITION: the appointment is not on today's date in the clinic's time zone. Example: TransferPatient for a
+patient who was left in yesterday's queue.
+"""
+ERROR_REASON_OTHER_CLINIC: ErrorReason.ValueType  # 77
+"""FAILED_PRECONDITION: the doctor works at another clinic. Example: TransferPatient to a doctor across the town."""
 ERROR_REASON_HOLD_NOT_FOUND: ErrorReason.ValueType  # 74
 """NOT_FOUND: the hold does not exist. Example: booking with a hold that ended weeks ago."""
 ERROR_REASON_HOLD_MISMATCH: ErrorReason.ValueType  # 75

@@ -117,6 +117,8 @@ class QueueEntry(_message.Message):
         """The patient left before the consultation, or the appointment was cancelled. Such an entry appears only in
         QueueUpdate.changes.
         """
+        STATE_TRANSFERRED: QueueEntry._State.ValueType  # 8
+        """The patient was handed over to another doctor's queue. Such an entry appears only in QueueUpdate.changes."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """The state of an entry."""
@@ -139,6 +141,8 @@ class QueueEntry(_message.Message):
     """The patient left before the consultation, or the appointment was cancelled. Such an entry appears only in
     QueueUpdate.changes.
     """
+    STATE_TRANSFERRED: QueueEntry.State.ValueType  # 8
+    """The patient was handed over to another doctor's queue. Such an entry appears only in QueueUpdate.changes."""
 
     TICKET_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
@@ -357,6 +361,12 @@ class QueueChange(_message.Message):
         """The doctor's presence or the capacity of the date was set."""
         KIND_PRIORITY_SET: QueueChange._Kind.ValueType  # 17
         """A patient's priority was set."""
+        KIND_TRANSFERRED_OUT: QueueChange._Kind.ValueType  # 18
+        """A patient was handed over to another doctor's queue; the entry is TRANSFERRED."""
+        KIND_TRANSFERRED_IN: QueueChange._Kind.ValueType  # 19
+        """A patient was handed over to this queue."""
+        KIND_UNDONE: QueueChange._Kind.ValueType  # 20
+        """A verb was taken back. The entry is as before the verb; that of a check-in is LEFT."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """The kind of change."""
@@ -397,6 +407,12 @@ class QueueChange(_message.Message):
     """The doctor's presence or the capacity of the date was set."""
     KIND_PRIORITY_SET: QueueChange.Kind.ValueType  # 17
     """A patient's priority was set."""
+    KIND_TRANSFERRED_OUT: QueueChange.Kind.ValueType  # 18
+    """A patient was handed over to another doctor's queue; the entry is TRANSFERRED."""
+    KIND_TRANSFERRED_IN: QueueChange.Kind.ValueType  # 19
+    """A patient was handed over to this queue."""
+    KIND_UNDONE: QueueChange.Kind.ValueType  # 20
+    """A verb was taken back. The entry is as before the verb; that of a check-in is LEFT."""
 
     REVISION_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
@@ -512,6 +528,178 @@ class CheckInResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CheckInResponse: _TypeAlias = CheckInResponse  # noqa: Y015
+
+@_typing.final
+class AddWalkInRequest(_message.Message):
+    """Request of AddWalkIn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCTOR_ID_FIELD_NUMBER: _builtins.int
+    PATIENT_ID_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    OVERRIDE_REASON_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    doctor_id: _builtins.str
+    """Required. The doctor's id."""
+    patient_id: _builtins.str
+    """Required. The patient's id."""
+    priority: Global___Priority.ValueType
+    """How urgent the patient is. Default: PRIORITY_NORMAL."""
+    reason: _builtins.str
+    """Why the patient comes. Up to 2,000 characters, on any number of lines."""
+    override_reason: _builtins.str
+    """Why the patient gets a place although the doctor-day is full. Up to 2,000 characters, on any number of lines. Only with
+    ROLE_STAFF or ROLE_ADMIN, or on a server with open access; from others it has no effect. If there is a free place it is
+    not needed, and not stored. It overrides neither the doctor's absence nor another appointment of the patient.
+    """
+    idempotency_key: _builtins.str
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
+    """
+    def __init__(
+        self,
+        *,
+        doctor_id: _builtins.str = ...,
+        patient_id: _builtins.str = ...,
+        priority: Global___Priority.ValueType = ...,
+        reason: _builtins.str = ...,
+        override_reason: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doctor_id", b"doctor_id", "idempotency_key", b"idempotency_key", "override_reason", b"override_reason", "patient_id", b"patient_id", "priority", b"priority", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddWalkInRequest: _TypeAlias = AddWalkInRequest  # noqa: Y015
+
+@_typing.final
+class AddWalkInResponse(_message.Message):
+    """Response of AddWalkIn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    APPOINTMENT_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """The revision of the check-in; that of the booking is one less. Watchers of the queue see the same numbers."""
+    replayed: _builtins.bool
+    """True if an earlier call with the same key made the change. Ids, state and revision are then those of that first
+    success.
+    """
+    @_builtins.property
+    def entry(self) -> Global___QueueEntry:
+        """The patient's entry in the queue."""
+
+    @_builtins.property
+    def appointment(self) -> _appointment_pb2.Appointment:
+        """The appointment after the change."""
+
+    def __init__(
+        self,
+        *,
+        entry: Global___QueueEntry | None = ...,
+        appointment: _appointment_pb2.Appointment | None = ...,
+        revision: _builtins.int = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["appointment", b"appointment", "entry", b"entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment", b"appointment", "entry", b"entry", "replayed", b"replayed", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddWalkInResponse: _TypeAlias = AddWalkInResponse  # noqa: Y015
+
+@_typing.final
+class TransferPatientRequest(_message.Message):
+    """Request of TransferPatient."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPOINTMENT_ID_FIELD_NUMBER: _builtins.int
+    TO_DOCTOR_ID_FIELD_NUMBER: _builtins.int
+    OVERRIDE_REASON_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    appointment_id: _builtins.str
+    """Required. The appointment's id."""
+    to_doctor_id: _builtins.str
+    """Required. The id of the doctor who takes over."""
+    override_reason: _builtins.str
+    """Why the patient gets a place although the doctor-day is full. Up to 2,000 characters, on any number of lines. Only with
+    ROLE_STAFF or ROLE_ADMIN, or on a server with open access; from others it has no effect. If there is a free place it is
+    not needed, and not stored. It overrides neither the doctor's absence nor another appointment of the patient.
+    """
+    idempotency_key: _builtins.str
+    """Optional. Names this one change: a retry with the same key does not make it twice. 1 to 255 printable ASCII
+    characters. Kept for at least 72 h, per caller and method. The same key with a different request is refused
+    (IDEMPOTENCY_KEY_REUSED).
+    """
+    def __init__(
+        self,
+        *,
+        appointment_id: _builtins.str = ...,
+        to_doctor_id: _builtins.str = ...,
+        override_reason: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment_id", b"appointment_id", "idempotency_key", b"idempotency_key", "override_reason", b"override_reason", "to_doctor_id", b"to_doctor_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferPatientRequest: _TypeAlias = TransferPatientRequest  # noqa: Y015
+
+@_typing.final
+class TransferPatientResponse(_message.Message):
+    """Response of TransferPatient."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    APPOINTMENT_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    VACATED_REVISION_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """The revision that this change gave the new doctor-day. Watchers of its queue see the same number."""
+    vacated_revision: _builtins.int
+    """The revision that this change gave the doctor-day that the patient left."""
+    replayed: _builtins.bool
+    """True if an earlier call with the same key made the change. Ids, state and revisions are then those of that first
+    success.
+    """
+    @_builtins.property
+    def entry(self) -> Global___QueueEntry:
+        """The patient's entry in the new queue."""
+
+    @_builtins.property
+    def appointment(self) -> _appointment_pb2.Appointment:
+        """The appointment after the change."""
+
+    def __init__(
+        self,
+        *,
+        entry: Global___QueueEntry | None = ...,
+        appointment: _appointment_pb2.Appointment | None = ...,
+        revision: _builtins.int = ...,
+        vacated_revision: _builtins.int = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["appointment", b"appointment", "entry", b"entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appointment", b"appointment", "entry", b"entry", "replayed", b"replayed", "revision", b"revision", "vacated_revision", b"vacated_revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferPatientResponse: _TypeAlias = TransferPatientResponse  # noqa: Y015
 
 @_typing.final
 class GetQueueRequest(_message.Message):

@@ -32,8 +32,10 @@ class QueueServiceStub:
     WAITING -> CALLED;  WAITING or CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED
     WAITING or CALLED -> PARKED;  CALLED, PARKED or MISSED -> WAITING
     WAITING, CALLED, PARKED or MISSED -> LEFT
+    WAITING, CALLED or PARKED -> TRANSFERRED, and WAITING in another doctor's queue
 
-    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
+    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too, and
+    UndoTransition takes back what was done last. Every other
     change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
     queue entry, if there is one, as `queue_state`.
 
@@ -64,6 +66,16 @@ class QueueServiceStub:
                 '/clinic.frontdesk.v1.QueueService/WatchQueue',
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.WatchQueueRequest.SerializeToString,
                 response_deserializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.WatchQueueResponse.FromString,
+                _registered_method=True)
+        self.AddWalkIn = channel.unary_unary(
+                '/clinic.frontdesk.v1.QueueService/AddWalkIn',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.AddWalkInRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.AddWalkInResponse.FromString,
+                _registered_method=True)
+        self.TransferPatient = channel.unary_unary(
+                '/clinic.frontdesk.v1.QueueService/TransferPatient',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.TransferPatientRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.TransferPatientResponse.FromString,
                 _registered_method=True)
         self.CallNext = channel.unary_unary(
                 '/clinic.frontdesk.v1.QueueService/CallNext',
@@ -109,8 +121,10 @@ class QueueServiceServicer:
     WAITING -> CALLED;  WAITING or CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED
     WAITING or CALLED -> PARKED;  CALLED, PARKED or MISSED -> WAITING
     WAITING, CALLED, PARKED or MISSED -> LEFT
+    WAITING, CALLED or PARKED -> TRANSFERRED, and WAITING in another doctor's queue
 
-    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
+    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too, and
+    UndoTransition takes back what was done last. Every other
     change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
     queue entry, if there is one, as `queue_state`.
 
@@ -147,16 +161,39 @@ class QueueServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddWalkIn(self, request, context):
+        """Books a place on the doctor's today for a patient who is here, and checks the patient in: two changes of the
+        doctor-day that watchers see together. Errors: PATIENT_NOT_FOUND, PATIENT_INACTIVE, DOCTOR_NOT_FOUND,
+        DOCTOR_INACTIVE, CLINIC_INACTIVE, DOCTOR_ABSENT, DUPLICATE_BOOKING, and DAY_FULL without an `override_reason`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TransferPatient(self, request, context):
+        """Hands a waiting, called or parked patient over to another doctor's queue of today, at the same clinic. The appointment
+        gets a place and a new ticket there and waits. It keeps its id, reason, priority and check_in_time, but no slot, start
+        time, end time or room, and no calls. If it is refused, all stays as it was. The old queue tells KIND_TRANSFERRED_OUT.
+        Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, NOT_TODAY, OTHER_CLINIC, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE,
+        CLINIC_INACTIVE, PATIENT_INACTIVE, DOCTOR_ABSENT, DUPLICATE_BOOKING, and DAY_FULL without an `override_reason`; the
+        appointment's own doctor is refused (INVALID_FIELD).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CallNext(self, request, context):
         """Calls the first waiting patient, also while others are called or in consultation. Simultaneous calls call different
-        patients. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY.
+        patients. Passes over a patient who is called or in consultation in another queue of the date, and who keeps the
+        place. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CallAgain(self, request, context):
-        """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
+        """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, and
+        CALL_LIMIT_REACHED after `Clinic.max_calls` calls since CallNext, which counts as one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,6 +256,16 @@ def add_QueueServiceServicer_to_server(servicer, server):
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.WatchQueueRequest.FromString,
                     response_serializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.WatchQueueResponse.SerializeToString,
             ),
+            'AddWalkIn': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddWalkIn,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.AddWalkInRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.AddWalkInResponse.SerializeToString,
+            ),
+            'TransferPatient': grpc.unary_unary_rpc_method_handler(
+                    servicer.TransferPatient,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.TransferPatientRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.TransferPatientResponse.SerializeToString,
+            ),
             'CallNext': grpc.unary_unary_rpc_method_handler(
                     servicer.CallNext,
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_queue__pb2.CallNextRequest.FromString,
@@ -269,8 +316,10 @@ class QueueService:
     WAITING -> CALLED;  WAITING or CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED
     WAITING or CALLED -> PARKED;  CALLED, PARKED or MISSED -> WAITING
     WAITING, CALLED, PARKED or MISSED -> LEFT
+    WAITING, CALLED or PARKED -> TRANSFERRED, and WAITING in another doctor's queue
 
-    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
+    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too, and
+    UndoTransition takes back what was done last. Every other
     change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
     queue entry, if there is one, as `queue_state`.
 
@@ -352,6 +401,60 @@ class QueueService:
             '/clinic.frontdesk.v1.QueueService/WatchQueue',
             clinic_dot_frontdesk_dot_v1_dot_queue__pb2.WatchQueueRequest.SerializeToString,
             clinic_dot_frontdesk_dot_v1_dot_queue__pb2.WatchQueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddWalkIn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.QueueService/AddWalkIn',
+            clinic_dot_frontdesk_dot_v1_dot_queue__pb2.AddWalkInRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_queue__pb2.AddWalkInResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TransferPatient(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.QueueService/TransferPatient',
+            clinic_dot_frontdesk_dot_v1_dot_queue__pb2.TransferPatientRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_queue__pb2.TransferPatientResponse.FromString,
             options,
             channel_credentials,
             insecure,

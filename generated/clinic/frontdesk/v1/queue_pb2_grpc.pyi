@@ -33,8 +33,10 @@ class QueueServiceStub:
       WAITING -> CALLED;  WAITING or CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED
       WAITING or CALLED -> PARKED;  CALLED, PARKED or MISSED -> WAITING
       WAITING, CALLED, PARKED or MISSED -> LEFT
+      WAITING, CALLED or PARKED -> TRANSFERRED, and WAITING in another doctor's queue
 
-    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
+    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too, and
+    UndoTransition takes back what was done last. Every other
     change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
     queue entry, if there is one, as `queue_state`.
 
@@ -63,12 +65,28 @@ class QueueServiceStub:
     StreamClosing. Slow readers get fewer, newer updates. A stream whose caller loses the right to it ends within 30 s
     with the refusal. Errors: as GetQueue, TOO_MANY_WATCHERS, and WATCHER_TOO_SLOW if a message stays unread for 30 s.
     """
+    AddWalkIn: _grpc.UnaryUnaryMultiCallable[_queue_pb2.AddWalkInRequest, _queue_pb2.AddWalkInResponse]
+    """Books a place on the doctor's today for a patient who is here, and checks the patient in: two changes of the
+    doctor-day that watchers see together. Errors: PATIENT_NOT_FOUND, PATIENT_INACTIVE, DOCTOR_NOT_FOUND,
+    DOCTOR_INACTIVE, CLINIC_INACTIVE, DOCTOR_ABSENT, DUPLICATE_BOOKING, and DAY_FULL without an `override_reason`.
+    """
+    TransferPatient: _grpc.UnaryUnaryMultiCallable[_queue_pb2.TransferPatientRequest, _queue_pb2.TransferPatientResponse]
+    """Hands a waiting, called or parked patient over to another doctor's queue of today, at the same clinic. The appointment
+    gets a place and a new ticket there and waits. It keeps its id, reason, priority and check_in_time, but no slot, start
+    time, end time or room, and no calls. If it is refused, all stays as it was. The old queue tells KIND_TRANSFERRED_OUT.
+    Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, NOT_TODAY, OTHER_CLINIC, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE,
+    CLINIC_INACTIVE, PATIENT_INACTIVE, DOCTOR_ABSENT, DUPLICATE_BOOKING, and DAY_FULL without an `override_reason`; the
+    appointment's own doctor is refused (INVALID_FIELD).
+    """
     CallNext: _grpc.UnaryUnaryMultiCallable[_queue_pb2.CallNextRequest, _queue_pb2.CallNextResponse]
     """Calls the first waiting patient, also while others are called or in consultation. Simultaneous calls call different
-    patients. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY.
+    patients. Passes over a patient who is called or in consultation in another queue of the date, and who keeps the
+    place. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY.
     """
     CallAgain: _grpc.UnaryUnaryMultiCallable[_queue_pb2.CallAgainRequest, _queue_pb2.CallAgainResponse]
-    """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
+    """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, and
+    CALL_LIMIT_REACHED after `Clinic.max_calls` calls since CallNext, which counts as one.
+    """
     SetPriority: _grpc.UnaryUnaryMultiCallable[_queue_pb2.SetPriorityRequest, _queue_pb2.SetPriorityResponse]
     """Sets the priority of a waiting, called, parked or missed patient, who has the place of that priority from then on.
     Setting the same priority again is a change too. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
@@ -96,8 +114,10 @@ class QueueServiceAsyncStub(QueueServiceStub):
       WAITING -> CALLED;  WAITING or CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED
       WAITING or CALLED -> PARKED;  CALLED, PARKED or MISSED -> WAITING
       WAITING, CALLED, PARKED or MISSED -> LEFT
+      WAITING, CALLED or PARKED -> TRANSFERRED, and WAITING in another doctor's queue
 
-    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
+    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too, and
+    UndoTransition takes back what was done last. Every other
     change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
     queue entry, if there is one, as `queue_state`.
 
@@ -123,12 +143,28 @@ class QueueServiceAsyncStub(QueueServiceStub):
     StreamClosing. Slow readers get fewer, newer updates. A stream whose caller loses the right to it ends within 30 s
     with the refusal. Errors: as GetQueue, TOO_MANY_WATCHERS, and WATCHER_TOO_SLOW if a message stays unread for 30 s.
     """
+    AddWalkIn: _aio.UnaryUnaryMultiCallable[_queue_pb2.AddWalkInRequest, _queue_pb2.AddWalkInResponse]  # type: ignore[assignment]
+    """Books a place on the doctor's today for a patient who is here, and checks the patient in: two changes of the
+    doctor-day that watchers see together. Errors: PATIENT_NOT_FOUND, PATIENT_INACTIVE, DOCTOR_NOT_FOUND,
+    DOCTOR_INACTIVE, CLINIC_INACTIVE, DOCTOR_ABSENT, DUPLICATE_BOOKING, and DAY_FULL without an `override_reason`.
+    """
+    TransferPatient: _aio.UnaryUnaryMultiCallable[_queue_pb2.TransferPatientRequest, _queue_pb2.TransferPatientResponse]  # type: ignore[assignment]
+    """Hands a waiting, called or parked patient over to another doctor's queue of today, at the same clinic. The appointment
+    gets a place and a new ticket there and waits. It keeps its id, reason, priority and check_in_time, but no slot, start
+    time, end time or room, and no calls. If it is refused, all stays as it was. The old queue tells KIND_TRANSFERRED_OUT.
+    Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, NOT_TODAY, OTHER_CLINIC, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE,
+    CLINIC_INACTIVE, PATIENT_INACTIVE, DOCTOR_ABSENT, DUPLICATE_BOOKING, and DAY_FULL without an `override_reason`; the
+    appointment's own doctor is refused (INVALID_FIELD).
+    """
     CallNext: _aio.UnaryUnaryMultiCallable[_queue_pb2.CallNextRequest, _queue_pb2.CallNextResponse]  # type: ignore[assignment]
     """Calls the first waiting patient, also while others are called or in consultation. Simultaneous calls call different
-    patients. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY.
+    patients. Passes over a patient who is called or in consultation in another queue of the date, and who keeps the
+    place. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY.
     """
     CallAgain: _aio.UnaryUnaryMultiCallable[_queue_pb2.CallAgainRequest, _queue_pb2.CallAgainResponse]  # type: ignore[assignment]
-    """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
+    """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, and
+    CALL_LIMIT_REACHED after `Clinic.max_calls` calls since CallNext, which counts as one.
+    """
     SetPriority: _aio.UnaryUnaryMultiCallable[_queue_pb2.SetPriorityRequest, _queue_pb2.SetPriorityResponse]  # type: ignore[assignment]
     """Sets the priority of a waiting, called, parked or missed patient, who has the place of that priority from then on.
     Setting the same priority again is a change too. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION.
@@ -155,8 +191,10 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
       WAITING -> CALLED;  WAITING or CALLED -> IN_CONSULTATION -> DONE;  CALLED -> MISSED
       WAITING or CALLED -> PARKED;  CALLED, PARKED or MISSED -> WAITING
       WAITING, CALLED, PARKED or MISSED -> LEFT
+      WAITING, CALLED or PARKED -> TRANSFERRED, and WAITING in another doctor's queue
 
-    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too. Every other
+    StartAppointment, CompleteAppointment and CancelAppointment of AppointmentService change the entry too, and
+    UndoTransition takes back what was done last. Every other
     change is refused (INVALID_TRANSITION); the metadata has the present visit state as `state` and the state of the
     queue entry, if there is one, as `queue_state`.
 
@@ -200,13 +238,39 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def AddWalkIn(
+        self,
+        request: _queue_pb2.AddWalkInRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_queue_pb2.AddWalkInResponse, _abc.Awaitable[_queue_pb2.AddWalkInResponse]]:
+        """Books a place on the doctor's today for a patient who is here, and checks the patient in: two changes of the
+        doctor-day that watchers see together. Errors: PATIENT_NOT_FOUND, PATIENT_INACTIVE, DOCTOR_NOT_FOUND,
+        DOCTOR_INACTIVE, CLINIC_INACTIVE, DOCTOR_ABSENT, DUPLICATE_BOOKING, and DAY_FULL without an `override_reason`.
+        """
+
+    @_abc_1.abstractmethod
+    def TransferPatient(
+        self,
+        request: _queue_pb2.TransferPatientRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_queue_pb2.TransferPatientResponse, _abc.Awaitable[_queue_pb2.TransferPatientResponse]]:
+        """Hands a waiting, called or parked patient over to another doctor's queue of today, at the same clinic. The appointment
+        gets a place and a new ticket there and waits. It keeps its id, reason, priority and check_in_time, but no slot, start
+        time, end time or room, and no calls. If it is refused, all stays as it was. The old queue tells KIND_TRANSFERRED_OUT.
+        Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, NOT_TODAY, OTHER_CLINIC, DOCTOR_NOT_FOUND, DOCTOR_INACTIVE,
+        CLINIC_INACTIVE, PATIENT_INACTIVE, DOCTOR_ABSENT, DUPLICATE_BOOKING, and DAY_FULL without an `override_reason`; the
+        appointment's own doctor is refused (INVALID_FIELD).
+        """
+
+    @_abc_1.abstractmethod
     def CallNext(
         self,
         request: _queue_pb2.CallNextRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.CallNextResponse, _abc.Awaitable[_queue_pb2.CallNextResponse]]:
         """Calls the first waiting patient, also while others are called or in consultation. Simultaneous calls call different
-        patients. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY.
+        patients. Passes over a patient who is called or in consultation in another queue of the date, and who keeps the
+        place. Errors: DOCTOR_NOT_FOUND, QUEUE_EMPTY.
         """
 
     @_abc_1.abstractmethod
@@ -215,7 +279,9 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.CallAgainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.CallAgainResponse, _abc.Awaitable[_queue_pb2.CallAgainResponse]]:
-        """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION."""
+        """Calls a called patient again, and counts the call. Errors: APPOINTMENT_NOT_FOUND, INVALID_TRANSITION, and
+        CALL_LIMIT_REACHED after `Clinic.max_calls` calls since CallNext, which counts as one.
+        """
 
     @_abc_1.abstractmethod
     def SetPriority(

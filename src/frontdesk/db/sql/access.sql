@@ -75,7 +75,9 @@ begin
     -- The doctor-day or slot that is asked for.
     for v in
         select coalesce(s.clinic_id, x.clinic_id) as clinic_id, x.id as doctor_id
-        from doctor x left join slot s on s.id = r.slot where x.id = r.doctor
+        from doctor x left join slot s on s.id = r.slot
+        -- A patient may be handed over to a doctor whose days are not the caller's; `transfer` knows to whom.
+        where x.id = r.doctor and r.verb <> 'TransferPatient'
         union all
         select s.clinic_id, s.doctor_id from slot s where s.id = any (r.slots)
         union all
@@ -88,6 +90,12 @@ begin
     end loop;
     return null;
 end
+$$;
+
+-- Whether the caller's reason lets a visit at this clinic have a place above the capacity.
+create or replace function may_override(r request, p_clinic uuid) returns boolean language sql immutable as $$
+    select coalesce(r.override_reason <> '' and r.may_override
+                    and (r.restricted is not true or p_clinic = any ((r.sight).clinics)), false)
 $$;
 
 -- Whether the caller may know who is a patient: the desk may.

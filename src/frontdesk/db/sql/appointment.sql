@@ -14,9 +14,14 @@ create or replace function book(r request) returns decision language plpgsql as 
 declare
     d decision;
     v_place record;
+    v_override boolean := false;
     v_now timestamptz := moment();
 begin
-    v_place := find_place(r.patient, r.doctor, r.date, r.slot, null, v_now, p_hold => r.hold);
+    if r.override_reason <> '' then
+        v_override := may_override(r, (select x.clinic_id from doctor x where x.id = r.doctor));
+    end if;
+    v_place := find_place(r.patient, r.doctor, r.date, r.slot, null, v_now, p_hold => r.hold,
+                          p_override => v_override);
     if v_place.outcome <> 'OK' then
         return refused_place(r, v_place.outcome, v_place.subject, v_place.details, r.date);
     end if;
@@ -28,14 +33,16 @@ begin
         d.appointment := jsonb_populate_record(null::appointment, jsonb_build_object(
             'patient_id', r.patient, 'doctor_id', r.doctor, 'clinic_id', v_place.clinic_id, 'date', r.date,
             'number', v_place.number, 'slot_id', r.slot, 'start_time', v_place.start_time, 'end_time', v_place.end_time,
-            'state', 'BOOKED', 'reason', r.reason, 'notes', r.notes, 'cancel_reason', '', 'room', '', 'call_count', 0));
+            'state', 'BOOKED', 'reason', r.reason, 'notes', r.notes, 'cancel_reason', '', 'room', '', 'call_count', 0,
+            'priority', 'NORMAL', 'override_reason', ''));
         return d;
     end if;
 
     insert into appointment as a (patient_id, doctor_id, clinic_id, date, number, slot_id, start_time, end_time, state,
-                                  reason, notes, create_time, update_time)
+                                  reason, notes, override_reason, create_time, update_time)
     values (r.patient, r.doctor, v_place.clinic_id, r.date, v_place.number, r.slot, v_place.start_time,
-            v_place.end_time, 'BOOKED', r.reason, r.notes, v_now, v_now)
+            v_place.end_time, 'BOOKED', r.reason, r.notes,
+            case when v_place.over_capacity then r.override_reason else '' end, v_now, v_now)
     returning a into d.appointment;
     d.revision := (record_change(r, 'appointment.booked', d.appointment, false, v_now)).revision;
     if r.hold is not null then update hold set state = 'USED' where id = r.hold; end if;
@@ -63,7 +70,10 @@ begin
     d.doctor_name := v_place.doctor_name;
     update appointment as a
     set doctor_id = r.doctor, clinic_id = v_place.clinic_id, date = r.date, number = v_place.number, slot_id = r.slot,
-        start_time = v_place.start_time, end_time = v_place.end_time, version = a.version + 1, update_time = v_now
+        start_time = v_place.start_time, end_time = v_place.end_time, undo = null,
+        -- On another doctor-day the place is one below the capacity.
+        override_reason = case when (a.doctor_id, a.date) = (r.doctor, r.date) then a.override_reason else '' end,
+        version = a.version + 1, update_time = v_now
     where a.id = p_old.id
     returning a into d.appointment;
 

@@ -24,8 +24,8 @@ $$;
 -- Record one change of a doctor-day, under its lock: count its revision, and append it to the log.
 --
 -- `a` is the appointment as the change leaves it; null if the change is of the request's doctor-day itself. Its queue
--- entry is recorded if the change touches the queue. A check-in draws the next ticket. Both counters stand in the
--- doctor-day's row: a sequence would leave gaps on rollback.
+-- entry is recorded if the change touches the queue. Who comes to the queue, by check-in or transfer, draws the next
+-- ticket. Both counters stand in the doctor-day's row: a sequence would leave gaps on rollback.
 create or replace function record_change(
     r request, p_type text, a appointment, p_touches_queue boolean, p_now timestamptz, p_data jsonb default null,
     out revision bigint, out ticket integer
@@ -33,14 +33,15 @@ create or replace function record_change(
 declare
     v_doctor uuid := coalesce(a.doctor_id, r.doctor);
     v_date date := coalesce(a.date, r.date);
+    v_draws boolean := p_type in ('queue.checked_in', 'queue.transferred_in');
     v_entry appointment;
 begin
     if p_touches_queue then v_entry := a; end if;
     insert into doctor_day as d (doctor_id, date, revision, last_ticket, update_time)
-    values (v_doctor, v_date, 2, (p_type = 'queue.checked_in')::integer, p_now)
+    values (v_doctor, v_date, 2, v_draws::integer, p_now)
     on conflict (doctor_id, date) do update
         set revision = d.revision + 1, last_ticket = d.last_ticket + excluded.last_ticket, update_time = p_now
-    returning d.revision, case when p_type = 'queue.checked_in' then d.last_ticket else v_entry.ticket end
+    returning d.revision, case when v_draws then d.last_ticket else v_entry.ticket end
     into record_change.revision, record_change.ticket;
 
     insert into log (id, time, actor, method, address, trace_id, type, resource, clinic_id, doctor_id, patient_id,
@@ -56,7 +57,8 @@ begin
                                                           'end_time', a.end_time, 'hold_id', r.hold))
                  when a.start_time is null then jsonb_build_object('state', a.state, 'number', a.number)
                  else jsonb_build_object('state', a.state, 'number', a.number, 'start_time', a.start_time,
-                                         'end_time', a.end_time) end,
+                                         'end_time', a.end_time) end
+                || case when a.override_reason <> '' then '{"over_capacity": true}' else '{}' end::jsonb,
             v_entry.queue_state, record_change.ticket, v_entry.room, v_entry.call_count, v_entry.check_in_time,
             v_entry.call_time, v_entry.start_visit_time, v_entry.priority);
 end

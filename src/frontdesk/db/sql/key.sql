@@ -38,7 +38,8 @@ begin
     values (r.caller, r.verb, r.key, r.fingerprint, (d.appointment).id,
             case
                 when (d.appointment).id is not null
-                then to_jsonb(d.appointment) - '{id,patient_id,reason,notes,cancel_reason,create_time}'::text[]
+                then to_jsonb(d.appointment)
+                     - '{id,patient_id,reason,notes,cancel_reason,override_reason,undo,create_time}'::text[]
                 when (d.patient).id is not null
                 then jsonb_build_object('patient', jsonb_build_object('id', (d.patient).id),
                                         'already_registered', d.already_registered)

@@ -33,6 +33,11 @@ begin
 end
 $$;
 
+-- Lock one more name to the end of the transaction, unless somebody else has it: whoever holds locks may not wait.
+create or replace function try_lock(p_name text) returns boolean language sql volatile as $$
+    select pg_try_advisory_xact_lock(hashtextextended(p_name, 0))
+$$;
+
 -- Find the doctor-days of a request: the one that it asks for, and the one that its appointment is on now.
 --
 -- An appointment and a slot may be moved before we hold their locks; whoever decides about them checks that afterwards.
@@ -46,7 +51,7 @@ begin
     if r.record is not null or r.keep is not null then
         return locate_patient(r);
     end if;
-    if r.verb in ('BookAppointment', 'HoldPlace') then
+    if r.verb in ('BookAppointment', 'HoldPlace', 'AddWalkIn') then
         r.patient := coalesce((select p.merged_into from patient p where p.id = r.patient), r.patient);
     end if;
     if r.slot is not null then
@@ -57,6 +62,7 @@ begin
     if r.appointment is not null then
         select doctor_id, date, patient_id into r.from_doctor, r.from_date, r.from_patient
         from appointment where id = r.appointment;
+        if r.verb = 'TransferPatient' then r.date := r.from_date; end if;
     end if;
     if r.verb = 'ReleaseHold' then
         select doctor_id, date into r.from_doctor, r.from_date from hold where id = r.hold;
@@ -90,7 +96,8 @@ begin
         perform keep_zones(array(select clinic_id from doctor where id = r.doctor));
         return array[schedule_name(r.doctor)];
     end if;
-    if r.verb in ('BookAppointment', 'RescheduleAppointment', 'HoldPlace') then
+    if r.verb in ('BookAppointment', 'RescheduleAppointment', 'HoldPlace', 'AddWalkIn', 'TransferPatient',
+                  'UndoTransition') then
         v_names := v_names || ('patient/' || coalesce(r.from_patient, r.patient));
     elsif r.verb in ('SetScheduleException', 'DeleteScheduleException', 'SetDoctorAvailability') then
         v_names := v_names || schedule_name(r.doctor);

@@ -33,7 +33,8 @@ begin
             capacity integer, start_time timestamptz, end_time timestamptz,
             from_doctor uuid, from_date date, from_patient uuid, from_dates date[],
             keep uuid, record jsonb, locks text[], wanted uuid, priority text,
-            to_date date, hours jsonb, closed boolean, hold uuid, ttl interval
+            to_date date, hours jsonb, closed boolean, hold uuid, ttl interval,
+            override_reason text, may_override boolean
         );
     end if;
 end

@@ -135,6 +135,12 @@ class AppointmentServicer:
     async def MarkNoShow(self, request: pb.MarkNoShowRequest, call: Call) -> pb.MarkNoShowResponse:
         return await self._change(request, call, pb.MarkNoShowResponse)
 
+    async def UndoTransition(self, request: pb.UndoTransitionRequest, call: Call) -> pb.UndoTransitionResponse:
+        change = await self._appointments.undo(
+            call.caller, request.appointment_id, version_from(request.etag), key=key_of(request, call)
+        )
+        return _answer(change, call, pb.UndoTransitionResponse)
+
     async def _change(self, request: Any, call: Call, response: Callable[..., R], reason: str = "") -> R:
         change = await self._appointments.change(
             call.caller, request.appointment_id, version_from(request.etag), reason=reason, key=key_of(request, call)

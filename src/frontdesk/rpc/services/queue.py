@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 from google.protobuf import duration_pb2
 
 from clinic.frontdesk.v1 import queue_pb2 as pb
+from frontdesk.core.appointment import Appointment
 from frontdesk.core.caller import Identity
 from frontdesk.core.estimate import Estimate
 from frontdesk.core.queue import BOARD, OWN, STAFF, Queue, QueueChange, QueueEntry, Queues, entry_of
+from frontdesk.db.change import Change
 from frontdesk.errors import InvalidField, TooManyWatchers, WatcherTooSlow
 from frontdesk.live.feed import Feed
 from frontdesk.live.subscription import Subscription
@@ -126,6 +128,20 @@ class QueueServicer:
             request, call, pb.CheckInResponse, patient_id=request.patient_id or None, priority=_priority(request)
         )
 
+    async def AddWalkIn(self, request: pb.AddWalkInRequest, call: Call) -> pb.AddWalkInResponse:
+        change = await self._queues.add_walk_in(
+            call.caller, request.doctor_id, request.patient_id, _priority(request), request.reason,
+            request.override_reason, key=key_of(request, call),
+        )  # fmt: skip
+        return _answer(change, call, pb.AddWalkInResponse)
+
+    async def TransferPatient(self, request: pb.TransferPatientRequest, call: Call) -> pb.TransferPatientResponse:
+        change = await self._queues.transfer(
+            call.caller, request.appointment_id, request.to_doctor_id, request.override_reason,
+            key=key_of(request, call),
+        )  # fmt: skip
+        return _answer(change, call, pb.TransferPatientResponse, vacated_revision=change.vacated_revision)
+
     async def SetPriority(self, request: pb.SetPriorityRequest, call: Call) -> pb.SetPriorityResponse:
         return await self._change(request, call, pb.SetPriorityResponse, priority=_priority(request))
 
@@ -163,14 +179,7 @@ class QueueServicer:
 
     async def _change(self, request: Any, call: Call, response: Callable[..., R], **more: Any) -> R:
         change = await self._queues.change(call.caller, request.appointment_id, **more, key=key_of(request, call))
-        if change.replayed:
-            saw(call, change.result)
-        return response(
-            entry=to_entry(entry_of(change.result)),
-            appointment=to_appointment(change.result),
-            revision=change.revision,
-            replayed=change.replayed,
-        )
+        return _answer(change, call, response)
 
     def _require_room(self, call: Call) -> None:
         if self._feed.watchers >= self._max_watchers:
@@ -214,6 +223,18 @@ class QueueServicer:
                     await _write(call, message)
                     silent_until = time.monotonic() + heartbeat
             await _write(call, _closing(watch, pb.StreamClosing.REASON_DRAINING if self._feed.draining else reason))
+
+
+def _answer(change: Change[Appointment], call: Call, response: Callable[..., R], **more: Any) -> R:
+    if change.replayed:
+        saw(call, change.result)
+    return response(
+        entry=to_entry(entry_of(change.result)),
+        appointment=to_appointment(change.result),
+        revision=change.revision,
+        replayed=change.replayed,
+        **more,
+    )
 
 
 def _priority(request: Any) -> str | None:

@@ -304,11 +304,11 @@ async def queue_positions(desk: Desk) -> None:
 
 @check
 async def ticket_numbers(desk: Desk) -> None:
-    """Services: the tickets of a doctor-day are 1, 2, 3 … in the order of the check-ins, and stay with the patient."""
+    """Services: the tickets of a doctor-day are 1, 2, 3 … in the order of the arrivals, and stay with the patient."""
     day, watch = await step_by_step(desk)
     tickets: dict[str, int] = {}
     for step in day.steps:
-        if step.verb == "CheckIn":
+        if step.kind in (Kind.KIND_CHECKED_IN, Kind.KIND_TRANSFERRED_IN):
             tickets[step.appointment_id] = len(tickets) + 1
         if step.state is not None:
             expect(f"ticket after {step.verb}", told_change(watch, step).entry.ticket, tickets[step.appointment_id])
@@ -327,19 +327,24 @@ async def queue_counts(desk: Desk) -> None:
 
 @check
 async def departed_entries(desk: Desk) -> None:
-    """Services: an entry that is DONE or LEFT appears in a change, and in no queue."""
+    """Services: an entry that is DONE, LEFT or TRANSFERRED appears in a change, and in no queue."""
     day, watch = await step_by_step(desk)
     gone: set[str] = set()
     for update in watch.updates:
-        gone |= {change.appointment_id for change in update.update.changes if change.entry.state in DEPARTED}
+        for change in update.update.changes:
+            if change.entry.state in DEPARTED:
+                gone.add(change.appointment_id)
+            elif change.HasField("entry"):
+                # An undo brings a patient back.
+                gone.discard(change.appointment_id)
         shown = [
             f"{entry.ticket} {state_name(entry.state)}"
             for entry in update.update.queue.entries
             if entry.appointment_id in gone or entry.state in DEPARTED
         ]
         expect(f"departed entries in the queue of revision {update.revision}", shown, [])
-    departed = {step.appointment_id for step in day.steps if step.state in DEPARTED}
-    expect("number of departed in the changes", len(gone), len(departed))
+    last = {step.appointment_id: step.state for step in day.steps if step.state is not None}
+    expect("number of departed in the changes", len(gone), sum(state in DEPARTED for state in last.values()))
 
 
 @check
@@ -378,8 +383,7 @@ async def folding(desk: Desk) -> None:
         for change in update.update.changes:
             if change.HasField("entry"):
                 entries[change.appointment_id] = change.entry
-                entry = change.entry
-                queue_order.take(change.appointment_id, entry.state, entry.ticket, entry.priority, change.revision)
+                queue_order.take(change.appointment_id, change.entry.state, change.entry, change.revision)
         folded = queue_pb2.Queue()
         for place, (appointment_id, state) in enumerate(queue_order.order(), start=1):
             entry = folded.entries.add()

@@ -38,7 +38,7 @@ _GROUPS = [
     State.STATE_PARKED,
     State.STATE_MISSED,
 ]
-DEPARTED = (State.STATE_DONE, State.STATE_LEFT)
+DEPARTED = (State.STATE_DONE, State.STATE_LEFT, State.STATE_TRANSFERRED)
 _VERBS: dict[str, tuple[Any, Kind.ValueType, State.ValueType | None]] = {
     "CheckIn": (queue_pb2.CheckInRequest, Kind.KIND_CHECKED_IN, State.STATE_WAITING),
     "CallAgain": (queue_pb2.CallAgainRequest, Kind.KIND_CALLED_AGAIN, State.STATE_CALLED),
@@ -136,26 +136,28 @@ class QueueOrder:
     """The order of a queue by the contract's words alone."""
 
     def __init__(self, entries: Sequence[queue_pb2.QueueEntry] = ()) -> None:
-        self._places: dict[str, tuple[State.ValueType, tuple[int, int, int]]] = {}
+        self._places: dict[str, tuple[State.ValueType, tuple[int, int, int, int]]] = {}
         for entry in entries:
-            self.take(entry.appointment_id, entry.state, entry.ticket, entry.priority, 0)
+            self.take(entry.appointment_id, entry.state, entry, 0)
 
-    def take(
-        self, appointment_id: str, state: State.ValueType, ticket: int, priority: Priority.ValueType, revision: int
-    ) -> None:
-        """Put the patient with this ticket and priority into this state, by the change that made this revision."""
+    def take(self, appointment_id: str, state: State.ValueType, entry: queue_pb2.QueueEntry, revision: int) -> None:
+        """Put a patient into this state, by the change that made this revision.
+
+        The entry tells the ticket, the priority and the first check-in.
+        """
         before = self._places.pop(appointment_id, None)
         # Who comes back after a missed call keeps the place at the end.
         returned = 0 if before is None else before[1][1]
         if state == State.STATE_WAITING and before is not None and before[0] == State.STATE_MISSED:
             returned = revision
         if state not in DEPARTED:
-            self._places[appointment_id] = (state, (priority, returned, ticket))
+            place = (entry.priority, returned, entry.check_in_time.ToMicroseconds(), entry.ticket)
+            self._places[appointment_id] = (state, place)
 
     def order(self) -> list[tuple[str, State.ValueType]]:
         """The appointments that a queue shows, in its order, with their states."""
         ordered = sorted(
-            (_GROUPS.index(state), place if state == State.STATE_WAITING else (0, 0, place[2]), appointment_id, state)
+            (_GROUPS.index(state), place if state == State.STATE_WAITING else place[3:], appointment_id, state)
             for appointment_id, (state, place) in self._places.items()
         )
         return [(appointment_id, state) for _, _, appointment_id, state in ordered]
@@ -185,8 +187,9 @@ class Day:
         self._desk = desk
         self._order = QueueOrder()
         self._expected: set[str] = set()
-        self._tickets: dict[str, int] = {}
-        self._priorities: dict[str, Priority.ValueType] = {}
+        self._last_ticket = 0
+        self._entries: dict[str, queue_pb2.QueueEntry] = {}
+        """What the order depends on, of everybody who has checked in."""
         self.doctor_id = doctor_id
         self.date = date
         self.steps: list[Step] = []
@@ -244,8 +247,8 @@ class Day:
         service: Any = self._desk.queues if hasattr(self._desk.queues, verb) else self._desk.appointments
         answer = await ask(getattr(service, verb), request(appointment_id=appointment_id))
         if verb == "CheckIn":
-            self._tickets[appointment_id] = len(self._tickets) + 1
-        if appointment_id not in self._tickets:
+            self._give_ticket(appointment_id, answer)
+        if appointment_id not in self._entries:
             state = None
         self._expected.discard(appointment_id)
         return self._record(verb, kind, answer, appointment_id, state)
@@ -254,8 +257,39 @@ class Day:
         """Set the priority of a patient in the queue."""
         request = queue_pb2.SetPriorityRequest(appointment_id=appointment_id, priority=priority)
         answer = await ask(self._desk.queues.SetPriority, request)
-        self._priorities[appointment_id] = priority
+        self._entries[appointment_id].priority = priority
         return self._record("SetPriority", Kind.KIND_PRIORITY_SET, answer, appointment_id, answer.entry.state)
+
+    async def transfer(self, appointment_id: str, to: "Day") -> Step:
+        """Hand a patient over to another doctor's queue of the same date; the step on this day."""
+        request = queue_pb2.TransferPatientRequest(appointment_id=appointment_id, to_doctor_id=to.doctor_id)
+        answer = await ask(self._desk.queues.TransferPatient, request)
+        to._give_ticket(appointment_id, answer)
+        to._record("TransferPatient", Kind.KIND_TRANSFERRED_IN, answer, appointment_id, State.STATE_WAITING)
+        left = queue_pb2.CallNextResponse(revision=answer.vacated_revision)
+        return self._record(
+            "TransferPatient", Kind.KIND_TRANSFERRED_OUT, left, appointment_id, State.STATE_TRANSFERRED, answered=False
+        )
+
+    async def undo(self, appointment_id: str, state: State.ValueType) -> Step:
+        """Take back the last verb, after which the entry is in this state; LEFT after a check-in."""
+        found = await ask(
+            self._desk.appointments.GetAppointment, appointment_pb2.GetAppointmentRequest(appointment_id=appointment_id)
+        )
+        request = appointment_pb2.UndoTransitionRequest(appointment_id=appointment_id, etag=found.appointment.etag)
+        answer = await ask(self._desk.appointments.UndoTransition, request)
+        if state == State.STATE_LEFT:
+            self._expected.add(appointment_id)
+        step = self._record("UndoTransition", Kind.KIND_UNDONE, answer, appointment_id, state)
+        if state == State.STATE_LEFT:
+            del self._entries[appointment_id]
+        return step
+
+    def _give_ticket(self, appointment_id: str, answer: Any) -> None:
+        self._last_ticket += 1
+        self._entries[appointment_id] = queue_pb2.QueueEntry(
+            ticket=self._last_ticket, priority=answer.entry.priority, check_in_time=answer.entry.check_in_time
+        )
 
     async def call_next(self, room: str = "") -> Step:
         """Call the patient whom the server picks."""
@@ -281,13 +315,12 @@ class Day:
         return self._record("RescheduleAppointment", Kind.KIND_MOVED_OUT, answer, appointment_id, None)
 
     def _record(
-        self, verb: str, kind: Kind.ValueType, answer: Any, appointment_id: str, state: State.ValueType | None
-    ) -> Step:
+        self, verb: str, kind: Kind.ValueType, answer: Any, appointment_id: str, state: State.ValueType | None,
+        *, answered: bool = True,
+    ) -> Step:  # fmt: skip
         if state is not None:
-            ticket = self._tickets.get(appointment_id, 0)
-            priority = self._priorities.get(appointment_id, Priority.PRIORITY_NORMAL)
-            self._order.take(appointment_id, state, ticket, priority, answer.revision)
-        entry = answer.entry if "entry" in answer.DESCRIPTOR.fields_by_name else None
+            self._order.take(appointment_id, state, self._entries[appointment_id], answer.revision)
+        entry = answer.entry if answered and "entry" in answer.DESCRIPTOR.fields_by_name else None
         step = Step(verb, kind, answer.revision, appointment_id, state, entry, self._order.order(), len(self._expected))
         self.steps.append(step)
         return step

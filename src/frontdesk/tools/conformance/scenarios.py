@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 
 from clinic.frontdesk.v1 import queue_pb2
-from frontdesk.tools.conformance.expect import Mismatch, Priority
+from frontdesk.tools.conformance.expect import Mismatch, Priority, State
 from frontdesk.tools.conformance.harness import Day, Desk, Step, Watch, together
 
 CALLERS = 24
@@ -14,7 +14,9 @@ LONG_QUEUE = 80
 
 async def play(desk: Desk, day: Day) -> AsyncGenerator[Step]:
     """A day with every kind of change, one after another, from every queue state in which each is allowed."""
-    tomorrow = desk.day_after(day)
+    tomorrow, other = desk.day_after(day), await desk.day()
+    # Before everybody else, and so first wherever handed over to.
+    early = await other.arrive()
     yield await day.availability()
     booked = []
     for _ in range(7):
@@ -58,6 +60,19 @@ async def play(desk: Desk, day: Day) -> AsyncGenerator[Step]:
     yield await day.set_priority(h, Priority.PRIORITY_PRIORITY)
     yield await day.set_priority(a, Priority.PRIORITY_PRIORITY)
     yield await day.set_priority(c, Priority.PRIORITY_NORMAL)
+    yield await day.do("ParkPatient", h)
+    yield await day.undo(h, State.STATE_WAITING)
+    await other.transfer(early, day)
+    yield day.steps[-1]
+    step = await day.book()
+    yield step
+    i = step.appointment_id
+    yield await day.do("CheckIn", i)
+    yield await day.undo(i, State.STATE_LEFT)
+    yield await day.do("CancelAppointment", i)
+    yield await day.transfer(early, other)
+    yield await day.do("CompleteAppointment", b)
+    yield await day.undo(b, State.STATE_IN_CONSULTATION)
     yield await day.do("CompleteAppointment", b)
     yield await day.do("StartAppointment", a)
     yield await day.do("LeaveQueue", h)

@@ -172,8 +172,11 @@ def upgrade() -> None:
         sa.Column("queue_state", sa.Text(), nullable=True),
         sa.Column("room", sa.Text(), server_default="", nullable=False),
         sa.Column("call_count", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("calls", sa.Integer(), server_default="0", nullable=False),
         sa.Column("call_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("priority", sa.Text(), server_default="NORMAL", nullable=False),
+        sa.Column("override_reason", sa.Text(), server_default="", nullable=False),
+        sa.Column("undo", postgresql.JSONB(), nullable=True),
         sa.Column("version", sa.Integer(), server_default="1", nullable=False),
         sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
         sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
@@ -198,7 +201,7 @@ def upgrade() -> None:
             "(ticket is null) = (queue_state is null) and priority in ('URGENT', 'PRIORITY', 'NORMAL')",
             name="appointment_queue_entry_check",
         ),
-        sa.CheckConstraint("number between 1 and 1000", name="appointment_number_check"),
+        sa.CheckConstraint("number >= 1", name="appointment_number_check"),
         sa.PrimaryKeyConstraint("id", name="appointment_pkey"),
     )
     sort_key = ("date", sa.literal_column("coalesce(start_time, '-infinity'::timestamp with time zone)"), "id")
@@ -250,9 +253,11 @@ def upgrade() -> None:
         sa.Column("active", sa.Boolean(), server_default=sa.text("true"), nullable=False),
         sa.Column("visit_length", sa.Interval(), server_default="00:12:00", nullable=False),
         sa.Column("is_default", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("max_calls", sa.Integer(), server_default="3", nullable=False),
         sa.Column("version", sa.Integer(), server_default="1", nullable=False),
         sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
         sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.CheckConstraint("max_calls between 0 and 1000", name="clinic_max_calls_check"),
         sa.PrimaryKeyConstraint("id", name="clinic_pkey"),
     )
     op.create_index("clinic_city_idx", "clinic", ["city_key", "id"], unique=False)
