@@ -276,6 +276,20 @@ async def test_the_place_was_sold(front: Front) -> None:
     assert (await undo(front, visit.id)).appointment.number == 1
 
 
+async def test_a_held_place(front: Front) -> None:
+    """A place that somebody holds meanwhile is not free for an undo, which is told how long the hold lasts."""
+    doctor, person = await front.doctor(max_patients_per_day=1), await front.patient()
+    visit = (await front.book(person.id, doctor.id)).appointment.id
+    await front.cancel(visit)
+    held = await front.hold(doctor.id)
+    error = await refusal(undo(front, visit))
+    assert reason_of(error) == "DAY_FULL"
+    metadata = details(error)["ErrorInfo"].metadata
+    assert (metadata["held"], 0 < int(metadata["retry_after"]) <= 300) == ("1", True)
+    await front.appointments.ReleaseHold(pb.ReleaseHoldRequest(hold_id=held.id))
+    assert await outcome(undo(front, visit)) == "OK"
+
+
 async def test_the_same_number(front: Front) -> None:
     """If its number is free the visit has it again, although a lower one is free too."""
     doctor = await front.doctor()

@@ -215,3 +215,18 @@ async def test_bad_walk_ins(front: Front) -> None:
         assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
         assert details(error)["BadRequest"].field_violations[0].field == field
     assert not (await front.standing(doctor.id)).entries
+
+
+async def test_a_day_full_of_holds(front: Front) -> None:
+    """A hold takes the place from a walk-in, who is told when it may be free; with a reason he comes in above it."""
+    doctor = await front.doctor(max_patients_per_day=1)
+    held = await front.hold(doctor.id)
+    person = await front.patient()
+    error = await refusal(walk_in(front, doctor.id, person.id))
+    assert reason_of(error) == "DAY_FULL"
+    assert details(error)["ErrorInfo"].metadata["held"] == "1"
+    over = await walk_in(front, doctor.id, person.id, override_reason="fainted")
+    assert (over.appointment.number, over.appointment.override_reason) == (2, "fainted")
+    target = pb.DoctorDay(doctor_id=doctor.id, date=day(today()))
+    booking = pb.BookAppointmentRequest(patient_id=(await front.patient()).id, doctor_day=target, hold_id=held.id)
+    assert reason_of(await refusal(front.appointments.BookAppointment(booking))) == "DAY_FULL"
