@@ -1,6 +1,7 @@
 """The log: every change is in it once, with who made it, and nothing of a patient but ids."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -516,6 +517,33 @@ async def test_the_audit(front: Front) -> None:
         patient_pb2.MergePatientsRequest(keep_patient_id=ana.id, merge_patient_id=(await front.patient()).id)
     )
     assert (await methods(patient_id=ana.id))[:2] == ["MergePatients", "RegisterPatient"]
+
+
+async def test_places_above_the_capacity_are_on_record(front: Front) -> None:
+    """The audit tells which walk-ins and transfers got a place above the capacity, and no later change of the visit."""
+    full = await front.doctor(max_patients_per_day=1)
+    other = await front.doctor(clinic_id=full.clinic_id, max_patients_per_day=1)
+    await front.arrive(full.id)
+    await front.arrive(other.id)
+    person = await front.patient()
+    taken = await front.queues.AddWalkIn(
+        queue_pb2.AddWalkInRequest(doctor_id=full.id, patient_id=person.id, override_reason="fainted")
+    )
+    visit = taken.appointment.id
+    await front.queues.TransferPatient(
+        queue_pb2.TransferPatientRequest(appointment_id=visit, to_doctor_id=other.id, override_reason="fainted")
+    )
+    await front.cancel(visit)
+    events = await listed(front, resource=f"appointments/{visit}")
+    assert Counter((event.method, event.over_capacity) for event in events) == Counter(
+        {
+            ("AddWalkIn", True): 1,
+            ("AddWalkIn", False): 1,
+            ("TransferPatient", True): 1,
+            ("TransferPatient", False): 1,
+            ("CancelAppointment", False): 1,
+        }
+    )
 
 
 async def test_who_may_see_the_audit(front: Front) -> None:

@@ -377,6 +377,29 @@ async def test_a_lowered_capacity(front: Front) -> None:
     assert await outcome(undo(front, visits[1].id)) == "DAY_FULL"
 
 
+async def test_a_number_above_the_others(front: Front) -> None:
+    """The same number is given again if it is free, however far it is above the numbers of the others."""
+    doctor = await front.doctor(max_patients_per_day=1)
+    visits = [(await front.arrive(doctor.id)).appointment]
+    for person in await front.people(2):
+        request = queue_pb2.AddWalkInRequest(doctor_id=doctor.id, patient_id=person.id, override_reason="fainted")
+        visits.append((await front.queues.AddWalkIn(request)).appointment)
+    await do(front, "StartAppointment", visits[2].id)
+    await do(front, "CompleteAppointment", visits[2].id)
+    await do(front, "LeaveQueue", visits[1].id)
+    assert (await undo(front, visits[2].id)).appointment.number == visits[2].number == 3
+
+    other = await front.doctor()
+    booked = [(await front.book(person.id, other.id)).appointment for person in await front.people(8)]
+    for visit in booked:
+        await front.cancel(visit.id)
+    lowered = doctor_pb2.SetDoctorAvailabilityRequest(
+        doctor_id=other.id, date=day(today()), is_present=True, max_patients=2
+    )
+    await front.doctors.SetDoctorAvailability(lowered)
+    assert (await undo(front, booked[7].id)).appointment.number == booked[7].number == 8
+
+
 async def test_the_etag(front: Front) -> None:
     """An undo needs the etag of the visit as it is: without one it is malformed, with a stale one refused."""
     doctor = await front.doctor()

@@ -29,6 +29,8 @@ class AuditEvent:
     count: int
     address: str
     trace_id: str
+    over_capacity: bool
+    """The change gave a place above the capacity of the doctor-day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,10 @@ class AuditFilter:
     time_to: datetime | None
 
 
-_COLUMNS = ", ".join(field.name for field in fields(AuditEvent))
+_COLUMNS = ", ".join(
+    "coalesce((data->>'over_capacity')::boolean, false)" if field.name == "over_capacity" else field.name
+    for field in fields(AuditEvent)
+)
 _APPOINTMENT = re.compile("appointments/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 _DOCTOR_DAY = re.compile("doctorDays/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/([0-9]{4}-[0-9]{2}-[0-9]{2})")
 

@@ -28,7 +28,7 @@ from clinic.frontdesk.v1 import rules_pb2 as clinic_dot_frontdesk_dot_v1_dot_rul
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63linic/frontdesk/v1/audit.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdd\x01\n\nAuditEvent\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x10\n\x08resource\x18\x05 \x01(\t\x12\x11\n\tclinic_id\x18\x06 \x01(\t\x12\x12\n\npatient_id\x18\x07 \x01(\t\x12\x0f\n\x07outcome\x18\x08 \x01(\t\x12\r\n\x05\x63ount\x18\t \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\n \x01(\t\x12\x10\n\x08trace_id\x18\x0b \x01(\t\"\xbe\x02\n\x16ListAuditEventsRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\x12\x1f\n\npatient_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1b\n\x05\x61\x63tor\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x18\xac\x02\x88\xb5\x18\x01\x12#\n\x08resource\x18\x05 \x01(\tB\x11\xbaH\x0er\x0c\x18\x64\x32\x08^[ -~]*$\x12!\n\x06method\x18\x06 \x01(\tB\x11\xbaH\x0er\x0c\x18\x64\x32\x08^[ -~]*$\x12-\n\ttime_from\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07time_to\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"i\n\x17ListAuditEventsResponse\x12\x35\n\x0c\x61udit_events\x18\x01 \x03(\x0b\x32\x1f.clinic.frontdesk.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x88\x01\n\x0c\x41uditService\x12x\n\x0fListAuditEvents\x12+.clinic.frontdesk.v1.ListAuditEventsRequest\x1a,.clinic.frontdesk.v1.ListAuditEventsResponse\"\n\xd2\xb5\x18\x06 \x02@\x01h\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63linic/frontdesk/v1/audit.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/rules.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf4\x01\n\nAuditEvent\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x10\n\x08resource\x18\x05 \x01(\t\x12\x11\n\tclinic_id\x18\x06 \x01(\t\x12\x12\n\npatient_id\x18\x07 \x01(\t\x12\x0f\n\x07outcome\x18\x08 \x01(\t\x12\r\n\x05\x63ount\x18\t \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\n \x01(\t\x12\x10\n\x08trace_id\x18\x0b \x01(\t\x12\x15\n\rover_capacity\x18\x0c \x01(\x08\"\xbe\x02\n\x16ListAuditEventsRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12&\n\npage_token\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\x12\x1f\n\npatient_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1b\n\x05\x61\x63tor\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x18\xac\x02\x88\xb5\x18\x01\x12#\n\x08resource\x18\x05 \x01(\tB\x11\xbaH\x0er\x0c\x18\x64\x32\x08^[ -~]*$\x12!\n\x06method\x18\x06 \x01(\tB\x11\xbaH\x0er\x0c\x18\x64\x32\x08^[ -~]*$\x12-\n\ttime_from\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07time_to\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"i\n\x17ListAuditEventsResponse\x12\x35\n\x0c\x61udit_events\x18\x01 \x03(\x0b\x32\x1f.clinic.frontdesk.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x88\x01\n\x0c\x41uditService\x12x\n\x0fListAuditEvents\x12+.clinic.frontdesk.v1.ListAuditEventsRequest\x1a,.clinic.frontdesk.v1.ListAuditEventsResponse\"\n\xd2\xb5\x18\x06 \x02@\x01h\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,11 +50,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUDITSERVICE'].methods_by_name['ListAuditEvents']._loaded_options = None
   _globals['_AUDITSERVICE'].methods_by_name['ListAuditEvents']._serialized_options = b'\322\265\030\006 \002@\001h\001'
   _globals['_AUDITEVENT']._serialized_start=186
-  _globals['_AUDITEVENT']._serialized_end=407
-  _globals['_LISTAUDITEVENTSREQUEST']._serialized_start=410
-  _globals['_LISTAUDITEVENTSREQUEST']._serialized_end=728
-  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_start=730
-  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_end=835
-  _globals['_AUDITSERVICE']._serialized_start=838
-  _globals['_AUDITSERVICE']._serialized_end=974
+  _globals['_AUDITEVENT']._serialized_end=430
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_start=433
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_end=751
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_start=753
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_end=858
+  _globals['_AUDITSERVICE']._serialized_start=861
+  _globals['_AUDITSERVICE']._serialized_end=997
 # @@protoc_insertion_point(module_scope)

@@ -36,6 +36,7 @@ class AuditEvent(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
+    OVER_CAPACITY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """A lower-case UUID, time-ordered."""
     actor: _builtins.str
@@ -64,6 +65,8 @@ class AuditEvent(_message.Message):
     """Where the call came from: `192.0.2.1`, `2001:db8::1`, or `unix` for a Unix socket."""
     trace_id: _builtins.str
     """The id of the trace that the call belongs to, in hexadecimal; empty without traces."""
+    over_capacity: _builtins.bool
+    """Whether the change gave a place above the capacity of the doctor-day. `override_reason` of the appointment says why."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it was done. Of refusals that are summed: the first one."""
@@ -82,10 +85,11 @@ class AuditEvent(_message.Message):
         count: _builtins.int = ...,
         address: _builtins.str = ...,
         trace_id: _builtins.str = ...,
+        over_capacity: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "address", b"address", "clinic_id", b"clinic_id", "count", b"count", "id", b"id", "method", b"method", "outcome", b"outcome", "patient_id", b"patient_id", "resource", b"resource", "time", b"time", "trace_id", b"trace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "address", b"address", "clinic_id", b"clinic_id", "count", b"count", "id", b"id", "method", b"method", "outcome", b"outcome", "over_capacity", b"over_capacity", "patient_id", b"patient_id", "resource", b"resource", "time", b"time", "trace_id", b"trace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -190,7 +190,8 @@ class QueueEntry(_message.Message):
     @_builtins.property
     def estimate(self) -> Global___Estimate:
         """When the patient will probably be called, if the patient is waiting and somebody is or was in consultation within an
-        hour. Not part of the revision: it may differ between two reads of one revision.
+        hour. Not part of the revision: it may differ between two reads of one revision. Only in Queue.entries, and in
+        heartbeats: no change waits for estimates.
         """
 
     def __init__(

@@ -201,7 +201,7 @@ class SetWeeklyScheduleResponse(_message.Message):
     @_builtins.property
     def stale_slot_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The ids of the open slots that have not started and that the old hours had and the new ones do not have, by start
-        time. They can still be booked until the caller deletes them.
+        time. They can still be booked until the caller deletes them, but for those that a leave of hours keeps blocked.
         """
 
     def __init__(

@@ -55,10 +55,11 @@ begin
                  when r.hold is not null then
                      jsonb_strip_nulls(jsonb_build_object('state', a.state, 'number', a.number, 'start_time', a.start_time,
                                                           'end_time', a.end_time, 'hold_id', r.hold))
+                 when a.override_reason <> '' and p_type in ('appointment.booked', 'queue.transferred_in') then
+                     jsonb_build_object('state', a.state, 'number', a.number, 'over_capacity', true)
                  when a.start_time is null then jsonb_build_object('state', a.state, 'number', a.number)
                  else jsonb_build_object('state', a.state, 'number', a.number, 'start_time', a.start_time,
-                                         'end_time', a.end_time) end
-                || case when a.override_reason <> '' then '{"over_capacity": true}' else '{}' end::jsonb,
+                                         'end_time', a.end_time) end,
             v_entry.queue_state, record_change.ticket, v_entry.room, v_entry.call_count, v_entry.check_in_time,
             v_entry.call_time, v_entry.start_visit_time, v_entry.priority);
 end

@@ -146,7 +146,8 @@ begin
     number := v_taken + 1;
     if v_highest > v_taken or v_first > 1 or p_again then
         select n into number
-        from generate_series(v_first, case when v_first > 1 or p_again then greatest(v_highest, v.capacity)
+        from generate_series(v_first, case when p_again then greatest(v_highest, v.capacity, p_moving.number)
+                                           when v_first > 1 then greatest(v_highest, v.capacity)
                                            else v_taken end + 1) n
         where not exists (
             select from appointment a
