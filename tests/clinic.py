@@ -227,6 +227,20 @@ class Front:
             wanted.policy = fields.pop("policy")
         return await self.schedules.CreateLeave(schedule_pb2.CreateLeaveRequest(leave=wanted, **fields))
 
+    async def absent(self, doctor_id: str, cause: str) -> None:
+        """Close this doctor's today: AVAILABILITY, EXCEPTION or LEAVE, as the cause of DOCTOR_ABSENT is then."""
+        on = day(today())
+        if cause == "AVAILABILITY":
+            await self.doctors.SetDoctorAvailability(
+                doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor_id, date=on, is_present=False)
+            )
+        elif cause == "EXCEPTION":
+            await self.schedules.SetScheduleException(
+                schedule_pb2.SetScheduleExceptionRequest(doctor_id=doctor_id, date=on, closed=True)
+            )
+        else:
+            await self.leave(doctor_id, today())
+
     async def standing(self, doctor_id: str) -> queue_pb2.Queue:
         """The queue as it is now, without the estimates, which may differ between two reads of one revision."""
         return without_estimates(await self.queue(doctor_id))
@@ -238,6 +252,9 @@ class Front:
         wanted.end_time.FromDatetime(start + timedelta(minutes=minutes))
         return (await self.slots.CreateSlot(slot_pb2.CreateSlotRequest(slot=wanted))).slot
 
+
+CAUSES = ("AVAILABILITY", "EXCEPTION", "LEAVE")
+"""The causes of DOCTOR_ABSENT."""
 
 Clock = Callable[[str], AbstractAsyncContextManager[Front]]
 """Opens a front desk whose clock stands still at an instant."""

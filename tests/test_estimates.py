@@ -134,6 +134,31 @@ async def test_an_hour_after_the_last_consultation(front: Front) -> None:
         assert [each is not None for each in _likely(await front.queue(doctor.id))] == [known, known]
 
 
+async def test_a_heartbeat_clears_estimates(front: Front) -> None:
+    """An hour after the last consultation a stream that goes on is told that those who wait have no estimate."""
+    doctor = await front.doctor()
+    first = await _begin(front, doctor.id)
+    await front.arrive(doctor.id)
+    await front.appointments.CompleteAppointment(appointment_pb2.CompleteAppointmentRequest(appointment_id=first))
+    watch: Any = front.queues.WatchQueue(queue_pb2.WatchQueueRequest(doctor_id=doctor.id))
+    shown = await watch.read()
+    watch.cancel()
+    assert None not in _likely(shown.update.queue)
+    front.sql(
+        "update appointment set complete_time = now() - interval '61 minutes',"
+        " start_visit_time = now() - interval '2 hours' where id = %s",
+        first,
+    )
+    again: Any = front.queues.WatchQueue(
+        queue_pb2.WatchQueueRequest(doctor_id=doctor.id, resume_token=shown.resume_token)
+    )
+    message = await again.read()
+    again.cancel()
+    assert message.HasField("heartbeat")
+    assert [(one.ticket, one.HasField("estimate")) for one in message.heartbeat.estimates] == [(2, False)]
+    assert not message.heartbeat.HasField("next_estimate")
+
+
 async def test_a_visit_under_way_is_credited(front: Front) -> None:
     """The time that a consultation has taken already is not waited for again; a long one goes on a little."""
     doctor = await front.doctor()

@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
-from clinic.frontdesk.v1 import doctor_pb2, patient_pb2, slot_pb2
+from clinic.frontdesk.v1 import doctor_pb2, patient_pb2, queue_pb2, slot_pb2
 from frontdesk.db.database import Database
 from frontdesk.jobs.maintenance import clean
 from frontdesk.settings import Settings
@@ -45,6 +45,16 @@ def move(front: Front, appointment_id: str, doctor_id: str, on: date, **fields: 
     return front.appointments.RescheduleAppointment(
         pb.RescheduleAppointmentRequest(appointment_id=appointment_id, doctor_day=target, **fields)
     )
+
+
+def undo(front: Front, visit: pb.Appointment) -> Any:
+    """A call of UndoTransition."""
+    return front.appointments.UndoTransition(pb.UndoTransitionRequest(appointment_id=visit.id, etag=visit.etag))
+
+
+def walk_in(front: Front, doctor_id: str, patient_id: str, **fields: Any) -> Any:
+    """A call of AddWalkIn."""
+    return front.queues.AddWalkIn(queue_pb2.AddWalkInRequest(doctor_id=doctor_id, patient_id=patient_id, **fields))
 
 
 async def slot_now(front: Front, slot_id: str) -> slot_pb2.Slot:
@@ -115,6 +125,50 @@ async def test_a_slot_is_held(front: Front) -> None:
     await release(front, second.id)
     listed = await front.slots.ListSlots(slot_pb2.ListSlotsRequest(doctor_id=doctor.id))
     assert [(found.held_count, found.available_count) for found in listed.slots] == [(0, 2), (0, 2)]
+
+
+async def test_a_held_place_is_no_way_in(front: Front) -> None:
+    """An undo of a cancellation, a walk-in and a transfer are refused a held place, and told how long to wait."""
+    doctor = await front.doctor(max_patients_per_day=1)
+    other = await front.doctor(clinic_id=doctor.clinic_id)
+    one, two = await front.people(2)
+    booked = await front.book(one.id, doctor.id)
+    cancelled = (await front.cancel(booked.appointment.id)).appointment
+    arrived = (await front.arrive(other.id)).appointment
+    held = await front.hold(doctor.id)
+    transfer = queue_pb2.TransferPatientRequest(appointment_id=arrived.id, to_doctor_id=doctor.id)
+    before = await front.standing(doctor.id), await front.standing(other.id)
+    for call in (
+        undo(front, cancelled), walk_in(front, doctor.id, two.id), front.queues.TransferPatient(transfer),
+    ):  # fmt: skip
+        reason, metadata = told(await refusal(call))
+        assert (reason, metadata["doctor_id"], metadata["held"]) == ("DAY_FULL", doctor.id, "1")
+        assert 0 < int(metadata["retry_after"]) <= 300
+    assert (await front.standing(doctor.id), await front.standing(other.id)) == before
+    await release(front, held.id)
+    assert (await undo(front, cancelled)).appointment.state == pb.Appointment.STATE_BOOKED
+
+
+async def test_a_held_slot_refuses_an_undo(front: Front) -> None:
+    """A cancelled visit does not come back to the place of its slot that somebody holds now."""
+    doctor, person = await front.doctor(), await front.patient()
+    slot = await front.slot(doctor.id, soon())
+    booked = await front.book_slot(person.id, slot.id)
+    cancelled = (await front.cancel(booked.appointment.id)).appointment
+    held = await front.hold_slot(slot.id)
+    reason, metadata = told(await refusal(undo(front, cancelled)))
+    assert (reason, metadata["slot_id"], metadata["held"]) == ("SLOT_FULL", slot.id, "1")
+    assert 0 < int(metadata["retry_after"]) <= 300
+    expire(front, held.id)
+    assert (await undo(front, cancelled)).appointment.slot_id == slot.id
+
+
+async def test_an_override_beside_a_hold(front: Front) -> None:
+    """On a day that a hold alone fills, a walk-in by override gets a number above the capacity, on record."""
+    doctor, person = await front.doctor(max_patients_per_day=1), await front.patient()
+    await front.hold(doctor.id)
+    over = (await walk_in(front, doctor.id, person.id, override_reason="fainted")).appointment
+    assert (over.number, over.override_reason) == (2, "fainted")
 
 
 async def test_a_hold_is_no_change_of_the_day(front: Front) -> None:

@@ -680,6 +680,46 @@ async def test_two_replicas(front: Front, conninfo: str, settings: Settings) -> 
     assert cancellations(front) == {one.appointment_id: 1 for one in found}
 
 
+@pytest.mark.soak
+async def test_ten_thousand_appointments(front: Front) -> None:
+    """A leave over 10,000 appointments moves each of them once, and bookings of other doctors succeed meanwhile."""
+    doctor = await front.doctor(max_patients_per_day=1000)
+    other = await front.doctor(clinic_id=doctor.clinic_id, max_patients_per_day=1000)
+    front.sql(
+        "with p as (insert into patient (given_name, name_key) select 'P', 'p' || n from generate_series(0, 9999) n"
+        " returning id), numbered as (select id, (row_number() over () - 1)::integer as n from p)"
+        " insert into appointment (patient_id, doctor_id, clinic_id, date, number, state)"
+        " select id, %s, %s, %s::date + n / 1000, n %% 1000 + 1, 'BOOKED' from numbered",
+        *(doctor.id, doctor.clinic_id, after(0)),
+    )
+    person = await front.patient()
+    bookings = 0
+
+    async def applied() -> bool:
+        nonlocal bookings
+        visit = (await front.book(person.id, other.id, after(bookings % 100))).appointment
+        await front.cancel(visit.id)
+        bookings += 1
+        return front.sql("select state from leave") == [("APPLIED",)]
+
+    leave = asyncio.ensure_future(front.leave(doctor.id, after(0), after(9), policy=SAME_DOCTOR))
+    await until_true(applied, 900)
+    answer = await leave
+    assert bookings > 1
+    found = await told(front, answer.leave)
+    assert (found.leave.state, found.leave.affected_count) == (Leave.STATE_APPLIED, 10_000)
+    assert Counter(one.outcome for one in found.affected) == {Outcome.OUTCOME_MOVED: 10_000}
+    assert len({one.appointment_id for one in found.affected}) == 10_000
+    moved = (
+        "select count(*), count(distinct appointment_id) from log where type = 'appointment.moved_in'"
+        " and doctor_id = %s"
+    )
+    assert front.sql(moved, doctor.id) == [(10_000, 10_000)]
+    assert front.sql(
+        "select date, count(*) from appointment where doctor_id = %s group by 1 order by 1", doctor.id
+    ) == [(after(10 + n), 1000) for n in range(10)]
+
+
 @asynccontextmanager
 async def client_of(service: Service, conninfo: str) -> AsyncIterator[Front]:
     """A client of a service that runs as processes."""

@@ -10,7 +10,7 @@ import pytest
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
 from clinic.frontdesk.v1 import doctor_pb2, queue_pb2
-from tests.clinic import Front, day, details, outcome, reason_of, refusal, today, tomorrow
+from tests.clinic import CAUSES, Front, day, details, outcome, reason_of, refusal, today, tomorrow
 from tests.identities import bearing, create_key, user
 from tests.waiting import SOON
 
@@ -207,6 +207,18 @@ async def test_refusals(front: Front, doctors: list[doctor_pb2.Doctor]) -> None:
         wrong = {"appointment_id": visit.id, "to_doctor_id": other.id, field: "x"}
         bad = await refusal(front.queues.TransferPatient(queue_pb2.TransferPatientRequest(**wrong)))
         assert details(bad)["BadRequest"].field_violations[0].field == field
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+async def test_an_absent_doctor(front: Front, doctors: list[doctor_pb2.Doctor], cause: str) -> None:
+    """Nobody is handed over to an absent doctor, by an override neither, and the refusal says why he is absent."""
+    one, other = doctors
+    visit = (await front.arrive(one.id)).appointment
+    await front.absent(other.id, cause)
+    for why in ("", "urgent"):
+        refused = details(await refusal(transfer(front, visit.id, other.id, override_reason=why)))["ErrorInfo"]
+        assert (refused.reason, refused.metadata["cause"]) == ("DOCTOR_ABSENT", cause)
+    assert await front.appointment(visit.id) == visit
 
 
 async def test_not_today(front: Front, doctors: list[doctor_pb2.Doctor]) -> None:

@@ -5,10 +5,11 @@ from collections import Counter
 from typing import Any
 
 import grpc
+import pytest
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
 from clinic.frontdesk.v1 import doctor_pb2, queue_pb2
-from tests.clinic import Front, day, details, outcome, reason_of, refusal, today
+from tests.clinic import CAUSES, Front, day, details, outcome, reason_of, refusal, today
 from tests.identities import bearing, create_key, user
 
 UNKNOWN = "01900000-0000-7000-8000-00000000ffff"
@@ -137,6 +138,18 @@ async def test_what_is_not_overridden(front: Front) -> None:
     assert await outcome(walk_in(front, UNKNOWN, person.id, **why)) == "DOCTOR_NOT_FOUND"
     front.sql("update doctor set active = false where id = %s", doctor.id)
     assert await outcome(walk_in(front, doctor.id, (await front.patient()).id, **why)) == "DOCTOR_INACTIVE"
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+async def test_an_absent_doctor(front: Front, cause: str) -> None:
+    """An absent doctor takes no walk-in, by an override neither, and the refusal says why the doctor is absent."""
+    doctor, person = await front.doctor(), await front.patient()
+    await front.absent(doctor.id, cause)
+    before = await front.standing(doctor.id)
+    for why in ("", "urgent"):
+        refused = details(await refusal(walk_in(front, doctor.id, person.id, override_reason=why)))["ErrorInfo"]
+        assert (refused.reason, refused.metadata["cause"]) == ("DOCTOR_ABSENT", cause)
+    assert await front.standing(doctor.id) == before
 
 
 async def test_who_may_override(front: Front) -> None:
