@@ -104,6 +104,8 @@ class Desk:
     changes: int = 0
     """The number of acknowledged changes."""
     watcher: "Watcher | None" = None
+    calls: int = 0
+    """How often the next patient was called for, which makes the keys."""
 
 
 @dataclass
@@ -266,6 +268,7 @@ class Day:
         self._patients: dict[str, str] = {}
         self._clinics: dict[str, str] = {}
         self._desks = assign(rows)
+        self._visits_of = Counter(row.patient for row in rows)
         self.outcome = Outcome(rows=len(rows), doctors=len(self._desks))
 
     async def play(self) -> Outcome:
@@ -438,12 +441,23 @@ class Day:
         try:
             answers = await asyncio.gather(*(self._check_in(visit) for visit in here.values()))
             desk.changes += len(answers)
-            for ticket in range(before + 1, before + len(here) + 1):
-                next_one = queue_pb2.CallNextRequest(doctor_id=desk.doctor, date=self._day, room="1")
-                called = (await self._call(self._queues.CallNext, next_one, f"call/{desk.code}/{ticket}")).entry
+            if [visit.ticket for visit in sorted(here.values(), key=lambda visit: visit.ticket)] != [
+                *range(before + 1, before + len(here) + 1)
+            ]:
+                self._wrong(f"doctor {desk.code}: the tickets have gaps")
+            waiting = {visit.ticket: visit for visit in here.values()}
+            while waiting:
+                called = await self._next(desk)
+                if called is None:
+                    # All who are left are with other doctors just now.
+                    await asyncio.sleep(0.01)
+                    continue
                 visit = here[called.appointment_id]
-                if called.ticket != ticket or visit.ticket != ticket:
-                    self._wrong(f"doctor {desk.code}: ticket {called.ticket} was called, but {ticket} is next")
+                before_him = [ticket for ticket in waiting if ticket < called.ticket]
+                # A patient with several visits today is passed over while he is with another doctor.
+                passed = all(self._visits_of[waiting[ticket].row.patient] > 1 for ticket in before_him)
+                if waiting.pop(called.ticket, None) is not visit or not passed:
+                    self._wrong(f"doctor {desk.code}: ticket {called.ticket} was called out of turn")
                 start = appointment_pb2.StartAppointmentRequest(appointment_id=visit.id)
                 await self._call(self._appointments.StartAppointment, start, f"start/{visit.row.appointment}")
                 done = appointment_pb2.CompleteAppointmentRequest(appointment_id=visit.id)
@@ -455,6 +469,20 @@ class Day:
                 self.outcome.came += 1
         except grpc.aio.AioRpcError as error:
             self._wrong(f"doctor {desk.code}: a call of the queue was refused: {reason_of(error)}")
+
+    async def _next(self, desk: Desk) -> queue_pb2.QueueEntry | None:
+        """Call the next patient; None if nobody can be called."""
+        request = queue_pb2.CallNextRequest(doctor_id=desk.doctor, date=self._day, room="1")
+        desk.calls += 1
+        try:
+            answer: queue_pb2.CallNextResponse = await self._call(
+                self._queues.CallNext, request, f"call/{desk.code}/{desk.calls}"
+            )
+        except grpc.aio.AioRpcError as error:
+            if reason_of(error) != "QUEUE_EMPTY":
+                raise
+            return None
+        return answer.entry
 
     async def _check_in(self, visit: Visit) -> None:
         request = queue_pb2.CheckInRequest(appointment_id=visit.id, patient_id=self._patients[visit.row.patient])

@@ -196,6 +196,8 @@ RULES = {
 """Queries for rows that break a rule."""
 
 
+# The service runs in a thread of this process, and draws random numbers while Hypothesis draws its own.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning")
 def test_hostile_requests(service: Service) -> None:
     """No request causes a fault of the server, no refusal or log repeats its texts, and the database stays sound."""
     answers: Counter[tuple[str, str]] = Counter()

@@ -61,6 +61,7 @@ REFUSALS: dict[str, set[str]] = {method: {"INVALID_TRANSITION"} for method in KI
     "RescheduleAppointment": _PLACE | {"INVALID_TRANSITION"},
     "CheckIn": {"INVALID_TRANSITION", "ALREADY_CHECKED_IN", "NOT_APPOINTMENT_DATE"},
     "MarkNoShow": {"INVALID_TRANSITION", "TOO_EARLY"},
+    "CallAgain": {"INVALID_TRANSITION", "CALL_LIMIT_REACHED"},
     "CallNext": {"QUEUE_EMPTY"},
 }
 """The reasons for which the harness's requests may be refused. They never name unknown resources."""
@@ -378,6 +379,40 @@ class Facts:
     """By position. May be read once."""
     unsealed: int = 0
     """Rows of `log` without a seal, though every transaction has ended."""
+    _called: dict[str, list[tuple[Day, float, float]]] | None = None
+
+    def with_another(self, who: str, day: Day, first: float, last: float) -> bool:
+        """Whether the patient of this visit was called or in consultation on another doctor-day of the date, at some
+        time between two instants. Some seconds more or less: a decision reads the clock, and may then wait for a row.
+        """
+        if self._called is None:
+            self._called = _called(self.events, self.visits)
+        visit = self.visits.get(who)
+        return visit is not None and any(
+            other != day and other[1] == day[1] and start - _WAIT_SECONDS <= last and first <= end + _WAIT_SECONDS
+            for other, start, end in self._called.get(visit.patient, ())
+        )
+
+
+_WAIT_SECONDS = 12.0
+"""How long before its commit a decision may have read the clock, at most."""
+
+
+def _called(events: Iterable[Event], visits: dict[str, Visit]) -> dict[str, list[tuple[Day, float, float]]]:
+    """When each patient was called or in consultation, and on which doctor-day."""
+    found: dict[str, list[tuple[Day, float, float]]] = defaultdict(list)
+    since: dict[str, float] = {}
+    for event in sorted(events, key=lambda one: (one.day, one.revision)):
+        if event.appointment not in visits:
+            continue
+        if event.state in ("CALLED", "IN_CONSULTATION"):
+            since.setdefault(event.appointment, event.time)
+        elif event.appointment in since:
+            span = (event.day, since.pop(event.appointment), event.time)
+            found[visits[event.appointment].patient].append(span)
+    for who, start in since.items():
+        found[visits[who].patient].append((visits[who].day, start, float("inf")))
+    return found
 
 
 @dataclass(slots=True)
@@ -443,6 +478,7 @@ class _Replay:
         self._order: dict[str, tuple[int, int]] = {}
         """The place in the queue: the revision of the return after a missed call, or 0; and that of the check-in."""
         self._last_ticket = 0
+        self._times: dict[int, float] = {}
         self._capacity = facts.capacities.get(day[0], 0)
         self._facts = facts
         expected = 2
@@ -451,12 +487,17 @@ class _Replay:
                 self._say("revisions", f"r{expected} is followed by r{event.revision}", event.revision)
             expected = event.revision + 1
             slot = self.place.get(event.appointment, (0, ""))[1]
+            self._times[event.revision] = event.time
             self._apply(event, memories.get((day, event.revision)))
             self.pictures[event.revision] = self._picture()
             self.taken.set(event.revision, len(self._holding))
             for touched in {slot, self.place.get(event.appointment, (0, ""))[1]} - {""}:
                 self.taken_of_slot[touched].set(event.revision, self._taken_of(touched))
         self.last = expected - 1
+
+    def time_of(self, revision: int, otherwise: float) -> float:
+        """When the revision was made."""
+        return self._times.get(revision, otherwise)
 
     def _say(self, rule: str, text: str, revision: int) -> None:
         self.violations.append((rule, f"{text} at r{revision} of {_told(self.day)}", revision))
@@ -508,13 +549,19 @@ class _Replay:
                     self._last_ticket = event.ticket
                 self.ticket[who] = event.ticket
             if event.kind == "CALLED":
-                waiting = [one for one, at in self._holding.items() if at == "WAITING"]
-                if waiting and who != (first := min(waiting, key=lambda one: self._order[one])):
+                # One who is with another doctor is passed over.
+                waiting = [
+                    one
+                    for one, at in self._holding.items()
+                    if at == "WAITING"
+                    and (one == who or not self._facts.with_another(one, self.day, event.time, event.time))
+                ]
+                if waiting and who != (first := min(waiting, key=self._place_in_queue)):
                     self._say("transition", f"called {who} before {first}", revision)
             if event.kind == "CHECKED_IN":
                 self._order[who] = (0, revision)
             elif after == "WAITING" and before == "MISSED":
-                self._order[who] = (revision, self._order[who][1])
+                self._order[who] = (revision, self._place_in_queue(who)[1])
             self.place.setdefault(who, (0, ""))
             self._put(who, after)
         else:
@@ -522,6 +569,10 @@ class _Replay:
         if event.state != in_line:
             self._say("transition", f"{event.kind} left the queue entry at '{event.state}', not '{in_line}'", revision)
         self.states[who].set(revision, after)
+
+    def _place_in_queue(self, who: str) -> tuple[int, int]:
+        # In a shortened history the check-in may be missing.
+        return self._order.get(who, (0, 0))
 
     def _guess(self, who: str) -> tuple[int, str]:
         visit = self._facts.visits.get(who)
@@ -548,7 +599,7 @@ class _Replay:
         by_state: dict[str, list[str]] = defaultdict(list)
         for who, at in self._holding.items():
             by_state[at].append(who)
-        waiting = sorted(by_state["WAITING"], key=lambda one: self._order[one])
+        waiting = sorted(by_state["WAITING"], key=self._place_in_queue)
         entries = [(one, self.ticket.get(one, 0), "WAITING", place) for place, one in enumerate(waiting, 1)]
         for state in WAITING_ROOM[1:]:
             here = sorted((self.ticket.get(one, 0), one) for one in by_state[state])
@@ -870,7 +921,15 @@ class Checker:
             return "but nobody has used it" if about.get("state") == "USED" and not uses else ""
         if one.outcome == "QUEUE_EMPTY":
             pictures = (replay.pictures.get(revision) for revision in range(low, high + 1))
-            empty = any(p is None or all(entry[2] != "WAITING" for entry in p[0]) for p in pictures)
+            first, last = replay.time_of(low, 0.0), replay.time_of(high + 1, float("inf"))
+            empty = any(
+                p is None
+                or all(
+                    entry[2] != "WAITING" or self._facts.with_another(entry[0], operation.day, first, last)
+                    for entry in p[0]
+                )
+                for p in pictures
+            )
             return "" if empty else f"but a patient was always waiting {when}"
         if one.outcome in ("DUPLICATE_BOOKING", "PATIENT_OVERLAP"):
             return self._patient_was_free(operation, one)
