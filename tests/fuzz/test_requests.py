@@ -7,7 +7,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,29 +202,37 @@ def test_hostile_requests(service: Service) -> None:
     """No request causes a fault of the server, no refusal or log repeats its texts, and the database stays sound."""
     answers: Counter[tuple[str, str]] = Counter()
 
-    @hypothesis.settings(
-        max_examples=EXAMPLES * hypothesis.settings().max_examples,
-        suppress_health_check=list(HealthCheck),
-        database=None,
-        print_blob=False,
-    )
-    @given(st.data())
-    def send(data: st.DataObject) -> None:
-        method = data.draw(st.sampled_from(sorted(METHODS)), "method")
-        raw = data.draw(requests(method, service.known), "request")
-        del service.logged[:]
-        metadata = (*data.draw(METADATA, "metadata"), *credentials_for(method))
-        status, answer = service.ask(method, raw, metadata)
-        answers[method, status] += 1
-        if status != OK:
-            assert not faults(status, answer)
-        assert CANARY.lower() not in repr(service.logged).lower()
-        assert not [entry for entry in service.logged if entry["log_level"] in ("error", "critical")]
+    def send_to(methods: Sequence[str], examples: int) -> None:
+        @hypothesis.settings(
+            max_examples=examples, suppress_health_check=list(HealthCheck), database=None, print_blob=False
+        )
+        @given(st.data())
+        def send(data: st.DataObject) -> None:
+            method = data.draw(st.sampled_from(methods), "method")
+            raw = data.draw(requests(method, service.known), "request")
+            del service.logged[:]
+            metadata = (*data.draw(METADATA, "metadata"), *credentials_for(method))
+            status, answer = service.ask(method, raw, metadata)
+            answers[method, status] += 1
+            if status != OK:
+                assert not faults(status, answer)
+            assert CANARY.lower() not in repr(service.logged).lower()
+            assert not [entry for entry in service.logged if entry["log_level"] in ("error", "critical")]
 
-    send()
+        send()
+
+    def decided(method: str) -> int:
+        return sum(answers[method, code] for code in DECIDED)
+
+    send_to(sorted(METHODS), EXAMPLES * hypothesis.settings().max_examples)
+    for method in METHODS:
+        # Chance may have given a method with many conditions nothing that passes them: give it more.
+        for _ in range(5):
+            if not decided(method):
+                send_to([method], 200)
     for method in METHODS:
         # Some requests must get as far as a decision. A fuzz whose requests are all invalid tests little.
-        assert sum(answers[method, code] for code in DECIDED) > 0, method
+        assert decided(method) > 0, method
     everything_can_be_read(service)
     health = health_pb2_grpc.HealthStub(service.channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
     assert health.status == health_pb2.HealthCheckResponse.SERVING
