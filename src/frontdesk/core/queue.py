@@ -11,7 +11,7 @@ from typing import Any
 from frontdesk.core.appointment import Appointment, Appointments
 from frontdesk.core.caller import Caller, Sight
 from frontdesk.core.decision import iso
-from frontdesk.core.estimate import Estimate, Pace, Visit, estimates
+from frontdesk.core.estimate import RECENT_VISITS, Estimate, Pace, Visit, estimates
 from frontdesk.db.batch import Batcher
 from frontdesk.db.change import Change, Key
 from frontdesk.db.database import Database
@@ -223,13 +223,13 @@ cross join lateral (
     select count(*) filter (where b.state = 'BOOKED') as count,
            array_agg(b.patient_id) filter (where k.patients and b.state <> 'CANCELLED') as patients,
            bool_or(b.state = 'IN_CONSULTATION')
-               or max(greatest(b.start_visit_time, b.complete_time)) > moment() - interval '1 hour' as active,
+               or max(greatest(b.start_visit_time, b.complete_time)) > moment() - interval '{_IDLE}' as active,
            max(greatest(b.start_visit_time, b.complete_time)) as active_time, max(b.complete_time) as ended
     from appointment b where may.see and b.doctor_id = d.id and b.date = day.date) expected
 left join lateral (
     select extract(epoch from c.visit_length)::float8 as planned,
-           case when not k.paced or expected.ended is distinct from k.ended then recent_visits(d.id, day.date) end
-           as recent
+           case when not k.paced or expected.ended is distinct from k.ended
+                then recent_visits(d.id, day.date, {RECENT_VISITS}) end as recent
     from clinic c where c.id = d.clinic_id and expected.active offset 0) pace on true
 left join lateral (
     select x.*, case x.queue_state when 'WAITING' then place_in_queue(x) end as place from appointment x

@@ -248,9 +248,10 @@ begin
 end
 $$;
 
--- The seconds that the doctor's latest completed consultations took, as many as RECENT_VISITS in core/estimate.py: of the
--- year up to this date, the latest days first. No condition on `state`, which has an index of the whole service.
-create or replace function recent_visits(p_doctor uuid, p_date date) returns float8[] language sql stable as $$
+-- The seconds that the doctor's latest completed consultations took, at most `p_most`: of the year up to this date, the
+-- latest days first. No condition on `state`, which has an index of the whole service.
+create or replace function recent_visits(p_doctor uuid, p_date date, p_most integer) returns float8[]
+    language sql stable as $$
     select array(
         select extract(epoch from v.complete_time - v.start_visit_time)::float8
         from appointment v
@@ -260,6 +261,6 @@ create or replace function recent_visits(p_doctor uuid, p_date date) returns flo
               from (select x.date from appointment x
                     where x.doctor_id = p_doctor and x.date between p_date - 365 and p_date
                       and x.complete_time is not null
-                    order by x.date desc, coalesce(x.start_time, '-infinity') desc, x.id desc limit 30) l) and p_date
-        order by v.complete_time desc limit 30)
+                    order by x.date desc, coalesce(x.start_time, '-infinity') desc, x.id desc limit p_most) l) and p_date
+        order by v.complete_time desc limit p_most)
 $$;
