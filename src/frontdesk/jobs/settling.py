@@ -9,18 +9,13 @@ POLL_SECONDS = 1.0
 """Between two looks for leaves."""
 
 
-class Settling:
-    """Each worker has one. The database lets one at a time settle a leave."""
+async def go_on(leaves: Leaves, changed: Callable[[], None]) -> None:
+    """Settle for ever; the database lets one process at a time settle a leave. `changed` is told after each leave.
 
-    def __init__(self, leaves: Leaves, logged: Callable[[], None]) -> None:
-        """`logged` is told that the log has grown."""
-        self._leaves = leaves
-        self._logged = logged
-
-    async def follow(self) -> None:
-        """Settle for ever. Raises DatabaseUnavailable."""
-        while True:
-            for leave_id in await self._leaves.applying():
-                await self._leaves.settle(leave_id)
-                self._logged()
-            await asyncio.sleep(POLL_SECONDS)
+    Raises DatabaseUnavailable.
+    """
+    while True:
+        for leave_id in await leaves.applying():
+            await leaves.settle(leave_id)
+            changed()
+        await asyncio.sleep(POLL_SECONDS)

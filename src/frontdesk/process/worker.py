@@ -26,7 +26,7 @@ from frontdesk.errors import Refused
 from frontdesk.jobs.horizon import keep_ahead
 from frontdesk.jobs.maintenance import clean, retention
 from frontdesk.jobs.sealing import Sealer
-from frontdesk.jobs.settling import Settling
+from frontdesk.jobs.settling import go_on
 from frontdesk.live.feed import Feed
 from frontdesk.process.log import configure_log, dropped, failure
 from frontdesk.rpc.access import Access
@@ -101,8 +101,7 @@ class Worker:
         self._limits = Limits(self._db)
         self._sealer = Sealer(self._db)
         self._notes = Notes(self._db, self._sealer.changed)
-        leaves = Leaves(self._db, self._feed.changed)
-        self._settling = Settling(leaves, self._sealer.changed)
+        self._leaves = Leaves(self._db, self._feed.changed)
         origins = Origins(settings.proxies)
         self._pipeline = Pipeline(
             max_in_flight=settings.max_in_flight,
@@ -149,7 +148,7 @@ class Worker:
         self._background.start(self._notes.follow)
         if self._settings.slot_horizon_days:
             self._background.start(self._keep_ahead)
-        self._background.start(self._settling.follow)
+        self._background.start(self._settle)
         if self._metrics is not None:
             self._background.start(self._keep_measuring)
         return port
@@ -180,6 +179,9 @@ class Worker:
             await asyncio.sleep(random.uniform(0.5, 1.5) * CLEAN_SECONDS)
             removed = await clean(self._db, **retention(self._settings))
             _log.info("cleaned", keys=removed.keys, audit_events=removed.audit_events)
+
+    async def _settle(self) -> None:
+        await go_on(self._leaves, self._sealer.changed)
 
     async def _keep_ahead(self) -> None:
         await keep_ahead(self._db, self._settings.slot_horizon_days, self._sealer.changed)
