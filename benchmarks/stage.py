@@ -17,6 +17,7 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from frontdesk.db.migrate import check_schema, migrate
+from frontdesk.process.background import run_background
 from frontdesk.process.postgres import NAME, EmbeddedPostgres
 from frontdesk.process.supervisor import supervise
 from frontdesk.process.worker import run_worker
@@ -97,6 +98,26 @@ class ServerProcess(Child):
         self.port = said
 
 
+class _ServiceProcess(ServerProcess):
+    """A worker, and the background process unless the settings say that there is none; `cpu` is that of both."""
+
+    def __init__(self, settings: Settings, conninfo: str, log: str) -> None:
+        super().__init__(_serve, settings, conninfo, log)
+        self._background = Child(_work, settings, conninfo, log) if settings.background == "on" else None
+        if self._background is not None:
+            self._background.receive(_START_SECONDS)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        super().__exit__(kind, error, at)
+        if self._background is not None:
+            self._background.__exit__(kind, error, at)
+
+    @property
+    def cpu(self) -> float:
+        """Seconds of CPU that the service has used."""
+        return super().cpu + (0.0 if self._background is None else self._background.cpu)
+
+
 class Stage:
     """A temporary directory with an embedded PostgreSQL. On exit both are deleted.
 
@@ -167,9 +188,9 @@ class Stage:
                     pass
 
     def serve(self, conninfo: str, **more: Any) -> ServerProcess:
-        """Start the service as production starts a worker, with its log in a file."""
+        """Start the service as production starts a worker and its background process, with their log in a file."""
         settings = Settings(listen="127.0.0.1:0", data_dir=self.directory / "unused", drain_seconds=1, **more)
-        return ServerProcess(_serve, settings, conninfo, str(self.directory / "service.log"))
+        return _ServiceProcess(settings, conninfo, str(self.directory / "service.log"))
 
     @property
     def cpu(self) -> float:
@@ -235,7 +256,7 @@ class WholeService:
     @property
     def workers(self) -> list[int]:
         """The process ids of the workers."""
-        return [pid for pid in children(self._child.process.pid or 0) if "spawn_main" in _command(pid)]
+        return [pid for pid in children(self._child.process.pid or 0) if _name(pid) == "fd-worker"]
 
     @property
     def cpu(self) -> float:
@@ -304,6 +325,10 @@ def _command(pid: int) -> str:
     return _of_running(lambda pid: Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "), pid, "")
 
 
+def _name(pid: int) -> str:
+    return _of_running(lambda pid: Path(f"/proc/{pid}/comm").read_text().strip(), pid, "")
+
+
 def _traffic(pid: int) -> tuple[int, int]:
     fields = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
     return int(fields["rchar"]), int(fields["wchar"])
@@ -330,8 +355,20 @@ def _serve(settings: Settings, conninfo: str, log: str, ready: Connection) -> No
     run_worker(settings, conninfo, settings.listen, False, ready)
 
 
+def _work(settings: Settings, conninfo: str, log: str, ready: Connection) -> None:
+    log_to(log)
+    run_background(settings, conninfo, ready)
+
+
 def _supervise(settings: Settings, log: str, ready: Connection) -> None:
     log_to(log)
     raise SystemExit(
-        supervise(settings, worker=run_worker, migrate=migrate, check_schema=check_schema, announce=ready.send)
+        supervise(
+            settings,
+            worker=run_worker,
+            background=run_background,
+            migrate=migrate,
+            check_schema=check_schema,
+            announce=ready.send,
+        )
     )

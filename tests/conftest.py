@@ -96,7 +96,8 @@ def settings(tmp_path: Path) -> Settings:
         data_dir=tmp_path,
         drain_seconds=5,
         log_level="warning",
-        # A test says itself when slots are generated.
+        # A test says itself what happens in the background, and when slots are generated.
+        background="off",
         slot_horizon_days=0,
         # A test makes all its calls from one address.
         address_requests_per_minute=100_000,

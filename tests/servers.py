@@ -244,14 +244,14 @@ class Service:
         assert "serves on" in said, log.read_text()
         self.port = 0 if "unix:" in said else int(said.rpartition(":")[2])
 
-    def workers(self) -> list[int]:
-        """The process ids of the workers."""
+    def workers(self, noun: str = "worker") -> list[int]:
+        """The process ids of the workers, or of `background`."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
                     stat = (entry / "stat").read_text().rpartition(")")[2].split()
-                    if int(stat[1]) == self.process.pid and b"spawn_main" in (entry / "cmdline").read_bytes():
+                    if int(stat[1]) == self.process.pid and (entry / "comm").read_text() == f"fd-{noun}\n":
                         found.append(int(entry.name))
         return found
 

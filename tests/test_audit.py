@@ -1,6 +1,5 @@
 """The log: every change is in it once, with who made it, and nothing of a patient but ids."""
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -30,7 +29,7 @@ from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today
 from tests.hostile.methods import MUTATIONS, call
 from tests.hostile.test_idempotency import ELSEWHERE, SCENARIOS, keyed
-from tests.hostile.wire import serving
+from tests.hostile.wire import serving, working
 from tests.identities import ADMIN, auth, bearing, create_key, user, user_of, user_token
 from tests.waiting import early_in_a_minute, until
 
@@ -290,7 +289,10 @@ async def test_answers_with_a_record_are_logged(front: Front) -> None:
 
 
 async def test_the_last_notes_are_written(conninfo: str, settings: Settings) -> None:
-    """A worker that ends writes its notes, and seals them; equal refusals of a caller are one row with their number."""
+    """A worker that ends writes its notes, and the background process seals as it ends.
+
+    Equal refusals of a caller are one row with their number.
+    """
     worker = Worker(settings, conninfo)
     port = await worker.start("127.0.0.1:0")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -314,6 +316,8 @@ async def test_the_last_notes_are_written(conninfo: str, settings: Settings) -> 
         nobody = patient_pb2.GetPatientRequest(patient_id=board.api_key.id)
         assert await outcome(front.patients.GetPatient(nobody)) == "PATIENT_NOT_FOUND"
     await worker.stop()
+    async with working(settings, conninfo):
+        pass
     assert sorted(notes(front, "actor", "outcome", "count")) == [
         ("anonymous", "CREDENTIALS_INVALID", 1),
         ("anonymous", "OK", 1),
@@ -387,7 +391,7 @@ async def test_many_different_refusals(front: Front, conninfo: str) -> None:
     """Of a caller who names thing after thing, only the first hundred of a minute are told apart."""
     db = Database(conninfo, pool_size=1)
     await db.open()
-    summing = Notes(db, lambda: None)
+    summing = Notes(db)
     for _ in range(2):
         for n in range(150):
             summing.refused("users/1", "GetPatient", "PATIENT_NOT_FOUND", "unix", {"resource": f"patients/{n}"})
@@ -401,9 +405,8 @@ async def test_many_different_refusals(front: Front, conninfo: str) -> None:
 async def test_notes_wait_for_the_database(conninfo: str) -> None:
     """Notes of a time without a database are written later, and equal refusals meanwhile are added to them."""
     now = 1000.0
-    grown = asyncio.Event()
     db = Database("host=/nowhere dbname=none", pool_size=1)
-    away = Notes(db, grown.set, lambda: now)
+    away = Notes(db, lambda: now)
     for patient in range(3):
         away.read("users/1", "GetPatient", [f"01900000-0000-7000-8000-00000000000{patient}"], {}, "unix", "")
     away.refused("name:anybody", "GetPatient", "CREDENTIALS_REQUIRED", "unix", {})
@@ -424,7 +427,6 @@ async def test_notes_wait_for_the_database(conninfo: str) -> None:
     await db.close()
     assert [columns[:3] for columns in found] == [("anonymous", "CREDENTIALS_REQUIRED", 2), *[("users/1", "OK", 1)] * 3]
     assert all(30 <= age < 40 for *_, age in found)
-    assert grown.is_set()
 
 
 async def test_nothing_of_a_patient_but_ids(front: Front) -> None:

@@ -19,7 +19,7 @@ from clinic.frontdesk.v1 import appointment_pb2, doctor_pb2, slot_pb2
 from clinic.frontdesk.v1 import schedule_pb2 as pb
 from frontdesk.settings import Settings
 from tests.clinic import ZONE, Front, day, details, outcome, reason_of, refusal, soon, today, tomorrow
-from tests.hostile.wire import serving
+from tests.hostile.wire import working
 from tests.identities import bearing, create_key, user
 from tests.servers import Service
 from tests.waiting import until, until_true
@@ -632,7 +632,7 @@ def cancellations(front: Front) -> Counter[str]:
     return Counter(one for (one,) in found)
 
 
-async def test_a_long_leave_answers_before_its_end(front: Front) -> None:
+async def test_a_long_leave_answers_before_its_end(front: Front, conninfo: str, settings: Settings) -> None:
     """CreateLeave answers after 5 s with what is done so far, and the rest follows by itself."""
     async with applying(front) as (answer, mine):
         assert answer.leave.state == Leave.STATE_APPLYING
@@ -644,7 +644,8 @@ async def test_a_long_leave_answers_before_its_end(front: Front) -> None:
     async def applied() -> bool:
         return (await told(front, answer.leave)).leave.state == Leave.STATE_APPLIED
 
-    await until_true(applied)
+    async with working(settings, conninfo):
+        await until_true(applied)
     assert outcomes(await told(front, answer.leave)) == [(one, Outcome.OUTCOME_CANCELLED) for one in mine]
     assert front.sql("select type from log where resource = %s order by id", f"leaves/{answer.leave.id}") == [
         ("leave.created",), ("leave.applied",),
@@ -665,7 +666,7 @@ async def test_cancel_while_applying(front: Front) -> None:
 
 async def test_two_replicas(front: Front, conninfo: str, settings: Settings) -> None:
     """Of several replicas one at a time settles a leave, so each appointment is settled once."""
-    async with serving(settings, conninfo), serving(settings, conninfo):
+    async with working(settings, conninfo), working(settings, conninfo):
         doctor = await front.doctor(max_patients_per_day=200)
         front.sql(
             "insert into appointment (patient_id, doctor_id, clinic_id, date, number, state)"
@@ -681,7 +682,7 @@ async def test_two_replicas(front: Front, conninfo: str, settings: Settings) -> 
 
 
 @pytest.mark.soak
-async def test_ten_thousand_appointments(front: Front) -> None:
+async def test_ten_thousand_appointments(front: Front, conninfo: str, settings: Settings) -> None:
     """A leave over 10,000 appointments moves each of them once, and bookings of other doctors succeed meanwhile."""
     doctor = await front.doctor(max_patients_per_day=1000)
     other = await front.doctor(clinic_id=doctor.clinic_id, max_patients_per_day=1000)
@@ -703,8 +704,9 @@ async def test_ten_thousand_appointments(front: Front) -> None:
         return front.sql("select state from leave") == [("APPLIED",)]
 
     leave = asyncio.ensure_future(front.leave(doctor.id, after(0), after(9), policy=SAME_DOCTOR))
-    await until_true(applied, 900)
-    answer = await leave
+    async with working(settings, conninfo):
+        await until_true(applied, 900)
+        answer = await leave
     assert bookings > 1
     found = await told(front, answer.leave)
     assert (found.leave.state, found.leave.affected_count) == (Leave.STATE_APPLIED, 10_000)

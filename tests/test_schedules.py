@@ -21,7 +21,7 @@ from frontdesk.jobs import horizon
 from frontdesk.settings import Settings
 from tests.clinic import Clock, Front, day, details, outcome, reason_of, refusal
 from tests.hostile.methods import named
-from tests.hostile.wire import serving
+from tests.hostile.wire import serving, working
 from tests.identities import bearing, create_key, user
 from tests.waiting import until
 
@@ -892,7 +892,7 @@ async def test_the_horizon(at: Clock, conninfo: str, settings: Settings, monkeyp
     async with at(NOW) as desk:
         doctor, other = await desk.doctor("UTC"), await desk.doctor("UTC")
         await set_day(desk, other.id, on(1), hours("09:00", "10:00"))
-    async with serving(settings, conninfo, slot_horizon_days=4) as (_, desk):
+    async with serving(settings, conninfo, background="on", slot_horizon_days=4) as (_, desk):
         await set_week(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
         await until(lambda: slots_by_date(desk, doctor.id) == Counter({on(n): 2 for n in range(4)}))
         await set_day(desk, doctor.id, on(3), hours("09:00", "13:00", 60))
@@ -900,7 +900,10 @@ async def test_the_horizon(at: Clock, conninfo: str, settings: Settings, monkeyp
         # A doctor who never had a schedule is left to the callers.
         assert not slots_by_date(desk, other.id)
         assert desk.sql("select distinct actor from log where type = 'slot.created'") == [("system",)]
-    async with at("2027-01-05 00:00+00"), serving(settings, conninfo, slot_horizon_days=4) as (_, desk):
+    async with (
+        at("2027-01-05 00:00+00"),
+        serving(settings, conninfo, background="on", slot_horizon_days=4) as (_, desk),
+    ):
         await until(lambda: slots_by_date(desk, doctor.id)[on(4)] == 2)
         assert on(5) not in slots_by_date(desk, doctor.id)
 
@@ -925,7 +928,7 @@ async def test_the_horizon_follows_what_kept_visits_out(
             doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(on(3)), is_present=present)
         )
 
-    async with serving(settings, conninfo, slot_horizon_days=4) as (_, desk):
+    async with serving(settings, conninfo, background="on", slot_horizon_days=4) as (_, desk):
         await say(desk, False)
         await until(lambda: desk.sql("select generated @> %s::date from slot_horizon", on(3)) == [(True,)])
         assert slots_by_date(desk, doctor.id) == {on(1): 2, on(2): 2}
@@ -952,7 +955,7 @@ async def test_the_horizon_after_leave(
         doctor = await desk.doctor("UTC")
         await set_week(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
         away = (await desk.leave(doctor.id, on(1), on(2))).leave
-    async with serving(settings, conninfo, slot_horizon_days=4) as (_, desk):
+    async with serving(settings, conninfo, background="on", slot_horizon_days=4) as (_, desk):
         await until(lambda: slots_by_date(desk, doctor.id) == Counter({TODAY: 2, on(3): 2}))
         await desk.schedules.CancelLeave(pb.CancelLeaveRequest(leave_id=away.id))
         await until(lambda: slots_by_date(desk, doctor.id) == Counter({on(n): 2 for n in range(4)}))
@@ -968,8 +971,8 @@ async def test_one_replica_generates(
         for doctor in doctors:
             await set_week(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
     async with (
-        serving(settings, conninfo, slot_horizon_days=10) as (_, desk),
-        serving(settings, conninfo, slot_horizon_days=10),
+        serving(settings, conninfo, background="on", slot_horizon_days=10) as (_, desk),
+        serving(settings, conninfo, background="on", slot_horizon_days=10),
     ):
         await until(lambda: desk.sql("select count(*) from slot") == [(60,)])
         assert not slots_by_date(desk, doctors[0].id)
@@ -979,15 +982,17 @@ async def test_one_replica_generates(
     ) == [(6,)]
 
 
-async def test_the_horizon_is_off(at: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_horizon_is_off(
+    at: Clock, conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a horizon of 0 days the service generates nothing by itself."""
     monkeypatch.setattr(horizon, "PAUSE_SECONDS", 0.01)
 
     async def never(*_: Any) -> None:
         raise AssertionError("the job was started")
 
-    monkeypatch.setattr("frontdesk.process.worker.keep_ahead", never)
-    async with at(NOW) as desk:
+    monkeypatch.setattr("frontdesk.process.background.keep_ahead", never)
+    async with at(NOW) as desk, working(settings, conninfo):
         doctor = await desk.doctor("UTC")
         await set_week(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
         assert not slots_by_date(desk, doctor.id)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -75,6 +76,15 @@ def listener(address: str, reuse_port: bool) -> socket.socket:
     return server
 
 
+def background(settings: Settings, conninfo: str, ready: Connection, **rest: Any) -> None:
+    """Says that it runs, and after the workers that it has ended."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    ready.send(0)
+    (settings.embedded_dir.parent / "background").write_text(str(os.getpid()))
+    stop.wait()
+
+
 def migrate(conninfo: str) -> None:
     with psycopg.connect(conninfo) as connection:
         connection.execute("CREATE TABLE IF NOT EXISTS said (what text)")
@@ -101,6 +111,7 @@ def serve() -> int:
     return supervise(
         settings,
         worker=worker,
+        background=background,
         migrate=migrate,
         check_schema=check_schema,
         announce=announce,
@@ -457,6 +468,43 @@ def test_sighup_replaces_all_workers(service: Callable[..., Service], directory:
     assert workers_events[len(before) :] == ["worker_leaves", "worker_serves", "worker_replaced"] * len(before)
     one.process.terminate()
     assert one.ends() == 0
+
+
+def background_pid(one: Service) -> int:
+    """The process id of the background process, once it works."""
+    file = one.directory / "background"
+    return int(wait_for(lambda: file.read_text() if file.exists() else ""))
+
+
+def test_the_background_process(service: Callable[..., Service], directory: Path) -> None:
+    """One process works in the background: restarted when it dies, replaced at SIGHUP, ended with the service."""
+    one = service(database_url=NOWHERE, workers=2)
+    at = one.serves()
+    serving = workers(at, 2)
+    first = background_pid(one)
+    assert Path(f"/proc/{first}/comm").read_text() == "fd-background\n"
+    for victim, number in ((first, signal.SIGKILL), (one.process.pid, signal.SIGHUP)):
+        before = background_pid(one)
+        (directory / "background").unlink()
+        os.kill(victim, number)
+        until_gone({before})
+        assert background_pid(one) != before
+    assert "background_died" in events(one)
+    assert "background_replaced" in events(one)
+    assert serving & workers(at, 2) or events(one).count("worker_leaves")
+    last = background_pid(one)
+    one.process.terminate()
+    assert one.ends() == 0
+    until_gone({last})
+
+
+def test_no_background_process(service: Callable[..., Service], directory: Path) -> None:
+    """With FRONTDESK_BACKGROUND=off there is none."""
+    one = service(database_url=NOWHERE, background="off")
+    one.serves()
+    one.process.terminate()
+    assert one.ends() == 0
+    assert not (directory / "background").exists()
 
 
 def test_a_stale_socket_is_replaced_and_a_served_one_refused(service: Callable[..., Service], directory: Path) -> None:

@@ -206,6 +206,7 @@ def serve(
         return supervise(
             settings,
             worker=_worker,
+            background=_background_work,
             migrate=prepare,
             check_schema=check,
             announce=first_steps.announce,
@@ -222,6 +223,15 @@ def _worker(**task: Any) -> None:
     from frontdesk.process.worker import run_worker
 
     run_worker(**task)
+
+
+def _background_work(**task: Any) -> None:
+    if "metrics" in task:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(task["metrics"].directory)
+
+    from frontdesk.process.background import run_background
+
+    run_background(**task)
 
 
 class _FirstSteps:

@@ -366,6 +366,8 @@ class Facts:
     """Capacity, by slot."""
     times: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Start and end, by slot."""
+    max_calls: int = 3
+    """Calls of a patient until the next CallNext, which is the first."""
     events: list[Event] = field(default_factory=list)
     visits: dict[str, Visit] = field(default_factory=dict)
     memories: list[Memory] = field(default_factory=list)

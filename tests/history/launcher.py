@@ -23,6 +23,7 @@ from frontdesk.db import session as _session
 from frontdesk.live import feed as _feed
 from frontdesk.live import subscription as _subscription
 from frontdesk.process import supervisor
+from frontdesk.process.background import run_background
 from frontdesk.process.log import configure_log
 from frontdesk.settings import Settings
 
@@ -203,4 +204,8 @@ if __name__ == "__main__":
     settings = Settings.load(workers=2)
     configure_log(settings.log_level)
     nothing: Any = lambda conninfo: None  # noqa: E731
-    sys.exit(supervisor.supervise(settings, worker=work, migrate=nothing, check_schema=nothing, announce=_announce))
+    sys.exit(
+        supervisor.supervise(
+            settings, worker=work, background=run_background, migrate=nothing, check_schema=nothing, announce=_announce
+        )
+    )

@@ -50,7 +50,7 @@ def reduced(history: History, facts: Facts, violation: Violation, seconds: float
     days = set(violation.days)
     # Other records concern only the rows, and rows of other days are not checked.
     kept = Facts(
-        facts.capacities, facts.slots, facts.times, visits=facts.visits, holds=facts.holds,
+        facts.capacities, facts.slots, facts.times, facts.max_calls, visits=facts.visits, holds=facts.holds,
         memories=[one for one in facts.memories if one.day in days],
         revisions={day: last for day, last in facts.revisions.items() if day in days},
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import asyncio
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 
 import grpc
@@ -15,6 +15,7 @@ import h2.settings
 from google.protobuf.message import Message
 from psycopg.conninfo import conninfo_to_dict
 
+from frontdesk.process.background import BackgroundWork
 from frontdesk.process.worker import Worker
 from frontdesk.settings import Settings
 from tests.clinic import Front
@@ -27,14 +28,31 @@ OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
 
 @asynccontextmanager
 async def serving(settings: Settings, conninfo: str, **changed: object) -> AsyncIterator[tuple[Worker, Front]]:
-    """One more worker with some settings changed, and a client of it."""
-    worker = Worker(settings.model_copy(update=changed), conninfo)
+    """One more worker with some settings changed, and a client of it; with background="on" its background work too."""
+    settings = settings.model_copy(update=changed)
+    worker = Worker(settings, conninfo)
     port = await worker.start("127.0.0.1:0")
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[OWN_CONNECTION]) as channel:
+        async with AsyncExitStack() as stack:
+            if settings.background == "on":
+                await stack.enter_async_context(working(settings, conninfo))
+            channel = await stack.enter_async_context(
+                grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[OWN_CONNECTION])
+            )
             yield worker, Front(channel, conninfo, port)
     finally:
         await worker.stop(drain=False)
+
+
+@asynccontextmanager
+async def working(settings: Settings, conninfo: str, **changed: object) -> AsyncIterator[BackgroundWork]:
+    """The background work of one more process."""
+    work = BackgroundWork(settings.model_copy(update=changed), conninfo)
+    await work.start()
+    try:
+        yield work
+    finally:
+        await work.stop()
 
 
 @asynccontextmanager

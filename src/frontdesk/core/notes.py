@@ -64,10 +64,8 @@ class _Refusal(NamedTuple):
 class Notes:
     """The notes of one worker."""
 
-    def __init__(self, db: Database, grown: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """`grown` is called when notes have been written."""
+    def __init__(self, db: Database, clock: Callable[[], float] = time.monotonic) -> None:
         self._db = db
-        self._grown = grown
         self._clock = clock
         self._reads: list[_Read] = []
         self._refusals: dict[_Refusal, tuple[float, int]] = {}
@@ -145,7 +143,6 @@ class Notes:
 
     async def _insert(self, rows: Sequence[Mapping[str, Any]]) -> None:
         await self._db.run(_write, (json.dumps(rows, default=str),))
-        self._grown()
 
     def _row_of_read(self, read: _Read) -> dict[str, Any]:
         different = sorted(set(read.patient_ids))

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-from collections.abc import Callable
 
 from frontdesk.db.database import Database
 
@@ -12,9 +11,9 @@ PAUSE_SECONDS = 20.0
 _generate = "select generate_ahead(%s)"
 
 
-async def keep_ahead(db: Database, days: int, changed: Callable[[], None]) -> None:
-    """Generate for ever, one process at a time; `changed` is told after each part. Raises DatabaseUnavailable."""
+async def keep_ahead(db: Database, days: int) -> None:
+    """Generate for ever, one process at a time. Raises DatabaseUnavailable."""
     while True:
         while await db.row(_generate, (days,), bool):
-            changed()
+            pass
         await asyncio.sleep(random.uniform(0.5, 1.5) * PAUSE_SECONDS)

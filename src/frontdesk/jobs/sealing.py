@@ -1,6 +1,7 @@
 """Seal the log, soon after each change: see `db/sql/seal.sql`."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 
 from frontdesk.db.database import Database, Transaction
@@ -9,38 +10,39 @@ PAUSE_SECONDS = 0.08
 """Between two runs: as long as a change waits to be sealed, while all changes meanwhile share the cost of one run."""
 _HELD_SECONDS = 1.0
 """The longest pause while a transaction that somebody has left open holds up everything."""
-POLL_SECONDS = 5.0
-"""Between two looks for what others have left, such as a worker that was killed after a commit."""
+POLL_SECONDS = 0.32
+"""The longest pause while nothing is to be sealed; a hint of a change ends it. Not all changes are hinted at."""
 
 _seal = "select sealed, coalesce(waiting, true), coalesce(age, 0) from seal_log()"
 
 
 class Sealer:
-    """Each worker has one and seals after changes of its own. The database lets one at a time."""
+    """Each background process has one. The database lets one at a time."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, sealed: Callable[[], None]) -> None:
+        """`sealed` is called when the sealed log has grown."""
         self._db = db
+        self._sealed = sealed
         self._wake = asyncio.Event()
         self.age = 0.0
         """Seconds for which the oldest change that cannot be sealed yet has waited."""
 
     def changed(self) -> None:
-        """The log has grown."""
+        """The log may have grown: look soon."""
         self._wake.set()
 
     async def follow(self) -> None:
         """Seal for ever. Raises DatabaseUnavailable."""
-        pause = PAUSE_SECONDS
+        idle = PAUSE_SECONDS
         while True:
+            # Changes that come together share a run, and hints of them come all the time.
+            await asyncio.sleep(PAUSE_SECONDS)
             with suppress(TimeoutError):
-                async with asyncio.timeout(POLL_SECONDS):
+                async with asyncio.timeout(idle - PAUSE_SECONDS):
                     await self._wake.wait()
             self._wake.clear()
             sealed, waiting, self.age = await self._run()
-            if waiting:
-                self._wake.set()
-            pause = PAUSE_SECONDS if sealed or not waiting else min(2 * pause, _HELD_SECONDS)
-            await asyncio.sleep(pause)
+            idle = PAUSE_SECONDS if sealed else min(2 * idle, _HELD_SECONDS if waiting else POLL_SECONDS)
 
     async def finish(self) -> None:
         """Seal what is there now. Raises DatabaseUnavailable."""
@@ -53,6 +55,8 @@ class Sealer:
             # Much has come together, or a backup was restored: as long as it takes.
             found = await self._db.transaction(_at_leisure)
         assert found is not None
+        if found[0]:
+            self._sealed()
         return found
 
 

@@ -13,7 +13,7 @@ from datetime import date
 from frontdesk.core.queue import Paces, View, read_changes_of, read_queues, read_revisions
 from frontdesk.db.database import Database
 from frontdesk.errors import DatabaseUnavailable, DoctorNotFound, Refused
-from frontdesk.live.hints import Hints
+from frontdesk.live.hints import QUEUE, Hints
 from frontdesk.live.subscription import DoctorDayKey, Subscription, Topic, Updates
 from frontdesk.tasks import Background
 
@@ -23,14 +23,19 @@ POLL_SECONDS = 0.2
 _READ_AT_ONCE = 32
 _MOST_CHANGES = 1_000
 """Of a doctor-day that has changed more often since the last reading, streams read what they need."""
-_CHANNEL = "frontdesk_changed"
 
 
 class Feed:
     """The process's one tailer, and its watchers."""
 
     def __init__(
-        self, db: Database, updates: Updates, *, keep_seconds: float, seen: Callable[[int], None] | None = None
+        self,
+        db: Database,
+        hints: Hints,
+        updates: Updates,
+        *,
+        keep_seconds: float,
+        seen: Callable[[int], None] | None = None,
     ) -> None:
         """Changes older than `keep_seconds`, of days as long ago, are not shown to watchers that resume.
 
@@ -44,7 +49,8 @@ class Feed:
         self._topics: dict[DoctorDayKey, Topic] = {}
         self._look: set[DoctorDayKey] = set()
         self._wake = asyncio.Event()
-        self._hints = Hints(db, _CHANNEL, heard=self._heard, connected=lambda: self._look_at(*self._topics))
+        self._hints = hints
+        hints.hear(QUEUE, self._heard, lambda: self._look_at(*self._topics))
         self._background = Background()
         self._held: Counter[str] = Counter()
         self.paces = Paces()
@@ -54,9 +60,8 @@ class Feed:
         self.draining = False
 
     def start(self) -> None:
-        """Begin to tail, to listen for the hints of other processes and to send ours."""
+        """Begin to tail."""
         self._background.start(self._tail)
-        self._hints.start(self._background)
 
     async def close(self) -> None:
         """End the tasks."""
@@ -72,7 +77,7 @@ class Feed:
     def changed(self, doctor_id: str, day: date) -> None:
         """A doctor-day has changed: look now, and tell the other processes soon."""
         self._look_at((doctor_id, day))
-        self._hints.send(f"{doctor_id}/{day}")
+        self._hints.send(QUEUE, f"{doctor_id}/{day}")
 
     def watchers_of(self, holder: str) -> int:
         """How many of the open streams are this caller's."""

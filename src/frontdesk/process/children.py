@@ -1,4 +1,4 @@
-"""Worker processes, as the supervisor sees them: start one, poll it, tell it to stop, reap it."""
+"""Child processes, as the supervisor sees them: start one, poll it, tell it to stop, reap it."""
 
 import contextlib
 import ctypes
@@ -17,6 +17,7 @@ from frontdesk.settings.addresses import Address
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
 _LONG_LIFE = 30.0
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 
 
 class Backoff:
@@ -35,35 +36,34 @@ class Backoff:
         self._delay = min(2 * self._delay, _LONGEST_DELAY)
 
 
-class WorkerFailure(Exception):
-    """A worker cannot be started, or has ended; the message is one line that says why."""
+class ChildFailure(Exception):
+    """A process cannot be started, or has ended; the message is one line that says why."""
 
 
 class State(enum.Enum):
-    """The life of a worker, in order."""
+    """The life of a process, in order."""
 
     STARTING = enum.auto()
     SERVING = enum.auto()
-    """It listens."""
+    """It works; a worker listens."""
     LEAVING = enum.auto()
-    """It serves until a successor does."""
+    """A worker that serves until a successor does."""
     STOPPING = enum.auto()
     """It was told to stop, and drains."""
 
 
-class WorkerProcess:
-    """One process that serves `address`. No other worker that runs at the same time has its number."""
+class ChildProcess:
+    """One process. `noun` is what messages call it, and the system, after fd-: at most 12 letters."""
 
-    def __init__(self, number: int, address: Address) -> None:
-        self.number = number
-        self.address = address
+    def __init__(self, noun: str) -> None:
+        self._noun = noun
         self.state = State.STARTING
         self.started = time.monotonic()
         self.deadline = 0.0
-        """The monotonic time at which a worker that is told to stop must have ended."""
+        """The monotonic time at which a process that is told to stop must have ended."""
 
     def start(self, target: Callable[..., None], task: dict[str, Any]) -> None:
-        """Run `target` with `task`, `ready` and `handover` in a process. Raises WorkerFailure."""
+        """Run `target` with `task`, `ready` and `handover` in a process. Raises ChildFailure."""
         spawn = multiprocessing.get_context("spawn")
         pipes: list[Connection] = []
         try:
@@ -72,8 +72,8 @@ class WorkerProcess:
             self._handover, handover = spawn.Pipe()
             pipes += [self._handover, handover]
             task = {**task, "ready": ready, "handover": handover}
-            self.process = spawn.Process(target=_run, args=(os.getpid(), target, task))
-            # A Ctrl-C must not hit a worker that is not yet able to ignore it, so it is started with SIGINT blocked.
+            self.process = spawn.Process(target=_run, args=(os.getpid(), self._noun, target, task))
+            # A Ctrl-C must not hit a process that is not yet able to ignore it, so it is started with SIGINT blocked.
             # The tracker that multiprocessing starts with the first process unblocks it, so that goes before.
             resource_tracker.ensure_running()
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -84,8 +84,8 @@ class WorkerProcess:
         except OSError as error:
             for pipe in pipes:
                 pipe.close()
-            raise WorkerFailure(f"a worker cannot be started: {error.strerror}") from None
-        # Only the worker holds these ends now, so that its end is seen.
+            raise ChildFailure(f"a {self._noun} cannot be started: {error.strerror}") from None
+        # Only the child holds these ends now, so that its end is seen.
         ready.close()
         handover.close()
 
@@ -96,19 +96,19 @@ class WorkerProcess:
         return [self.process.sentinel, *pipes]
 
     def poll(self) -> None:
-        """Bring `state` up to date. Raises WorkerFailure if the worker has ended or cannot serve."""
+        """Bring `state` up to date. Raises ChildFailure if the process has ended or cannot serve."""
         if not self._ready.closed and self._ready.poll():
             self._receive_ready()
         if not self._handover.closed and self._handover.poll():
             try:
-                # Somebody has told the worker to stop.
+                # Somebody has told the process to stop.
                 self._handover.recv()
                 if self.state is State.SERVING:
                     self.state = State.LEAVING
             except (EOFError, OSError):
                 self._handover.close()
         if self.process.exitcode is not None:
-            raise WorkerFailure(f"worker {self.process.pid} ended with status {self.process.exitcode}")
+            raise ChildFailure(f"{self._noun} {self.process.pid} ended with status {self.process.exitcode}")
 
     def _receive_ready(self) -> None:
         try:
@@ -119,13 +119,13 @@ class WorkerProcess:
             self.process.join(timeout=1)
         self._ready.close()
         if not isinstance(report, int):
-            raise WorkerFailure(
-                report or f"worker {self.process.pid} ended with status {self.process.exitcode} before it served"
+            raise ChildFailure(
+                report or f"{self._noun} {self.process.pid} ended with status {self.process.exitcode} before it served"
             )
         self.state = State.SERVING
 
     def stop(self, seconds: float) -> None:
-        """Tell the worker to stop. It may drain, and must have ended after so many seconds."""
+        """Tell the process to stop. It may drain, and must have ended after so many seconds."""
         self.state = State.STOPPING
         self.deadline = time.monotonic() + seconds
         with contextlib.suppress(OSError):
@@ -143,9 +143,20 @@ class WorkerProcess:
         self._handover.close()
 
 
-def _run(parent: int, target: Callable[..., None], task: dict[str, Any]) -> None:
-    """The entry of a worker process."""
-    # A terminal sends Ctrl-C to all its processes; the supervisor alone says when a worker ends.
+class WorkerProcess(ChildProcess):
+    """One process that serves `address`. No other worker that runs at the same time has its number."""
+
+    def __init__(self, number: int, address: Address) -> None:
+        super().__init__("worker")
+        self.number = number
+        self.address = address
+
+
+def _run(parent: int, noun: str, target: Callable[..., None], task: dict[str, Any]) -> None:
+    """The entry of a child process."""
+    # What `ps` and `top` show.
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, f"fd-{noun}".encode(), 0, 0, 0)
+    # A terminal sends Ctrl-C to all its processes; the supervisor alone says when one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     # SIGHUP is for the supervisor alone; a terminal that closes sends it to all.

@@ -11,4 +11,5 @@ class ProcessCounts:
     """Configured workers."""
     workers_serving: int = 0
     worker_restarts: int = 0
+    background_restarts: int = 0
     postgresql_restarts: int = 0

@@ -93,11 +93,6 @@ class WorkerMetrics:
             "Time since every watched doctor-day was last read, of the slowest worker.",
             mode="livemax",
         )
-        self._unsealed = _gauge(
-            "log_unsealed_seconds",
-            "Time for which a change waits to be sealed, because an older transaction is open in the database cluster.",
-            mode="livemax",
-        )
         connections = _gauge("pool_connections", "Database connections in the pools.", "state")
         self._used, self._idle = connections.labels("used"), connections.labels("idle")
         self._limit = _gauge("pool_limit", "Maximum of database connections in the pools.")
@@ -143,21 +138,19 @@ class WorkerMetrics:
         watchers: int,
         backlog: int,
         age: float,
-        unsealed: float,
         notes_dropped: int,
         pool: dict[str, int],
         lines_dropped: int,
     ) -> None:
         """Write the gauges, and what others have counted since the process began.
 
-        `pool` holds the statistics of psycopg_pool; `age` and `unsealed` are in seconds.
+        `pool` holds the statistics of psycopg_pool; `age` is in seconds.
         """
         self._healthy.set(healthy)
         self._in_flight.set(in_flight)
         self._watchers.set(watchers)
         self._backlog.set(backlog)
         self._age.set(age)
-        self._unsealed.set(unsealed)
         self._used.set(pool["pool_size"] - pool["pool_available"])
         self._idle.set(pool["pool_available"])
         self._limit.set(pool["pool_max"])
@@ -170,6 +163,22 @@ class WorkerMetrics:
         self._lines_dropped_before = lines_dropped
         self._notes_dropped.inc(notes_dropped - self._notes_dropped_before)
         self._notes_dropped_before = notes_dropped
+
+
+class BackgroundMetrics:
+    """The numbers of the process for background work; the environment as WorkerMetrics has it."""
+
+    def __init__(self, files: Files) -> None:
+        values.ValueClass = values.MultiProcessValue(lambda: files.number)  # type: ignore[no-untyped-call]
+        self._unsealed = _gauge(
+            "log_unsealed_seconds",
+            "Time for which a change waits to be sealed, because an older transaction is open in the database cluster.",
+            mode="livemax",
+        )
+
+    def sample(self, *, unsealed: float) -> None:
+        """Write the gauges. `unsealed` is in seconds."""
+        self._unsealed.set(unsealed)
 
 
 class MethodMetrics:
@@ -318,6 +327,11 @@ class _Supervisor(Collector):
             "frontdesk_worker_restarts",
             "Restarts of workers that had died.",
             counts.worker_restarts,
+        )
+        yield CounterMetricFamily(
+            "frontdesk_background_restarts",
+            "Restarts of the process for background work after it had died.",
+            counts.background_restarts,
         )
         yield CounterMetricFamily(
             "frontdesk_postgresql_restarts",

@@ -7,12 +7,12 @@ import errno
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from frontdesk.process.children import Backoff, State, WorkerFailure, WorkerProcess
+from frontdesk.process.children import Backoff, ChildFailure, ChildProcess, State, WorkerProcess
 from frontdesk.process.claims import Claim, ClaimError, claim
 from frontdesk.process.counts import ProcessCounts
 from frontdesk.process.postgres import EmbeddedError, EmbeddedPostgres
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _POSTGRES_POLL = 0.2
 _DRAIN_MARGIN = 5.0
 """Seconds that a worker gets beyond its own drain time, to close its pool and end its process."""
+_BACKGROUND_PLACE = -1
+"""Where the background process measures: no worker has that number."""
 
 _log = structlog.get_logger("frontdesk.supervisor")
 
@@ -38,6 +40,7 @@ def supervise(
     settings: Settings,
     *,
     worker: Callable[..., None],
+    background: Callable[..., None],
     migrate: Callable[[str], object],
     check_schema: Callable[[str], None],
     announce: Callable[[str], None],
@@ -60,6 +63,9 @@ def supervise(
       successor first, so that there is always a worker that listens;
     - with `settings.metrics_listen`, `metrics`: the frontdesk.process.metrics.Files in which it measures.
 
+    `background` is called in one more process, unless `settings.background` is off, with `settings`, `conninfo`,
+    `ready`, `handover` and `metrics`, of which it may ignore `handover`. It ends at SIGTERM, and after the workers.
+
     A worker that is told to stop drains within `settings.drain_seconds` and returns. SIGINT does not reach it.
     `announce` is called once all workers serve, with the line that says where.
 
@@ -69,7 +75,7 @@ def supervise(
     after everything has ended.
     """
     with Signals() as signals:
-        supervisor = _Supervisor(settings, worker, signals)
+        supervisor = _Supervisor(settings, worker, background, signals)
         try:
             supervisor.prepare(migrate, check_schema)
             supervisor.run(announce)
@@ -84,9 +90,15 @@ def supervise(
 
 
 class _Supervisor:
-    def __init__(self, settings: Settings, worker: Callable[..., None], signals: Signals) -> None:
+    def __init__(
+        self, settings: Settings, worker: Callable[..., None], background: Callable[..., None], signals: Signals
+    ) -> None:
         self._settings = settings
         self._target = worker
+        self._background_target = background
+        self._background: ChildProcess | None = None
+        self._background_backoff = Backoff()
+        self._background_died = False
         self._signals = signals
         self._workers: list[WorkerProcess] = []
         self._worker_backoff = Backoff()
@@ -141,6 +153,7 @@ class _Supervisor:
                 self._poll(worker)
             self._start_missing()
             self._replace()
+            self._tend_background()
             if not self._announced and self._all_serve():
                 self._announced = True
                 access = self._settings.access_mode
@@ -151,17 +164,10 @@ class _Supervisor:
         """End the workers, gently at first, and then PostgreSQL."""
         # After a failed start the first signal is already an impatient one.
         patience = max(1, self._signals.stops)
-        for worker in self._workers:
-            worker.stop(self._stop_seconds)
-        while running := [worker for worker in self._workers if worker.process.is_alive()]:
-            seconds = max(worker.deadline for worker in running) - time.monotonic()
-            if seconds <= 0 or self._signals.stops > patience:
-                for worker in running:
-                    self._kill(worker)
-                break
-            self._signals.wait([worker.process.sentinel for worker in running], seconds)
-        for worker in self._workers:
-            worker.reap()
+        self._end_children(self._workers, patience)
+        if self._background is not None:
+            # After the workers, whose last changes it seals.
+            self._end_children([self._background], patience)
         if self._postgres is not None:
             self._postgres.stop()
         if self._metrics is not None:
@@ -170,6 +176,19 @@ class _Supervisor:
             held.close()
         if self._claim is not None:
             self._claim.close()
+
+    def _end_children(self, children: Sequence[ChildProcess], patience: int) -> None:
+        for child in children:
+            child.stop(self._stop_seconds)
+        while running := [child for child in children if child.process.is_alive()]:
+            seconds = max(child.deadline for child in running) - time.monotonic()
+            if seconds <= 0 or self._signals.stops > patience:
+                for child in running:
+                    self._kill(child)
+                break
+            self._signals.wait([child.process.sentinel for child in running], seconds)
+        for child in children:
+            child.reap()
 
     def _told_to_stop(self) -> bool:
         return self._signals.stops > 0
@@ -216,12 +235,48 @@ class _Supervisor:
         self._counts.postgresql_restarts += 1
         _log.info("postgresql_started_again", pid=postgres.pid)
 
+    def _tend_background(self) -> None:
+        """Start the background process, and again when it has died. Raises StartError until all workers have served."""
+        child = self._background
+        try:
+            if child is not None:
+                child.poll()
+                if child.state is State.STOPPING and time.monotonic() > child.deadline:
+                    self._kill(child)
+            elif self._settings.background == "on" and time.monotonic() >= self._background_backoff.due:
+                self._start_background()
+        except ChildFailure as failure:
+            if not self._announced:
+                raise StartError(str(failure)) from None
+            if child is not None and child.state is State.STOPPING:
+                _log.info("background_replaced")
+            else:
+                _log.error("background_died", reason=str(failure))
+                self._background_backoff.died(time.monotonic() if child is None else child.started)
+                self._background_died = True
+            if child is not None:
+                child.reap()
+                self._background = None
+                if self._metrics is not None:
+                    self._metrics.worker_ended(_BACKGROUND_PLACE)
+
+    def _start_background(self) -> None:
+        """Raises ChildFailure."""
+        task: dict[str, Any] = {"settings": self._settings, "conninfo": self._conninfo}
+        if self._metrics is not None:
+            task["metrics"] = self._metrics.files(_BACKGROUND_PLACE)
+        child = ChildProcess("background")
+        child.start(self._background_target, task)
+        self._background = child
+        self._counts.background_restarts += self._background_died
+        self._background_died = False
+
     def _poll(self, worker: WorkerProcess) -> None:
         """Learn what a worker does, and reap it if it has ended. Raises StartError until all have served."""
         before = worker.state
         try:
             worker.poll()
-        except WorkerFailure as failure:
+        except ChildFailure as failure:
             if not self._announced:
                 raise StartError(str(failure)) from None
             if worker.state is State.STOPPING:
@@ -276,7 +331,7 @@ class _Supervisor:
             task["metrics"] = self._metrics.files(number)
         try:
             worker.start(self._target, task)
-        except WorkerFailure as failure:
+        except ChildFailure as failure:
             if not self._announced:
                 raise StartError(str(failure)) from None
             _log.error("worker_not_started", reason=str(failure))
@@ -293,6 +348,8 @@ class _Supervisor:
             self._reloads = self._signals.reloads
             self._outdated = list(self._workers)
             _log.info("reload", workers=len(self._outdated))
+            if self._background is not None and self._background.state is not State.STOPPING:
+                self._background.stop(self._stop_seconds)
         if self._all_serve():
             for worker in self._workers:
                 if worker.state is State.LEAVING:
@@ -317,10 +374,10 @@ class _Supervisor:
     def _serving(self) -> int:
         return sum(worker.state in (State.SERVING, State.LEAVING) for worker in self._workers)
 
-    def _kill(self, worker: WorkerProcess) -> None:
-        _log.warning("worker_killed", pid=worker.process.pid)
-        worker.process.kill()
-        worker.process.join()
+    def _kill(self, child: ChildProcess) -> None:
+        _log.warning("worker_killed", pid=child.process.pid)
+        child.process.kill()
+        child.process.join()
 
     def _remove(self, worker: WorkerProcess) -> None:
         worker.reap()
@@ -336,8 +393,11 @@ class _Supervisor:
         dues = [] if self._postgres is None else [now + _POSTGRES_POLL]
         if self._missing():
             dues.append(self._worker_backoff.due)
-        dues += [worker.deadline for worker in self._workers if worker.state is State.STOPPING]
-        others = [one for worker in self._workers for one in worker.waits_on]
+        if self._background is None and self._settings.background == "on":
+            dues.append(self._background_backoff.due)
+        children = [*self._workers, *filter(None, [self._background])]
+        dues += [child.deadline for child in children if child.state is State.STOPPING]
+        others = [one for child in children for one in child.waits_on]
         self._signals.wait(others, max(0.0, min(dues) - now) if dues else None)
 
 

@@ -2,9 +2,7 @@
 
 import asyncio
 import gc
-import random
 import resource
-import signal
 import sys
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -15,7 +13,6 @@ import uvloop
 
 from frontdesk.core.credential import Credentials
 from frontdesk.core.issuer import Issuer, Issuers
-from frontdesk.core.leave import Leaves
 from frontdesk.core.limit import Limits
 from frontdesk.core.notes import Notes
 from frontdesk.core.password import Passwords
@@ -23,12 +20,10 @@ from frontdesk.core.token import Tokens
 from frontdesk.db.database import Database
 from frontdesk.db.paging import SharedPageTokens
 from frontdesk.errors import Refused
-from frontdesk.jobs.horizon import keep_ahead
-from frontdesk.jobs.maintenance import clean, retention
-from frontdesk.jobs.sealing import Sealer
-from frontdesk.jobs.settling import go_on
 from frontdesk.live.feed import Feed
+from frontdesk.live.hints import Hints
 from frontdesk.process.log import configure_log, dropped, failure
+from frontdesk.process.stopping import stop_event
 from frontdesk.rpc.access import Access
 from frontdesk.rpc.origin import Origins
 from frontdesk.rpc.pipeline import Pipeline
@@ -43,9 +38,6 @@ if TYPE_CHECKING:
     from frontdesk.process.metrics import Files, WorkerMetrics
     from frontdesk.process.tracing import Tracing
 
-CLEAN_SECONDS = 3600.0
-"""Seconds between two cleanings by a worker; several workers do not hinder one another."""
-
 HEALTH_SECONDS = 1.0
 """Seconds between two checks of the database."""
 
@@ -53,7 +45,7 @@ SAMPLE_SECONDS = 1.0
 """Seconds between two writes of the gauges: written at intervals, they cost no call anything."""
 
 _LAST_SECONDS = 2.0
-"""How long a worker that ends tries to write and seal the last of the log."""
+"""How long a worker that ends tries to write the last of the log."""
 
 _log = structlog.get_logger("frontdesk.worker")
 
@@ -84,8 +76,10 @@ class Worker:
             direct=settings.direct_database_url,
             tracing=tracing,
         )
+        self._hints = Hints(self._db)
         self._feed = Feed(
             self._db,
+            self._hints,
             Updates(),
             keep_seconds=settings.keep_events_days * 86400,
             seen=None if metrics is None else metrics.change_seen,
@@ -99,14 +93,11 @@ class Worker:
             user_requests_per_minute=settings.user_requests_per_minute,
         )
         self._limits = Limits(self._db)
-        self._sealer = Sealer(self._db)
-        self._notes = Notes(self._db, self._sealer.changed)
-        self._leaves = Leaves(self._db, self._feed.changed)
+        self._notes = Notes(self._db)
         origins = Origins(settings.proxies)
         self._pipeline = Pipeline(
             max_in_flight=settings.max_in_flight,
             notes=self._notes,
-            changed=self._sealer.changed,
             page_tokens=SharedPageTokens(self._db),
             access=Access(
                 self._credentials,
@@ -138,17 +129,13 @@ class Worker:
         `others` are `certificate_address` and `health_address`: those of the settings, with a port that is not 0.
         """
         await self._db.open()
+        self._hints.start()
         self._feed.start()
         port = await self._server.start(address, **others)
         await self._check_database()
         self._background.start(self._keep_checking)
-        self._background.start(self._keep_clean)
         self._background.start(self._credentials.follow)
-        self._background.start(self._sealer.follow)
         self._background.start(self._notes.follow)
-        if self._settings.slot_horizon_days:
-            self._background.start(self._keep_ahead)
-        self._background.start(self._settle)
         if self._metrics is not None:
             self._background.start(self._keep_measuring)
         return port
@@ -159,11 +146,11 @@ class Worker:
         await (self._server.drain() if drain else self._server.stop())
         self._passwords.close()
         await self._feed.close()
+        await self._hints.close()
         await self._limits.close()
         try:
             async with asyncio.timeout(_LAST_SECONDS):
                 await self._notes.finish()
-                await self._sealer.finish()
         except Exception as error:
             # Whatever the database says: the end goes on, and the text may quote a row.
             _log.error("last_of_the_log_lost", **failure(error))
@@ -174,18 +161,6 @@ class Worker:
             await asyncio.sleep(HEALTH_SECONDS)
             await self._check_database()
 
-    async def _keep_clean(self) -> None:
-        while True:
-            await asyncio.sleep(random.uniform(0.5, 1.5) * CLEAN_SECONDS)
-            removed = await clean(self._db, **retention(self._settings))
-            _log.info("cleaned", keys=removed.keys, audit_events=removed.audit_events)
-
-    async def _settle(self) -> None:
-        await go_on(self._leaves, self._sealer.changed)
-
-    async def _keep_ahead(self) -> None:
-        await keep_ahead(self._db, self._settings.slot_horizon_days, self._sealer.changed)
-
     async def _keep_measuring(self) -> None:
         assert self._metrics is not None
         while True:
@@ -195,7 +170,6 @@ class Worker:
                 watchers=self._feed.watchers,
                 backlog=self._feed.backlog,
                 age=self._feed.age,
-                unsealed=self._sealer.age,
                 notes_dropped=self._notes.dropped,
                 pool=self._db.pool_stats(),
                 lines_dropped=dropped(),
@@ -293,7 +267,7 @@ async def _serve(
     conninfo: str,
     **more: Any,
 ) -> None:
-    stop = _stop_event(handover)
+    stop = stop_event(handover)
     try:
         settings.check_files()
     except ValueError as error:
@@ -310,33 +284,3 @@ async def _serve(
     _log.info("serving", port=port)
     await stop.wait()
     await worker.stop()
-
-
-def _stop_event(handover: Connection | None) -> asyncio.Event:
-    """Set once this worker is to stop."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    if handover is None:
-        loop.add_signal_handler(signal.SIGTERM, stop.set)
-        return stop
-    asked = False
-
-    def sigterm() -> None:
-        nonlocal asked
-        if asked:
-            stop.set()
-            return
-        asked = True
-        try:
-            handover.send(None)
-        except OSError:
-            # The supervisor was killed.
-            stop.set()
-
-    def told() -> None:
-        loop.remove_reader(handover.fileno())
-        stop.set()
-
-    loop.add_signal_handler(signal.SIGTERM, sigterm)
-    loop.add_reader(handover.fileno(), told)
-    return stop

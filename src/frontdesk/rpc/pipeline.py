@@ -157,16 +157,13 @@ class Pipeline:
         access: Access,
         notes: Notes,
         page_tokens: SharedPageTokens,
-        changed: Callable[[], None],
         origins: Origins,
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
-        """`changed` is called when a call has made a change, or found that an earlier one has."""
         self._access = access
         self._notes = notes
         self._page_tokens = page_tokens
-        self._changed = changed
         self._origins = origins
         self._max_in_flight = max_in_flight
         self._metrics = metrics
@@ -206,8 +203,6 @@ class Pipeline:
         behaviour: Callable[[Any, Call], Awaitable[Message]],
         kind: type[Message],
     ) -> Callable[[bytes, grpc.aio.ServicerContext[Any, Any]], Awaitable[bytes]]:
-        changes = "idempotency_key" in kind.DESCRIPTOR.fields_by_name
-
         async def answer(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
             started = time.perf_counter()
             identity, caller = ANONYMOUS, None
@@ -224,8 +219,6 @@ class Pipeline:
                     request = request_from(raw, kind)
                     caller = self._access.caller(identity, policy, request)
                     response = await behaviour(request, self._call(context, identity, caller, account))
-                if changes:
-                    self._changed()
                 account.close("OK", started, identity)
                 return response.SerializeToString()
             except (asyncio.CancelledError, GeneratorExit):

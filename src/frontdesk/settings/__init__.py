@@ -56,6 +56,8 @@ class Settings(BaseSettings):
     direct_database_url: str | None = None
     """The same database without the pooler, for hints and migrations, which need their own session. Without it
     watchers learn of another replica's change from the poll, up to 0.2 s later."""
+    background: Literal["on", "off"] = "on"
+    """`off` runs no process for background work here; another replica must run one."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes that share the port."""
     default_time_zone: str = "UTC"

@@ -1,0 +1,143 @@
+"""What happens in the background: one process beside the workers, put together by plain constructors.
+
+Every replica runs one. The database decides who does a piece of work, so each is done once, and another replica goes on
+with what a killed one has left.
+"""
+
+import asyncio
+import gc
+import random
+import sys
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+import structlog
+import uvloop
+
+from frontdesk.core.leave import Leaves
+from frontdesk.db.database import Database
+from frontdesk.jobs.horizon import keep_ahead
+from frontdesk.jobs.maintenance import clean, retention
+from frontdesk.jobs.sealing import Sealer
+from frontdesk.jobs.settling import go_on
+from frontdesk.live.hints import QUEUE, SEALED, Hints
+from frontdesk.process.log import configure_log, failure
+from frontdesk.process.stopping import stop_event
+from frontdesk.settings import Settings
+from frontdesk.tasks import Background
+
+if TYPE_CHECKING:
+    from frontdesk.process.metrics import BackgroundMetrics, Files
+
+CLEAN_SECONDS = 3600.0
+"""Seconds between two cleanings by a process; several do not hinder one another."""
+
+SAMPLE_SECONDS = 1.0
+"""Seconds between two writes of the gauges."""
+
+_POOL_SIZE = 6
+"""Database connections: each kind of work has one statement at a time."""
+
+_LAST_SECONDS = 2.0
+"""How long a process that ends tries to seal the last of the log."""
+
+_log = structlog.get_logger("frontdesk.background")
+
+
+class BackgroundWork:
+    """All background work of one process. Create it inside the running loop, after any fork."""
+
+    def __init__(self, settings: Settings, conninfo: str, *, metrics: "BackgroundMetrics | None" = None) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._db = Database(
+            conninfo,
+            pool_size=_POOL_SIZE,
+            pooled=settings.pooler == "transaction",
+            direct=settings.direct_database_url,
+        )
+        self._hints = Hints(self._db)
+        self._sealer = Sealer(self._db, lambda: self._hints.send(SEALED))
+        # Most changes are of doctor-days, which workers hint at.
+        self._hints.hear(QUEUE, lambda _: self._sealer.changed(), self._sealer.changed)
+        self._leaves = Leaves(self._db, lambda doctor_id, day: self._hints.send(QUEUE, f"{doctor_id}/{day}"))
+        self._tasks = Background()
+
+    async def start(self) -> None:
+        """Connect and begin."""
+        await self._db.open()
+        self._hints.start()
+        self._tasks.start(self._sealer.follow)
+        self._tasks.start(self._keep_clean)
+        self._tasks.start(self._settle)
+        if self._settings.slot_horizon_days:
+            self._tasks.start(self._keep_ahead)
+        if self._metrics is not None:
+            self._tasks.start(self._keep_measuring)
+
+    async def stop(self) -> None:
+        """End; whatever was begun is done, or will be begun again."""
+        await self._tasks.close()
+        try:
+            async with asyncio.timeout(_LAST_SECONDS):
+                await self._sealer.finish()
+        except Exception as error:
+            # Whatever the database says: the end goes on, and the next process seals.
+            _log.warning("last_of_the_log_unsealed", **failure(error))
+        await self._hints.close()
+        await self._db.close()
+
+    async def _keep_clean(self) -> None:
+        while True:
+            await asyncio.sleep(random.uniform(0.5, 1.5) * CLEAN_SECONDS)
+            removed = await clean(self._db, **retention(self._settings))
+            _log.info("cleaned", keys=removed.keys, audit_events=removed.audit_events)
+
+    async def _settle(self) -> None:
+        await go_on(self._leaves)
+
+    async def _keep_ahead(self) -> None:
+        await keep_ahead(self._db, self._settings.slot_horizon_days)
+
+    async def _keep_measuring(self) -> None:
+        assert self._metrics is not None
+        while True:
+            self._metrics.sample(unsealed=self._sealer.age)
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+
+def run_background(
+    settings: Settings,
+    conninfo: str,
+    ready: Connection,
+    handover: Connection | None = None,
+    metrics: "Files | None" = None,
+) -> None:
+    """The whole life of the process: it sends 0 to `ready` once it works, and lives until SIGTERM.
+
+    `handover` and `metrics` are as in `run_worker`, but a SIGTERM is obeyed at once.
+    """
+    configure_log(settings.log_level)
+    try:
+        measures = None
+        if metrics is not None:
+            from frontdesk.process.metrics import BackgroundMetrics
+
+            measures = BackgroundMetrics(metrics)
+        gc.collect()
+        gc.freeze()
+        uvloop.run(_serve(settings, conninfo, ready, measures))
+    except Exception as error:
+        # Not by multiprocessing, which would write the exception's text.
+        _log.critical("background_failed", **failure(error))
+        sys.exit(1)
+
+
+async def _serve(settings: Settings, conninfo: str, ready: Connection, metrics: "BackgroundMetrics | None") -> None:
+    stop = stop_event(None)
+    work = BackgroundWork(settings, conninfo, metrics=metrics)
+    await work.start()
+    ready.send(0)
+    _log.info("working")
+    await stop.wait()
+    await work.stop()
