@@ -24,12 +24,12 @@ import yaml
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from clinic.frontdesk.v1 import doctor_pb2, queue_pb2
+from clinic.frontdesk.v1 import clinic_pb2, doctor_pb2, queue_pb2
 from frontdesk.settings import Settings, SettingsError
 from tests.clinic import Front, day, outcome, today, tomorrow
 from tests.servers import Service
 from tests.test_server import two_fronts
-from tests.waiting import until
+from tests.waiting import until, until_true
 
 OPERATIONS = Path(__file__).parent.parent / "docs" / "operations"
 METHOD = "clinic.frontdesk.v1."
@@ -250,7 +250,12 @@ async def test_a_postgresql_that_died(start: Callable[[str], Service], tmp_path:
     await until(lambda: value(page(service), "postgresql_restarts_total") == 1)
     await until(lambda: value(page(service), "workers_healthy") == 2, seconds=40)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{service.port}") as channel:
-        await Front(channel, "", service.port).patient()
+        front = Front(channel, "", service.port)
+
+        async def serves() -> bool:
+            return await outcome(front.clinics.ListClinics(clinic_pb2.ListClinicsRequest())) == "OK"
+
+        await until_true(serves)
     found = page(service)
     assert value(found, "postgresql_restarts_total") == 1
     assert value(found, "worker_restarts_total") == 0

@@ -560,6 +560,16 @@ seal = Table(
     Column("cluster", BigInteger, nullable=False),
 )
 
+# How far those have come who do something with each event: relays, and the planning of notifications.
+log_reader = Table(
+    "log_reader",
+    metadata,
+    Column("name", Text, primary_key=True),
+    # Everything up to this position of the sealed log is done.
+    Column("position", BigInteger, nullable=False),
+    Column("update_time", DateTime(timezone=True), nullable=False, server_default=text("moment()")),
+)
+
 # How many calls of a subject the workers have leased in its latest minute.
 rate_window = Table(
     "rate_window",

@@ -417,6 +417,13 @@ def upgrade() -> None:
         postgresql_where=sa.text("phone <> '' and merged_into is null"),
     )
     op.create_table(
+        "log_reader",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("position", sa.BigInteger(), nullable=False),
+        sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.PrimaryKeyConstraint("name", name="log_reader_pkey"),
+    )
+    op.create_table(
         "patient_word",
         sa.Column("word", sa.Text(collation="C"), nullable=False),
         sa.Column("patient_id", sa.Uuid(), nullable=False),
