@@ -9,8 +9,10 @@ from typing import Any
 import psycopg
 import pytest
 
+from frontdesk.settings import Settings
 from tests.clinic import Front, today
-from tests.waiting import wait_for
+from tests.hostile.wire import working
+from tests.waiting import until
 
 DOCTOR = "01900000-0000-7000-8000-00000000000d"
 
@@ -159,17 +161,18 @@ def test_many_at_once(connection: psycopg.Connection[Any]) -> None:
     assert len(sealed(connection)) == 2500
 
 
-async def test_a_service_seals_its_changes(front: Front) -> None:
+async def test_a_service_seals_its_changes(settings: Settings, front: Front) -> None:
     """What a call has changed is sealed soon, in the order of revisions."""
     doctor = await front.doctor(max_patients_per_day=40)
     people = await front.people(20)
-    await asyncio.gather(*(front.book(person.id, doctor.id) for person in people))
+    async with working(settings, front.conninfo):
+        await asyncio.gather(*(front.book(person.id, doctor.id) for person in people))
 
-    def revisions() -> list[tuple[Any, ...]]:
-        return front.sql(
-            "select revision from seal join log using (id) where doctor_id = %s and date = %s order by position",
-            doctor.id, today(),
-        )  # fmt: skip
+        def revisions() -> list[tuple[Any, ...]]:
+            return front.sql(
+                "select revision from seal join log using (id) where doctor_id = %s and date = %s order by position",
+                doctor.id, today(),
+            )  # fmt: skip
 
-    await asyncio.to_thread(wait_for, lambda: len(revisions()) == 20, 10)
+        await until(lambda: len(revisions()) == 20, 10)
     assert [revision for (revision,) in revisions()] == list(range(2, 22))
