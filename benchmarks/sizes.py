@@ -19,7 +19,7 @@ from benchmarks.calls import Kind, Spent, percentiles, spend
 from benchmarks.load import unary_client
 from benchmarks.people import CLINIC, DOCTOR, PAST, PATIENT, make_id
 from benchmarks.stage import Child, ServerProcess, Stage
-from clinic.frontdesk.v1 import appointment_pb2, patient_pb2, queue_pb2
+from clinic.frontdesk.v1 import appointment_pb2, patient_pb2, queue_pb2, schedule_pb2
 from frontdesk.db.paging import KEY, MAKE_KEY, NO_INSTANT, PageTokens
 from frontdesk.rpc.convert import page_owners
 
@@ -241,6 +241,11 @@ def _kinds(past: Past, server: ServerProcess, connection: psycopg.Connection, da
         request.page_token = seal.token((on.isoformat(), NO_INSTANT, after), *page_owners(request, "anonymous"))
         return request
 
+    def schedule(n: int) -> Message:
+        return schedule_pb2.GetDoctorScheduleRequest(
+            doctor_id=make_id(DOCTOR, others[pick(len(others))]), from_date=wire(day), to_date=wire(day + timedelta(6))
+        )
+
     def kind(name: str, method: str, request: Callable[[int], Message]) -> Kind:
         return Kind(name, server, server.port, method, request)
 
@@ -257,6 +262,7 @@ def _kinds(past: Past, server: ServerProcess, connection: psycopg.Connection, da
         kind("ListAppointments of a patient", listing, patient),
         kind("ListAppointments of a clinic", listing, clinic),
         kind("ListAppointments of a clinic, from the middle", listing, clinic_middle),
+        kind("GetDoctorSchedule of a week", "/clinic.frontdesk.v1.ScheduleService/GetDoctorSchedule", schedule),
     ]
 
 
