@@ -241,9 +241,11 @@ def _kinds(past: Past, server: ServerProcess, connection: psycopg.Connection, da
         request.page_token = seal.token((on.isoformat(), NO_INSTANT, after), *page_owners(request, "anonymous"))
         return request
 
+    with_slots = [doctor for (doctor,) in connection.execute("select distinct doctor_id::text from slot").fetchall()]
+
     def schedule(n: int) -> Message:
         return schedule_pb2.GetDoctorScheduleRequest(
-            doctor_id=make_id(DOCTOR, others[pick(len(others))]), from_date=wire(day), to_date=wire(day + timedelta(6))
+            doctor_id=with_slots[pick(len(with_slots))], from_date=wire(day), to_date=wire(day + timedelta(6))
         )
 
     def kind(name: str, method: str, request: Callable[[int], Message]) -> Kind:
