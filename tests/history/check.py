@@ -9,7 +9,7 @@ import hashlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 from typing import Generic, TypeVar
 
@@ -45,15 +45,32 @@ STEPS: dict[str, tuple[set[str], str]] = {
     "LEFT": (LINE, "LEFT"),
     "CANCELLED": ({"BOOKED"} | LINE, "CANCELLED"),
     "NO_SHOW": ({"BOOKED"}, "NO_SHOW"),
+    "PRIORITY_SET": (LINE, ""),
+    "TRANSFERRED_OUT": ({"WAITING", "CALLED", "PARKED"}, ""),
 }
-"""By kind of change: the states that allow it, and the state after it. For a checked-in patient, the entry's state."""
+"""By kind of change: the states that allow it, and the state after it. For a checked-in patient, the entry's state.
+Empty if the state stays as it is, or if the visit is not here afterwards.
+"""
+
+UNDOABLE = {"CHECKED_IN", "STARTED", "COMPLETED", "NO_SHOW", "LEFT", "MISSED", "PARKED", "CANCELLED"}
+"""The kinds of change that an undo takes back."""
+UNDO_SECONDS = 3.0
+"""Seconds in which a verb can be taken back: the harness has shortened the quarter of an hour, see `world`."""
+PRIORITIES = ("URGENT", "PRIORITY", "NORMAL")
+"""The classes of the queue, the first first."""
+TAKES = {"BOOKED", "MOVED_IN", "TRANSFERRED_IN", "UNDONE"}
+"""The kinds of change that may take a place."""
 
 KINDS = {
     "BookAppointment": "BOOKED", "RescheduleAppointment": "MOVED_IN", "CancelAppointment": "CANCELLED",
     "MarkNoShow": "NO_SHOW", "CheckIn": "CHECKED_IN", "CallNext": "CALLED", "CallAgain": "CALLED_AGAIN",
     "ReturnToLine": "RETURNED", "ParkPatient": "PARKED", "MarkMissed": "MISSED", "LeaveQueue": "LEFT",
-    "StartAppointment": "STARTED", "CompleteAppointment": "COMPLETED",
+    "StartAppointment": "STARTED", "CompleteAppointment": "COMPLETED", "AddWalkIn": "CHECKED_IN",
+    "SetPriority": "PRIORITY_SET", "TransferPatient": "TRANSFERRED_IN", "UndoTransition": "UNDONE",
 }  # fmt: skip
+"""The kind of change of the revision that each method answers."""
+AIMED = {"BookAppointment", "RescheduleAppointment", "AddWalkIn", "TransferPatient"}
+"""The methods that name the place that they want."""
 
 _PLACE = {"DAY_FULL", "SLOT_FULL", "DUPLICATE_BOOKING", "PATIENT_OVERLAP", "HOLD_EXPIRED"}
 REFUSALS: dict[str, set[str]] = {method: {"INVALID_TRANSITION"} for method in KINDS} | {
@@ -63,7 +80,12 @@ REFUSALS: dict[str, set[str]] = {method: {"INVALID_TRANSITION"} for method in KI
     "MarkNoShow": {"INVALID_TRANSITION", "TOO_EARLY"},
     "CallAgain": {"INVALID_TRANSITION", "CALL_LIMIT_REACHED"},
     "CallNext": {"QUEUE_EMPTY"},
-}
+    "AddWalkIn": {"DAY_FULL", "DUPLICATE_BOOKING"},
+    "TransferPatient": {"INVALID_TRANSITION", "INVALID_FIELD", "DAY_FULL", "DUPLICATE_BOOKING"},
+    "UndoTransition": {
+        "NOTHING_TO_UNDO", "ETAG_MISMATCH", "DAY_FULL", "SLOT_FULL", "DUPLICATE_BOOKING", "PATIENT_OVERLAP",
+    },
+}  # fmt: skip
 """The reasons for which the harness's requests may be refused. They never name unknown resources."""
 
 BAD_CREDENTIALS = {"CREDENTIALS_REQUIRED", "CREDENTIALS_INVALID", "CREDENTIALS_EXPIRED"}
@@ -115,6 +137,7 @@ class Attempt:
     ticket: int = 0
     about: tuple[str, ...] = ()
     """Of an answer: its patient, doctor, date and slot. Of a refusal: its metadata, as names and values in turn."""
+    etag: str = ""
     grant: Grant | None = None
     """The credentials; None if no rules of access hold."""
     expires: float = float("inf")
@@ -144,6 +167,19 @@ class Operation:
     """Whether it got no answer even after all faults had ended."""
     identity: str = ""
     """Who asks, as the log should name him."""
+    priority: str = ""
+    """What it asks for; empty if it asks for none."""
+    room: str = ""
+    override: bool = False
+    """Whether it gives a reason to override the capacity."""
+    etag: str = ""
+    """The version of the visit that it wants to change; UndoTransition only."""
+
+    @property
+    def overrides(self) -> bool:
+        """Whether it may get a place above the capacity: it gives a reason, and the caller is of the clinic's desk."""
+        kinds = {one.grant.kind for one in self.attempts if one.grant is not None}
+        return self.override and kinds <= {"staff", "clerk"}
 
     @property
     def successes(self) -> list[Attempt]:
@@ -278,6 +314,8 @@ class History:
     acts: list[Act] = field(default_factory=list)
     holds: list[str] = field(default_factory=list)
     """The holds that were acknowledged."""
+    clock: float = 0.0
+    """What to add to an instant of the record for the time of the database."""
 
 
 @dataclass(slots=True)
@@ -296,6 +334,18 @@ class Event:
     """By the clock of the database."""
     hold: str = ""
     """The hold that was used."""
+    transaction: str = ""
+    number: int = 0
+    """The visit's number afterwards; 0 if it is not known."""
+    slot: str = ""
+    """The visit's slot afterwards; if the number is known."""
+    over: bool = False
+    """Whether an override of the capacity is recorded with it."""
+    room: str = ""
+    priority: str = "NORMAL"
+    check_in: float = 0.0
+    calls: int = 0
+    """These four are of the queue entry afterwards; the calls are those since the check-in or transfer."""
 
 
 @dataclass(slots=True)
@@ -340,6 +390,10 @@ class Visit:
     slot: str
     at: str
     ticket: int
+    room: str = ""
+    priority: str = "NORMAL"
+    over: bool = False
+    """Whether it has the reason of an override."""
 
 
 @dataclass(slots=True)
@@ -381,40 +435,6 @@ class Facts:
     """By position. May be read once."""
     unsealed: int = 0
     """Rows of `log` without a seal, though every transaction has ended."""
-    _called: dict[str, list[tuple[Day, float, float]]] | None = None
-
-    def with_another(self, who: str, day: Day, first: float, last: float) -> bool:
-        """Whether the patient of this visit was called or in consultation on another doctor-day of the date, at some
-        time between two instants. Some seconds more or less: a decision reads the clock, and may then wait for a row.
-        """
-        if self._called is None:
-            self._called = _called(self.events, self.visits)
-        visit = self.visits.get(who)
-        return visit is not None and any(
-            other != day and other[1] == day[1] and start - _WAIT_SECONDS <= last and first <= end + _WAIT_SECONDS
-            for other, start, end in self._called.get(visit.patient, ())
-        )
-
-
-_WAIT_SECONDS = 12.0
-"""How long before its commit a decision may have read the clock, at most."""
-
-
-def _called(events: Iterable[Event], visits: dict[str, Visit]) -> dict[str, list[tuple[Day, float, float]]]:
-    """When each patient was called or in consultation, and on which doctor-day."""
-    found: dict[str, list[tuple[Day, float, float]]] = defaultdict(list)
-    since: dict[str, float] = {}
-    for event in sorted(events, key=lambda one: (one.day, one.revision)):
-        if event.appointment not in visits:
-            continue
-        if event.state in ("CALLED", "IN_CONSULTATION"):
-            since.setdefault(event.appointment, event.time)
-        elif event.appointment in since:
-            span = (event.day, since.pop(event.appointment), event.time)
-            found[visits[event.appointment].patient].append(span)
-    for who, start in since.items():
-        found[visits[who].patient].append((visits[who].day, start, float("inf")))
-    return found
 
 
 @dataclass(slots=True)
@@ -457,11 +477,94 @@ class _Steps(Generic[T]):
         return self._values[start : max(bisect_right(self._revisions, high), start + 1)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """The queue entry of a visit, but for its state. What an undo must restore, and what no other verb may change."""
+
+    ticket: int = 0
+    room: str = ""
+    priority: str = "NORMAL"
+    check_in: float = 0.0
+    calls: int = 0
+    returned: int = 0
+    """The revision of the return after a missed call."""
+
+    @property
+    def place(self) -> tuple[int, int, float, int]:
+        """The place in the queue, the smallest first."""
+        return (PRIORITIES.index(self.priority), self.returned, self.check_in, self.ticket)
+
+    @property
+    def shown(self) -> tuple[str, str, float, int]:
+        """What the log says of it."""
+        return (self.room, self.priority, self.check_in, self.calls)
+
+
+_NOBODY = _Entry()
+
+
+class _Company:
+    """When each patient was called or in consultation, by the clients' record: two doctor-days have no common order."""
+
+    def __init__(
+        self,
+        events: Iterable[Event],
+        visits: dict[str, Visit],
+        when: dict[tuple[Day, int], tuple[float, float]],
+    ) -> None:
+        self._visits = visits
+        self._when = when
+        self._spans: dict[str, list[tuple[Day, int, tuple[float, float], tuple[float, float]]]] = defaultdict(list)
+        """By patient: the doctor-day, the revision of the call, and the intervals in which it began and ended."""
+        since: dict[tuple[Day, str], int] = {}
+        for event in events:
+            here = (event.day, event.appointment)
+            if event.state in ("CALLED", "IN_CONSULTATION"):
+                since.setdefault(here, event.revision)
+            elif here in since:
+                self._add(*here, since.pop(here), self.interval(event.day, event.revision))
+        for (day, who), revision in since.items():
+            self._add(day, who, revision, (float("inf"), float("inf")))
+
+    def interval(self, day: Day, revision: int) -> tuple[float, float]:
+        """The instants between which the revision was made."""
+        return self._when.get((day, revision), (-float("inf"), float("inf")))
+
+    def _add(self, day: Day, who: str, revision: int, end: tuple[float, float]) -> None:
+        if who in self._visits:
+            self._spans[self._visits[who].patient].append((day, revision, self.interval(day, revision), end))
+
+    def _of(self, who: str, day: Day) -> Iterator[tuple[Day, int, tuple[float, float], tuple[float, float]]]:
+        if who in self._visits:
+            for span in self._spans.get(self._visits[who].patient, ()):
+                if span[0] != day and span[0][1] == day[1]:
+                    yield span
+
+    def maybe(self, who: str, day: Day, first: float, last: float) -> bool:
+        """Whether the patient of this visit may have been with another doctor of the date, at some time in between."""
+        return any(begun[0] <= last and first <= ended[1] for _, _, begun, ended in self._of(who, day))
+
+    def surely(self, who: str, day: Day, first: float, last: float) -> tuple[Day, int] | None:
+        """Where the patient of this visit was all the time in between: another doctor-day, and the call there."""
+        for other, revision, begun, ended in self._of(who, day):
+            if begun[1] < first and last < ended[0]:
+                return other, revision
+        return None
+
+
 class _Replay:
     """The replay of a doctor-day from its events."""
 
-    def __init__(self, day: Day, events: Sequence[Event], memories: dict[tuple[Day, int], Memory], facts: Facts):
+    def __init__(
+        self,
+        day: Day,
+        events: Sequence[Event],
+        memories: dict[tuple[Day, int], Memory],
+        facts: Facts,
+        company: _Company,
+    ) -> None:
         self.day = day
+        self._company = company
         self.violations: list[tuple[str, str, int]] = []
         """Rule, text and revision."""
         self.pictures: dict[int, Picture] = {1: ((), 0)}
@@ -473,14 +576,20 @@ class _Replay:
         """All slots that each appointment had on this day."""
         self.at: dict[str, str] = {}
         self.place: dict[str, tuple[int, str]] = {}
-        self.ticket: dict[str, int] = {}
+        self.entry: dict[str, _Entry] = {}
+        self.over: set[str] = set()
+        """Those with a recorded override of the capacity."""
+        self.calls: dict[str, _Steps[int]] = defaultdict(lambda: _Steps(0))
+        """Calls of each patient since the last CallNext, which counts as one."""
+        self.undoable: dict[str, _Steps[float]] = defaultdict(lambda: _Steps(0.0))
+        """When the verb was done that an undo of each visit would take back; 0 if there is none."""
         self.moved: set[str] = set()
+        """Those that came from another doctor-day or went to one."""
+        self._steps: dict[str, list[tuple[float, str, _Entry]]] = defaultdict(list)
+        """For each verb that can be taken back, the last one at the end: its time, and what was before it."""
         self._holding: dict[str, str] = {}
         """The part of `at` that holds a place."""
-        self._order: dict[str, tuple[int, int]] = {}
-        """The place in the queue: the revision of the return after a missed call, or 0; and that of the check-in."""
         self._last_ticket = 0
-        self._times: dict[int, float] = {}
         self._capacity = facts.capacities.get(day[0], 0)
         self._facts = facts
         expected = 2
@@ -489,17 +598,12 @@ class _Replay:
                 self._say("revisions", f"r{expected} is followed by r{event.revision}", event.revision)
             expected = event.revision + 1
             slot = self.place.get(event.appointment, (0, ""))[1]
-            self._times[event.revision] = event.time
             self._apply(event, memories.get((day, event.revision)))
             self.pictures[event.revision] = self._picture()
             self.taken.set(event.revision, len(self._holding))
             for touched in {slot, self.place.get(event.appointment, (0, ""))[1]} - {""}:
                 self.taken_of_slot[touched].set(event.revision, self._taken_of(touched))
         self.last = expected - 1
-
-    def time_of(self, revision: int, otherwise: float) -> float:
-        """When the revision was made."""
-        return self._times.get(revision, otherwise)
 
     def _say(self, rule: str, text: str, revision: int) -> None:
         self.violations.append((rule, f"{text} at r{revision} of {_told(self.day)}", revision))
@@ -509,102 +613,196 @@ class _Replay:
 
     def _put(self, who: str, at: str) -> None:
         self.at[who] = at
+        self.place.setdefault(who, (0, ""))
         if at in HOLDING:
             self._holding[who] = at
         else:
             self._holding.pop(who, None)
 
     def _apply(self, event: Event, memory: Memory | None) -> None:
-        who, revision = event.appointment, event.revision
-        before = self.at.get(who, "")
-        if event.kind in ("BOOKED", "MOVED_IN"):
-            if before and (event.kind == "BOOKED" or before != "BOOKED"):
-                self._say("transition", f"{event.kind} of {who}, which is {before}", revision)
+        who, revision, kind = event.appointment, event.revision, event.kind
+        before, entry = self.at.get(who, ""), self.entry.get(who, _NOBODY)
+        # In a shortened history the first events of a visit may be missing.
+        known = who in self.at
+        if not known and event.state and kind != "CHECKED_IN":
+            entry = _Entry(event.ticket, event.room, event.priority, event.check_in, event.calls)
+        after = in_line = ""
+        steps = self._steps.pop(who, [])
+        if kind in ("BOOKED", "MOVED_IN", "TRANSFERRED_IN"):
+            if before and (kind != "MOVED_IN" or before != "BOOKED"):
+                self._say("transition", f"{kind} of {who}, which is {before}", revision)
             self._holding.pop(who, None)
-            number, slot = (memory.number, memory.slot) if memory else self._guess(who)
-            self._take(who, number, slot, revision)
-            self.place[who] = (number, slot)
-            self._put(who, "BOOKED")
-            if slot:
-                self.slots[who].add(slot)
-            after, in_line = "BOOKED", ""
-            if event.kind == "MOVED_IN":
+            stays = kind == "MOVED_IN" and before == "BOOKED"
+            if not stays:
+                self.over.discard(who)
+                if event.over:
+                    self.over.add(who)
+            after, entry = "BOOKED", _NOBODY
+            if kind == "TRANSFERRED_IN":
+                after = in_line = "WAITING"
+                entry = _Entry(self._drawn(event), "", event.priority, event.check_in, 0, 0)
+                self.calls[who].set(revision, 0)
+            if kind != "BOOKED":
                 self.moved.add(who)
-        elif event.kind == "MOVED_OUT":
-            if before != "BOOKED":
-                self._say("transition", f"MOVED_OUT of {who}, which is {before or 'not here'}", revision)
+            self._take(event, *self._placed(event, memory), after, stays=stays)
+        elif kind in ("MOVED_OUT", "TRANSFERRED_OUT"):
+            if before not in STEPS.get(kind, ({"BOOKED"}, ""))[0]:
+                self._say("transition", f"{kind} of {who}, which is {before or 'not here'}", revision)
             self.at.pop(who, None)
             self._holding.pop(who, None)
+            self.over.discard(who)
             self.moved.add(who)
-            after = in_line = ""
-        elif event.kind in STEPS:
-            allowed, after = STEPS[event.kind]
+            in_line = "TRANSFERRED" if kind == "TRANSFERRED_OUT" else ""
+        elif kind in STEPS:
+            allowed, after = STEPS[kind]
+            after = after or before
             if before not in allowed:
-                self._say("transition", f"{event.kind} of {who}, which is {before or 'not here'}", revision)
+                self._say("transition", f"{kind} of {who}, which is {before or 'not here'}", revision)
+            if kind in UNDOABLE and event.method != "CreateLeave":
+                steps.append((event.time, before, entry))
+                self._steps[who] = steps
             in_line = after if after in WAITING_ROOM or after in ("DONE", "LEFT") else ""
-            if event.kind == "CANCELLED" and before != "BOOKED":
+            if kind == "CANCELLED" and before != "BOOKED":
                 in_line = "LEFT"
-            if event.kind == "CHECKED_IN":
-                self._last_ticket += 1
-                if event.ticket != self._last_ticket:
-                    self._say("tickets", f"ticket {event.ticket}, but {self._last_ticket} is next", revision)
-                    self._last_ticket = event.ticket
-                self.ticket[who] = event.ticket
-            if event.kind == "CALLED":
-                # One who is with another doctor is passed over.
-                waiting = [
-                    one
-                    for one, at in self._holding.items()
-                    if at == "WAITING"
-                    and (one == who or not self._facts.with_another(one, self.day, event.time, event.time))
-                ]
-                if waiting and who != (first := min(waiting, key=self._place_in_queue)):
-                    self._say("transition", f"called {who} before {first}", revision)
-            if event.kind == "CHECKED_IN":
-                self._order[who] = (0, revision)
-            elif after == "WAITING" and before == "MISSED":
-                self._order[who] = (revision, self._place_in_queue(who)[1])
-            self.place.setdefault(who, (0, ""))
+            if kind == "CALLED":
+                self._check_turn(event, entry)
+            entry = self._changed(event, before, entry)
             self._put(who, after)
+        elif kind == "UNDONE":
+            after, in_line, entry = self._undo(event, memory, before, entry, steps)
         else:
             after, in_line = before, event.state
         if event.state != in_line:
-            self._say("transition", f"{event.kind} left the queue entry at '{event.state}', not '{in_line}'", revision)
+            self._say("transition", f"{kind} left the queue entry at '{event.state}', not '{in_line}'", revision)
+        elif in_line and known:
+            # Of an undone check-in the entry is told as it was before the undo.
+            told = self.entry[who] if in_line == "LEFT" and after == "BOOKED" else entry
+            shown = (event.room, event.priority, event.check_in, event.calls)
+            if (event.ticket, *shown) != (told.ticket, *told.shown):
+                text = f"{kind} of {who} left the entry as t{event.ticket} {shown}, not t{told.ticket} {told.shown}"
+                self._say("entry", text, revision)
+        self.entry[who] = entry
         self.states[who].set(revision, after)
+        self.undoable[who].set(revision, self._steps[who][-1][0] if self._steps.get(who) else 0.0)
 
-    def _place_in_queue(self, who: str) -> tuple[int, int]:
-        # In a shortened history the check-in may be missing.
-        return self._order.get(who, (0, 0))
+    def _drawn(self, event: Event) -> int:
+        """The ticket that the event draws."""
+        self._last_ticket += 1
+        if event.ticket != self._last_ticket:
+            self._say("tickets", f"ticket {event.ticket}, but {self._last_ticket} is next", event.revision)
+            self._last_ticket = event.ticket
+        return event.ticket
 
-    def _guess(self, who: str) -> tuple[int, str]:
-        visit = self._facts.visits.get(who)
+    def _changed(self, event: Event, before: str, entry: _Entry) -> _Entry:
+        """The queue entry after a verb."""
+        calls = self.calls[event.appointment]
+        if event.kind == "CHECKED_IN":
+            calls.set(event.revision, 0)
+            return _Entry(self._drawn(event), entry.room, event.priority, event.check_in, entry.calls, entry.returned)
+        if event.kind == "PRIORITY_SET":
+            return replace(entry, priority=event.priority)
+        if event.kind == "CALLED":
+            calls.set(event.revision, 1)
+            return replace(entry, room=event.room or entry.room, calls=entry.calls + 1)
+        if event.kind == "CALLED_AGAIN":
+            (made,) = calls.between(event.revision, event.revision)
+            if made >= self._facts.max_calls > 0:
+                text = f"call {made + 1} of {event.appointment}, of {self._facts.max_calls} at most"
+                self._say("call-limit", text, event.revision)
+            calls.set(event.revision, made + 1)
+            return replace(entry, calls=entry.calls + 1)
+        if event.kind in ("RETURNED", "PARKED"):
+            returned = event.revision if event.kind == "RETURNED" and before == "MISSED" else entry.returned
+            return replace(entry, room="", returned=returned)
+        return entry
+
+    def _check_turn(self, event: Event, entry: _Entry) -> None:
+        """CallNext takes the first who waits, and passes over those who are with another doctor."""
+        who, when = event.appointment, self._company.interval(self.day, event.revision)
+        waiting = [
+            one
+            for one, at in self._holding.items()
+            if at == "WAITING" and (one == who or not self._company.maybe(one, self.day, *when))
+        ]
+        if waiting and who != (first := min(waiting, key=self._place_in_queue)):
+            places = f"{entry.place}, {self._place_in_queue(first)}"
+            self._say("transition", f"called {who} before {first} ({places})", event.revision)
+
+    def _undo(
+        self, event: Event, memory: Memory | None, before: str, entry: _Entry, steps: list[tuple[float, str, _Entry]]
+    ) -> tuple[str, str, _Entry]:
+        """The state, the state of the queue entry that is told, and the entry after an undo."""
+        who, revision = event.appointment, event.revision
+        if not steps:
+            self._say("undo", f"UNDONE of {who}, which has nothing to undo", revision)
+            self._put(who, event.state or before)
+            return event.state or before, event.state, entry
+        time, after, restored = steps.pop()
+        if steps:
+            self._steps[who] = steps
+        if event.time - time > UNDO_SECONDS:
+            self._say("undo", f"UNDONE of {who} {event.time - time:.3f} s after the verb", revision)
+        in_line = after if after in WAITING_ROOM else "LEFT" if before == "WAITING" else ""
+        if before in LIVE:
+            self._put(who, after)
+        else:
+            number, slot = self._placed(event, memory)
+            own, own_slot = self.place.get(who, (0, ""))
+            if slot != own_slot:
+                self._say("undo", f"UNDONE of {who} gave slot '{slot}', not '{own_slot}'", revision)
+            stays = self._holding.pop(who, None) is not None
+            self._take(event, number, slot, after, own=own, stays=stays)
+        return after, in_line, restored
+
+    def _ticket(self, who: str) -> int:
+        return self.entry.get(who, _NOBODY).ticket
+
+    def _place_in_queue(self, who: str) -> tuple[int, int, float, int]:
+        return self.entry.get(who, _NOBODY).place
+
+    def _placed(self, event: Event, memory: Memory | None) -> tuple[int, str]:
+        """The number and slot that the event gave."""
+        if memory is not None:
+            return memory.number, memory.slot
+        if event.number:
+            return event.number, event.slot
+        visit = self._facts.visits.get(event.appointment)
         return (visit.number, visit.slot) if visit else (0, "")
 
-    def _take(self, who: str, number: int, slot: str, revision: int) -> None:
+    def _take(self, event: Event, number: int, slot: str, at: str, *, own: int = 0, stays: bool = False) -> None:
+        """A place is taken: of this number and slot, with this state. `own` is the number that is wanted if it is free;
+        `stays`: it has a place of the doctor-day already.
+        """
+        who, revision = event.appointment, event.revision
         holders = {self.place[one][0]: one for one in self._holding}
-        if len(holders) >= self._capacity or number > self._capacity:
+        first = self._capacity + 1 if event.over and not own else 1
+        free = next(n for n in [own, *range(first, first + len(holders) + 1)] if n and n not in holders)
+        if len(holders) >= self._capacity and not stays and first == 1:
             self._say("over-capacity", f"number {number}, place {len(holders) + 1} of {self._capacity}", revision)
         elif number in holders:
             self._say("number-twice", f"number {number} belongs to both {holders[number]} and {who}", revision)
-        elif number != (free := next(n for n in range(1, self._capacity + 1) if n not in holders)):
+        elif number != free:
             self._say("number-twice", f"number {number}, but {free} is the lowest free one", revision)
         if slot:
             taken, places = self._taken_of(slot), self._facts.slots.get(slot, 0)
             if taken >= places:
                 self._say("over-capacity", f"place {taken + 1} of {places} in slot {slot}", revision)
+            self.slots[who].add(slot)
         visits = self._facts.visits
-        for one, at in self._holding.items():
-            if at in LIVE and one in visits and who in visits and visits[one].patient == visits[who].patient:
+        for one, state in self._holding.items():
+            if state in LIVE and one in visits and who in visits and visits[one].patient == visits[who].patient:
                 self._say("patient-twice", f"{one} and {who} are live appointments of one patient", revision)
+        self.place[who] = (number, slot)
+        self._put(who, at)
 
     def _picture(self) -> Picture:
         by_state: dict[str, list[str]] = defaultdict(list)
         for who, at in self._holding.items():
             by_state[at].append(who)
         waiting = sorted(by_state["WAITING"], key=self._place_in_queue)
-        entries = [(one, self.ticket.get(one, 0), "WAITING", place) for place, one in enumerate(waiting, 1)]
+        entries = [(one, self._ticket(one), "WAITING", place) for place, one in enumerate(waiting, 1)]
         for state in WAITING_ROOM[1:]:
-            here = sorted((self.ticket.get(one, 0), one) for one in by_state[state])
+            here = sorted((self._ticket(one), one) for one in by_state[state])
             entries += [(one, ticket, state, 0) for ticket, one in here]
         return tuple(entries), len(by_state["BOOKED"])
 
@@ -665,11 +863,18 @@ class Checker:
         self._event = {(event.day, event.revision): event for event in facts.events}
         self._left: dict[tuple[str, int], list[Day]] = defaultdict(list)
         for event in facts.events:
-            if event.kind == "MOVED_OUT":
+            if event.kind in ("MOVED_OUT", "TRANSFERRED_OUT"):
                 self._left[event.appointment, event.revision].append(event.day)
         self._memory = {(memory.method, memory.key): memory for memory in facts.memories}
         self._made = {(memory.day, memory.revision): memory for memory in facts.memories}
-        self._replays = {day: _Replay(day, events, self._made, facts) for day, events in self._events.items()}
+        effects = [(one, *effect) for one in history.operations for effect in self._effects(one)]
+        self._when = {(day, revision): span for _, day, revision, span in effects}
+        """The interval of time in which a revision was made, as the clients saw it."""
+        ordered = (event for events in self._events.values() for event in events)
+        self._company = _Company(ordered, facts.visits, self._when)
+        self._replays = {
+            day: _Replay(day, events, self._made, facts, self._company) for day, events in self._events.items()
+        }
         self._of_patient: dict[str, list[str]] = defaultdict(list)
         for visit in facts.visits.values():
             self._of_patient[visit.patient].append(visit.id)
@@ -678,16 +883,16 @@ class Checker:
             for who in replay.states:
                 self._days_of[who].append(day)
         self._points: dict[Day, list[_Point]] = defaultdict(list)
-        for operation in history.operations:
-            for day, revision, span in self._effects(operation):
-                self._points[day].append(_Point(*span, revision, True, operation))
+        for operation, day, revision, span in effects:
+            self._points[day].append(_Point(*span, revision, True, operation))
         for read in history.reads:
             self._points[read.day].append(_Point(read.invoke, read.complete, read.revision, False, read))
         self._bounds = {day: _Bounds(points) for day, points in self._points.items()}
 
     PARTS = (
         "acknowledged", "keys", "answers", "replayed", "final", "overlaps", "real_time", "pictures", "watches",
-        "refusals", "asked", "manners", "holds", "access", "streams", "probes", "quota", "log", "acts", "seals",
+        "refusals", "asked", "manners", "holds", "pairs", "wishes", "elsewhere", "access", "streams", "probes", "quota",
+        "log", "acts", "seals",
     )  # fmt: skip
     """The parts of the checker, each with some rules."""
 
@@ -706,11 +911,16 @@ class Checker:
         if not operation.successes:
             if memory is not None and operation.attempts:
                 # It was never acknowledged: it was made at some time after the first call.
-                yield memory.day, memory.revision, (min(one.invoke for one in operation.attempts), float("inf"))
+                span = (min(one.invoke for one in operation.attempts), float("inf"))
+                yield memory.day, memory.revision, span
+                if operation.method == "AddWalkIn":
+                    yield memory.day, memory.revision - 1, span
             return
         first = operation.successes[0]
         day = memory.day if memory is not None else operation.day
         yield day, first.revision, operation.span
+        if operation.method == "AddWalkIn":
+            yield day, first.revision - 1, operation.span
         # The answer does not name the day that was left. If the revisions are equal, it may have been this one; if the
         # appointment left two days at equal revisions, it may have been either. Then conclude nothing.
         left = self._left.get((first.appointment, first.vacated), [])
@@ -746,12 +956,14 @@ class Checker:
                     " not exist"
                 )
                 yield Violation("key-without-effect", text, (memory.day,))
+            if memory.method == "AddWalkIn":
+                claims[memory.day, memory.revision - 1].append(f"{memory.method} {memory.key}")
             if memory.vacated:
                 leaving.add((memory.appointment, memory.vacated))
         for event in self._facts.events:
             keys = claims[event.day, event.revision]
             count = len(keys)
-            if event.kind == "MOVED_OUT":
+            if event.kind in ("MOVED_OUT", "TRANSFERRED_OUT"):
                 count = int((event.appointment, event.revision) in leaving)
             if count != 1:
                 text = f"{event.kind} at r{event.revision} of {_told(event.day)} was made by {count} keys {keys}"
@@ -805,10 +1017,12 @@ class Checker:
             replay = self._replays.get(visit.day)
             played = replay.at.get(visit.id, "nowhere") if replay else "nowhere"
             place = replay.place.get(visit.id, (0, "")) if replay else (0, "")
-            ticket = replay.ticket.get(visit.id, 0) if replay else 0
-            if (played, place, ticket) != (visit.at, (visit.number, visit.slot), visit.ticket):
-                text = f"the events lead to {played} {place} t{ticket}, but the row is {visit}"
-                yield Violation("row-and-events", text, (visit.day,))
+            entry = replay.entry.get(visit.id, _NOBODY) if replay else _NOBODY
+            over = replay is not None and visit.id in replay.over
+            led = (played, place, entry.ticket, entry.room, entry.priority, over)
+            row = (visit.at, (visit.number, visit.slot), visit.ticket, visit.room, visit.priority, visit.over)
+            if led != row:
+                yield Violation("row-and-events", f"the events lead to {led}, but the row is {visit}", (visit.day,))
 
     def _overlaps(self) -> Iterator[Violation]:
         """No patient is in two places at one time. Checked on the rows, because doctor-days have no common order."""
@@ -906,8 +1120,10 @@ class Checker:
         high = min(high, replay.last)
         when = f"from r{low} to r{high} of {_told(operation.day)}"
         # A move does not count its own place.
-        moves = operation.method == "RescheduleAppointment"
+        moves = operation.method in ("RescheduleAppointment", "TransferPatient")
         if one.outcome == "DAY_FULL":
+            if operation.overrides:
+                return "but it overrides the capacity"
             capacity = self._facts.capacities[operation.day[0]]
             most = max(replay.taken.between(low, high)) + _held(one)
             return f"but at most {most} of {capacity} places were taken {when}" if most < capacity else ""
@@ -923,11 +1139,10 @@ class Checker:
             return "but nobody has used it" if about.get("state") == "USED" and not uses else ""
         if one.outcome == "QUEUE_EMPTY":
             pictures = (replay.pictures.get(revision) for revision in range(low, high + 1))
-            first, last = replay.time_of(low, 0.0), replay.time_of(high + 1, float("inf"))
             empty = any(
                 p is None
                 or all(
-                    entry[2] != "WAITING" or self._facts.with_another(entry[0], operation.day, first, last)
+                    entry[2] != "WAITING" or self._company.maybe(entry[0], operation.day, one.invoke, one.complete)
                     for entry in p[0]
                 )
                 for p in pictures
@@ -935,6 +1150,19 @@ class Checker:
             return "" if empty else f"but a patient was always waiting {when}"
         if one.outcome in ("DUPLICATE_BOOKING", "PATIENT_OVERLAP"):
             return self._patient_was_free(operation, one)
+        if one.outcome == "INVALID_FIELD":
+            here = replay.ever(operation.appointment, low, high, {*WAITING_ROOM})
+            return "" if here else f"but {operation.appointment} was not with the doctor whom it names {when}"
+        if one.outcome == "CALL_LIMIT_REACHED":
+            made = max(replay.calls[operation.appointment].between(low, high))
+            enough = operation.appointment in replay.moved or made >= self._facts.max_calls
+            return "" if enough else f"but {operation.appointment} had {made} calls at most {when}"
+        if one.outcome == "NOTHING_TO_UNDO":
+            times = replay.undoable[operation.appointment].between(low, high)
+            late = one.complete + self._history.clock - min(times) > UNDO_SECONDS - _CLOCK_SECONDS
+            if late or not all(times) or operation.appointment in replay.moved:
+                return ""
+            return f"but {operation.appointment} had a verb to undo {when}"
         if one.outcome in ("INVALID_TRANSITION", "ALREADY_CHECKED_IN") and operation.appointment not in replay.moved:
             others = {"CANCELLED", "NO_SHOW", "LEFT", *WAITING_ROOM, "DONE"}
             if not moves:
@@ -987,8 +1215,7 @@ class Checker:
                 return f"requested patient {operation.patient}"
             if operation.appointment and operation.appointment != one.appointment:
                 return f"requested {operation.appointment}"
-            aimed = operation.method in ("BookAppointment", "RescheduleAppointment")
-            if aimed and (doctor, date, slot) != (*operation.day, operation.slot):
+            if operation.method in AIMED and (doctor, date, slot) != (*operation.day, operation.slot):
                 return f"requested {operation.day} {operation.slot}"
             return ""
         about = dict(zip(one.about[::2], one.about[1::2], strict=True))
@@ -1050,9 +1277,9 @@ class Checker:
                     yield Violation("hold-misused", f"{at} used hold {name} of {_told(hold.day)} {hold.slot}", days)
                 elif hold.patient and self._patient_of(event) != hold.patient:
                     yield Violation("hold-misused", f"{at} used hold {name} of patient {hold.patient}", days)
-        of_day: dict[Day, list[Hold]] = defaultdict(list)
+        of_day: dict[Day, list[Hold]] = {day: [] for day in self._events}
         for hold in self._facts.holds.values():
-            of_day[hold.day].append(hold)
+            of_day.setdefault(hold.day, []).append(hold)
         for day, holds in of_day.items():
             yield from self._held_places(day, holds, used)
 
@@ -1062,9 +1289,14 @@ class Checker:
         # Whenever somebody takes a place without a hold, or holds one: the time, the revision and the slot.
         takes = [(hold.placed, 0, hold.slot, f"hold {hold.id}") for hold in holds]
         for event in events:
-            if replay is not None and event.kind in ("BOOKED", "MOVED_IN") and not event.hold:
+            if replay is not None and event.kind in TAKES and not event.hold:
                 before, after = (replay.taken.between(r, r)[-1] for r in (event.revision - 1, event.revision))
-                if after > before:
+                if event.over and event.kind != "UNDONE":
+                    held = sum(one.live(event.time, used[one.id]) for one in holds)
+                    if before + held < capacity:
+                        text = f"r{event.revision} of {_told(day)} overrides beside {before} booked and {held} held"
+                        yield Violation("override", f"{text} of {capacity}", (day,), event.revision)
+                elif after > before:
                     takes.append((event.time, event.revision, self._place_of(event), f"r{event.revision}"))
         for at, revision, slot, what in takes:
             last = revision or max((event.revision for event in events if event.time < at), default=1)
@@ -1089,6 +1321,87 @@ class Checker:
     def _patient_of(self, event: Event) -> str:
         visit = self._facts.visits.get(event.appointment)
         return visit.patient if visit else ""
+
+    # What belongs together
+
+    def _pairs(self) -> Iterator[Violation]:
+        """A walk-in is a booking and a check-in in one transaction, and so is a move a leaving and an arrival."""
+        arrived = {
+            (event.appointment, event.kind, event.transaction)
+            for event in self._facts.events
+            if event.kind in ("MOVED_IN", "TRANSFERRED_IN")
+        }
+        left = {
+            (event.appointment, event.transaction): event
+            for event in self._facts.events
+            if event.kind == "TRANSFERRED_OUT"
+        }
+        for event in self._facts.events:
+            who, at = event.appointment, f"r{event.revision} of {_told(event.day)}"
+            if event.kind in ("MOVED_OUT", "TRANSFERRED_OUT"):
+                arrival = event.kind.replace("OUT", "IN")
+                if (who, arrival, event.transaction) not in arrived:
+                    text = f"{event.kind} of {who} at {at} has no {arrival} in its transaction"
+                    yield Violation("move-split", text, (event.day,))
+            elif event.kind == "TRANSFERRED_IN":
+                before = left.get((who, event.transaction))
+                if before is None:
+                    text = f"{event.kind} of {who} at {at} has no TRANSFERRED_OUT in its transaction"
+                    yield Violation("move-split", text, (event.day,))
+                elif (before.priority, before.check_in) != (event.priority, event.check_in):
+                    text = f"{who} came at {at} with {event.priority} {event.check_in}, not as it left: {before}"
+                    yield Violation("entry", text, (event.day, before.day))
+            elif event.method == "AddWalkIn" and event.kind in ("BOOKED", "CHECKED_IN"):
+                step, kind = (1, "CHECKED_IN") if event.kind == "BOOKED" else (-1, "BOOKED")
+                other = self._event.get((event.day, event.revision + step))
+                pair = (kind, "AddWalkIn", who, event.transaction)
+                if other is None or (other.kind, other.method, other.appointment, other.transaction) != pair:
+                    text = f"the walk-in {event.kind} of {who} at {at} has no {kind} in its transaction, but {other}"
+                    yield Violation("walk-in-split", text, (event.day,))
+        sights: list[Read | Seen] = [*self._history.reads, *self._history.seen]
+        for sight in sights:
+            shown = self._event.get((sight.day, sight.revision))
+            if shown is not None and (shown.kind, shown.method) == ("BOOKED", "AddWalkIn"):
+                text = (
+                    f"r{sight.revision} of {_told(sight.day)} was shown, the booking of a walk-in without its check-in"
+                )
+                yield Violation("walk-in-split", text, (sight.day,))
+
+    def _wishes(self) -> Iterator[Violation]:
+        """Who asked for a priority or a room got it; nobody got an override who did not ask, or may not."""
+        undone: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for operation in self._history.operations:
+            for day, revision, _ in self._effects(operation):
+                event = self._event.get((day, revision))
+                if event is None or event.method != operation.method:
+                    continue
+                at = f"r{revision} of {_told(day)}, {_named(operation)},"
+                if event.over and not operation.overrides:
+                    yield Violation("override", f"{at} overrides the capacity, but must not", (day,), revision)
+                if event.kind != KINDS[operation.method]:
+                    continue
+                wanted = (operation.priority or event.priority, operation.room or event.room)
+                if (event.priority, event.room) != wanted:
+                    text = f"{at} made it {event.priority} in room '{event.room}', not {wanted}"
+                    yield Violation("wrong-answer", text, (day,), revision)
+                if operation.etag:
+                    undone[event.appointment, operation.etag].append(at)
+        for (who, etag), made in undone.items():
+            if len(made) > 1:
+                yield Violation("undo", f"{who} was undone twice with etag {etag}: {' '.join(sorted(made))}")
+
+    def _elsewhere(self) -> Iterator[Violation]:
+        """Nobody is called who is with another doctor."""
+        for event in self._facts.events:
+            if event.kind == "CALLED":
+                when = self._company.interval(event.day, event.revision)
+                where = self._company.surely(event.appointment, event.day, *when)
+                if where is not None:
+                    text = (
+                        f"r{event.revision} of {_told(event.day)} called {event.appointment}, whose patient had been"
+                        f" called at r{where[1]} of {_told(where[0])} and was still there"
+                    )
+                    yield Violation("called-elsewhere", text, (event.day, where[0]))
 
     # Access
 

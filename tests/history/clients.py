@@ -25,12 +25,15 @@ from frontdesk.client import FrontdeskClient, FrontdeskError, Update
 from tests.clinic import Front, day
 from tests.history.callers import QUOTA, Caller, Callers, Clerk
 from tests.history.check import (
+    AIMED,
     BAD_CREDENTIALS,
     BROKEN,
     KINDS,
     OK,
+    PRIORITIES,
     STEPS,
     UNANSWERED,
+    UNDOABLE,
     Attempt,
     Day,
     History,
@@ -48,12 +51,15 @@ BUDGET = 400
 """Operations after which another doctor takes over: an ever longer queue shows nothing new."""
 
 _APPOINTMENTS = {"BookAppointment", "RescheduleAppointment", "CancelAppointment", "StartAppointment",
-                 "CompleteAppointment", "MarkNoShow"}  # fmt: skip
+                 "CompleteAppointment", "MarkNoShow", "UndoTransition"}  # fmt: skip
+_LEAVES = {"RescheduleAppointment", "TransferPatient"}
+"""The methods that may leave a doctor-day for another one."""
 _ANSWERED = {"FAILED_PRECONDITION", "ALREADY_EXISTS", "NOT_FOUND", "INVALID_ARGUMENT", "UNAUTHENTICATED",
              "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"}  # fmt: skip
 _VERBS = {
     "CheckIn": 10, "CallNext": 7, "StartAppointment": 5, "CompleteAppointment": 3, "CancelAppointment": 4,
-    "LeaveQueue": 2, "ReturnToLine": 4, "ParkPatient": 3, "MarkMissed": 3, "CallAgain": 1, "MarkNoShow": 1,
+    "LeaveQueue": 2, "ReturnToLine": 4, "ParkPatient": 3, "MarkMissed": 3, "CallAgain": 3, "MarkNoShow": 1,
+    "SetPriority": 3, "TransferPatient": 2,
 }  # fmt: skip
 _LINE = {number: name.removeprefix("STATE_") for name, number in queue_pb2.QueueEntry.State.items()}
 _VISIT = {number: name.removeprefix("STATE_") for name, number in pb.Appointment.State.items()}
@@ -68,6 +74,8 @@ class Known:
     at: str
     patient: str = ""
     slot: str = ""
+    etag: str = ""
+    """Of its version, if the last change that was answered can be undone."""
 
 
 @dataclass(slots=True)
@@ -92,6 +100,8 @@ class Shift:
         self.capacity = capacity
         self.asked = 0
         self.visits: dict[str, Known] = {}
+        self.ended: dict[str, Known] = {}
+        """Those visits that have ended most lately, without their places."""
         self.holds: list[Kept] = []
         """The latest ones, ended ones too."""
         self.busy: set[str] = set()
@@ -216,7 +226,8 @@ class Clients:
 
     def __init__(
         self, chapter: Chapter, fronts: Sequence[Front], *,
-        moves: float, twins: float, bursts: float, haste: float, holds: float, probes: float,
+        moves: float, twins: float, bursts: float, haste: float, holds: float, walk_ins: float, undos: float,
+        probes: float,
         relieve: Callable[[Shift], None], healed: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.chapter = chapter
@@ -226,6 +237,8 @@ class Clients:
         self._relieve = relieve
         self._healed = healed
         self._holds = holds
+        self._walk_ins = walk_ins
+        self._undos = undos
         self._probes = probes
         self._callers = chapter.callers
         self._asking: dict[str, Caller] = {}
@@ -255,8 +268,28 @@ class Clients:
         shift.asked += 1
         if shift.over and shift.asked > 20:
             self._relieve(shift)
+        if mine.random() < self._undos:
+            known = {who: one for who, one in [*shift.visits.items(), *shift.ended.items()] if one.etag}
+            if known:
+                await self._undo(number, shift, mine.choice([*known]), mine)
+                return
         operation, request = self._intention(number, shift, mine)
         await self._pursue(shift, operation, request, mine, twins=mine.random() < self._twins)
+
+    async def _undo(self, number: int, shift: Shift, visit: str, mine: random.Random) -> None:
+        """Take back the last verb of a visit. Now and then two clients do, who have seen the same version."""
+        known = shift.visits.get(visit) or shift.ended[visit]
+        etag, wishes = known.etag, []
+        if mine.random() < 0.08:
+            # Nobody else does it meanwhile, and it may be too late then.
+            known.etag = ""
+            await asyncio.sleep(mine.uniform(2, 4))
+        for _ in range(1 + (mine.random() < 0.3)):
+            key = self.chapter.key()
+            request = pb.UndoTransitionRequest(appointment_id=visit, etag=etag, idempotency_key=key)
+            operation = Operation(number, key, "UndoTransition", known.day, visit, known.slot, etag=etag)
+            wishes.append(self._pursue(shift, operation, request, mine, twins=mine.random() < self._twins))
+        await asyncio.gather(*wishes)
 
     async def _pursue(
         self, shift: Shift, operation: Operation, request: Any, mine: random.Random, *,
@@ -268,8 +301,11 @@ class Clients:
             self.chapter.requests[operation.key] = request
         known = shift.visits.get(operation.appointment)
         doctor = shift.doctor if known is not None else ""
-        self.ask(operation, self._callers.chosen(operation, known.patient if known else "", doctor, mine))
-        books = operation.method in ("BookAppointment", "RescheduleAppointment")
+        caller = self._callers.chosen(operation, known.patient if known else "", doctor, mine)
+        self.ask(operation, caller)
+        if operation.method == "CheckIn" and caller.grant.kind != "patient" and mine.random() < 0.4:
+            self._urge(operation, request, mine)
+        books = operation.method in AIMED
         shift.arriving += books
         mark = operation.appointment or operation.method
         shift.busy.add(mark)
@@ -359,10 +395,11 @@ class Clients:
             made.appointment, made.number = visit.id, visit.number
             made.state = _VISIT[visit.state]
             made.about = (visit.patient_id, visit.doctor_id, _date(visit.date), visit.slot_id)
+            made.etag = visit.etag
         if operation.method not in _APPOINTMENTS:
             made.ticket = answer.entry.ticket
             made.state = _LINE[answer.entry.state]
-        if operation.method == "RescheduleAppointment":
+        if operation.method in _LEAVES:
             made.vacated = answer.vacated_revision
         operation.attempts.append(made)
 
@@ -514,19 +551,52 @@ class Clients:
             patient = held.patient or self._patient(shift, held.day, mine, False)
             return self.booking(number, patient, held.day, held.slot, held.id)
         target, slot = self._target(shift, mine, hasty)
-        if (hasty or shift.room(target) > 0) and mine.random() < 0.45:
-            return self.booking(number, self._patient(shift, target, mine, hasty), target, slot)
+        # Who has a place above the capacity keeps others away when somebody has left.
+        urgent = mine.random() < 0.15 and len(shift.visits) < 2 * shift.capacity
+        if (hasty or urgent or shift.room(target) > 0) and mine.random() < 0.45:
+            patient = self._patient(shift, target, mine, hasty)
+            if target == shift.days[0] and not slot and mine.random() < self._walk_ins:
+                return self._walk_in(number, patient, target, urgent, mine)
+            return self.booking(number, patient, target, slot)
         verb, visit = self._verb(shift, mine, hasty)
         if verb == "CallNext":
-            key = self.chapter.key()
-            request: Any = queue_pb2.CallNextRequest(doctor_id=shift.doctor, room="1", idempotency_key=key)
-            return Operation(number, key, verb, shift.days[0]), request
+            key, room = self.chapter.key(), mine.choice("12")
+            request: Any = queue_pb2.CallNextRequest(doctor_id=shift.doctor, room=room, idempotency_key=key)
+            return Operation(number, key, verb, shift.days[0], room=room), request
         if not visit:
             return self.booking(number, self._patient(shift, target, mine, hasty), target, slot)
+        if verb == "TransferPatient":
+            others = [one for one in self.chapter.at_work if one is not shift] or [shift]
+            return self._transfer(number, visit, mine.choice(others).days[0], urgent)
         key = self.chapter.key()
         messages: Any = pb if verb in _APPOINTMENTS else queue_pb2
         request = getattr(messages, f"{verb}Request")(appointment_id=visit, idempotency_key=key)
-        return Operation(number, key, verb, shift.visits[visit].day, visit), request
+        operation = Operation(number, key, verb, shift.visits[visit].day, visit)
+        if verb == "SetPriority":
+            self._urge(operation, request, mine)
+        return operation, request
+
+    def _walk_in(
+        self, number: int, patient: str, target: Day, override: bool, mine: random.Random
+    ) -> tuple[Operation, Any]:
+        key = self.chapter.key()
+        request = queue_pb2.AddWalkInRequest(doctor_id=target[0], patient_id=patient, idempotency_key=key)
+        request.override_reason = "fainted" if override else ""
+        operation = Operation(number, key, "AddWalkIn", target, patient=patient, override=override)
+        if mine.random() < 0.4:
+            self._urge(operation, request, mine)
+        return operation, request
+
+    def _transfer(self, number: int, visit: str, target: Day, override: bool) -> tuple[Operation, Any]:
+        key = self.chapter.key()
+        request = queue_pb2.TransferPatientRequest(appointment_id=visit, to_doctor_id=target[0], idempotency_key=key)
+        request.override_reason = "called away" if override else ""
+        return Operation(number, key, "TransferPatient", target, visit, override=override), request
+
+    @staticmethod
+    def _urge(operation: Operation, request: Any, mine: random.Random) -> None:
+        operation.priority = mine.choice(PRIORITIES)
+        request.priority = queue_pb2.Priority.Value(f"PRIORITY_{operation.priority}")
 
     def _verb(self, shift: Shift, mine: random.Random, hasty: bool) -> tuple[str, str]:
         if hasty and shift.visits:
@@ -539,7 +609,7 @@ class Clients:
                 waits = any(known.at == "WAITING" for known in shift.visits.values())
                 fitting[verb] = [""] if waits and verb not in shift.busy else []
                 continue
-            found = shift.in_state(STEPS[KINDS[verb]][0])
+            found = shift.in_state(STEPS["TRANSFERRED_OUT" if verb == "TransferPatient" else KINDS[verb]][0])
             if verb in ("CheckIn", "MarkNoShow"):
                 found = [who for who in found if shift.visits[who].day == today]
             if verb == "MarkNoShow":
@@ -621,6 +691,10 @@ class Clients:
             where = self._shift_of(operation.day, shift)
             if refused == "DAY_FULL" and "held" not in operation.attempts[-1].about:
                 where.full.add(operation.day)
+            if refused in ("NOTHING_TO_UNDO", "ETAG_MISMATCH"):
+                for one in (shift.visits, shift.ended):
+                    if operation.appointment in one:
+                        one[operation.appointment].etag = ""
             known = shift.visits.get(operation.appointment)
             if refused == "INVALID_TRANSITION" and known is not None:
                 state = operation.attempts[-1].about[-1]
@@ -631,20 +705,30 @@ class Clients:
                     known.at = {"COMPLETED": "DONE"}.get(state, state)
             return
         made = operation.successes[0]
-        if operation.method == "RescheduleAppointment":
+        # The visit may have been moved since the client asked.
+        target = (made.about[1], made.about[2]) if made.about else operation.day
+        if operation.method in _LEAVES:
             left = shift.visits.pop(made.appointment, None)
             if left is not None:
                 shift.full.discard(left.day)
         at = {"CHECKED_IN": "WAITING", "COMPLETED": "DONE"}.get(made.state, made.state)
-        where = self._shift_of(operation.day, shift)
+        where = self._shift_of(target, shift)
+        # Of a visit that is undone, another verb may be left to be undone.
+        etag = made.etag if KINDS[operation.method] in UNDOABLE or operation.method == "UndoTransition" else ""
+        where.ended.pop(made.appointment, None)
         if at in ("LEFT", "CANCELLED", "NO_SHOW"):
-            where.visits.pop(made.appointment, None)
-            where.full.discard(operation.day)
-        elif where.doctor == operation.day[0]:
+            left = where.visits.pop(made.appointment, None)
+            where.full.discard(target)
+            if left is not None:
+                left.day, left.etag = target, etag
+                where.ended[made.appointment] = left
+                for who in [*where.ended][:-4]:
+                    del where.ended[who]
+        elif where.doctor == target[0]:
             slot = made.about[3] if made.about else ""
             if operation.method == "CallNext" and made.appointment in where.visits:
                 slot = where.visits[made.appointment].slot
-            where.visits[made.appointment] = Known(operation.day, at, made.about[0] if made.about else "", slot)
+            where.visits[made.appointment] = Known(target, at, made.about[0] if made.about else "", slot, etag)
 
     def _shift_of(self, target: Day, near: Shift) -> Shift:
         if near.doctor == target[0]:
@@ -707,7 +791,7 @@ def _refused(error: grpc.aio.AioRpcError | FrontdeskError) -> tuple[str, tuple[s
     if not info.reason:
         # From gRPC on either side, not from the service.
         return f"{UNANSWERED}{code}", ()
-    if code in _ANSWERED and info.reason != "TOO_MANY_WATCHERS":
+    if (code in _ANSWERED and info.reason != "TOO_MANY_WATCHERS") or info.reason == "ETAG_MISMATCH":
         return info.reason, tuple(part for pair in sorted(info.metadata.items()) for part in pair)
     return (f"{BROKEN}{info.reason} {dict(info.metadata)}" if code == "INTERNAL" else f"{UNANSWERED}{info.reason}"), ()
 

@@ -124,6 +124,10 @@ class Plan:
     """A missing safeguard of the workers; see `launcher`."""
     access: str = "open"
     """`open`, or `required`: then all callers have credentials, and some lose them."""
+    walk_ins: float = 0.25
+    """The probability that a new patient comes without an appointment."""
+    undos: float = 0.12
+    """The probability that a client takes back one of the latest verbs."""
     probes: float = 0.06
     """With access required, the probability that a client asks for what is not its own."""
 
@@ -304,7 +308,7 @@ class Run:
         self._evening = datetime.combine(self._today, daytime(20), UTC) - timedelta(hours=offset)
         with psycopg.connect(self._conninfo) as admin:
             clinics = admin.execute(
-                "insert into clinic (name, time_zone) select 'History', %s from generate_series(1, 2)"
+                "insert into clinic (name, time_zone, max_calls) select 'History', %s, 2 from generate_series(1, 2)"
                 " returning id::text", (f"Etc/GMT{-offset:+d}",),
             ).fetchall()  # fmt: skip
             self._clinic_id, self._other_clinic_id = (one[0] for one in clinics)
@@ -361,7 +365,10 @@ class Run:
             shifts.append(Shift(doctor, days, {target: slots[target] for target in days}, capacity))
         busy, quiet = shifts.pop(), shifts.pop()
         at_work = [shifts.pop() for _ in range(plan.doctors)]
-        return Chapter(name, shifts, at_work, busy, quiet, everybody, callers)
+        chapter = Chapter(name, shifts, at_work, busy, quiet, everybody, callers)
+        # Of one machine, so both clocks go alike.
+        chapter.history.clock = time.time() - time.monotonic()
+        return chapter
 
     def _callers(
         self, admin: psycopg.Connection, name: str, mine: random.Random, doctors: list[str], patients: list[str]
@@ -497,7 +504,7 @@ class Run:
 
         clients = Clients(
             chapter, self._fronts, moves=plan.moves, twins=plan.twins, bursts=plan.bursts, haste=plan.haste,
-            holds=plan.holds, probes=plan.probes if self._required else 0.0,
+            holds=plan.holds, walk_ins=plan.walk_ins, undos=plan.undos, probes=plan.probes if self._required else 0.0,
             relieve=relieve, healed=lambda: self._faults_over,
         )  # fmt: skip
         return clients
@@ -914,6 +921,10 @@ def _facts(conninfo: str, name: str, identities: list[str], doctors: list[str]) 
             "select id::text, max_patients_per_day from doctor where id = any(%s::uuid[])", of
         ):
             facts.capacities[doctor] = places
+        (facts.max_calls,) = admin.execute(
+            "select max_calls from clinic c join doctor d on d.clinic_id = c.id where d.id = any(%s::uuid[]) limit 1",
+            of,
+        ).fetchone() or (0,)
         for slot, places, start, end in admin.execute(
             "select id::text, capacity, extract(epoch from start_time)::float8, extract(epoch from end_time)::float8"
             " from slot where doctor_id = any(%s::uuid[])", of,
@@ -926,7 +937,10 @@ def _facts(conninfo: str, name: str, identities: list[str], doctors: list[str]) 
         for doctor, date, *rest in admin.execute(
             "select doctor_id::text, date::text, revision, change_kind(type), coalesce(appointment_id::text, ''),"
             " coalesce(queue_state, ''), coalesce(ticket, 0), actor, method, extract(epoch from time)::float8,"
-            " coalesce(data ->> 'hold_id', '') from log"
+            " coalesce(data ->> 'hold_id', ''), transaction::text, coalesce((data ->> 'number')::integer, 0),"
+            " coalesce(slot_id::text, ''), coalesce((data ->> 'over_capacity')::boolean, false), coalesce(room, ''),"
+            " coalesce(priority, 'NORMAL'), coalesce(extract(epoch from check_in_time)::float8, 0),"
+            " coalesce(call_count, 0) from log"
             " where revision > 0 and doctor_id = any(%s::uuid[])", of,
         ):  # fmt: skip
             facts.events.append(Event((doctor, date), *rest))
@@ -938,13 +952,14 @@ def _facts(conninfo: str, name: str, identities: list[str], doctors: list[str]) 
             " and l.type = 'hold.released' where h.doctor_id = any(%s::uuid[])", of,
         ):  # fmt: skip
             facts.holds[hold] = Hold(hold, (doctor, date), *of_hold)
-        for who, patient, doctor, date, number, slot, state, line, ticket in admin.execute(
+        for who, patient, doctor, date, number, slot, state, line, ticket, *rest in admin.execute(
             "select id::text, patient_id::text, doctor_id::text, date::text, number, coalesce(slot_id::text, ''),"
-            " state, coalesce(queue_state, ''), coalesce(ticket, 0) from appointment"
+            " state, coalesce(queue_state, ''), coalesce(ticket, 0), room, priority, override_reason <> ''"
+            " from appointment"
             " where doctor_id = any(%s::uuid[])", of,
         ):  # fmt: skip
             at = str({"CHECKED_IN": line, "COMPLETED": "DONE"}.get(state, state))
-            facts.visits[who] = Visit(who, patient, (doctor, date), number, slot, at, ticket)
+            facts.visits[who] = Visit(who, patient, (doctor, date), number, slot, at, ticket, *rest)
         for method, key, who, snapshot, revision, vacated in admin.execute(
             "select method, key, result_id::text, snapshot, revision, coalesce(vacated_revision, 0)"
             " from idempotency where caller = any(%s) and key like %s", (identities, f"{name}-%"),

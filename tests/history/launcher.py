@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,6 +21,7 @@ from frontdesk.core.token import Tokens
 from frontdesk.db import batch as _batch
 from frontdesk.db import records as _records
 from frontdesk.db import session as _session
+from frontdesk.db.change import Key
 from frontdesk.live import feed as _feed
 from frontdesk.live import subscription as _subscription
 from frontdesk.process import supervisor
@@ -178,11 +180,21 @@ def _labels_logged() -> None:
     changed.asked = lambda *args, **more: asked(*args, **more) | {"actor": "services/desk"}
 
 
+def _walk_in_in_two() -> None:
+    add = queue.Queues.add_walk_in
+
+    async def halves(self: Any, caller: Any, *place: Any, key: Key) -> Any:
+        booked = await add(self, caller, *place, key=replace(key, name=""))
+        return await self._appointments.decide(caller, key, appointment=booked.result.id)
+
+    queue.Queues.add_walk_in = halves
+
+
 CHANGES = {
     "read-everything": _read_everything, "limit-each": _limit_each, "revocations-untold": _revocations_untold,
     "acts-unlogged": _acts_unlogged, "tokens-forever": _tokens_forever, "clock-ahead": _clock_ahead,
     "labels-logged": _labels_logged, "streams-unjudged": _streams_unjudged,
-    "database-defaults": _database_defaults,
+    "database-defaults": _database_defaults, "walk-in-in-two": _walk_in_in_two,
     "no-poll": _no_poll, "changes-skipped": _changes_skipped, "old-queue": _old_queue, "no-closing": _no_closing,
     "answers-swapped": _answers_swapped, "refused-together": _refused_together, "no-batches": _no_batches,
 }  # fmt: skip

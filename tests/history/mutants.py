@@ -79,6 +79,10 @@ class Mutant:
     tries: int = 3
 
 
+WALKING = replace(CROWD, walk_ins=0.7, haste=0.2, capacity=(4, 8))
+HANDING = replace(CROWD, doctors=3, capacity=(8, 12), haste=0.15, patients=60)
+UNDOING = replace(HANDING, undos=0.35)
+
 _LOCKS = "perform lock_all(v_locks);"
 _LOOK_AGAIN = "select * into v_old from appointment where id = r.appointment;"
 _SNAPSHOT = "d.appointment := jsonb_populate_record(d.appointment, v_first.snapshot);"
@@ -241,6 +245,157 @@ MUTANTS = (
         LONG_LINE,
         _edited("call_next", ("order by place_in_queue(a)", "order by place_in_queue(a) desc")),
     ),
+    Mutant("none, many walk-ins", WALKING, tries=1),
+    Mutant(
+        "a walk-in that is not checked in",
+        WALKING,
+        _edited("add_walk_in", ("    return change_visit(r, d.appointment);", "    return d;")),
+    ),
+    Mutant(
+        # One transaction books, the next one of the worker checks in.
+        "a walk-in in two transactions",
+        WALKING,
+        _edited(
+            "add_walk_in",
+            (
+                "    d decision := book(r);\nbegin",
+                "    d decision;\nbegin\n    if r.appointment is null then return book(r); end if;\n"
+                "    select a into d.appointment from appointment a where a.id = r.appointment;\n"
+                "    d.outcome := 'OK';",
+            ),
+        ),
+        changed="walk-in-in-two",
+    ),
+    Mutant(
+        "an override that is not recorded",
+        WALKING,
+        _edited("book", ("case when v_place.over_capacity then r.override_reason else '' end", "''")),
+    ),
+    Mutant(
+        "an override by anybody",
+        replace(WALKING, access="required"),
+        _edited("may_override", ("r.override_reason <> '' and r.may_override", "r.override_reason <> ''")),
+    ),
+    Mutant(
+        "an override recorded where there was a place",
+        WALKING,
+        _edited(
+            "book",
+            (
+                "case when v_place.over_capacity then r.override_reason",
+                "case when true then coalesce(r.override_reason, '')",
+            ),
+        ),
+    ),
+    Mutant(
+        "CallNext knows no priority",
+        LONG_LINE,
+        _edited(
+            "call_next",
+            ("order by place_in_queue(a)", "order by a.returned_revision, a.check_in_time, a.ticket"),
+        ),
+    ),
+    Mutant(
+        "a priority that moves to the end of its class",
+        LONG_LINE,
+        _edited("change_visit", ("if p_old.queue_state = 'MISSED' and", "if r.verb = 'SetPriority' or")),
+    ),
+    Mutant(
+        "CallNext calls who is with another doctor",
+        replace(CROWD, doctors=3, capacity=(8, 12), patients=12, seconds=8),
+        _edited("call_next", ("        exit when not v_first.elsewhere;", "        exit when true;")),
+    ),
+    Mutant("none, many transfers and undos", UNDOING, tries=1),
+    Mutant(
+        "a transfer that does not leave",
+        HANDING,
+        _edited(
+            "transfer",
+            (
+                "d.vacated_revision := (record_change(r, 'queue.transferred_out', v_left, true, v_now)).revision;",
+                "d.vacated_revision := 1;",
+            ),
+        ),
+    ),
+    Mutant(
+        "a transfer that does not arrive",
+        HANDING,
+        _edited(
+            "transfer",
+            (
+                "v_change := record_change(r, t.type, v_new, true, v_now);",
+                "select x.revision, x.last_ticket + 1 as ticket into v_change from doctor_day x"
+                " where x.doctor_id = v_new.doctor_id and x.date = v_new.date;\n"
+                "    if not found then return refused('DAY_FULL', r.doctor); end if;",
+            ),
+        ),
+    ),
+    Mutant("a transfer keeps its room", HANDING, _edited("transfer", ("    v_new.room := '';\n", ""))),
+    Mutant(
+        "a transfer asks for no place",
+        replace(HANDING, capacity=(3, 5)),
+        _edited("transfer", ("p_override => may_override(r, p_old.clinic_id)", "p_override => true")),
+    ),
+    Mutant(
+        "an undo that does not restore the room",
+        UNDOING,
+        _edited("undo", ("    v_new.room := v_step ->> 'room';\n", "")),
+    ),
+    Mutant(
+        "an undo that does not restore the state of the line",
+        UNDOING,
+        _edited(
+            "undo",
+            (
+                "v_new.queue_state := v_step ->> 'queue_state';",
+                "v_new.queue_state := replace(v_step ->> 'queue_state', 'CALLED', 'WAITING');",
+            ),
+        ),
+    ),
+    Mutant(
+        "an undone check-in whose ticket is given again",
+        UNDOING,
+        _all(
+            _edited(
+                "undo",
+                (
+                    "            v_new.ticket := null;",
+                    "            v_new.ticket := null;\n            update doctor_day set last_ticket = last_ticket - 1"
+                    " where doctor_id = p_old.doctor_id and date = p_old.date;",
+                ),
+            ),
+            _sql("drop index appointment_ticket_key"),
+        ),
+    ),
+    Mutant(
+        "an undo whenever",
+        replace(UNDOING, seconds=10),
+        _edited("undo", ("interval '3 seconds'", "interval '1 day'")),
+    ),
+    Mutant("an undo of any version", UNDOING, _edited("decide", ("r.version <> v_old.version", "false"))),
+    Mutant(
+        "an undo that takes a place that is sold",
+        replace(UNDOING, capacity=(3, 5), haste=0.4),
+        _all(
+            _edited(
+                "undo",
+                ("if v_place.outcome <> 'OK' then", "if v_place.outcome not in ('OK', 'DAY_FULL') then"),
+                ("v_new.number := v_place.number;", "v_new.number := coalesce(v_place.number, p_old.number + 100);"),
+            ),
+        ),
+    ),
+    Mutant(
+        "a call can be taken back",
+        UNDOING,
+        _edited(
+            "transitions",
+            (
+                "'CHECKED_IN', 'CALLED', 'queue.called', 'call_time', false, false",
+                "'CHECKED_IN', 'CALLED', 'queue.called', 'call_time', false, true",
+            ),
+        ),
+    ),
+    Mutant("calls without a limit", LONG_LINE, _edited("change_visit", ("if v_most > 0 and", "if false and"))),
     Mutant("none, access required", LOSING, tries=1),
     Mutant(
         "a patient may change another's visit",

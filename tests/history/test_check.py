@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.history.check import (
     Attempt,
     Change,
     Checker,
+    Day,
     Event,
     Facts,
     Grant,
@@ -31,6 +33,7 @@ from tests.history.check import (
 from tests.history.shortest import reduced, shortest
 
 DAY, NEXT = ("doctor", "2030-05-06"), ("doctor", "2030-05-07")
+BUSY, CALM = ("busy", "2030-05-06"), ("calm", "2030-05-06")
 
 
 def told(start: float, revision: int, appointment: str, state: str, number: int = 1, ticket: int = 0) -> Attempt:
@@ -66,8 +69,8 @@ def right() -> tuple[History, Facts]:
         Event(DAY, 2, "BOOKED", "a"),
         Event(DAY, 3, "BOOKED", "b"),
         Event(DAY, 4, "CHECKED_IN", "a", "WAITING", 1),
-        Event(DAY, 5, "CALLED", "a", "CALLED", 1),
-        Event(DAY, 6, "PARKED", "a", "PARKED", 1),
+        Event(DAY, 5, "CALLED", "a", "CALLED", 1, calls=1),
+        Event(DAY, 6, "PARKED", "a", "PARKED", 1, calls=1),
         Event(DAY, 7, "MOVED_OUT", "b"),
         Event(NEXT, 2, "MOVED_IN", "b"),
     ]
@@ -92,8 +95,50 @@ def right() -> tuple[History, Facts]:
     changes: tuple[Change, ...] = ((4, "CHECKED_IN", "a", "WAITING", 1), (5, "CALLED", "a", "CALLED", 1))
     history.seen = [Seen(1, DAY, 2.6, 0, 3, (), ((), 2)), Seen(1, DAY, 5.6, 3, 5, changes, (called, 1), 3)]
     history.drains = [(1, "closing, OK")]
+    _with_visitors(history, facts)
     _with_access(history, facts)
     return history, facts
+
+
+def _with_visitors(history: History, facts: Facts) -> None:
+    """Two more doctors with one place each. Two walk in, of whom n overrides the capacity and is called twice.
+
+    That n is parked is undone, and m, who waits, is handed over to the other doctor.
+    """
+    facts.capacities |= {"busy": 1, "calm": 1}
+    facts.visits["m"] = Visit("m", "s", CALM, 1, "", "WAITING", 1)
+    facts.visits["n"] = Visit("n", "t", BUSY, 2, "", "CALLED", 2, "2", "PRIORITY", True)
+    facts.revisions |= {BUSY: 11, CALM: 2}
+
+    def happened(event: Event, start: float) -> None:
+        event.time, event.number, event.transaction = start + 0.2, facts.visits[event.appointment].number, f"{start}"
+        facts.events.append(event)
+
+    def step(start: float, method: str, event: Event, answered: str = "", vacated: int = 0, **asked: Any) -> None:
+        event.method, who = method, event.appointment
+        happened(event, start)
+        visit, at = facts.visits[who], answered or event.state
+        answer = told(start, event.revision, who, at, visit.number, event.ticket)
+        answer.vacated = vacated
+        known = "" if method == "AddWalkIn" else who
+        history.operations.append(Operation(0, f"v{start}", method, event.day, known, "", [answer], **asked))
+        facts.memories.append(Memory(method, f"v{start}", who, event.day, visit.number, "", event.revision, vacated))
+
+    happened(Event(BUSY, 2, "BOOKED", "m", method="AddWalkIn"), 10)
+    step(10, "AddWalkIn", Event(BUSY, 3, "CHECKED_IN", "m", "WAITING", 1, check_in=10.2), patient="s")
+    happened(Event(BUSY, 4, "BOOKED", "n", method="AddWalkIn", over=True), 11)
+    line: dict[str, Any] = {"check_in": 11.2, "priority": "URGENT"}
+    waiting = Event(BUSY, 5, "CHECKED_IN", "n", "WAITING", 2, **line)
+    step(11, "AddWalkIn", waiting, patient="t", override=True, priority="URGENT")
+    step(12, "CallNext", Event(BUSY, 6, "CALLED", "n", "CALLED", 2, **line, room="2", calls=1), room="2")
+    step(13, "CallAgain", Event(BUSY, 7, "CALLED_AGAIN", "n", "CALLED", 2, **line, room="2", calls=2))
+    step(14, "ParkPatient", Event(BUSY, 8, "PARKED", "n", "PARKED", 2, **line, calls=2))
+    step(15, "UndoTransition", Event(BUSY, 9, "UNDONE", "n", "CALLED", 2, **line, room="2", calls=2), etag="e")
+    happened(Event(BUSY, 10, "TRANSFERRED_OUT", "m", "TRANSFERRED", 1, check_in=10.2, method="TransferPatient"), 16)
+    step(16, "TransferPatient", Event(CALM, 2, "TRANSFERRED_IN", "m", "WAITING", 1, check_in=10.2), vacated=10)
+    line["priority"] = "PRIORITY"
+    set_priority = Event(BUSY, 11, "PRIORITY_SET", "n", "CALLED", 2, **line, room="2", calls=2)
+    step(17, "SetPriority", set_priority, priority="PRIORITY")
 
 
 ACT = ("keys/admin", "RevokeApiKey", "api_key.revoked", "apiKeys/desk")
@@ -101,7 +146,7 @@ ACT = ("keys/admin", "RevokeApiKey", "api_key.revoked", "apiKeys/desk")
 
 def _with_access(history: History, facts: Facts) -> None:
     """All operations are of one key, which is revoked at 20 and then tried; two programs probe, one asks too much."""
-    desk = Grant("keys/desk", "service", 20, 20.5)
+    desk = Grant("keys/desk", "staff", 20, 20.5)
     for operation in history.operations:
         operation.identity = desk.identity
         for one in operation.attempts:
@@ -340,11 +385,11 @@ def _not_told(history: History, facts: Facts) -> None:
 
 def _late_answer(history: History, facts: Facts) -> None:
     # The key was revoked 9.5 s before.
-    history.operations[8].attempts[1].outcome = "INVALID_TRANSITION"
+    _operation(history, "k8").attempts[1].outcome = "INVALID_TRANSITION"
 
 
 def _expired_answer(history: History, facts: Facts) -> None:
-    history.operations[9].attempts[0].outcome = "INVALID_TRANSITION"
+    _operation(history, "k9").attempts[0].outcome = "INVALID_TRANSITION"
 
 
 def _good_key_refused(history: History, facts: Facts) -> None:
@@ -352,11 +397,11 @@ def _good_key_refused(history: History, facts: Facts) -> None:
 
 
 def _good_token_refused(history: History, facts: Facts) -> None:
-    history.operations[9].attempts[0].expires = 40
+    _operation(history, "k9").attempts[0].expires = 40
 
 
 def _expired_token_invalid(history: History, facts: Facts) -> None:
-    history.operations[9].attempts[0].outcome = "CREDENTIALS_INVALID"
+    _operation(history, "k9").attempts[0].outcome = "CREDENTIALS_INVALID"
 
 
 def _good_role_refused(history: History, facts: Facts) -> None:
@@ -471,6 +516,120 @@ def _used_by_nobody(history: History, facts: Facts) -> None:
     history.operations[2].attempts = [Attempt(3, 3.5, "HOLD_EXPIRED", about=about, grant=Grant("keys/desk", "service"))]
 
 
+def _event(facts: Facts, day: Day, revision: int) -> Event:
+    return next(event for event in facts.events if (event.day, event.revision) == (day, revision))
+
+
+def _operation(history: History, key: str) -> Operation:
+    return next(operation for operation in history.operations if operation.key == key)
+
+
+def _check_in_later(history: History, facts: Facts) -> None:
+    _event(facts, BUSY, 3).transaction = "another"
+
+
+def _no_check_in(history: History, facts: Facts) -> None:
+    facts.events.remove(_event(facts, BUSY, 5))
+
+
+def _half_a_walk_in(history: History, facts: Facts) -> None:
+    history.reads.append(Read(9, BUSY, 10.1, 10.6, 2, ((), 1)))
+
+
+def _gone_nowhere(history: History, facts: Facts) -> None:
+    facts.events.remove(_event(facts, CALM, 2))
+
+
+def _come_from_nowhere(history: History, facts: Facts) -> None:
+    facts.events.remove(_event(facts, BUSY, 10))
+
+
+def _moved_in_two(history: History, facts: Facts) -> None:
+    facts.events[5].transaction = "another"
+
+
+def _without_reason(history: History, facts: Facts) -> None:
+    _operation(history, "v11").override = False
+
+
+def _by_a_doctor(history: History, facts: Facts) -> None:
+    _operation(history, "v11").attempts[0].grant = Grant("users/d", "doctor")
+
+
+def _needless(history: History, facts: Facts) -> None:
+    facts.capacities["busy"] = 2
+
+
+def _not_recorded(history: History, facts: Facts) -> None:
+    _event(facts, BUSY, 4).over = False
+
+
+def _recorded_for_nothing(history: History, facts: Facts) -> None:
+    facts.visits["a"].over = True
+
+
+def _priority_ignored(history: History, facts: Facts) -> None:
+    for event in facts.events:
+        if event.appointment == "m" and event.state:
+            event.priority = "URGENT"
+
+
+def _one_call_too_many(history: History, facts: Facts) -> None:
+    facts.max_calls = 1
+
+
+def _room_forgotten(history: History, facts: Facts) -> None:
+    _event(facts, BUSY, 9).room = ""
+
+
+def _check_in_forgotten(history: History, facts: Facts) -> None:
+    _event(facts, CALM, 2).check_in = 16.2
+
+
+def _undone_late(history: History, facts: Facts) -> None:
+    _event(facts, BUSY, 8).time = 4
+
+
+def _undone_something_else(history: History, facts: Facts) -> None:
+    _event(facts, BUSY, 8).kind = "CALLED_AGAIN"
+
+
+def _undone_twice(history: History, facts: Facts) -> None:
+    _operation(history, "v13").etag = "e"
+
+
+def _ticket_drawn_again(history: History, facts: Facts) -> None:
+    _event(facts, BUSY, 5).ticket = 1
+
+
+def _ticket_left_out(history: History, facts: Facts) -> None:
+    _event(facts, CALM, 2).ticket = 2
+
+
+def _called_elsewhere(history: History, facts: Facts) -> None:
+    facts.events.append(Event(CALM, 3, "CALLED", "m", "CALLED", 1, check_in=10.2, calls=1, time=18.2))
+    facts.memories.append(Memory("CallNext", "v18", "m", CALM, 1, "", 3, 0))
+    history.operations.append(Operation(0, "v18", "CallNext", CALM, "m", "", [told(18, 3, "m", "CALLED", 1, 1)]))
+    facts.visits["m"].patient = "t"
+
+
+def _another_room(history: History, facts: Facts) -> None:
+    _operation(history, "v12").room = "1"
+
+
+def _another_priority(history: History, facts: Facts) -> None:
+    _operation(history, "v17").priority = "NORMAL"
+
+
+def _refused(method: str, outcome: str, start: float, who: str = "n", **asked: Any) -> Callable[[History, Facts], None]:
+    def spoil(history: History, facts: Facts) -> None:
+        desk = Grant("keys/desk", "staff")
+        one = Attempt(start, start + 0.2, outcome, grant=desk)
+        history.operations.append(Operation(1, "refused", method, BUSY, who, "", [one], identity="keys/desk", **asked))
+
+    return spoil
+
+
 WRONG: list[tuple[str, Callable[[History, Facts], None]]] = [
     ("acknowledged-lost", _lost), ("key-twice", _forgotten), ("key-twice", _twice),
     ("key-without-effect", _without_effect), ("answers-disagree", _another_answer),
@@ -498,6 +657,19 @@ WRONG: list[tuple[str, Callable[[History, Facts], None]]] = [
     ("hold-misused", _hold_of_another_day), ("hold-misused", _hold_of_another_patient),
     ("held-over-capacity", _booked_beside_a_hold), ("held-over-capacity", _held_beside_bookings),
     ("held-over-capacity", _slot_held_twice), ("impossible-refusal", _used_by_nobody),
+    ("walk-in-split", _check_in_later), ("walk-in-split", _no_check_in), ("walk-in-split", _half_a_walk_in),
+    ("move-split", _gone_nowhere), ("move-split", _come_from_nowhere), ("move-split", _moved_in_two),
+    ("override", _without_reason), ("override", _by_a_doctor), ("override", _needless),
+    ("over-capacity", _not_recorded), ("row-and-events", _recorded_for_nothing), ("transition", _priority_ignored),
+    ("call-limit", _one_call_too_many), ("entry", _room_forgotten), ("entry", _check_in_forgotten),
+    ("undo", _undone_late), ("undo", _undone_something_else), ("undo", _undone_twice),
+    ("tickets", _ticket_drawn_again), ("tickets", _ticket_left_out), ("called-elsewhere", _called_elsewhere),
+    ("wrong-answer", _another_room), ("wrong-answer", _another_priority),
+    ("impossible-refusal", _refused("UndoTransition", "NOTHING_TO_UNDO", 14.6)),
+    ("impossible-refusal", _refused("CallAgain", "CALL_LIMIT_REACHED", 12.6)),
+    ("impossible-refusal", _refused("AddWalkIn", "DAY_FULL", 12.6, "", override=True)),
+    ("impossible-refusal", _refused("TransferPatient", "INVALID_FIELD", 16.6, "m")),
+    ("impossible-refusal", _refused("SetPriority", "INVALID_TRANSITION", 12.6)),
 ]  # fmt: skip
 """The rule, and the change that breaks it."""
 
