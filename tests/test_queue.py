@@ -4,9 +4,15 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
+
 from clinic.frontdesk.v1 import appointment_pb2 as pb
-from clinic.frontdesk.v1 import queue_pb2
+from clinic.frontdesk.v1 import clinic_pb2, patient_pb2, queue_pb2
+from frontdesk.settings import Settings
 from tests.clinic import Front, details, outcome, reason_of, refusal, today, tomorrow
+from tests.hostile.wire import serving
+from tests.identities import user
 
 Entry = queue_pb2.QueueEntry
 State = pb.Appointment
@@ -213,3 +219,50 @@ async def test_queue_of_another_day(front: Front) -> None:
     queue = await front.queue(doctor.id, tomorrow())
     assert (len(queue.entries), queue.expected_count, queue.revision) == (0, 1, 2)
     assert (await front.queue(doctor.id)).date.day == today().day
+
+
+async def test_a_queue_is_of_now(front: Front, conninfo: str, settings: Settings) -> None:
+    """A worker that keeps a queue tells the present one, whatever another has done; and each caller what he may see."""
+    doctor = await front.doctor()
+    ana, _ = [await front.arrive(doctor.id, given_name=name) for name in ("Ana", "Bruno")]
+    own = user(front, "PATIENT", patient_id=ana.appointment.patient_id)
+    request = queue_pb2.GetQueueRequest(doctor_id=doctor.id, view=queue_pb2.QUEUE_VIEW_OWN)
+    async with serving(settings, conninfo) as (_, other):
+
+        async def agreed() -> queue_pb2.Queue:
+            found = [await front.queue(doctor.id, on) for on in (None, today(), None)]
+            found += [await other.queue(doctor.id) for _ in range(2)]
+            shown = (await front.queues.GetQueue(request, metadata=own)).queue
+            assert [entry.patient_name for entry in shown.entries] == [
+                entry.patient_name if entry.patient_id == ana.appointment.patient_id else ""
+                for entry in found[0].entries
+            ]
+            for queue in found:
+                queue.ClearField("next_estimate")
+                for entry in queue.entries:
+                    entry.ClearField("estimate")
+            assert all(queue == found[0] for queue in found)
+            return found[0]
+
+        assert (await agreed()).entries[0].patient_name.startswith("Ana")
+        await other.patients.UpdatePatient(
+            patient_pb2.UpdatePatientRequest(
+                patient=patient_pb2.Patient(id=ana.appointment.patient_id, given_name="Anna"),
+                update_mask=FieldMask(paths=["given_name"]),
+            )
+        )
+        assert (await agreed()).entries[0].patient_name.startswith("Anna")
+        await other.book((await front.patient()).id, doctor.id)
+        assert (await agreed()).expected_count == 1
+        await other.call_next(doctor.id, "3")
+        await front.appointments.StartAppointment(pb.StartAppointmentRequest(appointment_id=ana.appointment.id))
+        assert (await agreed()).entries[-1].room == "3"
+        before = (await front.queue(doctor.id)).next_estimate.likely.seconds
+        await other.clinics.UpdateClinic(
+            clinic_pb2.UpdateClinicRequest(
+                clinic=clinic_pb2.Clinic(id=doctor.clinic_id, visit_length=Duration(seconds=3600)),
+                update_mask=FieldMask(paths=["visit_length"]),
+            )
+        )
+        assert (await front.queue(doctor.id)).next_estimate.likely.seconds > before + 1800
+        assert await outcome(front.queues.GetQueue(request, metadata=user(front, "PATIENT"))) == "APPOINTMENT_NOT_FOUND"

@@ -23,6 +23,7 @@ STAFF, BOARD, OWN = "STAFF", "BOARD", "OWN"
 _IDLE = timedelta(hours=1)
 """After so long without a consultation nothing is known of when there will be one."""
 _MOST_PACES = 10_000
+_MOST_KEPT = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +190,9 @@ class Admission:
 _ASKED = """
 from rows from (json_to_recordset(%s::json)
                 as (doctor uuid, date date, patients boolean, restricted boolean, sight sight, paced boolean,
-                    ended timestamptz))
-     with ordinality as k (doctor, date, patients, restricted, sight, paced, ended, n)
+                    ended timestamptz, known_date date, known_revision bigint, known_micros bigint))
+     with ordinality as k (doctor, date, patients, restricted, sight, paced, ended, known_date, known_revision,
+                           known_micros, n)
 join lateral (select * from doctor x where x.id = k.doctor offset 0) d on true
 cross join lateral (
     select coalesce(k.date, (select (moment() at time zone c.time_zone)::date from clinic c where c.id = d.clinic_id))
@@ -204,36 +206,42 @@ cross join lateral (
                where x.doctor_id = d.id and x.date = day.date and x.patient_id = self.own and x.state <> 'CANCELLED')
            as see offset 0) may"""
 
-# `may` says whether the caller may see the queue of the day; `own` is the present record of the caller's patient.
+# `may` says whether the caller may see the queue of the day; `own` is the present record of the caller's patient. Of a
+# queue that the caller's worker has read at this very revision, nothing is read again (`same`).
 #
 # One statement, so one snapshot: the entries are those of the revision. The day is fenced off (offset 0), so that it is
 # computed once, and what is looked up by it uses both columns of an index. No condition on `state`: nearly all who are
 # checked in are so today, which the planner does not know: it would read the whole service's by appointment_date_idx.
 _queues = f"""
-select k.n, d.id, d.clinic_id, may.see, self.own, day.date, coalesce(dd.revision, 1),
-       coalesce((extract(epoch from dd.update_time) * 1000000)::bigint, 0), expected.count, expected.patients,
+select k.n, d.id, d.clinic_id, may.see, self.own, same.known, day.date, dd.revision, dd.micros, expected.count,
+       expected.patients,
        moment(), expected.active_time, expected.ended, pace.recent, pace.planned,
        a.ticket, a.id, a.patient_id, concat_ws(' ', p.given_name, nullif(p.family_name, '')), a.queue_state, a.room,
        a.call_count, a.check_in_time, a.call_time, a.start_visit_time, a.priority,
        a.start_time, a.end_time, a.returned_revision > 0
 {_ASKED}
-left join lateral (
-    select * from doctor_day x where x.doctor_id = d.id and x.date = day.date offset 0) dd on true
+cross join lateral (
+    select coalesce(max(x.revision), 1) as revision,
+           coalesce((extract(epoch from max(x.update_time)) * 1000000)::bigint, 0) as micros
+    from doctor_day x where x.doctor_id = d.id and x.date = day.date offset 0) dd
+cross join lateral (
+    select coalesce((dd.revision, dd.micros, day.date) = (k.known_revision, k.known_micros, k.known_date), false)
+           as known offset 0) same
 cross join lateral (
     select count(*) filter (where b.state = 'BOOKED') as count,
            array_agg(b.patient_id) filter (where k.patients and b.state <> 'CANCELLED') as patients,
            bool_or(b.state = 'IN_CONSULTATION')
                or max(greatest(b.start_visit_time, b.complete_time)) > moment() - interval '{_IDLE}' as active,
            max(greatest(b.start_visit_time, b.complete_time)) as active_time, max(b.complete_time) as ended
-    from appointment b where may.see and b.doctor_id = d.id and b.date = day.date) expected
+    from appointment b where may.see and not same.known and b.doctor_id = d.id and b.date = day.date) expected
 left join lateral (
     select extract(epoch from c.visit_length)::float8 as planned,
-           case when not k.paced or expected.ended is distinct from k.ended
+           case when not same.known and (not k.paced or expected.ended is distinct from k.ended)
                 then recent_visits(d.id, day.date, {RECENT_VISITS}) end as recent
-    from clinic c where c.id = d.clinic_id and expected.active offset 0) pace on true
+    from clinic c where c.id = d.clinic_id and (expected.active or same.known) offset 0) pace on true
 left join lateral (
     select x.*, case x.queue_state when 'WAITING' then place_in_queue(x) end as place from appointment x
-    where may.see and x.doctor_id = d.id and x.date = day.date and x.ticket is not null
+    where may.see and not same.known and x.doctor_id = d.id and x.date = day.date and x.ticket is not null
       and x.queue_state in ('WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED') offset 0) a on true
 left join lateral (select * from patient x where x.id = a.patient_id offset 0) p on true
 order by k.n, array_position(array['WAITING', 'CALLED', 'IN_CONSULTATION', 'PARKED', 'MISSED'], a.queue_state),
@@ -279,9 +287,18 @@ async def read_queues(db: Database, paces: Paces, days: Sequence[tuple[str, date
 
 
 def _asked(
-    doctor_id: str, on: date | None, sight: Sight | None, paces: Paces, *, patients: bool = False
+    doctor_id: str,
+    on: date | None,
+    sight: Sight | None,
+    paces: Paces,
+    *,
+    patients: bool = False,
+    known: Queue | None = None,
 ) -> dict[str, Any]:
-    """A request of `_ASKED`. `patients`: tell who has an appointment of the day."""
+    """A request of `_ASKED`. `patients`: tell who has an appointment of the day. `known` is not read again."""
+    same = {} if known is None else {
+        "known_date": iso(known.date), "known_revision": known.revision, "known_micros": known.change_micros
+    }  # fmt: skip
     return {
         "doctor": doctor_id,
         "date": iso(on),
@@ -289,6 +306,7 @@ def _asked(
         "restricted": sight is not None,
         "sight": None if sight is None else sight.as_json(),
         **paces.known(doctor_id),
+        **same,
     }
 
 
@@ -304,12 +322,21 @@ def _by_request(rows: Sequence[Any], requests: int) -> list[list[Any]]:
     return found
 
 
-def _queue(rows: Sequence[Any], paces: Paces) -> Queue:
-    """The queue of one doctor-day out of its rows: one for each entry, or one without an entry."""
-    doctor, _, _, _, day, revision, micros, expected, patients, now, active_time, ended, recent, planned, *_ = rows[0]
+def _queue(rows: Sequence[Any], paces: Paces, known: Queue | None = None) -> Queue:
+    """The queue of one doctor-day out of its rows: one for each entry, or one without an entry; `known` if it is."""
+    doctor, _, _, _, same, day, revision, micros, expected, patients, now, active_time, ended, recent, planned, *_ = (
+        rows[0]
+    )
+    if same:
+        assert known is not None
+        # Nobody has begun a consultation since; how long one usually lasts may have been set anew.
+        pace = known.pace
+        if pace is not None and pace.planned != planned:
+            pace = replace(pace, planned=planned)
+        return replace(known, read_time=now, read_at=time.monotonic(), pace=pace)
     entries = []
     for place, row in enumerate(rows, start=1):
-        ticket, appointment, patient, name, state, *rest = row[14:]
+        ticket, appointment, patient, name, state, *rest = row[15:]
         if ticket is not None:
             entries.append(
                 QueueEntry(ticket, place if state == "WAITING" else 0, appointment, patient, name, state, *rest)
@@ -408,6 +435,8 @@ class Queues:
         self._db = db
         self._paces = paces
         self._appointments = appointments
+        self._kept: OrderedDict[tuple[str, date | None], Queue] = OrderedDict()
+        """Queues as they were read last, by what was asked for. The database says whether one is still the present."""
         self._reading: Batcher[list[Any]] = Batcher(db, _queues, _columns, _by_request)
 
     async def get(self, caller: Caller, doctor_id: str, on: date | None, view: str) -> Queue:
@@ -415,11 +444,15 @@ class Queues:
 
         Raises DoctorNotFound, and the refusals of `admit`.
         """
-        rows = await self._reading.ask(_asked(doctor_id, on, caller.sight, self._paces))
+        known = self._kept.get((doctor_id, on))
+        rows = await self._reading.ask(_asked(doctor_id, on, caller.sight, self._paces, known=known))
         if not rows:
             raise DoctorNotFound(doctor_id)
         seen = _seen(caller, view, "GetQueue", *rows[0][1:4])
-        queue = _queue(rows, self._paces)
+        queue = self._kept[doctor_id, on] = _queue(rows, self._paces, known)
+        self._kept.move_to_end((doctor_id, on))
+        if len(self._kept) > _MOST_KEPT:
+            self._kept.popitem(last=False)
         return seen.queue(estimated(queue, queue.read_time))
 
     async def admit(self, caller: Caller, doctor_id: str, on: date | None, view: str) -> Admission:
