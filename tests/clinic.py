@@ -22,6 +22,7 @@ from clinic.frontdesk.v1 import (
     clinic_pb2_grpc,
     doctor_pb2,
     doctor_pb2_grpc,
+    event_pb2_grpc,
     patient_pb2,
     patient_pb2_grpc,
     queue_pb2,
@@ -124,6 +125,7 @@ class Front:
         self.slots = slot_pb2_grpc.SlotServiceStub(self.channel)
         self.appointments = appointment_pb2_grpc.AppointmentServiceStub(self.channel)
         self.queues = queue_pb2_grpc.QueueServiceStub(self.channel)
+        self.events = event_pb2_grpc.EventServiceStub(self.channel)
 
     def sql(self, query: str, *params: Any) -> list[tuple[Any, ...]]:
         """The rows of a query on the test's database."""

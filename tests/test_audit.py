@@ -43,8 +43,8 @@ CHANGES: dict[str, list[str]] = {
     "UpdateDoctor": ["doctor.updated"],
     "SetDoctorAvailability": ["doctor_day.availability_set"],
     "SetWeeklySchedule": ["schedule.set"],
-    "SetScheduleException": ["schedule_exception.set"],
-    "DeleteScheduleException": ["schedule_exception.deleted"],
+    "SetScheduleException": ["schedule.exception_set"],
+    "DeleteScheduleException": ["schedule.exception_deleted"],
     "GenerateSlots": ["slot.created"],
     "CreateLeave": ["leave.applied", "leave.created"],
     "CancelLeave": ["leave.cancelled"],
@@ -95,7 +95,7 @@ CHANGES: dict[str, list[str]] = {
 RESOURCES = {
     "appointment": "appointments/", "queue": "appointments/", "doctor_day": "doctorDays/", "clinic": "clinics/",
     "patient": "patients/", "doctor": "doctors/", "slot": "slots/", "api_key": "apiKeys/", "user": "users/",
-    "schedule": "schedules/", "schedule_exception": "scheduleExceptions/", "hold": "holds/", "leave": "leaves/",
+    "schedule": "schedules/", "hold": "holds/", "leave": "leaves/",
 }  # fmt: skip
 
 
@@ -121,7 +121,7 @@ async def test_a_change_is_logged_once(front: Front, name: str) -> None:
     assert len({row["transaction"] for row in after}) == (2 if name == "CreateLeave" else 1)
     for row in after:
         kind = row["type"].partition(".")[0]
-        assert row["resource"].startswith(RESOURCES[kind])
+        assert row["resource"].startswith("scheduleExceptions/" if "exception" in row["type"] else RESOURCES[kind])
         assert row["method"] == name or (row["method"], name) == ("RegisterPatient", "RegisterUser")
         assert row["address"] in ("127.0.0.1", "::1")
         assert row["outcome"] == "OK"

@@ -309,7 +309,7 @@ async def test_a_watch_survives_a_restart(
     conninfo: str, settings: Settings, drain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When a server restarts on its port, cleanly or not, the watcher misses no revision and gets none twice."""
-    monkeypatch.setattr("frontdesk.rpc.services.queue.DRAIN_SPREAD_SECONDS", 0.2)
+    monkeypatch.setattr("frontdesk.rpc.stream.DRAIN_SPREAD_SECONDS", 0.2)
     worker = Worker(settings, conninfo)
     port = await worker.start("127.0.0.1:0")
     # Another server on the same database, through which work continues meanwhile.

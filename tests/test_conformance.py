@@ -15,7 +15,7 @@ import pytest
 
 from clinic.frontdesk.v1 import appointment_pb2, queue_pb2
 from frontdesk.client import FrontdeskError
-from frontdesk.rpc.services import queue as queues
+from frontdesk.rpc import stream as streams
 from frontdesk.tools.conformance import CHECKS, Result, checks, conform
 from tests.clinic import Front
 
@@ -55,10 +55,10 @@ async def test_our_server_conforms(front: Front) -> None:
 
 async def timed(judge: Callable[[str], Awaitable[Result]], monkeypatch: pytest.MonkeyPatch) -> list[Result]:
     """Run the checks of a server's timing, with shorter times for both the server and the suite."""
-    for place in (queues, checks):
+    for place in (streams, checks):
         monkeypatch.setattr(place, "WRITE_SECONDS", 1.0)
     found = await asyncio.gather(judge("shortest-heartbeat"), judge("blocked-reader"))
-    monkeypatch.setattr(queues, "MAX_AGE_SECONDS", (1.0, 2.0))
+    monkeypatch.setattr(streams, "MAX_AGE_SECONDS", (1.0, 2.0))
     monkeypatch.setattr(checks, "STREAM_AGE_SECONDS", (1.0, 2.0))
     return [*found, await judge("stream-age")]
 

@@ -171,6 +171,7 @@ FACTS: dict[str, Fact] = {
     "MarkMissed": _VERB,
     "LeaveQueue": _VERB,
     "ListAuditEvents": _about("installation"),
+    **dict.fromkeys(("ListEvents", "WatchEvents"), _about("list")),
     **dict.fromkeys(("RegisterUser", "Login", "VerifySecondFactor", "RefreshToken", "Logout"), _FREE),
     **dict.fromkeys(("GetProfile", "UpdateProfile", "ChangePassword"), _PROFILE),
     **dict.fromkeys(("EnrollSecondFactor", "ConfirmSecondFactor", "RemoveSecondFactor"), _PROFILE),

@@ -13,7 +13,7 @@ from clinic.frontdesk.v1 import access_pb2, auth_pb2, doctor_pb2, policy_pb2, qu
 from frontdesk.client import FrontdeskClient, Login
 from frontdesk.core import credential
 from frontdesk.core.caller import Identity
-from frontdesk.rpc.services import queue as queues
+from frontdesk.rpc import stream as streams
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, details, outcome, refusal, today
 from tests.hostile.wire import serving
@@ -26,8 +26,8 @@ Closing = queue_pb2.StreamClosing
 @pytest.fixture(autouse=True)
 def judges_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams look at their credentials every half second: the tests need not wait for the usual pause."""
-    assert queues.JUDGE_SECONDS + credential.POLL_SECONDS < 30
-    monkeypatch.setattr(queues, "JUDGE_SECONDS", 0.5)
+    assert streams.JUDGE_SECONDS + credential.POLL_SECONDS < 30
+    monkeypatch.setattr(streams, "JUDGE_SECONDS", 0.5)
 
 
 def watch(front: Front, doctor_id: str, by: Metadata = (), resume: str = "") -> Any:
@@ -78,7 +78,7 @@ async def test_a_revoked_key_ends_its_streams(front: Front) -> None:
 
 async def test_a_busy_stream_ends_too(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that is never silent notices the revocation as well, without waiting for a pause."""
-    monkeypatch.setattr(queues, "JUDGE_SECONDS", 3600.0)
+    monkeypatch.setattr(streams, "JUDGE_SECONDS", 3600.0)
     doctor = await front.doctor()
     made = await create_key(front, "STAFF")
     stream = watch(front, doctor.id, bearing(made.key))
@@ -120,7 +120,7 @@ async def test_a_change_that_takes_no_right(front: Front) -> None:
     known = (await read(stream)).revision
     front.sql("insert into access_change (subject) values (%s)", f"users/{user_of(me)[0]}")
     begun = time.monotonic()
-    while time.monotonic() < begun + 4 * queues.JUDGE_SECONDS + credential.POLL_SECONDS:
+    while time.monotonic() < begun + 4 * streams.JUDGE_SECONDS + credential.POLL_SECONDS:
         last = await change(front, doctor.id)
         while known < last:
             known = (await read(stream)).revision
@@ -158,7 +158,7 @@ def _holding(left: float | None, life: float | None) -> Identity:
 )
 def test_the_notice(left: float, life: float, notice: float) -> None:
     """The notice is 30 s, or a third of the whole life if that is less; of a stream that begins later, of the rest."""
-    ends, reason = queues._end(_holding(left, life))
+    ends, reason = streams.end_of(_holding(left, life))
     assert reason == Closing.REASON_AUTH_EXPIRING
     assert abs(ends + notice - time.monotonic() - left) < 1
 
@@ -166,7 +166,7 @@ def test_the_notice(left: float, life: float, notice: float) -> None:
 def test_credentials_that_last_longer() -> None:
     """A stream whose credentials outlast it ends by its age."""
     for left in (None, 7200.0):
-        assert queues._end(_holding(left, left))[1] == Closing.REASON_MAX_AGE
+        assert streams.end_of(_holding(left, left))[1] == Closing.REASON_MAX_AGE
 
 
 @pytest.fixture

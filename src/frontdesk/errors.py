@@ -480,6 +480,22 @@ class Conflict(Refused):
     reason = "CONFLICT"
 
 
+class CursorGone(Refused):
+    """No events can be read on from this cursor."""
+
+
+class CursorLost(CursorGone):
+    """The log does not lead to this cursor: it was restored from a backup."""
+
+    reason = "CURSOR_LOST"
+
+
+class CursorTooOld(CursorGone):
+    """What follows this cursor is no longer kept."""
+
+    reason = "CURSOR_TOO_OLD"
+
+
 class Unavailable(Refused):
     """The service cannot answer at present."""
 

@@ -68,15 +68,15 @@ def _old_queue() -> None:
 
 def _no_closing() -> None:
     from clinic.frontdesk.v1 import queue_pb2
-    from frontdesk.rpc.services import queue as queues
+    from frontdesk.rpc import stream as streams
 
-    write = queues._write
+    write = streams.write
 
     async def silent(call: Any, message: bytes) -> None:
         if not queue_pb2.WatchQueueResponse.FromString(message).HasField("closing"):
             await write(call, message)
 
-    queues._write = silent
+    streams.write = silent
 
 
 def _no_batches() -> None:

@@ -28,6 +28,7 @@ from clinic.frontdesk.v1 import (
     clinic_pb2,
     doctor_pb2,
     error_reason_pb2,
+    event_pb2,
     patient_pb2,
     policy_pb2,
     queue_pb2,
@@ -39,7 +40,7 @@ from tests.identities import ADMIN, PASSWORD, Metadata, auth, create_key, user_t
 
 _FILES = (
     clinic_pb2, patient_pb2, doctor_pb2, schedule_pb2, slot_pb2, appointment_pb2, queue_pb2, auth_pb2, access_pb2,
-    audit_pb2,
+    audit_pb2, event_pb2,
 )  # fmt: skip
 
 METHODS: dict[str, MethodDescriptor] = {
@@ -53,7 +54,7 @@ METHODS: dict[str, MethodDescriptor] = {
 STREAMS = {name for name, method in METHODS.items() if method.server_streaming}
 UNARY = sorted(METHODS.keys() - STREAMS)
 MUTATIONS = sorted(name for name, method in METHODS.items() if "idempotency_key" in method.input_type.fields_by_name)
-LISTS = sorted(name for name in METHODS if name.startswith("List"))
+LISTS = sorted(name for name, method in METHODS.items() if "page_token" in method.input_type.fields_by_name)
 UPDATES = sorted(name for name, method in METHODS.items() if "update_mask" in method.input_type.fields_by_name)
 
 REASONS = {
@@ -427,6 +428,8 @@ VALID: dict[str, Callable[[World], Message]] = {
     "MarkMissed": _of_appointment("MarkMissed"),
     "LeaveQueue": _of_appointment("LeaveQueue"),
     "ListAuditEvents": lambda w: audit_pb2.ListAuditEventsRequest(),
+    "ListEvents": lambda w: event_pb2.ListEventsRequest(doctor_id=w.doctor_id),
+    "WatchEvents": lambda w: event_pb2.WatchEventsRequest(doctor_id=w.doctor_id),
     "CreateApiKey": lambda w: access_pb2.CreateApiKeyRequest(api_key=_api_key(clinic_ids=[w.clinic_id])),
     "ListApiKeys": lambda w: access_pb2.ListApiKeysRequest(),
     "RevokeApiKey": lambda w: access_pb2.RevokeApiKeyRequest(api_key_id=w.api_key_id),

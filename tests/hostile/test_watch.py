@@ -17,7 +17,7 @@ import pytest
 
 from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, queue_pb2
 from frontdesk.live.hints import Hints
-from frontdesk.rpc.services import queue as queues
+from frontdesk.rpc import stream as streams
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today, tomorrow, without_estimates
 from tests.history.world import Served
@@ -250,7 +250,7 @@ async def a_long_line(front: Front, patients: int) -> str:
 
 async def test_a_watcher_too_slow(conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A watcher who leaves a message unread too long loses its stream, and its place is free before it reads again."""
-    monkeypatch.setattr(queues, "WRITE_SECONDS", 0.5)
+    monkeypatch.setattr(streams, "WRITE_SECONDS", 0.5)
     async with (
         serving(settings, conninfo, max_watchers=1) as (_, front),
         RawConnection(front.port, reads=False) as wire,
@@ -272,7 +272,7 @@ async def test_a_watcher_too_slow(conninfo: str, settings: Settings, monkeypatch
 
 async def test_a_stream_that_has_come_of_age(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream ends at a random age, with its closing message and OK; its token continues where it ended."""
-    monkeypatch.setattr(queues, "MAX_AGE_SECONDS", (0.3, 1.5))
+    monkeypatch.setattr(streams, "MAX_AGE_SECONDS", (0.3, 1.5))
     doctor = await front.doctor()
     replays = [Replay() for _ in range(20)]
     loop = asyncio.get_running_loop()

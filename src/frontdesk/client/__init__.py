@@ -6,9 +6,10 @@
             ...
 
 Both offer the generated stubs of every service (`clinics`, `patients`, `doctors`, `slots`, `appointments`, `queues`,
-`auth`, `access`) and add what every careful caller would write: a deadline, the caller's name, credentials (`api_key`,
-or a `Login` that is refreshed in time), gRPC's retries (`SERVICE_CONFIG`), an idempotency key if the request has none,
-so that no retry acts twice, `FrontdeskError` for each refusal, and a watch that goes on after interruptions.
+`events`, `auth`, `access`) and add what every careful caller would write: a deadline, the caller's name, credentials
+(`api_key`, or a `Login` that is refreshed in time), gRPC's retries (`SERVICE_CONFIG`), an idempotency key if the
+request has none, so that no retry acts twice, `FrontdeskError` for each refusal, and watches that go on after
+interruptions.
 """
 
 from frontdesk.client.aio import FrontdeskClient

@@ -10,6 +10,7 @@ from clinic.frontdesk.v1.audit_pb2_grpc import AuditServiceStub
 from clinic.frontdesk.v1.auth_pb2_grpc import AuthServiceStub
 from clinic.frontdesk.v1.clinic_pb2_grpc import ClinicServiceStub
 from clinic.frontdesk.v1.doctor_pb2_grpc import DoctorServiceStub
+from clinic.frontdesk.v1.event_pb2_grpc import EventServiceStub
 from clinic.frontdesk.v1.patient_pb2_grpc import PatientServiceStub
 from clinic.frontdesk.v1.queue_pb2_grpc import QueueServiceStub
 from clinic.frontdesk.v1.schedule_pb2_grpc import ScheduleServiceStub
@@ -62,6 +63,7 @@ class Stubs(Generic[ChannelT]):
     slots = Service(SlotServiceStub)
     appointments = Service(AppointmentServiceStub)
     queues = Service(QueueServiceStub)
+    events = Service(EventServiceStub)
     auth = Service(AuthServiceStub)
     access = Service(AccessServiceStub)
     audit = Service(AuditServiceStub)

@@ -5,7 +5,6 @@ the revision in the database. A hint that is lost costs at most one poll.
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import date
@@ -52,12 +51,8 @@ class Feed:
         self._hints = hints
         hints.hear(QUEUE, self._heard, lambda: self._look_at(*self._topics))
         self._background = Background()
-        self._held: Counter[str] = Counter()
         self.paces = Paces()
         """Of the doctors whose queues were read, here or by others."""
-        self.watchers = 0
-        """How many streams are open."""
-        self.draining = False
 
     def start(self) -> None:
         """Begin to tail."""
@@ -67,24 +62,13 @@ class Feed:
         """End the tasks."""
         await self._background.close()
 
-    def drain(self) -> None:
-        """Wake every watcher to tell it that the server stops."""
-        self.draining = True
-        for topic in self._topics.values():
-            for watcher in topic.watchers:
-                watcher.wake()
-
     def changed(self, doctor_id: str, day: date) -> None:
         """A doctor-day has changed: look now, and tell the other processes soon."""
         self._look_at((doctor_id, day))
         self._hints.send(QUEUE, f"{doctor_id}/{day}")
 
-    def watchers_of(self, holder: str) -> int:
-        """How many of the open streams are this caller's."""
-        return self._held[holder]
-
-    def subscribe(self, doctor_id: str, day: date, view: View, holder: str) -> Subscription:
-        """Watch a doctor-day until the end of the `with` block that this begins. `holder` is the caller's identity."""
+    def subscribe(self, doctor_id: str, day: date, view: View) -> Subscription:
+        """Watch a doctor-day until the end of the `with` block that this begins."""
         key = (doctor_id, day)
         if not self._topics:
             # Nothing was polled while nobody watched.
@@ -92,9 +76,7 @@ class Feed:
         topic = self._topics.get(key)
         if topic is None:
             topic = self._topics[key] = Topic(key, self._db, self._updates, self._keep_seconds, look=self._look_at)
-        self.watchers += 1
-        self._held[holder] += 1
-        return Subscription(topic, view, lambda topic: self._unsubscribed(topic, holder))
+        return Subscription(topic, view, self._unsubscribed)
 
     @property
     def backlog(self) -> int:
@@ -106,11 +88,7 @@ class Feed:
         """Seconds since all watched doctor-days were last seen as they are; 0 if none is watched."""
         return asyncio.get_running_loop().time() - self._all_read_at if self._topics else 0.0
 
-    def _unsubscribed(self, topic: Topic, holder: str) -> None:
-        self.watchers -= 1
-        self._held[holder] -= 1
-        if not self._held[holder]:
-            del self._held[holder]
+    def _unsubscribed(self, topic: Topic) -> None:
         if not topic.watchers and self._topics.get(topic.key) is topic:
             del self._topics[topic.key]
 

@@ -1,6 +1,12 @@
-"""A stream that waits for news."""
+"""Streams that wait for news, and the limits of their number."""
 
 import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from frontdesk.core.caller import Identity
+from frontdesk.errors import TooManyWatchers
 
 
 class Watcher:
@@ -39,3 +45,45 @@ class Watcher:
 def _finish(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
+
+
+class Watchers:
+    """All open streams of this process, whatever they watch."""
+
+    def __init__(self, *, most: int, most_of_caller: int) -> None:
+        self._most = most
+        self._most_of_caller = most_of_caller
+        self._held: Counter[str] = Counter()
+        self._open: set[Watcher] = set()
+        self.draining = False
+        """Whether the server stops."""
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def require_room(self, identity: Identity) -> None:
+        """Raise TooManyWatchers if this caller may open no further stream."""
+        if len(self._open) >= self._most:
+            raise TooManyWatchers
+        of_caller = self._held[identity.name]
+        if of_caller >= self._most_of_caller and not identity.unrestricted:
+            raise TooManyWatchers(identity.name, {"watchers": of_caller})
+
+    @contextmanager
+    def counting(self, watcher: Watcher, holder: str) -> Iterator[None]:
+        """A block in which the stream is open; `holder` is its caller's identity."""
+        self._open.add(watcher)
+        self._held[holder] += 1
+        try:
+            yield
+        finally:
+            self._open.discard(watcher)
+            self._held[holder] -= 1
+            if not self._held[holder]:
+                del self._held[holder]
+
+    def drain(self) -> None:
+        """Wake every stream to tell it that the server stops."""
+        self.draining = True
+        for watcher in self._open:
+            watcher.wake()

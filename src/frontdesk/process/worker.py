@@ -12,6 +12,7 @@ import structlog
 import uvloop
 
 from frontdesk.core.credential import Credentials
+from frontdesk.core.event import Events
 from frontdesk.core.issuer import Issuer, Issuers
 from frontdesk.core.limit import Limits
 from frontdesk.core.notes import Notes
@@ -22,6 +23,8 @@ from frontdesk.db.paging import SharedPageTokens
 from frontdesk.errors import Refused
 from frontdesk.live.feed import Feed
 from frontdesk.live.hints import Hints
+from frontdesk.live.tail import Tail
+from frontdesk.live.watcher import Watchers
 from frontdesk.process.log import configure_log, dropped, failure
 from frontdesk.process.stopping import stop_event
 from frontdesk.rpc.access import Access
@@ -29,6 +32,7 @@ from frontdesk.rpc.origin import Origins
 from frontdesk.rpc.pipeline import Pipeline
 from frontdesk.rpc.server import Server
 from frontdesk.rpc.services import servicers
+from frontdesk.rpc.services.event import message_of
 from frontdesk.rpc.services.queue import Updates
 from frontdesk.settings import Settings
 from frontdesk.settings.issuers import TrustedIssuer
@@ -84,6 +88,9 @@ class Worker:
             keep_seconds=settings.keep_events_days * 86400,
             seen=None if metrics is None else metrics.change_seen,
         )
+        events = Events(self._db, keep_seconds=settings.keep_log_days * 86400)
+        self._tail = Tail(events, self._hints, message_of)
+        self._watchers = Watchers(most=settings.max_watchers, most_of_caller=settings.max_watchers_per_caller)
         self._passwords = Passwords()
         tokens = Tokens(self._db, seconds=settings.access_token_seconds)
         self._credentials = Credentials(
@@ -114,13 +121,14 @@ class Worker:
         for servicer in servicers(
             self._db,
             self._feed,
+            events,
+            self._tail,
+            self._watchers,
             self._passwords,
             tokens,
-            max_watchers=settings.max_watchers,
-            max_watchers_per_caller=settings.max_watchers_per_caller,
         ):
             self._pipeline.add(servicer)
-        self._server = Server(settings, self._pipeline, self._feed, reuse_port=reuse_port)
+        self._server = Server(settings, self._pipeline, self._watchers, reuse_port=reuse_port)
         self._background = Background()
 
     async def start(self, address: str, **others: str) -> int:
@@ -131,6 +139,7 @@ class Worker:
         await self._db.open()
         self._hints.start()
         self._feed.start()
+        self._tail.start()
         port = await self._server.start(address, **others)
         await self._check_database()
         self._background.start(self._keep_checking)
@@ -146,6 +155,7 @@ class Worker:
         await (self._server.drain() if drain else self._server.stop())
         self._passwords.close()
         await self._feed.close()
+        await self._tail.close()
         await self._hints.close()
         await self._limits.close()
         try:
@@ -167,7 +177,7 @@ class Worker:
             self._metrics.sample(
                 healthy=self._healthy,
                 in_flight=self._pipeline.in_flight,
-                watchers=self._feed.watchers,
+                watchers=len(self._watchers),
                 backlog=self._feed.backlog,
                 age=self._feed.age,
                 notes_dropped=self._notes.dropped,

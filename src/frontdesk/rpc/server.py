@@ -3,7 +3,7 @@
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from frontdesk.live.feed import Feed
+from frontdesk.live.watcher import Watchers
 from frontdesk.rpc import health
 from frontdesk.rpc.health import Health, HealthPort
 from frontdesk.rpc.pipeline import Pipeline
@@ -50,10 +50,10 @@ def options(settings: Settings, *, reuse_port: bool) -> list[tuple[str, int]]:
 class Server:
     """One worker's gRPC server."""
 
-    def __init__(self, settings: Settings, pipeline: Pipeline, feed: Feed, *, reuse_port: bool) -> None:
+    def __init__(self, settings: Settings, pipeline: Pipeline, watchers: Watchers, *, reuse_port: bool) -> None:
         self._settings = settings
         self._pipeline = pipeline
-        self._feed = feed
+        self._watchers = watchers
         self._server = grpc.aio.server(options=options(settings, reuse_port=reuse_port))
         self._server.add_generic_rpc_handlers(tuple(pipeline.handlers))
         self._health = Health(pipeline.services, settings.access_mode)
@@ -104,7 +104,7 @@ class Server:
         """Take no new calls, tell the watchers to go, let the running calls end, and stop."""
         self._health.drain()
         self._pipeline.draining = True
-        self._feed.drain()
+        self._watchers.drain()
         if self._reflection is not None:
             self._reflection.drain()
         # The watchers' closing messages and the running calls go out within the grace; stop() does not tell handlers.

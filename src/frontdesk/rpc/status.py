@@ -27,6 +27,7 @@ CODES: dict[type[errors.Refused], grpc.StatusCode] = {
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.EtagMismatch: grpc.StatusCode.ABORTED,
     errors.Conflict: grpc.StatusCode.ABORTED,
+    errors.CursorGone: grpc.StatusCode.OUT_OF_RANGE,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.Exhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,

@@ -86,6 +86,8 @@ class Settings(BaseSettings):
     that have no client certificate, like those of Kubernetes; port 0 takes a free one."""
     keep_audit_days: Annotated[float, Field(ge=365, le=36_600)] = 2_190.0
     """Days for which the audit is kept."""
+    keep_log_days: Annotated[float, Field(ge=1, le=36_600)] = 90.0
+    """Days for which events are shown to readers of EventService. Their rows stay as long as the audit."""
     slot_horizon_days: Annotated[int, Field(ge=0, le=366)] = 30
     """Days from today on for which the slots of doctors with a weekly schedule are generated; 0 generates none."""
     tls_cert: Path | None = None

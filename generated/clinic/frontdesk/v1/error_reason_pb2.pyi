@@ -237,6 +237,15 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ALREADY_EXISTS: the doctor already has a leave at this time. Example: leave for a week of which one day was taken
     before.
     """
+    ERROR_REASON_CURSOR_LOST: _ErrorReason.ValueType  # 78
+    """OUT_OF_RANGE: the log has never led to this cursor, or no longer does, because the database was restored from a
+    backup. The metadata has the present end as `cursor`. What the reader was told since the backup may not have
+    happened. Example: reading on after the loss of the primary.
+    """
+    ERROR_REASON_CURSOR_TOO_OLD: _ErrorReason.ValueType  # 79
+    """OUT_OF_RANGE: the next event after this cursor is older than events are kept. Example: a reader that was switched
+    off for a year.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
@@ -460,5 +469,14 @@ ERROR_REASON_LEAVE_STATE: ErrorReason.ValueType  # 69
 ERROR_REASON_LEAVE_OVERLAP: ErrorReason.ValueType  # 70
 """ALREADY_EXISTS: the doctor already has a leave at this time. Example: leave for a week of which one day was taken
 before.
+"""
+ERROR_REASON_CURSOR_LOST: ErrorReason.ValueType  # 78
+"""OUT_OF_RANGE: the log has never led to this cursor, or no longer does, because the database was restored from a
+backup. The metadata has the present end as `cursor`. What the reader was told since the backup may not have
+happened. Example: reading on after the loss of the primary.
+"""
+ERROR_REASON_CURSOR_TOO_OLD: ErrorReason.ValueType  # 79
+"""OUT_OF_RANGE: the next event after this cursor is older than events are kept. Example: a reader that was switched
+off for a year.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

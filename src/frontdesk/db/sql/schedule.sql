@@ -133,7 +133,7 @@ begin
 
     perform generate_again(r.doctor, daterange(r.date, r.date, '[]'));
     perform append_of_doctor(
-        r, 'schedule_exception.set', 'scheduleExceptions/' || r.doctor || '/' || r.date, r.date, v_now,
+        r, 'schedule.exception_set', 'scheduleExceptions/' || r.doctor || '/' || r.date, r.date, v_now,
         jsonb_build_object('closed', r.closed, 'hours', jsonb_array_length(r.hours)));
     d.affected := array(
         select a.id
@@ -176,7 +176,7 @@ begin
     d.schedule_exception := v_old;
     perform generate_again(r.doctor, daterange(r.date, r.date, '[]'));
     perform append_of_doctor(
-        r, 'schedule_exception.deleted', 'scheduleExceptions/' || r.doctor || '/' || r.date, r.date, v_now, null);
+        r, 'schedule.exception_deleted', 'scheduleExceptions/' || r.doctor || '/' || r.date, r.date, v_now, null);
     d.stale := stale_slots(v_before, r.doctor, r.date, r.date, v_now);
     d.outcome := 'OK';
     return d;

@@ -8,6 +8,7 @@ from frontdesk.core.audit import Audit
 from frontdesk.core.auth import Auth
 from frontdesk.core.clinic import Clinics
 from frontdesk.core.doctor import Doctors
+from frontdesk.core.event import Events
 from frontdesk.core.hold import Holds
 from frontdesk.core.leave import Leaves
 from frontdesk.core.password import Passwords
@@ -19,6 +20,8 @@ from frontdesk.core.token import Tokens
 from frontdesk.core.user_session import Sessions
 from frontdesk.db.database import Database
 from frontdesk.live.feed import Feed
+from frontdesk.live.tail import Tail
+from frontdesk.live.watcher import Watchers
 from frontdesk.rpc.pipeline import Servicer
 from frontdesk.rpc.services.access import AccessServicer
 from frontdesk.rpc.services.appointment import AppointmentServicer
@@ -26,6 +29,7 @@ from frontdesk.rpc.services.audit import AuditServicer
 from frontdesk.rpc.services.auth import AuthServicer
 from frontdesk.rpc.services.clinic import ClinicServicer
 from frontdesk.rpc.services.doctor import DoctorServicer
+from frontdesk.rpc.services.event import EventServicer
 from frontdesk.rpc.services.patient import PatientServicer
 from frontdesk.rpc.services.queue import QueueServicer
 from frontdesk.rpc.services.schedule import ScheduleServicer
@@ -33,7 +37,7 @@ from frontdesk.rpc.services.slot import SlotServicer
 
 
 def servicers(
-    db: Database, feed: Feed, passwords: Passwords, tokens: Tokens, *, max_watchers: int, max_watchers_per_caller: int
+    db: Database, feed: Feed, events: Events, tail: Tail, watchers: Watchers, passwords: Passwords, tokens: Tokens
 ) -> Sequence[Servicer]:
     """All services of the server, each with its part of the core. Health and reflection follow from this list."""
     appointments = Appointments(db, feed.changed)
@@ -46,12 +50,8 @@ def servicers(
         ScheduleServicer(Schedules(db), Leaves(db, feed.changed)),
         SlotServicer(Slots(db)),
         AppointmentServicer(appointments, Holds(db)),
-        QueueServicer(
-            Queues(db, appointments, feed.paces),
-            feed,
-            max_watchers=max_watchers,
-            max_watchers_per_caller=max_watchers_per_caller,
-        ),
+        QueueServicer(Queues(db, appointments, feed.paces), feed, watchers),
+        EventServicer(events, tail, watchers),
         AuthServicer(Auth(db, passwords, sessions, patients), sessions),
         AccessServicer(Users(db, passwords), ApiKeys(db)),
         AuditServicer(Audit(db)),

@@ -1,49 +1,28 @@
 """clinic.frontdesk.v1.QueueService."""
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-from google.protobuf import duration_pb2
-
 from clinic.frontdesk.v1 import queue_pb2 as pb
 from frontdesk.core.appointment import Appointment
-from frontdesk.core.caller import Identity
 from frontdesk.core.estimate import Estimate
 from frontdesk.core.queue import BOARD, OWN, STAFF, Queue, QueueChange, QueueEntry, Queues, entry_of
 from frontdesk.db.change import Change
-from frontdesk.errors import InvalidField, TooManyWatchers, WatcherTooSlow
+from frontdesk.errors import InvalidField
 from frontdesk.live.feed import Feed
 from frontdesk.live.subscription import Subscription
 from frontdesk.live.tokens import ResumeToken
+from frontdesk.live.watcher import Watchers
+from frontdesk.rpc import stream
 from frontdesk.rpc.convert import converter, date_from, enum_numbers, key_of
 from frontdesk.rpc.pipeline import Call
 from frontdesk.rpc.services.appointment import saw, to_appointment
-from frontdesk.tasks import Timeout
-
-MAX_AGE_SECONDS = (20 * 60, 30 * 60)
-"""A stream ends at a random age between these, so that streams which began together do not end together."""
-
-DRAIN_SPREAD_SECONDS = 5.0
-"""Watchers of a server that stops come back at random within so long."""
-
-AUTH_NOTICE_SECONDS = 30.0
-"""How long before its credentials expire a stream is closed; or a third of their life, if that is less."""
-
-JUDGE_SECONDS = 10.0
-"""A stream notices within so long that something about its caller's credentials has changed."""
 
 NOTE_SECONDS = 60.0
 """Seconds between two rows of the log about patients who came to a queue while a stream showed it: many streams that
 show many patients are to write few."""
-
-WRITE_SECONDS = 30.0
-"""How long a watcher may leave a message unread once gRPC takes no more for it."""
-
-HEARTBEAT_SECONDS = (5.0, 60.0)
-DEFAULT_HEARTBEAT_SECONDS = 15.0
 
 R = TypeVar("R")
 
@@ -117,11 +96,10 @@ class QueueServicer:
 
     service = pb.DESCRIPTOR.services_by_name["QueueService"]
 
-    def __init__(self, queues: Queues, feed: Feed, *, max_watchers: int, max_watchers_per_caller: int) -> None:
+    def __init__(self, queues: Queues, feed: Feed, watchers: Watchers) -> None:
         self._queues = queues
         self._feed = feed
-        self._max_watchers = max_watchers
-        self._max_watchers_per_caller = max_watchers_per_caller
+        self._watchers = watchers
 
     async def CheckIn(self, request: pb.CheckInRequest, call: Call) -> pb.CheckInResponse:
         return await self._change(
@@ -181,15 +159,8 @@ class QueueServicer:
         change = await self._queues.change(call.caller, request.appointment_id, **more, key=key_of(request, call))
         return _answer(change, call, response)
 
-    def _require_room(self, call: Call) -> None:
-        if self._feed.watchers >= self._max_watchers:
-            raise TooManyWatchers
-        of_caller = self._feed.watchers_of(call.identity.name)
-        if of_caller >= self._max_watchers_per_caller and not call.identity.unrestricted:
-            raise TooManyWatchers(call.identity.name, {"watchers": of_caller})
-
     async def WatchQueue(self, request: pb.WatchQueueRequest, call: Call) -> None:
-        self._require_room(call)
+        self._watchers.require_room(call.identity)
         doctor_id, day, view = request.doctor_id, date_from(request, "date"), _VIEWS[request.view]
         resume = ResumeToken.decode(request.resume_token) if request.resume_token else None
         if resume is not None:
@@ -197,21 +168,22 @@ class QueueServicer:
                 raise InvalidField(("resume_token", "is of another doctor-day"))
             day = resume.date
         admitted = await self._queues.admit(call.caller, doctor_id, day, view)
-        heartbeat = _heartbeat_seconds(request)
-        ends, reason = _end(call.identity)
+        heartbeat = stream.heartbeat_seconds(request)
+        ends, reason = stream.end_of(call.identity)
         # Others may have come during the round trip.
-        self._require_room(call)
+        self._watchers.require_room(call.identity)
         with (
-            self._feed.subscribe(doctor_id, admitted.date, admitted.view, call.identity.name) as watch,
+            self._feed.subscribe(doctor_id, admitted.date, admitted.view) as watch,
+            self._watchers.counting(watch, call.identity.name),
             _Shown(call, watch) as shown,
         ):
             message = await watch.begin(resume)
             if view == STAFF:
                 shown.begin()
-            await _write(call, message or _heartbeat(watch))
+            await stream.write(call, message or _heartbeat(watch))
             silent_until = time.monotonic() + heartbeat
-            while not self._feed.draining and (now := time.monotonic()) < ends:
-                news = await watch.news(min(silent_until, ends, now + JUDGE_SECONDS) - now)
+            while not self._watchers.draining and (now := time.monotonic()) < ends:
+                news = await watch.news(min(silent_until, ends, now + stream.JUDGE_SECONDS) - now)
                 if await call.judged_anew() or watch.has_lost_its_own:
                     watch.view = (await self._queues.admit(call.caller, doctor_id, admitted.date, view)).view
                 message = await watch.latest() if news else None
@@ -220,9 +192,11 @@ class QueueServicer:
                 if message is None and silent_until <= time.monotonic() < ends:
                     message = _heartbeat(watch)
                 if message is not None:
-                    await _write(call, message)
+                    await stream.write(call, message)
                     silent_until = time.monotonic() + heartbeat
-            await _write(call, _closing(watch, pb.StreamClosing.REASON_DRAINING if self._feed.draining else reason))
+            await stream.write(
+                call, _closing(watch, pb.StreamClosing.REASON_DRAINING if self._watchers.draining else reason)
+            )
 
 
 def _answer(change: Change[Appointment], call: Call, response: Callable[..., R], **more: Any) -> R:
@@ -239,20 +213,6 @@ def _answer(change: Change[Appointment], call: Call, response: Callable[..., R],
 
 def _priority(request: Any) -> str | None:
     return _PRIORITIES[request.priority] if request.priority else None
-
-
-def _end(identity: Identity) -> tuple[float, pb.StreamClosing.Reason.ValueType]:
-    """When a stream of this caller that begins now is closed, by `time.monotonic`, and why."""
-    now = time.monotonic()
-    ends = now + random.uniform(*MAX_AGE_SECONDS)
-    if identity.until is not None and identity.life is not None:
-        closes = identity.until - min(AUTH_NOTICE_SECONDS, identity.life / 3)
-        if closes <= now:
-            # Not at once: a client that has nothing fresh would come back without end.
-            closes = identity.until - (identity.until - now) / 3
-        if closes < ends:
-            return closes, pb.StreamClosing.REASON_AUTH_EXPIRING
-    return ends, pb.StreamClosing.REASON_MAX_AGE
 
 
 class _Shown:
@@ -302,21 +262,6 @@ def _saw(call: Call, queue: Queue, patient_ids: Sequence[str]) -> None:
     call.saw(patient_ids, resource=resource, doctor_id=queue.doctor_id, date=queue.date)
 
 
-async def _write(call: Call, message: bytes) -> None:
-    try:
-        with Timeout(WRITE_SECONDS):
-            await call.write(message)
-    except TimeoutError:
-        raise WatcherTooSlow from None
-
-
-def _heartbeat_seconds(request: pb.WatchQueueRequest) -> float:
-    if not request.HasField("heartbeat_interval"):
-        return DEFAULT_HEARTBEAT_SECONDS
-    asked = request.heartbeat_interval.seconds + request.heartbeat_interval.nanos / 1e9
-    return min(max(asked, HEARTBEAT_SECONDS[0]), HEARTBEAT_SECONDS[1])
-
-
 def _heartbeat(watch: Subscription) -> bytes:
     message = pb.WatchQueueResponse(
         revision=watch.revision, previous_revision=watch.revision, resume_token=watch.token, heartbeat=pb.Heartbeat()
@@ -327,11 +272,8 @@ def _heartbeat(watch: Subscription) -> bytes:
 
 
 def _closing(watch: Subscription, reason: pb.StreamClosing.Reason.ValueType) -> bytes:
-    delay = random.uniform(0, DRAIN_SPREAD_SECONDS) if reason == pb.StreamClosing.REASON_DRAINING else 0.0
-    closing = pb.StreamClosing(
-        reason=reason,
-        reconnect_delay=duration_pb2.Duration(seconds=int(delay), nanos=int(delay % 1 * 1e9)),
+    message = pb.WatchQueueResponse(
+        revision=watch.revision, previous_revision=watch.revision, closing=stream.closing(reason)
     )
-    message = pb.WatchQueueResponse(revision=watch.revision, previous_revision=watch.revision, closing=closing)
     message.server_time.GetCurrentTime()
     return message.SerializeToString()
