@@ -72,7 +72,8 @@ KINDS = {
 AIMED = {"BookAppointment", "RescheduleAppointment", "AddWalkIn", "TransferPatient"}
 """The methods that name the place that they want."""
 
-_PLACE = {"DAY_FULL", "SLOT_FULL", "DUPLICATE_BOOKING", "PATIENT_OVERLAP", "HOLD_EXPIRED"}
+_CLOSED = {"DOCTOR_ABSENT", "SLOT_BLOCKED"}
+_PLACE = {"DAY_FULL", "SLOT_FULL", "DUPLICATE_BOOKING", "PATIENT_OVERLAP", "HOLD_EXPIRED"} | _CLOSED
 REFUSALS: dict[str, set[str]] = {method: {"INVALID_TRANSITION"} for method in KINDS} | {
     "BookAppointment": _PLACE,
     "RescheduleAppointment": _PLACE | {"INVALID_TRANSITION"},
@@ -80,8 +81,8 @@ REFUSALS: dict[str, set[str]] = {method: {"INVALID_TRANSITION"} for method in KI
     "MarkNoShow": {"INVALID_TRANSITION", "TOO_EARLY"},
     "CallAgain": {"INVALID_TRANSITION", "CALL_LIMIT_REACHED"},
     "CallNext": {"QUEUE_EMPTY"},
-    "AddWalkIn": {"DAY_FULL", "DUPLICATE_BOOKING"},
-    "TransferPatient": {"INVALID_TRANSITION", "INVALID_FIELD", "DAY_FULL", "DUPLICATE_BOOKING"},
+    "AddWalkIn": {"DAY_FULL", "DUPLICATE_BOOKING", "DOCTOR_ABSENT"},
+    "TransferPatient": {"INVALID_TRANSITION", "INVALID_FIELD", "DAY_FULL", "DUPLICATE_BOOKING", "DOCTOR_ABSENT"},
     "UndoTransition": {
         "NOTHING_TO_UNDO", "ETAG_MISMATCH", "DAY_FULL", "SLOT_FULL", "DUPLICATE_BOOKING", "PATIENT_OVERLAP",
     },
@@ -101,6 +102,9 @@ _READING_SECONDS = 1.0
 """By which a busy client reads a message late."""
 _CLOCK_SECONDS = 0.05
 """By which the end of a token is not known exactly."""
+_SAME_CLOCK_SECONDS = 0.005
+"""By which two clocks of one machine may be read apart."""
+_ENDED = {"CANCELLED", "NO_SHOW", "LEFT", "DONE"}
 _QUOTA_USED = 0.95
 _LOST_TO_A_FAULT = 2
 """Calls of a quota that one fault may lose: those that the two workers are just leasing."""
@@ -292,6 +296,42 @@ class Act:
 
 
 @dataclass(slots=True)
+class Closing:
+    """What closes places of a doctor for a while: a leave, or an exception that closes a date."""
+
+    doctor: str
+    days: tuple[str, ...] = ()
+    """The dates that it closes as a whole."""
+    start: float = 0.0
+    end: float = 0.0
+    """The time whose slots it closes, if it closes no dates; by the clock of the database."""
+    asked: float = 0.0
+    answered: float = float("inf")
+    opening: float = float("inf")
+    """When somebody first asked to open it again, if it is this one."""
+    opened: float = float("inf")
+    """When it was answered that it is open again. Not of leaves; see `History.cancelled`."""
+    of_leave: bool = True
+    id: str = ""
+    """Of the leave, once it is answered."""
+    applied: bool = False
+    """Whether all its appointments were settled when it was answered."""
+
+
+@dataclass(slots=True)
+class Edit:
+    """A change of a doctor's hours, or a generation of slots; always of the same dates."""
+
+    doctor: str
+    method: str
+    asked: float
+    answered: float = float("inf")
+    created: int = 0
+    """The slots that a generation made."""
+    replayed: bool = False
+
+
+@dataclass(slots=True)
 class History:
     """The clients' record."""
 
@@ -314,6 +354,14 @@ class History:
     acts: list[Act] = field(default_factory=list)
     holds: list[str] = field(default_factory=list)
     """The holds that were acknowledged."""
+    hold_times: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """When each was asked for and answered."""
+    closings: list[Closing] = field(default_factory=list)
+    cancelled: dict[str, float] = field(default_factory=dict)
+    """When it was answered that a leave is cancelled."""
+    edits: list[Edit] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    """Internal errors that were answered to others than operations."""
     clock: float = 0.0
     """What to add to an instant of the record for the time of the database."""
 
@@ -363,6 +411,32 @@ class Hold:
     def live(self, at: float, used: float) -> bool:
         """Whether it counts as a place at that time; `used` is when it was used."""
         return self.placed < at < min(self.expire, self.released, used)
+
+
+@dataclass(slots=True)
+class Leave:
+    """A row of `leave`. Its times are of the clock of the database."""
+
+    id: str
+    doctor: str
+    days: tuple[str, ...]
+    """All its dates; empty if it is of hours."""
+    start: float
+    end: float
+    state: str
+    applied: float = float("inf")
+    """When all its appointments were settled."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """A row of `leave_outcome`."""
+
+    leave: str
+    appointment: str
+    outcome: str
+    day: Day | None = None
+    """To where it was moved."""
 
 
 @dataclass(slots=True)
@@ -427,6 +501,14 @@ class Facts:
     memories: list[Memory] = field(default_factory=list)
     holds: dict[str, Hold] = field(default_factory=dict)
     revisions: dict[Day, int] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
+    """Doctor, by slot."""
+    leaves: dict[str, Leave] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)
+    schedules: list[tuple[str, str, str]] = field(default_factory=list)
+    """Doctor, first and last date of each row of `schedule`."""
+    visits_due: list[tuple[str, float, float]] = field(default_factory=list)
+    """Doctor, start and end of the visits of the hours, for which there should be slots."""
     deadlocks: int = 0
     """Deadlocks that PostgreSQL broke during the run."""
     acts: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
@@ -658,6 +740,8 @@ class _Replay:
             after = after or before
             if before not in allowed:
                 self._say("transition", f"{kind} of {who}, which is {before or 'not here'}", revision)
+            if event.method == "CreateLeave" and before != "BOOKED":
+                self._say("transition", f"a leave made {kind} of {who}, which is {before or 'not here'}", revision)
             if kind in UNDOABLE and event.method != "CreateLeave":
                 steps.append((event.time, before, entry))
                 self._steps[who] = steps
@@ -867,9 +951,13 @@ class Checker:
                 self._left[event.appointment, event.revision].append(event.day)
         self._memory = {(memory.method, memory.key): memory for memory in facts.memories}
         self._made = {(memory.day, memory.revision): memory for memory in facts.memories}
+        self._closings: dict[str, list[Closing]] = defaultdict(list)
+        for closing in history.closings:
+            self._closings[closing.doctor].append(closing)
         effects = [(one, *effect) for one in history.operations for effect in self._effects(one)]
         self._when = {(day, revision): span for _, day, revision, span in effects}
         """The interval of time in which a revision was made, as the clients saw it."""
+        self._settling = self._settled()
         ordered = (event for events in self._events.values() for event in events)
         self._company = _Company(ordered, facts.visits, self._when)
         self._replays = {
@@ -891,8 +979,8 @@ class Checker:
 
     PARTS = (
         "acknowledged", "keys", "answers", "replayed", "final", "overlaps", "real_time", "pictures", "watches",
-        "refusals", "asked", "manners", "holds", "pairs", "wishes", "elsewhere", "access", "streams", "probes", "quota",
-        "log", "acts", "seals",
+        "refusals", "asked", "manners", "holds", "pairs", "wishes", "elsewhere", "closed", "leaves", "slipped", "hours",
+        "access", "streams", "probes", "quota", "log", "acts", "seals",
     )  # fmt: skip
     """The parts of the checker, each with some rules."""
 
@@ -963,6 +1051,9 @@ class Checker:
         for event in self._facts.events:
             keys = claims[event.day, event.revision]
             count = len(keys)
+            if event.method == "CreateLeave":
+                # Counted by outcomes.
+                continue
             if event.kind in ("MOVED_OUT", "TRANSFERRED_OUT"):
                 count = int((event.appointment, event.revision) in leaving)
             if count != 1:
@@ -1150,6 +1241,15 @@ class Checker:
             return "" if empty else f"but a patient was always waiting {when}"
         if one.outcome in ("DUPLICATE_BOOKING", "PATIENT_OVERLAP"):
             return self._patient_was_free(operation, one)
+        if one.outcome in _CLOSED:
+            day, slot = operation.day, operation.slot if one.outcome == "SLOT_BLOCKED" else ""
+            closed = any(
+                closing.asked <= one.complete
+                and one.invoke <= self._history.cancelled.get(closing.id, closing.opened)
+                and self._closes(closing, day, slot)
+                for closing in self._closings[day[0]]
+            )
+            return "" if closed else f"but nothing closed slot '{slot}' of {_told(day)}"
         if one.outcome == "INVALID_FIELD":
             here = replay.ever(operation.appointment, low, high, {*WAITING_ROOM})
             return "" if here else f"but {operation.appointment} was not with the doctor whom it names {when}"
@@ -1240,14 +1340,30 @@ class Checker:
             for one in operation.attempts:
                 if one.outcome.startswith(BROKEN):
                     yield Violation("internal", f"{one.outcome} to {_named(operation)}", (operation.day,))
-                elif one.outcome == f"{UNANSWERED}CONFLICT":
+                elif one.outcome == f"{UNANSWERED}CONFLICT" and not self._may_be_locked(operation):
                     text = f"the database aborted {_named(operation)} for a conflict that the locks should prevent"
                     yield Violation("conflict", text, (operation.day,))
+        for broken in self._history.broken:
+            yield Violation("internal", broken)
         if self._facts.deadlocks:
             yield Violation("deadlock", f"PostgreSQL broke {self._facts.deadlocks} deadlocks")
         for watcher, end in self._history.drains:
             if end != "closing, OK":
                 yield Violation("drain", f"stream {watcher} of the stopping service ended with: {end}")
+
+    def _may_be_locked(self, operation: Operation) -> bool:
+        """Whether CallNext may want the lock of a patient with another visit, for which it does not wait for long."""
+        replay = self._replays.get(operation.day)
+        if operation.method != "CallNext" or replay is None:
+            return False
+        visits = self._facts.visits
+        patients = [visits[who].patient for who in replay.entry if replay.entry[who].ticket and who in visits]
+        return any(
+            day != operation.day and day[1] == operation.day[1]
+            for patient in patients
+            for other in self._of_patient[patient]
+            for day in self._days_of[other]
+        )
 
     def _holds(self) -> Iterator[Violation]:
         """A hold is used once, while it is live and for its own place; and live holds take places as bookings do."""
@@ -1316,7 +1432,7 @@ class Checker:
         """The slot that a booking or a move got."""
         memory = self._made.get((event.day, event.revision))
         visit = self._facts.visits.get(event.appointment)
-        return memory.slot if memory else visit.slot if visit else ""
+        return memory.slot if memory else event.slot if event.number else visit.slot if visit else ""
 
     def _patient_of(self, event: Event) -> str:
         visit = self._facts.visits.get(event.appointment)
@@ -1402,6 +1518,163 @@ class Checker:
                         f" called at r{where[1]} of {_told(where[0])} and was still there"
                     )
                     yield Violation("called-elsewhere", text, (event.day, where[0]))
+
+    # Leave and hours
+
+    def _closes(self, closing: Closing | Leave, day: Day, slot: str) -> bool:
+        """Whether it closes this place."""
+        if closing.doctor != day[0]:
+            return False
+        if closing.days:
+            return day[1] in closing.days
+        start, end = self._facts.times.get(slot, (0.0, 0.0))
+        return start < closing.end and closing.start < end
+
+    def _settled(self) -> dict[tuple[Day, int], str]:
+        """By which leave each change was made, where only one can have made it."""
+        leaves: dict[tuple[str, str, Day | None], list[str]] = defaultdict(list)
+        for outcome in self._facts.outcomes:
+            leaves[outcome.appointment, outcome.outcome, outcome.day].append(outcome.leave)
+        found = {}
+        for event in self._facts.events:
+            if event.method == "CreateLeave" and event.kind in ("CANCELLED", "MOVED_IN"):
+                moved = event.kind == "MOVED_IN"
+                wanted = (event.appointment, "MOVED" if moved else "CANCELLED", event.day if moved else None)
+                if len(leaves[wanted]) == 1:
+                    found[event.day, event.revision] = leaves[wanted][0]
+        for closing in self._history.closings:
+            for place, leave in found.items():
+                if leave == closing.id and closing.applied:
+                    self._when[place] = (closing.asked, closing.answered)
+        return found
+
+    def _closed(self) -> Iterator[Violation]:
+        """Nobody gets a place that a leave or an exception has closed, from its answer on."""
+
+        def shut(what: str, day: Day, slot: str, span: tuple[float, float], revision: int = 0) -> Iterator[Violation]:
+            for closing in self._closings[day[0]]:
+                if closing.answered < span[0] and span[1] < closing.opening and self._closes(closing, day, slot):
+                    told = ", ".join(closing.days) or f"{closing.start:.0f} to {closing.end:.0f}"
+                    name = f"leave {closing.id}" if closing.of_leave else "the exception"
+                    text = f"{what} of {_told(day)} got a place that {name} of {told} had closed"
+                    yield Violation("under-leave", text, (day,), revision)
+
+        for event in self._facts.events:
+            if event.kind in TAKES - {"UNDONE"}:
+                when = self._company.interval(event.day, event.revision)
+                yield from shut(f"r{event.revision}", event.day, self._place_of(event), when, event.revision)
+        for name, span in self._history.hold_times.items():
+            if (hold := self._facts.holds.get(name)) is not None:
+                yield from shut(f"hold {name}", hold.day, hold.slot, span)
+
+    def _leaves(self) -> Iterator[Violation]:
+        """Each appointment has one outcome of a leave, and what was done is what the outcomes say."""
+        rows = Counter((one.leave, one.appointment) for one in self._facts.outcomes)
+        for (leave, who), count in rows.items():
+            if count > 1:
+                yield Violation("outcome-twice", f"{who} has {count} outcomes of leave {leave}")
+        said = Counter(
+            (one.appointment, "MOVED_IN" if one.outcome == "MOVED" else one.outcome, one.day)
+            for one in self._facts.outcomes
+            if one.outcome in ("MOVED", "CANCELLED")
+        )
+        made = Counter(
+            (event.appointment, event.kind, event.day if event.kind == "MOVED_IN" else None)
+            for event in self._facts.events
+            if event.method == "CreateLeave" and event.kind in ("MOVED_IN", "CANCELLED")
+        )
+        for what in sorted(said.keys() | made.keys(), key=str):
+            if said[what] != made[what]:
+                text = f"{what[1]} of {what[0]} has {said[what]} outcomes, but was made {made[what]} times by leaves"
+                yield Violation("outcome-and-events", text)
+        for (day, revision), leave in self._settling.items():
+            over = self._history.cancelled.get(leave, float("inf")) + self._history.clock
+            if (late := self._event[day, revision].time - over) > _SAME_CLOCK_SECONDS:
+                text = f"r{revision} of {_told(day)} was made by leave {leave} {late:.3f} s after its end was answered"
+                yield Violation("after-cancel", text, (day,), revision)
+        acknowledged = [one for one in self._history.closings if one.id]
+        for closing in acknowledged:
+            row = self._facts.leaves.get(closing.id)
+            if row is None:
+                yield Violation("leave-lost", f"leave {closing.id} was acknowledged, but the database does not have it")
+            elif closing.id in self._history.cancelled and row.state != "CANCELLED":
+                yield Violation("leave-lost", f"leave {closing.id} was cancelled, but is {row.state}")
+        rest = sorted((one for one in self._facts.leaves.values() if one.state != "CANCELLED"), key=_start)
+        found = [(one.id, other.id) for one, other in _overlaps(rest)]
+        lives = [(self._facts.leaves[one.id], one) for one in acknowledged if one.id in self._facts.leaves]
+        for (earlier, one), (later, other) in _overlaps(sorted(lives, key=lambda pair: _start(pair[0]))):
+            # Both were there at one time.
+            if max(one.answered, other.answered) < min(one.opening, other.opening):
+                found.append((earlier.id, later.id))
+        for both in dict.fromkeys(found):
+            yield Violation("leave-overlap", f"leaves {both[0]} and {both[1]} of one doctor overlap")
+
+    def _slipped(self) -> Iterator[Violation]:
+        """Nobody who was there when a leave had been applied was forgotten by it."""
+        settled = {(one.leave, one.appointment) for one in self._facts.outcomes}
+        applied: dict[str, list[Leave]] = defaultdict(list)
+        for leave in self._facts.leaves.values():
+            if leave.applied < float("inf"):
+                applied[leave.doctor].append(leave)
+        for day, events in self._events.items():
+            # From an arrival to the end; not of those whom an undo brought back, which a leave does not hinder.
+            stays: list[tuple[str, str, float, float]] = []
+            here: dict[str, tuple[str, float]] = {}
+            for event in events if applied[day[0]] else ():
+                who = event.appointment
+                ends = event.kind in ("MOVED_OUT", "TRANSFERRED_OUT") or STEPS.get(event.kind, ("", ""))[1] in _ENDED
+                arrives = event.kind in TAKES - {"UNDONE"}
+                if (ends or arrives) and who in here:
+                    slot, came = here.pop(who)
+                    stays.append((who, slot, came, event.time))
+                if arrives:
+                    here[who] = (self._place_of(event), event.time)
+            stays += [(who, slot, came, float("inf")) for who, (slot, came) in here.items()]
+            for leave in applied[day[0]]:
+                for who, slot, came, left in stays:
+                    inside = came < leave.applied < left and self._closes(leave, day, slot)
+                    if inside and (leave.id, who) not in settled:
+                        text = f"{who} of {_told(day)} was there when leave {leave.id} was applied, but has no outcome"
+                        yield Violation("slipped-past-leave", text, (day,))
+
+    def _hours(self) -> Iterator[Violation]:
+        """Schedules do not overlap, nor slots; every visit of the hours has a slot; generating again makes none."""
+        of_doctor: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for doctor, first, last in self._facts.schedules:
+            of_doctor[doctor].append((first, last))
+        for doctor, dates in of_doctor.items():
+            for (_, end), (start, _) in pairwise(sorted(dates)):
+                if start <= end:
+                    text = f"two schedules of {doctor} hold on {start}, of which one ends on {end}"
+                    yield Violation("schedule-overlap", text)
+        slots: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for slot, doctor in self._facts.owners.items():
+            slots[doctor].append(self._facts.times[slot])
+        for doctor, times in slots.items():
+            for (_, ended), (begun, _) in pairwise(sorted(times)):
+                if begun < ended:
+                    yield Violation("slot-twice", f"two slots of {doctor} overlap at {begun:.0f}")
+        for doctor, starts, ends in self._facts.visits_due:
+            if not any(begun < ends and starts < ended for begun, ended in slots[doctor]):
+                yield Violation("not-generated", f"the hours of {doctor} at {starts:.0f} have no slot")
+        changes: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for edit in self._history.edits:
+            if edit.method != "GenerateSlots":
+                changes[edit.doctor].append((edit.asked, edit.answered))
+        for closing in self._history.closings:
+            # What is closed is not generated; and nobody knows for how long.
+            changes[closing.doctor].append((closing.asked, self._history.cancelled.get(closing.id, closing.opened)))
+        generated = [one for one in self._history.edits if one.method == "GenerateSlots"]
+        for again in generated:
+            if not again.created or again.replayed:
+                continue
+            for before in generated:
+                if before.doctor != again.doctor or before.answered >= again.asked:
+                    continue
+                if not any(a <= again.answered and before.asked <= b for a, b in changes[again.doctor]):
+                    text = f"{again.created} slots of {again.doctor} were generated again"
+                    yield Violation("generated-again", text)
+                    break
 
     # Access
 
@@ -1531,6 +1804,22 @@ class Checker:
                     yield Violation(rule, text)
         if self._facts.unsealed:
             yield Violation("not-sealed", f"{self._facts.unsealed} rows of the log were never sealed")
+
+
+def _start(leave: Leave) -> tuple[str, float]:
+    return (leave.doctor, leave.start)
+
+
+def _overlaps(ordered: Sequence[T]) -> Iterator[tuple[T, T]]:
+    """Leaves of one doctor that overlap; `ordered` has them by doctor and start, alone or as the first of a pair."""
+    for number, one in enumerate(ordered):
+        for other in ordered[number + 1 :]:
+            leave, later = (each[0] if isinstance(each, tuple) else each for each in (one, other))
+            assert isinstance(leave, Leave)
+            assert isinstance(later, Leave)
+            if leave.doctor != later.doctor or later.start >= leave.end:
+                break
+            yield one, other
 
 
 def _held(one: Attempt) -> int:

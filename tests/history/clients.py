@@ -20,9 +20,10 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
-from clinic.frontdesk.v1 import queue_pb2
+from clinic.frontdesk.v1 import queue_pb2, schedule_pb2
 from frontdesk.client import FrontdeskClient, FrontdeskError, Update
 from tests.clinic import Front, day
+from tests.history.away import Away
 from tests.history.callers import QUOTA, Caller, Callers, Clerk
 from tests.history.check import (
     AIMED,
@@ -202,6 +203,8 @@ class Chapter:
     """These two are for the end of the run, with a place for every patient."""
     patients: list[str]
     callers: Callers
+    evening: datetime
+    """When today's first slot begins."""
     history: History = field(default_factory=History)
     gone_home: list[Shift] = field(default_factory=list)
     requests: dict[str, Any] = field(default_factory=dict)
@@ -227,7 +230,7 @@ class Clients:
     def __init__(
         self, chapter: Chapter, fronts: Sequence[Front], *,
         moves: float, twins: float, bursts: float, haste: float, holds: float, walk_ins: float, undos: float,
-        probes: float,
+        leaves: float, probes: float,
         relieve: Callable[[Shift], None], healed: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.chapter = chapter
@@ -239,7 +242,10 @@ class Clients:
         self._holds = holds
         self._walk_ins = walk_ins
         self._undos = undos
+        self._leaves = leaves
         self._probes = probes
+        slots = max(len(slots) for shift in chapter.at_work for slots in shift.slots.values())
+        self._away = Away(chapter.name, chapter.history, fronts, chapter.callers, chapter.evening, slots, self._settled)
         self._callers = chapter.callers
         self._asking: dict[str, Caller] = {}
         """Who asks for an operation, by its key."""
@@ -260,6 +266,9 @@ class Clients:
                 await self._probe(number, mine)
             elif dice < 0.08 + self._bursts + self._probes + self._holds:
                 await self._hold(mine.choice(self.chapter.at_work), mine)
+            elif dice > 1 - self._leaves:
+                shift = mine.choice(self.chapter.at_work)
+                await self._away.act(shift.doctor, datetime.fromisoformat(shift.days[0][1]).date(), mine)
             else:
                 await self._one(number, mine)
 
@@ -436,9 +445,11 @@ class Clients:
             request = pb.HoldPlaceRequest(patient_id=patient if mine.random() < 0.5 else "")
             request.ttl.seconds = mine.choice((30, 60, 300))
             _aim(request, target, slot)
+            invoke = time.monotonic()
             held = (await desk.appointments.HoldPlace(request, timeout=4, metadata=metadata)).hold
             self._history.tally["holds"] += 1
             self._history.holds.append(held.id)
+            self._history.hold_times[held.id] = (invoke, time.monotonic())
             shift.holds.append(Kept(held.id, target, slot, held.patient_id))
             del shift.holds[:-6]
 
@@ -729,6 +740,24 @@ class Clients:
             if operation.method == "CallNext" and made.appointment in where.visits:
                 slot = where.visits[made.appointment].slot
             where.visits[made.appointment] = Known(target, at, made.about[0] if made.about else "", slot, etag)
+
+    def _settled(self, one: schedule_pb2.AffectedAppointment) -> None:
+        """A leave has moved or cancelled a visit, or kept it."""
+        kept = schedule_pb2.AffectedAppointment.OUTCOME_KEPT, schedule_pb2.AffectedAppointment.OUTCOME_NOT_MOVED
+        if one.outcome in kept:
+            return
+        for shift in self.chapter.at_work:
+            known = shift.visits.pop(one.appointment_id, None)
+            if known is None:
+                continue
+            shift.full.discard(known.day)
+            known.etag = ""
+            if one.HasField("moved_to"):
+                known.day, known.slot = (one.moved_to.doctor_id, _date(one.moved_to.date)), one.moved_to.slot_id
+                where = self._shift_of(known.day, shift)
+                if known.day in where.days:
+                    where.visits[one.appointment_id] = known
+            return
 
     def _shift_of(self, target: Day, near: Shift) -> Shift:
         if near.doctor == target[0]:

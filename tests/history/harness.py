@@ -43,7 +43,9 @@ from tests.history.check import (
     Grant,
     History,
     Hold,
+    Leave,
     Memory,
+    Outcome,
     Sealed,
     Stream,
     Violation,
@@ -51,7 +53,7 @@ from tests.history.check import (
 )
 from tests.history.clients import Chapter, Clients, Shift, Watcher, press
 from tests.history.shortest import shortest
-from tests.history.world import Cluster, Proxy, Served
+from tests.history.world import HORIZON_DAYS, Cluster, Proxy, Served
 from tests.identities import ADMIN, access, add_identities, auth
 
 ACCESS_FAULTS = ("key-revoked", "user-demoted", "session-ended")
@@ -128,6 +130,8 @@ class Plan:
     """The probability that a new patient comes without an appointment."""
     undos: float = 0.12
     """The probability that a client takes back one of the latest verbs."""
+    leaves: float = 0.004
+    """The probability that a client sends a doctor on leave for a moment, or changes the hours."""
     probes: float = 0.06
     """With access required, the probability that a client asks for what is not its own."""
 
@@ -339,9 +343,10 @@ class Run:
             admin.execute("set timezone = 'UTC'")
             admin.execute("set datestyle = 'ISO'")
             doctors = admin.execute(
-                "insert into doctor (code, display_name, clinic_id, max_patients_per_day)"
-                " select %s || '-' || n, 'D', %s, c from unnest(%s::int[]) with ordinality given (c, n)"
-                " returning id::text, max_patients_per_day", (f"H-{number}", self._clinic_id, capacities),
+                "insert into doctor (code, display_name, clinic_id, max_patients_per_day, specialty, specialty_key)"
+                " select %s || '-' || n, 'D', %s, c, %s || n / 3, %s || n / 3"
+                " from unnest(%s::int[]) with ordinality given (c, n) returning id::text, max_patients_per_day",
+                (f"H-{number}", self._clinic_id, f"s-{number}-", f"s-{number}-", capacities),
             ).fetchall()  # fmt: skip
             slots: dict[Day, dict[str, int]] = defaultdict(dict)
             for doctor, date, slot, places in admin.execute(
@@ -365,7 +370,7 @@ class Run:
             shifts.append(Shift(doctor, days, {target: slots[target] for target in days}, capacity))
         busy, quiet = shifts.pop(), shifts.pop()
         at_work = [shifts.pop() for _ in range(plan.doctors)]
-        chapter = Chapter(name, shifts, at_work, busy, quiet, everybody, callers)
+        chapter = Chapter(name, shifts, at_work, busy, quiet, everybody, callers, self._evening)
         # Of one machine, so both clocks go alike.
         chapter.history.clock = time.time() - time.monotonic()
         return chapter
@@ -504,7 +509,8 @@ class Run:
 
         clients = Clients(
             chapter, self._fronts, moves=plan.moves, twins=plan.twins, bursts=plan.bursts, haste=plan.haste,
-            holds=plan.holds, walk_ins=plan.walk_ins, undos=plan.undos, probes=plan.probes if self._required else 0.0,
+            holds=plan.holds, walk_ins=plan.walk_ins, undos=plan.undos, leaves=plan.leaves,
+            probes=plan.probes if self._required else 0.0,
             relieve=relieve, healed=lambda: self._faults_over,
         )  # fmt: skip
         return clients
@@ -840,6 +846,12 @@ def _put_away(file: Path, history: History) -> None:
 def _judge_whole(conninfo: str, history: History, deadlocks: int) -> tuple[int, list[Violation]]:
     """Check what is of the run as a whole; with the number of sealed rows."""
     with psycopg.connect(conninfo) as admin:
+        # What the job in the background has not generated yet.
+        while True:
+            (more,) = admin.execute("select generate_ahead(%s)", (HORIZON_DAYS,)).fetchone() or (False,)
+            admin.commit()
+            if not more:
+                break
         # Transactions that have ended only now, such as a killed worker's last, were left to the next worker.
         sealed = waiting = 1
         while sealed or waiting:
@@ -925,11 +937,12 @@ def _facts(conninfo: str, name: str, identities: list[str], doctors: list[str]) 
             "select max_calls from clinic c join doctor d on d.clinic_id = c.id where d.id = any(%s::uuid[]) limit 1",
             of,
         ).fetchone() or (0,)
-        for slot, places, start, end in admin.execute(
-            "select id::text, capacity, extract(epoch from start_time)::float8, extract(epoch from end_time)::float8"
-            " from slot where doctor_id = any(%s::uuid[])", of,
+        for slot, doctor, places, start, end in admin.execute(
+            "select id::text, doctor_id::text, capacity, extract(epoch from start_time)::float8,"
+            " extract(epoch from end_time)::float8 from slot where doctor_id = any(%s::uuid[])", of,
         ):  # fmt: skip
-            facts.slots[slot], facts.times[slot] = places, (start, end)
+            facts.slots[slot], facts.times[slot], facts.owners[slot] = places, (start, end), doctor
+        _add_calendar(facts, admin, doctors)
         for doctor, date, revision in admin.execute(
             "select doctor_id::text, date::text, revision from doctor_day where doctor_id = any(%s::uuid[])", of
         ):
@@ -969,6 +982,42 @@ def _facts(conninfo: str, name: str, identities: list[str], doctors: list[str]) 
                 Memory(method, key, who, target, snapshot["number"], snapshot["slot_id"] or "", revision, vacated)
             )
     return facts
+
+
+def _add_calendar(facts: Facts, admin: psycopg.Connection, doctors: list[str]) -> None:
+    """Leaves, what became of the appointments, schedules, and the visits that follow from the latter."""
+    of = (doctors,)
+    for leave, doctor, whole, first, last, *rest in admin.execute(
+        "select l.id::text, l.doctor_id::text, whole_days, from_date, to_date, extract(epoch from start_time)::float8,"
+        " extract(epoch from end_time)::float8, state, coalesce((select extract(epoch from g.time)::float8 from log g"
+        " where g.resource = 'leaves/' || l.id and g.type = 'leave.applied' limit 1), 'infinity')"
+        " from leave l where l.doctor_id = any(%s::uuid[])", of,
+    ):  # fmt: skip
+        days = tuple(str(first + timedelta(days=n)) for n in range((last - first).days + 1)) if whole else ()
+        facts.leaves[leave] = Leave(leave, doctor, days, *rest)
+    for leave, who, outcome, doctor, date in admin.execute(
+        "select o.leave_id::text, o.appointment_id::text, o.outcome, o.doctor_id::text, o.date::text"
+        " from leave_outcome o join leave l on l.id = o.leave_id where l.doctor_id = any(%s::uuid[])", of,
+    ):  # fmt: skip
+        facts.outcomes.append(Outcome(leave, who, outcome, (doctor, date) if doctor else None))
+    facts.schedules = admin.execute(
+        "select doctor_id::text, effective_from::text, coalesce(effective_until, '9999-12-31')::text from schedule"
+        " where doctor_id = any(%s::uuid[])", of,
+    ).fetchall()  # fmt: skip
+    facts.visits_due = admin.execute(
+        "select s.doctor_id::text, extract(epoch from starts)::float8,"
+        " extract(epoch from starts + make_interval(mins => r.visit_length))::float8"
+        " from schedule s join doctor d on d.id = s.doctor_id join clinic c on c.id = d.clinic_id,"
+        " lateral (select (now() at time zone c.time_zone)::date + n as on_date from generate_series(0, %s - 1) n) w,"
+        " jsonb_to_recordset(s.rules) as r (weekday integer, start integer, \"end\" integer, visit_length integer),"
+        " generate_series(r.start, r.end - r.visit_length, r.visit_length) m,"
+        " lateral (select (on_date + make_interval(mins => m)) at time zone c.time_zone as starts) v"
+        " where s.doctor_id = any(%s::uuid[]) and r.weekday = extract(isodow from on_date)"
+        " and on_date between s.effective_from and coalesce(s.effective_until, 'infinity') and starts > now()"
+        " and not exists (select from schedule_exception e where e.doctor_id = s.doctor_id and e.date = on_date)"
+        " and not exists (select from leave l where l.doctor_id = s.doctor_id and l.state <> 'CANCELLED'"
+        " and l.whole_days and on_date between l.from_date and l.to_date)", (HORIZON_DAYS, doctors),
+    ).fetchall()  # fmt: skip
 
 
 def _lags(history: History) -> list[float]:

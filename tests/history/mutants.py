@@ -82,10 +82,19 @@ class Mutant:
 WALKING = replace(CROWD, walk_ins=0.7, haste=0.2, capacity=(4, 8))
 HANDING = replace(CROWD, doctors=3, capacity=(8, 12), haste=0.15, patients=60)
 UNDOING = replace(HANDING, undos=0.35)
+LEAVING = replace(CROWD, doctors=3, capacity=(12, 20), haste=0.15, patients=80, leaves=0.12, seconds=10)
+HOURS = replace(CROWD, doctors=1, capacity=(8, 12), leaves=0.2, seconds=8)
 
 _LOCKS = "perform lock_all(v_locks);"
 _LOOK_AGAIN = "select * into v_old from appointment where id = r.appointment;"
 _SNAPSHOT = "d.appointment := jsonb_populate_record(d.appointment, v_first.snapshot);"
+
+_SETTLED_AGAIN = _edited(
+    "settle_leave",
+    # Twice.
+    ("and not exists (select from leave_outcome o where o.leave_id = l.id and o.appointment_id = a.id)", ""),
+)
+_NO_SCHEDULE_LOCK = _edited("lock_names", ("        return array[schedule_name(r.doctor)];", "        return '{}';"))
 
 MUTANTS = (
     Mutant("none (the control)", replace(BROKEN_NET, seconds=8), tries=1),
@@ -393,6 +402,138 @@ MUTANTS = (
                 "'CHECKED_IN', 'CALLED', 'queue.called', 'call_time', false, false",
                 "'CHECKED_IN', 'CALLED', 'queue.called', 'call_time', false, true",
             ),
+        ),
+    ),
+    Mutant("none, many leaves", LEAVING, tries=2),
+    Mutant(
+        # A booking gets some milliseconds more between its decision and its commit.
+        "a leave that waits for no booking",
+        LEAVING,
+        _all(
+            _edited("settle_leave", ("    perform lock_all(p_wanted || array(", "    perform (p_wanted || array(")),
+            _edited("book", ("    d.outcome := 'OK';", "    perform pg_sleep(0.03);\n    d.outcome := 'OK';")),
+        ),
+        changed="no-batches",
+    ),
+    Mutant("an appointment settled again", LEAVING, _SETTLED_AGAIN),
+    Mutant(
+        "an appointment settled again, no primary key",
+        LEAVING,
+        _all(_SETTLED_AGAIN, _sql("alter table leave_outcome drop constraint leave_outcome_pkey")),
+    ),
+    Mutant(
+        "bookings of a day on leave",
+        LEAVING,
+        _edited(
+            "find_place", ("if not v.is_present or v.on_leave or v.closed then", "if not v.is_present or v.closed then")
+        ),
+    ),
+    Mutant(
+        "bookings at hours on leave",
+        LEAVING,
+        _edited(
+            "find_place",
+            ("or not v.on_leave then outcome := 'SLOT_BLOCKED'", "or false then outcome := 'SLOT_BLOCKED'"),
+        ),
+    ),
+    Mutant(
+        "bookings of a closed date",
+        LEAVING,
+        _edited(
+            "find_place",
+            ("if not v.is_present or v.on_leave or v.closed then", "if not v.is_present or v.on_leave then"),
+        ),
+    ),
+    Mutant(
+        # Each appointment takes some milliseconds more, so that it is cancelled meanwhile.
+        "a leave that is cancelled while it is settled",
+        LEAVING,
+        _all(
+            _edited("settle_leave", ("where id = p_leave for update;", "where id = p_leave;")),
+            _edited(
+                "settle_appointments",
+                ("        v_place := null;", "        perform pg_sleep(0.01);\n        v_place := null;"),
+            ),
+        ),
+    ),
+    Mutant(
+        "a leave that cancels who is here",
+        LEAVING,
+        _all(
+            _edited(
+                "settle_appointments", ("if a.state <> 'BOOKED' or l.policy = 'KEEP' then", "if l.policy = 'KEEP' then")
+            ),
+            _edited(
+                "transitions",
+                (
+                    "('CreateLeave', 'BOOKED', '{\"\"}',\n        'CANCELLED', ''",
+                    "('CreateLeave', 'CHECKED_IN', '{WAITING}',\n        'CANCELLED', 'LEFT',"
+                    " 'appointment.cancelled', 'cancel_time', false, false),\n"
+                    "    ('CreateLeave', 'BOOKED', '{\"\"}',\n        'CANCELLED', ''",
+                ),
+            ),
+        ),
+    ),
+    Mutant(
+        "a move that a leave does not note",
+        LEAVING,
+        _edited(
+            "settle_appointments", ("if v_outcome = 'MOVED' then", "if v_outcome = 'MOVED' then null; elsif false then")
+        ),
+    ),
+    Mutant(
+        "two leaves at once",
+        LEAVING,
+        _all(
+            _edited(
+                "create_leave",
+                ("    perform lock_all(array['leaves/' || p_doctor]);\n", ""),
+                (
+                    "    if found then outcome := 'LEAVE_OVERLAP'; return; end if;",
+                    "    if found then outcome := 'LEAVE_OVERLAP'; return; end if;\n    perform pg_sleep(0.05);",
+                ),
+            ),
+            _sql("alter table leave drop constraint leave_doctor_overlap"),
+        ),
+        tries=5,
+    ),
+    Mutant("no lock of the schedule", HOURS, _NO_SCHEDULE_LOCK),
+    Mutant(
+        "no lock of the schedule, no constraints behind it",
+        HOURS,
+        _all(
+            _NO_SCHEDULE_LOCK,
+            _sql(
+                "alter table slot drop constraint slot_doctor_overlap",
+                "alter table schedule drop constraint schedule_doctor_overlap",
+                "drop index schedule_doctor_key",
+            ),
+        ),
+    ),
+    Mutant(
+        "a schedule that cuts no other",
+        HOURS,
+        _all(
+            _edited("set_schedule", ("effective_from < r.date and coalesce(effective_until >= r.date, true)", "false")),
+            _sql("alter table schedule drop constraint schedule_doctor_overlap"),
+        ),
+    ),
+    Mutant(
+        "new hours are not generated again",
+        replace(HOURS, doctors=4, leaves=0.04, seconds=12),
+        _edited("generate_again", ("where doctor_id = p_doctor", "where false")),
+        tries=5,
+    ),
+    Mutant(
+        "a generation that knows no slots",
+        HOURS,
+        _all(
+            _edited(
+                "generate_slots",
+                ("if (v.start_time, v.end_time) = (v.instant, v.ends) then", "if false then"),
+                ("when v.end_time > v.instant or v_ended > v.instant then", "when false then"),
+            ),
+            _sql("alter table slot drop constraint slot_doctor_overlap"),
         ),
     ),
     Mutant("calls without a limit", LONG_LINE, _edited("change_visit", ("if v_most > 0 and", "if false and"))),

@@ -25,7 +25,10 @@ class Part:
     events: tuple[Event, ...]
 
     def checked(self, whole: History, facts: Facts) -> Checker:
-        history, kept = History(late=whole.late), replace(facts, events=list(self.events), deadlocks=0)
+        history, kept = (
+            replace(whole, operations=[], reads=[], seen=[]),
+            replace(facts, events=list(self.events), deadlocks=0),
+        )
         for one in self.observed:
             if isinstance(one, Operation):
                 history.operations.append(one)
@@ -51,6 +54,7 @@ def reduced(history: History, facts: Facts, violation: Violation, seconds: float
     # Other records concern only the rows, and rows of other days are not checked.
     kept = Facts(
         facts.capacities, facts.slots, facts.times, facts.max_calls, visits=facts.visits, holds=facts.holds,
+        owners=facts.owners, leaves=facts.leaves, outcomes=facts.outcomes,
         memories=[one for one in facts.memories if one.day in days],
         revisions={day: last for day, last in facts.revisions.items() if day in days},
     )  # fmt: skip
@@ -59,7 +63,7 @@ def reduced(history: History, facts: Facts, violation: Violation, seconds: float
     seen += [one for one in history.reads if one.day in days]
     seen += [one for one in history.seen if one.day in days]
     part = Part(tuple(seen), tuple(one for one in facts.events if one.day in days))
-    late = History(late=[one for one in history.late if one[1] in days])
+    late = replace(history, late=[one for one in history.late if one[1] in days])
 
     def shows(tried: Part) -> bool:
         if time.monotonic() > deadline:

@@ -17,6 +17,10 @@ def test_what_breaks_breaks_no_promise(seed: int) -> None:
     assert report.total["replayed"] > 20
     assert report.verdict.tally["bursts"] > 5
     assert report.verdict.changes > 500
+    for method in ("AddWalkIn", "SetPriority", "TransferPatient", "UndoTransition"):
+        assert report.verdict.methods[method]["made"] > 20, str(report)
+    assert report.verdict.tally["leaves"] > 5, str(report)
+    assert report.verdict.tally["GenerateSlots"] > 5, str(report)
     assert len(report.faults) >= 10
     assert report.outcomes["CREDENTIALS_INVALID"] > 20
     assert report.outcomes["CREDENTIALS_EXPIRED"] > 20

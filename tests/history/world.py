@@ -33,6 +33,9 @@ _TEMPLATE = "frontdesk_template"
 _SOCKET = ".s.PGSQL.5432"
 _names = itertools.count(1)
 
+HORIZON_DAYS = 3
+"""Dates for which slots are generated, from today on."""
+
 _SHORTER = {
     "hold_place": ("v_now + r.ttl,", "v_now + r.ttl / 100,"),
     "undo": ("interval '15 minutes'", "interval '3 seconds'"),
@@ -292,6 +295,7 @@ class Served(Service):
                     "FRONTDESK_LISTEN": f"127.0.0.1:{self.port}",
                     "FRONTDESK_LOG_LEVEL": "warning",
                     "FRONTDESK_ACCESS": self._access,
+                    "FRONTDESK_SLOT_HORIZON_DAYS": str(HORIZON_DAYS),
                     # So that a run has refreshes.
                     "FRONTDESK_ACCESS_TOKEN_SECONDS": "60",
                     # All clients are at one address, and most watchers have one key.
