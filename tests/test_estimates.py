@@ -207,6 +207,20 @@ def _morning_zone() -> str:
     return f"Etc/GMT{-ahead:+}" if ahead else "Etc/GMT"
 
 
+async def test_only_who_waits_has_an_estimate(front: Front) -> None:
+    """Patients who are called, in consultation, parked or missed have no estimate."""
+    doctor = await front.doctor()
+    await _begin(front, doctor.id)
+    _, missed, _, parked, _ = [(await front.arrive(doctor.id)).appointment.id for _ in range(5)]
+    for _ in range(3):
+        await front.call_next(doctor.id)
+    await front.queues.MarkMissed(queue_pb2.MarkMissedRequest(appointment_id=missed))
+    await front.queues.ParkPatient(queue_pb2.ParkPatientRequest(appointment_id=parked))
+    entries = (await front.queue(doctor.id)).entries
+    assert {entry.state for entry in entries} == {1, 2, 3, 4, 5}
+    assert [entry.ticket for entry in entries if entry.HasField("estimate")] == [6]
+
+
 async def test_a_newcomer_goes_before_who_came_back(front: Front) -> None:
     """The estimate of a newcomer is that of his place: before those who came back after a missed call."""
     doctor = await front.doctor()

@@ -12,11 +12,11 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from clinic.frontdesk.v1 import appointment_pb2 as pb
-from clinic.frontdesk.v1 import doctor_pb2, patient_pb2, queue_pb2, slot_pb2
+from clinic.frontdesk.v1 import doctor_pb2, patient_pb2, queue_pb2, schedule_pb2, slot_pb2
 from frontdesk.db.database import Database
 from frontdesk.jobs.maintenance import clean
 from frontdesk.settings import Settings
-from tests.clinic import Front, day, details, outcome, reason_of, refusal, soon, today, tomorrow
+from tests.clinic import Clock, Front, day, details, outcome, reason_of, refusal, soon, today, tomorrow
 from tests.hostile.wire import serving
 from tests.identities import Metadata, bearing, create_key, user
 
@@ -242,6 +242,37 @@ async def test_absence_and_block_refuse_a_hold(front: Front) -> None:
     assert await outcome(front.book(two.id, doctor.id, tomorrow(), hold_id=of_day.id)) == "OK"
 
 
+async def test_leave_refuses_a_hold(front: Front) -> None:
+    """During leave of the day or of the hours nothing is held, and a hold from before is not used; it stays live."""
+    doctor = await front.doctor()
+    slot = await front.slot(doctor.id, soon(24))
+    one, two = await front.people(2)
+    of_day, of_slot = await front.hold(doctor.id, tomorrow()), await front.hold_slot(slot.id)
+    leaves = [(await front.leave(doctor.id, *period)).leave for period in ((tomorrow(),), (soon(24), soon(24.25)))]
+    for call in (front.hold(doctor.id, tomorrow()), front.book(one.id, doctor.id, tomorrow(), hold_id=of_day.id)):
+        reason, metadata = told(await refusal(call))
+        assert (reason, metadata["cause"]) == ("DOCTOR_ABSENT", "LEAVE")
+    for call in (front.hold_slot(slot.id), front.book_slot(two.id, slot.id, hold_id=of_slot.id)):
+        assert await outcome(call) == "SLOT_BLOCKED"
+    for leave in leaves:
+        await front.schedules.CancelLeave(schedule_pb2.CancelLeaveRequest(leave_id=leave.id))
+    assert await outcome(front.book(one.id, doctor.id, tomorrow(), hold_id=of_day.id)) == "OK"
+    assert await outcome(front.book_slot(two.id, slot.id, hold_id=of_slot.id)) == "OK"
+
+
+async def test_the_seconds_are_rounded_up(at: Clock) -> None:
+    """A refusal tells the seconds to the first expiry, rounded up: who comes back then finds the place free."""
+    async with at("2027-01-04 08:00+00") as front:
+        doctor = await front.doctor("UTC", max_patients_per_day=2)
+        for ttl in (Duration(seconds=600), Duration(seconds=90, nanos=1000)):
+            await front.hold(doctor.id, date(2027, 1, 5), ttl=ttl)
+        person = await front.patient()
+        _, metadata = told(await refusal(front.book(person.id, doctor.id, date(2027, 1, 5))))
+        assert (metadata["held"], metadata["retry_after"]) == ("2", "91")
+    async with at("2027-01-04 08:01:31+00") as front:
+        assert await outcome(front.book(person.id, doctor.id, date(2027, 1, 5))) == "OK"
+
+
 async def test_the_refusals_come_in_order(front: Front) -> None:
     """An unknown hold, then one of another place or patient, then an ended one; all before the booking's refusals."""
     doctor, other = await front.doctor(), await front.doctor()
@@ -305,6 +336,34 @@ async def test_a_move_uses_a_hold(front: Front) -> None:
     assert (again.replayed, again.revision) == (True, moved.revision)
     assert await outcome(front.book(two.id, doctor.id)) == "OK"
     assert told(await refusal(move(front, visit.id, doctor.id, tomorrow(), hold_id=held.id)))[1]["state"] == "USED"
+
+
+async def test_the_refusals_of_a_move(front: Front) -> None:
+    """A move is refused an unknown hold, that of another patient, also an ended one, and an ended hold."""
+    doctor = await front.doctor()
+    one, two = await front.people(2)
+    visit = (await front.book(one.id, doctor.id)).appointment
+    theirs = await front.hold(doctor.id, tomorrow(), patient_id=two.id)
+    ended = await front.hold(doctor.id, tomorrow())
+    await release(front, ended.id)
+    for hold, expected in ((UNKNOWN, "HOLD_NOT_FOUND"), (theirs.id, "HOLD_MISMATCH"), (ended.id, "HOLD_EXPIRED")):
+        reason, metadata = told(await refusal(move(front, visit.id, doctor.id, tomorrow(), hold_id=hold)))
+        assert (reason, metadata["hold_id"]) == (expected, hold)
+    expire(front, theirs.id)
+    assert await outcome(move(front, visit.id, doctor.id, tomorrow(), hold_id=theirs.id)) == "HOLD_MISMATCH"
+    assert await front.appointment(visit.id) == visit
+
+
+async def test_one_hold_of_a_patient_on_a_day(front: Front) -> None:
+    """A patient's hold of a slot is the one of its doctor-day: no other slot and no place of the day can be held."""
+    doctor, person = await front.doctor(), await front.patient()
+    slots = [await front.slot(doctor.id, soon(n)) for n in (1, 2)]
+    held = await front.hold_slot(slots[0].id, patient_id=person.id)
+    for call in (
+        front.hold_slot(slots[1].id, patient_id=person.id), front.hold(doctor.id, tomorrow(), patient_id=person.id),
+    ):  # fmt: skip
+        reason, metadata = told(await refusal(call))
+        assert (reason, metadata["hold_id"]) == ("DUPLICATE_BOOKING", held.id)
 
 
 async def test_a_patients_hold(front: Front) -> None:

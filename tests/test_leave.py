@@ -6,7 +6,7 @@ import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -18,7 +18,7 @@ import pytest
 from clinic.frontdesk.v1 import appointment_pb2, doctor_pb2, slot_pb2
 from clinic.frontdesk.v1 import schedule_pb2 as pb
 from frontdesk.settings import Settings
-from tests.clinic import ZONE, Front, day, details, outcome, reason_of, refusal, soon, today, tomorrow
+from tests.clinic import ZONE, Clock, Front, day, details, outcome, reason_of, refusal, soon, today, tomorrow
 from tests.hostile.wire import working
 from tests.identities import bearing, create_key, user
 from tests.servers import Service
@@ -305,6 +305,39 @@ async def test_who_is_here_is_kept(front: Front) -> None:
         await front.call_next(doctor.id)
 
 
+@pytest.mark.parametrize("policy", [CANCEL, SAME_DOCTOR, SAME_SPECIALTY])
+async def test_a_running_consultation(at: Clock, policy: "Leave.Policy.ValueType") -> None:
+    """Leave of hours that touches a running consultation keeps it, settles who is still to come, and lets it end."""
+    start = datetime(2027, 1, 4, 8, 30, tzinfo=UTC)
+    async with at("2027-01-04 08:00+00") as front:
+        doctor = await front.doctor("UTC", specialty="Cardiology")
+        colleague = await front.doctor(specialty="Cardiology", clinic_id=doctor.clinic_id)
+        slot = await front.slot(doctor.id, start, capacity=2)
+        later = [await front.slot(of.id, start + timedelta(hours=3)) for of in (doctor, colleague)]
+        seen, coming = [(await front.book_slot(p.id, slot.id)).appointment.id for p in await front.people(2)]
+    async with at("2027-01-04 08:40+00") as front:
+        await front.check_in(seen)
+        await front.appointments.StartAppointment(appointment_pb2.StartAppointmentRequest(appointment_id=seen))
+        answer = await front.leave(doctor.id, start + timedelta(minutes=15), start + timedelta(hours=2), policy=policy)
+        settled = Outcome.OUTCOME_CANCELLED if policy == CANCEL else Outcome.OUTCOME_MOVED
+        assert outcomes(answer) == [(seen, Outcome.OUTCOME_KEPT), (coming, settled)]
+        if policy != CANCEL:
+            assert answer.affected[1].moved_to.slot_id == later[policy == SAME_SPECIALTY].id
+        complete = appointment_pb2.CompleteAppointmentRequest(appointment_id=seen)
+        ended = (await front.appointments.CompleteAppointment(complete)).appointment
+        assert (ended.state, ended.slot_id) == (appointment_pb2.Appointment.STATE_COMPLETED, slot.id)
+
+
+async def test_what_was_moved_stays(front: Front) -> None:
+    """CancelLeave opens the days again, and brings nobody back who was moved."""
+    doctor = await front.doctor()
+    (mine,) = await booked(front, doctor.id, 0)
+    leave = (await front.leave(doctor.id, after(0), policy=SAME_DOCTOR)).leave
+    assert outcomes(await front.schedules.CancelLeave(cancel(leave))) == [(mine, Outcome.OUTCOME_MOVED)]
+    assert (await front.appointment(mine)).date == day(after(1))
+    assert await outcome(front.book((await front.patient()).id, doctor.id, after(0))) == "OK"
+
+
 async def test_order(front: Front) -> None:
     """Appointments are settled by date, start and number, those without a start first, and told in that order."""
     doctor = await front.doctor()
@@ -389,6 +422,30 @@ async def test_same_doctor_by_slot(front: Front) -> None:
     found = await front.appointment(moved.id)
     assert (found.slot_id, found.start_time, found.number) == (blocked.id, blocked.start_time, 1)
     assert early.id != found.slot_id
+
+
+@pytest.mark.parametrize("policy", [SAME_DOCTOR, SAME_SPECIALTY])
+async def test_slots_within_sixty_days(front: Front, policy: "Leave.Policy.ValueType") -> None:
+    """A slot is sought up to 60 days after the appointment; without one it stays where it is."""
+    doctor = await front.doctor(specialty="Cardiology")
+    colleague = await front.doctor(specialty="Cardiology", clinic_id=doctor.clinic_id)
+    of = doctor if policy == SAME_DOCTOR else colleague
+    for n, person in zip((0, 1), await front.people(2), strict=True):
+        await front.book_slot(person.id, (await front.slot(doctor.id, soon(24 * n))).id)
+    near, _ = [await front.slot(of.id, soon(24 * n)) for n in (60, 62)]
+    answer = await front.leave(doctor.id, after(0), after(1), policy=policy)
+    assert places(answer) == [(of.id, after(60).day, near.id), None]
+    assert answer.affected[1].outcome == Outcome.OUTCOME_NOT_MOVED
+
+
+async def test_same_specialty_within_sixty_days(front: Front) -> None:
+    """So is a day of a colleague."""
+    doctor = await front.doctor(specialty="Cardiology")
+    colleague = await front.doctor(specialty="Cardiology", clinic_id=doctor.clinic_id, max_patients_per_day=1)
+    await booked(front, doctor.id, 0, 0)
+    await front.leave(colleague.id, after(0), after(59))
+    answer = await front.leave(doctor.id, after(0), policy=SAME_SPECIALTY)
+    assert places(answer) == [(colleague.id, after(60).day, ""), None]
 
 
 async def test_same_specialty_by_day(front: Front) -> None:

@@ -15,7 +15,7 @@ import pytest
 from google.type.dayofweek_pb2 import FRIDAY, MONDAY, SATURDAY, SUNDAY, THURSDAY, TUESDAY, WEDNESDAY, DayOfWeek
 from google.type.timeofday_pb2 import TimeOfDay
 
-from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, slot_pb2
+from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, queue_pb2, slot_pb2
 from clinic.frontdesk.v1 import schedule_pb2 as pb
 from frontdesk.jobs import horizon
 from frontdesk.settings import Settings
@@ -275,6 +275,71 @@ async def test_unknown_doctor(front: Front) -> None:
         assert await outcome(call) == "DOCTOR_NOT_FOUND"
 
 
+async def test_past_hours_are_still_shown(at: Clock) -> None:
+    """After new hours the past dates have the hours that held on them."""
+    async with at(NOW) as desk:
+        doctor = await desk.doctor("UTC")
+        await set_week(desk, doctor.id, daily("09:00", "10:00"), TODAY)
+    async with at("2027-01-06 08:00+00") as desk:
+        await set_week(desk, doctor.id, daily("14:00", "15:00"), on(2))
+        found = await days(desk, doctor.id, TODAY, on(3))
+        assert [one.hours[0].start.hours for one in found] == [9, 9, 14, 14]
+
+
+async def test_pages_of_schedules(desk: Front) -> None:
+    """Schedules are listed by their first date, page by page."""
+    doctor = await desk.doctor("UTC")
+    for n in (6, 2, 4, 0):
+        await set_week(desk, doctor.id, [], on(n), on(n + 1))
+    request = pb.ListWeeklySchedulesRequest(doctor_id=doctor.id, page_size=3)
+    first = await desk.schedules.ListWeeklySchedules(request)
+    request.page_token = first.next_page_token
+    rest = await desk.schedules.ListWeeklySchedules(request)
+    pages = [[one.effective_from for one in page.schedules] for page in (first, rest)]
+    assert pages == [[day(on(n)) for n in (0, 2, 4)], [day(on(6))]]
+    assert not rest.next_page_token
+
+
+async def test_who_may_set_hours(desk: Front) -> None:
+    """The desk, services and the doctor set hours and leave, and generate slots; everybody with credentials reads."""
+    doctor = await desk.doctor("UTC")
+    colleague = await desk.doctor(clinic_id=doctor.clinic_id)
+    away = (await desk.leave(doctor.id, on(40))).leave
+    of: dict[str, Any] = {"doctor_id": doctor.id}
+    dates: dict[str, Any] = {"from_date": day(on(1)), "to_date": day(on(1))}
+    writes: dict[str, Any] = {
+        "SetWeeklySchedule": pb.SetWeeklyScheduleRequest(**of, effective_from=day(on(1))),
+        "SetScheduleException": pb.SetScheduleExceptionRequest(**of, date=day(on(1)), closed=True),
+        "DeleteScheduleException": pb.DeleteScheduleExceptionRequest(**of, date=day(on(1))),
+        "GenerateSlots": pb.GenerateSlotsRequest(**of, **dates),
+        "CreateLeave": pb.CreateLeaveRequest(leave=pb.Leave(**of, days=pb.DateRange(**dates)), validate_only=True),
+    }
+    cancel = pb.CancelLeaveRequest(leave_id=away.id, etag="0")
+    reads: dict[str, Any] = {
+        "ListWeeklySchedules": pb.ListWeeklySchedulesRequest(**of),
+        "ListScheduleExceptions": pb.ListScheduleExceptionsRequest(**of),
+        "GetDoctorSchedule": pb.GetDoctorScheduleRequest(**of, **dates),
+        "GetLeave": pb.GetLeaveRequest(leave_id=away.id),
+        "ListLeaves": pb.ListLeavesRequest(**of),
+    }
+    for by, expected in (
+        (user(desk, "STAFF", clinic_ids=[doctor.clinic_id]), "OK"),
+        (user(desk, "ADMIN"), "OK"),
+        (bearing((await create_key(desk, "SERVICE")).key), "OK"),
+        (user(desk, "DOCTOR", doctor_id=doctor.id), "OK"),
+        (user(desk, "DOCTOR", doctor_id=colleague.id), "ROLE_REQUIRED"),
+        (user(desk, "STAFF", clinic_ids=[(await desk.clinic()).id]), "CLINIC_NOT_YOURS"),
+        (user(desk, "PATIENT", patient_id=(await desk.patient()).id), "ROLE_REQUIRED"),
+        (bearing((await create_key(desk, "BOARD")).key), "ROLE_REQUIRED"),
+    ):
+        for name, request in writes.items():
+            assert await outcome(getattr(desk.schedules, name)(request, metadata=by)) == expected, name
+        ended = "ETAG_MISMATCH" if expected == "OK" else expected
+        assert await outcome(desk.schedules.CancelLeave(cancel, metadata=by)) == ended
+        for name, request in reads.items():
+            assert await outcome(getattr(desk.schedules, name)(request, metadata=by)) == "OK", name
+
+
 @pytest.mark.parametrize(
     ("before", "new", "after"),
     [
@@ -481,6 +546,35 @@ async def test_hours_refuse_nothing(desk: Front) -> None:
     assert await outcome(desk.book(people[1].id, doctor.id, on(1))) == "OK"
 
 
+async def test_what_refuses_no_place_of_the_day(desk: Front) -> None:
+    """Beside other hours, and during leave of hours, the day takes walk-ins, holds and patients of other doctors."""
+    doctor = await desk.doctor("UTC")
+    other = await desk.doctor(clinic_id=doctor.clinic_id)
+    await set_day(desk, doctor.id, TODAY, hours("20:00", "21:00"))
+    utc = ZoneInfo("UTC")
+    await desk.leave(doctor.id, datetime(2027, 1, 4, 7, tzinfo=utc), datetime(2027, 1, 4, 19, tzinfo=utc))
+    walked = queue_pb2.AddWalkInRequest(doctor_id=doctor.id, patient_id=(await desk.patient()).id)
+    assert await outcome(desk.queues.AddWalkIn(walked)) == "OK"
+    assert await outcome(desk.hold(doctor.id, TODAY)) == "OK"
+    booked = await desk.book((await desk.patient()).id, other.id, TODAY)
+    visit = (await desk.check_in(booked.appointment.id)).appointment.id
+    transfer = queue_pb2.TransferPatientRequest(appointment_id=visit, to_doctor_id=doctor.id)
+    assert await outcome(desk.queues.TransferPatient(transfer)) == "OK"
+
+
+async def test_hours_and_leave_make_no_revision(desk: Front) -> None:
+    """A schedule, an exception and a leave without appointments are no change of the doctor-day."""
+    doctor = await desk.doctor("UTC")
+    await desk.book((await desk.patient()).id, doctor.id, TODAY)
+    before = await desk.standing(doctor.id)
+    await set_week(desk, doctor.id, daily("09:00", "10:00"), TODAY)
+    await set_day(desk, doctor.id, TODAY)
+    await reset_day(desk, doctor.id, TODAY)
+    away = (await desk.leave(doctor.id, TODAY)).leave
+    await desk.schedules.CancelLeave(pb.CancelLeaveRequest(leave_id=away.id))
+    assert await desk.standing(doctor.id) == before
+
+
 async def test_who_is_affected(desk: Front) -> None:
     """Closed concerns every live appointment of the date; hours those whose slot lies outside. None is cancelled."""
     doctor, people = await desk.doctor("UTC", max_patients_per_day=20), await desk.people(7)
@@ -653,6 +747,28 @@ async def test_why_a_visit_is_skipped(desk: Front) -> None:
     ]
     assert [one.date for one in answer.skipped] == [day(on(n)) for n in (0, 0, 1, 1, 2, 3, 3)]
     assert (answer.created_count, answer.skipped_count) == (2, 7)
+
+
+async def test_the_first_reason_that_applies(at: Clock) -> None:
+    """Leave comes before a time that does not exist, that before the past, and the past before another slot."""
+    first, last = date(2027, 3, 28), date(2027, 3, 29)
+    async with at("2027-03-20 08:00+00") as desk:
+        doctor = await desk.doctor("Europe/London")
+        await set_week(desk, doctor.id, daily("02:00", "03:00", 60), date(2027, 3, 20))
+        assert (await generate(desk, doctor.id, last)).created_count == 1
+        # On the 28th 01:00 to 02:00 does not exist; on the 29th all overlap the slot from 02:00 to 03:00.
+        await set_week(desk, doctor.id, daily("01:15", "03:15", 60), date(2027, 3, 20))
+        away = (await desk.leave(doctor.id, first, last)).leave
+        on_leave = skips(await generate(desk, doctor.id, first, last))
+        assert on_leave == [(start, "ON_LEAVE") for start in ("01:15", "02:15", "01:15", "02:15")]
+        await desk.schedules.CancelLeave(pb.CancelLeaveRequest(leave_id=away.id))
+        assert skips(await generate(desk, doctor.id, last)) == [
+            ("01:15", "OVERLAPS_SLOT"), ("02:15", "OVERLAPS_SLOT"),
+        ]  # fmt: skip
+    async with at("2027-03-30 08:00+00") as desk:
+        assert skips(await generate(desk, doctor.id, first, last)) == [
+            ("01:15", "TIME_DOES_NOT_EXIST"), ("02:15", "IN_PAST"), ("01:15", "IN_PAST"), ("02:15", "IN_PAST"),
+        ]  # fmt: skip
 
 
 async def test_visits_during_leave(desk: Front) -> None:

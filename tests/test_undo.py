@@ -13,7 +13,19 @@ import pytest
 from clinic.frontdesk.v1 import appointment_pb2 as pb
 from clinic.frontdesk.v1 import doctor_pb2, queue_pb2, slot_pb2
 from frontdesk.settings import Settings
-from tests.clinic import Front, day, details, outcome, reason_of, refusal, soon, today, tomorrow, without_estimates
+from tests.clinic import (
+    CAUSES,
+    Front,
+    day,
+    details,
+    outcome,
+    reason_of,
+    refusal,
+    soon,
+    today,
+    tomorrow,
+    without_estimates,
+)
 from tests.hostile.methods import call, request_class
 from tests.hostile.wire import serving
 from tests.identities import bearing, create_key, user
@@ -360,6 +372,17 @@ async def test_nothing_else_is_checked(front: Front) -> None:
     front.sql("update patient set active = false")
     front.sql("update clinic set active = false")
     assert (await undo(front, visit)).appointment.state == pb.Appointment.STATE_BOOKED
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+async def test_closed_meanwhile(front: Front, cause: str) -> None:
+    """What refuses new bookings of the day is no hindrance: absence, a closed date, leave."""
+    doctor, person = await front.doctor(), await front.patient()
+    visit = (await front.book(person.id, doctor.id)).appointment
+    await front.cancel(visit.id)
+    await front.absent(doctor.id, cause)
+    assert await outcome(front.book(person.id, doctor.id)) == "DOCTOR_ABSENT"
+    assert same((await undo(front, visit.id)).appointment) == same(visit)
 
 
 async def test_a_lowered_capacity(front: Front) -> None:
