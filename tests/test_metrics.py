@@ -44,6 +44,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     """Start two workers with metrics, on this database; on an embedded PostgreSQL if it is empty."""
     monkeypatch.setenv("FRONTDESK_METRICS_LISTEN", "127.0.0.1:0")
     monkeypatch.setenv("FRONTDESK_POOL_SIZE", "4")
+    # Nobody is there.
+    monkeypatch.setenv("FRONTDESK_EVENTS_NATS", "nats://127.0.0.1:9")
     monkeypatch.setenv("FRONTDESK_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     started: list[Service] = []
@@ -154,6 +156,7 @@ async def test_one_page_for_all_workers(service: Service, conninfo: str) -> None
     assert value(found, "pool_limit") == 8
     assert value(found, "worker_restarts_total") == value(found, "postgresql_restarts_total") == 0
     assert value(found, "build_info", version=version("frontdesk")) == 1
+    assert value(found, "relay_sent_total", relay="nats") == value(found, "relay_set_aside_total", relay="nats") == 0
 
     said = text(service)
     assert said.endswith("# EOF\n")

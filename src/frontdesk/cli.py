@@ -362,6 +362,67 @@ def audit_verify(
     _say(f"nothing was changed up to {found}")
 
 
+events = typer.Typer(help="Events, and the relays that send them to message brokers.", no_args_is_help=True)
+app.add_typer(events, name="events")
+
+
+@events.command("relay")
+def set_relay(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="nats, or kafka/TOPIC.")],
+    begin: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="start|now|CURSOR",
+            help="What it sends next: the oldest event,"
+            " only what happens from now on, or what follows a cursor of EventService.",
+        ),
+    ],
+    data_dir: _DataDir = None,
+    database_url: _DatabaseUrl = None,
+) -> None:
+    """Set where a relay goes on, whether it is at work or not. What it sends again has the same ids."""
+    from frontdesk.core.event import EVERYTHING, Cursor, Events
+    from frontdesk.db.database import Database
+    from frontdesk.errors import InvalidField
+    from frontdesk.jobs.relaying import set_position
+
+    if not re.fullmatch("nats|kafka/[a-zA-Z0-9._-]{1,249}", name):
+        raise typer.BadParameter("is neither nats nor kafka/TOPIC.", param_hint="'NAME'")
+    try:
+        cursor = None if begin in ("start", "now") else Cursor.decode(begin)
+    except InvalidField:
+        raise typer.BadParameter("is neither start, nor now, nor a cursor.", param_hint="'--from'") from None
+    keep_seconds = _settings().keep_log_days * 86400
+
+    async def move(db: Database) -> None:
+        log = Events(db, keep_seconds=keep_seconds)
+        place = cursor or await (log.now() if begin == "now" else log.start())
+        if cursor is not None:
+            # Refuses one that is too old, or of another log.
+            await log.read(place, EVERYTHING, 1, rows=1, resumes=True)
+        await set_position(db, name, place.position)
+
+    _in_database(data_dir, database_url, move)
+    _say(f"{name} goes on from there")
+
+
+@events.command("dead")
+def dead_events(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> None:
+    """List the events that a broker has refused for good: relay, id, type, resource and the broker's reason."""
+    from frontdesk.jobs.relaying import refused_events
+
+    _say(*(" ".join(columns) for columns in _in_database(data_dir, database_url, refused_events)))
+
+
+@events.command("redrive")
+def redrive_events(data_dir: _DataDir = None, database_url: _DatabaseUrl = None) -> None:
+    """Send once more, late, what brokers have refused; each relay does so within seconds while it is at work."""
+    from frontdesk.jobs.relaying import redrive
+
+    _say(f"{_in_database(data_dir, database_url, redrive)} events are sent again")
+
+
 @contextmanager
 def _terminal() -> Iterator["Terminal"]:
     """Standard output, for what a command shows. A reader that has gone, like `head`, ends the command quietly."""

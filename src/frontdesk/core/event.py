@@ -253,6 +253,9 @@ class Pages(NamedTuple):
     """The last position of the log."""
 
 
+EVERYTHING = Reach(True, None, None, None, None, None)
+"""Every event."""
+
 _place = "select * from event_place(%s)"
 _stretch = "select * from read_stretch(%s, %s, %s, %s, %s, %s, %s::text[], %s::uuid[], %s::uuid, %s::uuid, %s::uuid[])"
 _same_record = "select same_record(%s)::text[]"

@@ -568,7 +568,28 @@ log_reader = Table(
     # Everything up to this position of the sealed log is done.
     Column("position", BigInteger, nullable=False),
     Column("update_time", DateTime(timezone=True), nullable=False, server_default=text("moment()")),
+    # Of a reader that works outside of transactions: the process that does so alone until then, by the real clock.
+    Column("holder", Uuid),
+    _instant("held_until"),
 )
+
+# The events that a broker has refused for good, until they are sent again and taken.
+relay_refusal = Table(
+    "relay_refusal",
+    metadata,
+    Column("relay", Text, nullable=False),
+    Column("position", BigInteger, nullable=False),
+    Column("event_id", Uuid, nullable=False),
+    # As the broker's consumers would know them.
+    Column("type", Text, nullable=False),
+    Column("resource", Text, nullable=False),
+    # The broker's code.
+    Column("reason", Text, nullable=False),
+    # Whether the relay is to try again.
+    Column("again", Boolean, nullable=False, server_default="false"),
+    PrimaryKeyConstraint("relay", "position"),
+)
+Index("relay_refusal_again_idx", relay_refusal.c.relay, relay_refusal.c.position, postgresql_where=text("again"))
 
 # How many calls of a subject the workers have leased in its latest minute.
 rate_window = Table(

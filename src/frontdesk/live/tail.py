@@ -12,7 +12,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple
 
-from frontdesk.core.event import MERGED, Cursor, Event, Events, Reach, patients_of
+from frontdesk.core.event import EVERYTHING, MERGED, Cursor, Event, Events, Reach, patients_of
 from frontdesk.errors import CursorGone
 from frontdesk.live.hints import SEALED, Hints
 from frontdesk.live.watcher import Watcher
@@ -27,8 +27,6 @@ _AT_ONCE = 500
 """Events that are read at once."""
 _MOST_READING = 2
 """Readers that are behind and read at once: calls need the connections too."""
-
-_EVERYTHING = Reach(True, None, None, None, None, None)
 
 _Key = tuple[str, str | None]
 
@@ -148,7 +146,7 @@ class Tail:
     async def _read(self, end: Cursor) -> bool:
         """Read what follows; whether there is more."""
         try:
-            found = await self._events.read(end, _EVERYTHING, _AT_ONCE)
+            found = await self._events.read(end, EVERYTHING, _AT_ONCE)
         except CursorGone:
             # Another database has taken the place of this one. The readers look for their places, and are told.
             self._forget()

@@ -8,6 +8,7 @@ import asyncio
 import gc
 import random
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from frontdesk.core.leave import Leaves
 from frontdesk.db.database import Database
 from frontdesk.jobs.horizon import keep_ahead
 from frontdesk.jobs.maintenance import clean, retention
+from frontdesk.jobs.relaying import Broker, Kafka, Nats, Relay
 from frontdesk.jobs.sealing import Sealer
 from frontdesk.jobs.settling import go_on
 from frontdesk.live.hints import QUEUE, SEALED, Hints
@@ -36,7 +38,7 @@ SAMPLE_SECONDS = 1.0
 """Seconds between two writes of the gauges."""
 
 _POOL_SIZE = 6
-"""Database connections: each kind of work has one statement at a time."""
+"""Database connections: each kind of work has one statement at a time; a relay has two more."""
 
 _LAST_SECONDS = 2.0
 """How long a process that ends tries to seal the last of the log."""
@@ -52,14 +54,16 @@ class BackgroundWork:
         self._metrics = metrics
         self._db = Database(
             conninfo,
-            pool_size=_POOL_SIZE,
+            pool_size=_POOL_SIZE + 2 * sum(broker is not None for broker in (settings.nats, settings.kafka)),
             pooled=settings.pooler == "transaction",
             direct=settings.direct_database_url,
         )
         self._hints = Hints(self._db)
-        self._sealer = Sealer(self._db, lambda: self._hints.send(SEALED))
+        self._sealer = Sealer(self._db, self._sealed)
+        self._relays = _relays(settings, self._db)
         # Most changes are of doctor-days, which workers hint at.
         self._hints.hear(QUEUE, lambda _: self._sealer.changed(), self._sealer.changed)
+        self._hints.hear(SEALED, lambda _: self._look_at_the_log(), self._look_at_the_log)
         self._leaves = Leaves(self._db, lambda doctor_id, day: self._hints.send(QUEUE, f"{doctor_id}/{day}"))
         self._tasks = Background()
 
@@ -72,12 +76,22 @@ class BackgroundWork:
         self._tasks.start(self._settle)
         if self._settings.slot_horizon_days:
             self._tasks.start(self._keep_ahead)
+        for relay in self._relays:
+            self._tasks.start(relay.follow)
         if self._metrics is not None:
             self._tasks.start(self._keep_measuring)
+            for relay in self._relays:
+                self._tasks.start(relay.measure)
 
     async def stop(self) -> None:
         """End; whatever was begun is done, or will be begun again."""
         await self._tasks.close()
+        for relay in self._relays:
+            try:
+                await relay.finish()
+            except Exception as error:
+                # The next process sends twins of the last events, and waits for a while before.
+                _log.warning("relay_unfinished", relay=relay.name, **failure(error))
         try:
             async with asyncio.timeout(_LAST_SECONDS):
                 await self._sealer.finish()
@@ -86,6 +100,14 @@ class BackgroundWork:
             _log.warning("last_of_the_log_unsealed", **failure(error))
         await self._hints.close()
         await self._db.close()
+
+    def _sealed(self) -> None:
+        self._hints.send(SEALED)
+        self._look_at_the_log()
+
+    def _look_at_the_log(self) -> None:
+        for relay in self._relays:
+            relay.changed()
 
     async def _keep_clean(self) -> None:
         while True:
@@ -103,7 +125,30 @@ class BackgroundWork:
         assert self._metrics is not None
         while True:
             self._metrics.sample(unsealed=self._sealer.age)
+            for relay in self._relays:
+                self._metrics.sample_relay(
+                    relay.name,
+                    backlog=relay.backlog,
+                    age=relay.age,
+                    sent=relay.sent,
+                    set_aside=relay.set_aside,
+                )
             await asyncio.sleep(SAMPLE_SECONDS)
+
+
+def _relays(settings: Settings, db: Database) -> Sequence[Relay]:
+    brokers: list[Broker] = []
+    if settings.nats is not None:
+        brokers.append(Nats(settings.nats))
+    if settings.kafka is not None:
+        brokers.append(Kafka(settings.kafka))
+    if not brokers:
+        return []
+    from frontdesk.rpc.cloud_event import CONTENT_TYPES, ENCODERS
+
+    encode, content_type = ENCODERS[settings.events_format], CONTENT_TYPES[settings.events_format]
+    keep = settings.keep_log_days * 86400
+    return [Relay(db, broker, encode, content_type, keep_seconds=keep) for broker in brokers]
 
 
 def run_background(

@@ -175,10 +175,28 @@ class BackgroundMetrics:
             "Time for which a change waits to be sealed, because an older transaction is open in the database cluster.",
             mode="livemax",
         )
+        self._backlog = _gauge(
+            "relay_backlog", "Events that are still to be sent to the broker, up to 10,000.", "relay", mode="livemax"
+        )
+        self._age = _gauge(
+            "relay_age_seconds", "Time for which the oldest event waits to be sent.", "relay", mode="livemax"
+        )
+        self._sent = _counter("relay_sent", "Events that the broker has taken.", "relay")
+        self._set_aside = _counter("relay_set_aside", "Events that the broker has refused for good.", "relay")
+        self._before: dict[str, tuple[int, int]] = {}
 
     def sample(self, *, unsealed: float) -> None:
         """Write the gauges. `unsealed` is in seconds."""
         self._unsealed.set(unsealed)
+
+    def sample_relay(self, relay: str, *, backlog: int, age: float, sent: int, set_aside: int) -> None:
+        """Write a relay's numbers. `age` is in seconds; `sent` and `set_aside` are since the process began."""
+        self._backlog.labels(relay).set(backlog)
+        self._age.labels(relay).set(age)
+        before_sent, before_set_aside = self._before.get(relay, (0, 0))
+        self._before[relay] = sent, set_aside
+        self._sent.labels(relay).inc(sent - before_sent)
+        self._set_aside.labels(relay).inc(set_aside - before_set_aside)
 
 
 class MethodMetrics:

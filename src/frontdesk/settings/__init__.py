@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 from zoneinfo import available_timezones
 
 import platformdirs
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from frontdesk.settings.addresses import Address, parse
+from frontdesk.settings.brokers import KafkaTopic, NatsServers, parse_kafka, parse_nats
 from frontdesk.settings.certificates import check_certificates, check_pair, read
 from frontdesk.settings.database_url import check_database_url
 from frontdesk.settings.issuers import TrustedIssuer, read_issuers
@@ -88,6 +89,12 @@ class Settings(BaseSettings):
     """Days for which the audit is kept."""
     keep_log_days: Annotated[float, Field(ge=1, le=36_600)] = 90.0
     """Days for which events are shown to readers of EventService. Their rows stay as long as the audit."""
+    events_nats: str | None = Field(default=None, repr=False)
+    """nats://HOST:PORT of a NATS with JetStream, to which all events go; needs the extra `events`."""
+    events_kafka: str | None = None
+    """HOST:PORT/TOPIC of a Kafka to which all events go; needs the extra `events`."""
+    events_format: Literal["json", "protobuf"] = "json"
+    """The form of the CloudEvents that go there."""
     slot_horizon_days: Annotated[int, Field(ge=0, le=366)] = 30
     """Days from today on for which the slots of doctors with a weekly schedule are generated; 0 generates none."""
     tls_cert: Path | None = None
@@ -199,6 +206,19 @@ class Settings(BaseSettings):
             raise ValueError("on needs more packages: pip install 'frontdesk[otel]'")
         return value
 
+    @field_validator("events_nats", "events_kafka")
+    @classmethod
+    def _check_broker(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None:
+            # No message may quote the value: it may have a password.
+            parse, module = (
+                (parse_nats, "nats") if info.field_name == "events_nats" else (parse_kafka, "confluent_kafka")
+            )
+            parse(value)
+            if not _is_installed(module):
+                raise ValueError("needs more packages: pip install 'frontdesk[events]'")
+        return value
+
     @field_validator("default_time_zone")
     @classmethod
     def _check_time_zone(cls, value: str) -> str:
@@ -300,6 +320,16 @@ class Settings(BaseSettings):
             raise SettingsError(
                 "FRONTDESK_DATA_DIR is needed, or FRONTDESK_DATABASE_URL: this user has no home directory"
             ) from None
+
+    @property
+    def nats(self) -> NatsServers | None:
+        """`events_nats`, read."""
+        return None if self.events_nats is None else parse_nats(self.events_nats)
+
+    @property
+    def kafka(self) -> KafkaTopic | None:
+        """`events_kafka`, read."""
+        return None if self.events_kafka is None else parse_kafka(self.events_kafka)
 
     @property
     def issuers(self) -> Sequence[TrustedIssuer]:

@@ -421,7 +421,27 @@ def upgrade() -> None:
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("position", sa.BigInteger(), nullable=False),
         sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.Column("holder", sa.Uuid(), nullable=True),
+        sa.Column("held_until", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("name", name="log_reader_pkey"),
+    )
+    op.create_table(
+        "relay_refusal",
+        sa.Column("relay", sa.Text(), nullable=False),
+        sa.Column("position", sa.BigInteger(), nullable=False),
+        sa.Column("event_id", sa.Uuid(), nullable=False),
+        sa.Column("type", sa.Text(), nullable=False),
+        sa.Column("resource", sa.Text(), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("again", sa.Boolean(), server_default="false", nullable=False),
+        sa.PrimaryKeyConstraint("relay", "position", name="relay_refusal_pkey"),
+    )
+    op.create_index(
+        "relay_refusal_again_idx",
+        "relay_refusal",
+        ["relay", "position"],
+        unique=False,
+        postgresql_where=sa.text("again"),
     )
     op.create_table(
         "patient_word",
