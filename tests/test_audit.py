@@ -88,6 +88,9 @@ CHANGES: dict[str, list[str]] = {
     "ConfirmSecondFactor": ["user.second_factor_confirmed"],
     "RemoveSecondFactor": ["user.second_factor_removed"],
     "ResetSecondFactor": ["user.second_factor_reset"],
+    "SendConfirmation": ["notification.requested"],
+    "RedriveNotifications": ["notification.redriven"],
+    "SetContactPreferences": ["contact_preferences.set"],
 }
 """The types of event that each method writes for the request of its scenario."""
 
@@ -96,6 +99,7 @@ RESOURCES = {
     "appointment": "appointments/", "queue": "appointments/", "doctor_day": "doctorDays/", "clinic": "clinics/",
     "patient": "patients/", "doctor": "doctors/", "slot": "slots/", "api_key": "apiKeys/", "user": "users/",
     "schedule": "schedules/", "hold": "holds/", "leave": "leaves/",
+    "notification": "notifications/", "contact_preferences": "contactPreferences/",
 }  # fmt: skip
 
 

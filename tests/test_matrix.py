@@ -27,7 +27,7 @@ from clinic.frontdesk.v1 import (
 )
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, details, outcome, refusal, tomorrow
-from tests.hostile.methods import METHODS, STREAMS, VALID, World, noon, path_of, world
+from tests.hostile.methods import METHODS, STREAMS, VALID, World, given_up, noon, path_of, world
 from tests.hostile.wire import serving
 from tests.identities import Metadata, bearing, create_key, user
 
@@ -172,6 +172,12 @@ FACTS: dict[str, Fact] = {
     "LeaveQueue": _VERB,
     "ListAuditEvents": _about("installation"),
     **dict.fromkeys(("ListEvents", "WatchEvents"), _about("list")),
+    "SendConfirmation": _VISIT,
+    "GetNotification": _about("clinic", "NOTIFICATION_NOT_FOUND"),
+    "ListNotifications": _FREE,
+    "RedriveNotifications": _about("clinic", "NOTIFICATION_NOT_FOUND"),
+    "SetContactPreferences": _about("patient", "PATIENT_NOT_FOUND"),
+    "GetContactPreferences": _about("patient", "PATIENT_NOT_FOUND"),
     **dict.fromkeys(("RegisterUser", "Login", "VerifySecondFactor", "RefreshToken", "Logout"), _FREE),
     **dict.fromkeys(("GetProfile", "UpdateProfile", "ChangePassword"), _PROFILE),
     **dict.fromkeys(("EnrollSecondFactor", "ConfirmSecondFactor", "RemoveSecondFactor"), _PROFILE),
@@ -311,12 +317,14 @@ async def worlds(front: Front) -> Mapping[str, World]:
     own, elsewhere = [await _world(front) for _ in range(2)]
     doctor = await front.doctor(clinic_id=own.clinic_id, specialty="Cardiology")
     person = await front.patient()
+    visit = (await front.book(person.id, doctor.id, tomorrow())).appointment.id
     other = replace(
         own,
         doctor_id=doctor.id,
         patient_id=person.id,
         slot_id=(await front.slot(doctor.id, noon(2))).id,
-        appointment_id=(await front.book(person.id, doctor.id, tomorrow())).appointment.id,
+        appointment_id=visit,
+        notification_id=given_up(front, visit),
         hold_id=(await front.hold(doctor.id, noon(5).date(), patient_id=person.id)).id,
         leave_id=(await front.leave(doctor.id, tomorrow() + timedelta(days=50))).leave.id,
     )

@@ -122,6 +122,13 @@ class LeaveNotFound(NotFound):
     resource = "leave"
 
 
+class NotificationNotFound(NotFound):
+    """The notification does not exist."""
+
+    reason = "NOTIFICATION_NOT_FOUND"
+    resource = "notification"
+
+
 class ApiKeyNotFound(NotFound):
     """The API key does not exist."""
 
@@ -138,6 +145,12 @@ class UserNotFound(NotFound):
 
 class Precondition(Refused):
     """The present state of a resource does not allow the change."""
+
+
+class NoChannel(Precondition):
+    """No channel is configured on which patients are told."""
+
+    reason = "NO_CHANNEL"
 
 
 class DayFull(Precondition):

@@ -29,6 +29,7 @@ from clinic.frontdesk.v1 import (
     doctor_pb2,
     error_reason_pb2,
     event_pb2,
+    notification_pb2,
     patient_pb2,
     policy_pb2,
     queue_pb2,
@@ -40,7 +41,7 @@ from tests.identities import ADMIN, PASSWORD, Metadata, auth, create_key, user_t
 
 _FILES = (
     clinic_pb2, patient_pb2, doctor_pb2, schedule_pb2, slot_pb2, appointment_pb2, queue_pb2, auth_pb2, access_pb2,
-    audit_pb2, event_pb2,
+    audit_pb2, event_pb2, notification_pb2,
 )  # fmt: skip
 
 METHODS: dict[str, MethodDescriptor] = {
@@ -179,7 +180,7 @@ def is_enum(field: FieldDescriptor) -> bool:
 
 def is_id(field: FieldDescriptor) -> bool:
     """Whether the field is the id of a resource."""
-    return is_text(field) and (field.name in ("id", "slot_ids", "clinic_ids") or field.name.endswith("_id"))
+    return is_text(field) and (field.name in ("id", "ids", "slot_ids", "clinic_ids") or field.name.endswith("_id"))
 
 
 def is_a(full_name: str) -> Callable[[FieldDescriptor], bool]:
@@ -237,6 +238,20 @@ class World:
     refresh_token: str
     hold_id: str
     leave_id: str
+    notification_id: str
+    """One that was given up."""
+
+
+def given_up(front: Front, appointment_id: str) -> str:
+    """A notification of this appointment on each channel, as if nobody could have been told; the id of one."""
+    ((found,), _) = front.sql(
+        "insert into notification (cause, kind, channel, state, appointment_id, patient_id, clinic_id, doctor_id, date,"
+        " slot_id, plan_time)"
+        " select new_id(), 'CONFIRMATION', channel, 'DEAD', id, patient_id, clinic_id, doctor_id, date, slot_id,"
+        " moment() from appointment, unnest(array['EMAIL', 'WEBHOOK']) channel where id = %s returning id::text",
+        appointment_id,
+    )
+    return str(found)
 
 
 async def register(front: Front, **fields: Any) -> auth_pb2.RegisterUserResponse:
@@ -270,6 +285,7 @@ async def world(front: Front) -> World:
         user.session.refresh_token,
         held.id,
         leave.leave.id,
+        given_up(front, booked.appointment.id),
     )
 
 
@@ -430,6 +446,14 @@ VALID: dict[str, Callable[[World], Message]] = {
     "ListAuditEvents": lambda w: audit_pb2.ListAuditEventsRequest(),
     "ListEvents": lambda w: event_pb2.ListEventsRequest(doctor_id=w.doctor_id),
     "WatchEvents": lambda w: event_pb2.WatchEventsRequest(doctor_id=w.doctor_id),
+    "SendConfirmation": _of_appointment("SendConfirmation"),
+    "GetNotification": lambda w: notification_pb2.GetNotificationRequest(notification_id=w.notification_id),
+    "ListNotifications": lambda w: notification_pb2.ListNotificationsRequest(),
+    "RedriveNotifications": lambda w: notification_pb2.RedriveNotificationsRequest(ids=[w.notification_id]),
+    "SetContactPreferences": lambda w: notification_pb2.SetContactPreferencesRequest(
+        patient_id=w.patient_id, channels=[notification_pb2.Notification.CHANNEL_EMAIL], language="es-PE"
+    ),
+    "GetContactPreferences": lambda w: notification_pb2.GetContactPreferencesRequest(patient_id=w.patient_id),
     "CreateApiKey": lambda w: access_pb2.CreateApiKeyRequest(api_key=_api_key(clinic_ids=[w.clinic_id])),
     "ListApiKeys": lambda w: access_pb2.ListApiKeysRequest(),
     "RevokeApiKey": lambda w: access_pb2.RevokeApiKeyRequest(api_key_id=w.api_key_id),

@@ -20,6 +20,7 @@ from clinic.frontdesk.v1 import (
     auth_pb2,
     clinic_pb2,
     doctor_pb2,
+    notification_pb2,
     patient_pb2,
     policy_pb2,
     queue_pb2,
@@ -32,6 +33,7 @@ from tests.hostile.methods import (
     MUTATIONS,
     call,
     credentials_for,
+    given_up,
     hours_at,
     manners,
     noon,
@@ -603,6 +605,24 @@ async def _reset_second_factor(front: Front) -> Scenario:
     )
 
 
+async def _redrive(front: Front) -> Scenario:
+    visit, _ = await _appointment(front)
+    first, second = [notification_pb2.RedriveNotificationsRequest(ids=[given_up(front, visit)]) for _ in range(2)]
+    return Scenario(first, second)
+
+
+async def _set_contact_preferences(front: Front) -> Scenario:
+    person = await front.patient()
+
+    def spoken(language: str) -> notification_pb2.SetContactPreferencesRequest:
+        return notification_pb2.SetContactPreferencesRequest(patient_id=person.id, language=language)
+
+    async def later() -> None:
+        await call(front, "SetContactPreferences", spoken("en"))
+
+    return Scenario(spoken("es"), spoken("pt"), later, lambda answer: answer.contact_preferences.patient_id)
+
+
 SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "CreateClinic": _create_clinic,
     "UpdateClinic": _update_clinic,
@@ -654,10 +674,15 @@ SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "Logout": _logout,
     "UpdateProfile": _update_profile,
     "ResetSecondFactor": _reset_second_factor,
+    "RedriveNotifications": _redrive,
+    "SetContactPreferences": _set_contact_preferences,
 }
 
-ELSEWHERE = {"ChangePassword", "EnrollSecondFactor", "ConfirmSecondFactor", "RemoveSecondFactor"}
-"""Methods that are good once for a user, or end the session that they are called with: tests/test_auth.py."""
+ELSEWHERE = {
+    "ChangePassword", "EnrollSecondFactor", "ConfirmSecondFactor", "RemoveSecondFactor", "SendConfirmation",
+}  # fmt: skip
+"""Methods that are good once for a user, or end the session that they are called with: tests/test_auth.py; and one that
+needs a channel: tests/test_notifications.py."""
 
 
 def keyed(request: Message, key: str = KEY) -> Message:
@@ -698,6 +723,8 @@ TABLES = (
     "api_key",
     "user_account",
     "session",
+    "notification",
+    "contact_preferences",
 )
 
 

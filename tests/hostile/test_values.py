@@ -25,6 +25,7 @@ from clinic.frontdesk.v1 import (
     audit_pb2,
     clinic_pb2,
     doctor_pb2,
+    notification_pb2,
     patient_pb2,
     rules_pb2,
     schedule_pb2,
@@ -324,6 +325,7 @@ async def test_page_tokens_of_another_filter(front: Front) -> None:
         "ListApiKeys": access_pb2.ListApiKeysRequest(active_only=True),
         "ListUsers": access_pb2.ListUsersRequest(email="tests@example.com"),
         "ListAuditEvents": audit_pb2.ListAuditEventsRequest(method="GetPatient"),
+        "ListNotifications": notification_pb2.ListNotificationsRequest(appointment_id=here.appointment_id),
     }
     assert others.keys() == tokens.keys()
 

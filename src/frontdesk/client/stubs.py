@@ -11,6 +11,7 @@ from clinic.frontdesk.v1.auth_pb2_grpc import AuthServiceStub
 from clinic.frontdesk.v1.clinic_pb2_grpc import ClinicServiceStub
 from clinic.frontdesk.v1.doctor_pb2_grpc import DoctorServiceStub
 from clinic.frontdesk.v1.event_pb2_grpc import EventServiceStub
+from clinic.frontdesk.v1.notification_pb2_grpc import NotificationServiceStub
 from clinic.frontdesk.v1.patient_pb2_grpc import PatientServiceStub
 from clinic.frontdesk.v1.queue_pb2_grpc import QueueServiceStub
 from clinic.frontdesk.v1.schedule_pb2_grpc import ScheduleServiceStub
@@ -67,6 +68,7 @@ class Stubs(Generic[ChannelT]):
     auth = Service(AuthServiceStub)
     access = Service(AccessServiceStub)
     audit = Service(AuditServiceStub)
+    notifications = Service(NotificationServiceStub)
 
     def __init__(self, channel: ChannelT) -> None:
         self._channel: ChannelT = channel

@@ -1,6 +1,6 @@
 """The clinics, whose time zones decide what today is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -34,6 +34,8 @@ class Clinic:
     visit_length: timedelta
     """Of a consultation without a slot, as far as nothing else is known."""
     max_calls: int
+    reminders: list[timedelta]
+    """How long before a visit its patient is reminded; 0 alone means never."""
     version: int
     create_time: datetime
     update_time: datetime
@@ -81,6 +83,8 @@ async def _checked(tx: Transaction, current: Clinic | None, values: Mapping[str,
     checked = dict(values)
     country = values.get("country", current.country if current is not None else "")
     require_country(country, "clinic.country")
+    if "reminders" in checked:
+        _check_reminders(checked["reminders"])
     if "phone" in checked:
         checked["phone"] = e164(checked["phone"], country, "clinic.phone")
     if "city" in checked:
@@ -90,6 +94,13 @@ async def _checked(tx: Transaction, current: Clinic | None, values: Mapping[str,
         if current is not None:
             await _require_unused_zone(tx, current.id)
     return checked
+
+
+def _check_reminders(reminders: Sequence[timedelta]) -> None:
+    if len(set(reminders)) < len(reminders):
+        raise InvalidField(("clinic.reminders", "has one length twice"))
+    if any(before < timedelta(minutes=1) for before in reminders) and reminders != [timedelta()]:
+        raise InvalidField(("clinic.reminders", "has a length below 1 minute; 0 stands alone"))
 
 
 async def _require_zone(tx: Transaction, name: str) -> None:

@@ -124,6 +124,8 @@ clinic = Table(
     Column("is_default", Boolean, nullable=False, server_default=text("false")),
     # How often a patient is called before somebody else must be; 0 means no limit.
     Column("max_calls", Integer, nullable=False, server_default="3"),
+    # How long before a visit its patient is reminded; 0 alone means never.
+    Column("reminders", ARRAY(Interval), nullable=False, server_default=text("'{24:00:00}'")),
     *_versioned(),
     CheckConstraint("max_calls between 0 and 1000", name="max_calls"),
 )
@@ -590,6 +592,84 @@ relay_refusal = Table(
     PrimaryKeyConstraint("relay", "position"),
 )
 Index("relay_refusal_again_idx", relay_refusal.c.relay, relay_refusal.c.position, postgresql_where=text("again"))
+
+# What patients and users are told, each on one channel (`sql/notification.sql`): what is shown, and at once the state
+# of the job that sends it. Neither an address nor a text.
+notification = Table(
+    "notification",
+    metadata,
+    _id(),
+    # What made it: the id of an event, or of a request's answer.
+    Column("cause", Uuid, nullable=False),
+    # Of that event in the sealed log; 0 for requests.
+    Column("position", BigInteger, nullable=False, server_default="0"),
+    Column("kind", Text, nullable=False),
+    Column("channel", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default="PLANNED"),
+    _text("skip_reason"),
+    Column("appointment_id", Uuid),
+    Column("patient_id", Uuid),
+    Column("clinic_id", Uuid),
+    Column("user_id", Uuid, ForeignKey("user_account.id")),
+    # The place that it tells of. If the appointment has another one by then, it is not sent.
+    Column("doctor_id", Uuid),
+    Column("date", Date),
+    Column("slot_id", Uuid),
+    # How many changes came before it: SEQUENCE of iCalendar.
+    Column("sequence", Integer, nullable=False, server_default="0"),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    _text("failure"),
+    # By the service's clock, as everything that people see.
+    Column("plan_time", DateTime(timezone=True), nullable=False),
+    _instant("send_time"),
+    # By the machine's clock, because what is outside does not know the service's: not before this; while it is sent,
+    # until when its sender has it.
+    _instant("try_time"),
+    # Since when it could have been sent, had all gone well.
+    _instant("due_since"),
+    # It has reached somebody, or may have.
+    Column("told", Boolean, nullable=False, server_default=text("false")),
+    CheckConstraint(
+        "state in ('PLANNED', 'SENDING', 'SENT', 'SKIPPED', 'DEAD')"
+        " and (state = 'SKIPPED') = (skip_reason <> '')"
+        " and channel in ('EMAIL', 'WEBHOOK')",
+        name="state",
+    ),
+    CheckConstraint("(user_id is null) = (appointment_id is not null)", name="about"),
+)
+# Nothing is planned twice, whatever becomes of the reader's position.
+Index(
+    "notification_cause_key",
+    notification.c.cause,
+    notification.c.channel,
+    notification.c.kind,
+    notification.c.plan_time,
+    unique=True,
+)
+Index(
+    "notification_due_idx",
+    notification.c.channel,
+    notification.c.plan_time,
+    notification.c.id,
+    postgresql_where=text("state in ('PLANNED', 'SENDING')"),
+)
+Index("notification_appointment_idx", notification.c.appointment_id, notification.c.id)
+Index("notification_patient_idx", notification.c.patient_id, notification.c.id)
+Index("notification_dead_idx", notification.c.plan_time, postgresql_where=text("state = 'DEAD'"))
+Index("notification_user_idx", notification.c.user_id, postgresql_where=text("user_id is not null"))
+
+# How a patient wants to be told; without a row, by the defaults.
+contact_preferences = Table(
+    "contact_preferences",
+    metadata,
+    Column("patient_id", Uuid, primary_key=True),
+    Column("channels", ARRAY(Text), nullable=False),
+    _text("language"),
+    Column("reminders", Boolean, nullable=False),
+    # The first that is set is 2: the defaults are 1.
+    Column("version", Integer, nullable=False),
+    Column("update_time", DateTime(timezone=True), nullable=False, server_default=text("moment()")),
+)
 
 # How many calls of a subject the workers have leased in its latest minute.
 rate_window = Table(

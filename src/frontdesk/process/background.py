@@ -19,6 +19,7 @@ from frontdesk.core.leave import Leaves
 from frontdesk.db.database import Database
 from frontdesk.jobs.horizon import keep_ahead
 from frontdesk.jobs.maintenance import clean, retention
+from frontdesk.jobs.notifying import Channel, Planner, Sender
 from frontdesk.jobs.relaying import Broker, Kafka, Nats, Relay
 from frontdesk.jobs.sealing import Sealer
 from frontdesk.jobs.settling import go_on
@@ -54,11 +55,16 @@ class BackgroundWork:
         self._metrics = metrics
         self._db = Database(
             conninfo,
-            pool_size=_POOL_SIZE + 2 * sum(broker is not None for broker in (settings.nats, settings.kafka)),
+            pool_size=_POOL_SIZE
+            + 2 * sum(broker is not None for broker in (settings.nats, settings.kafka))
+            + 3 * len(settings.channels),
             pooled=settings.pooler == "transaction",
             direct=settings.direct_database_url,
         )
         self._hints = Hints(self._db)
+        channels = _channels(settings)
+        self._senders = [Sender(self._db, channel, settings.retry_hours * 3600) for channel in channels]
+        self._planner = Planner(self._db, [channel.name for channel in channels], self._planned)
         self._sealer = Sealer(self._db, self._sealed)
         self._relays = _relays(settings, self._db)
         # Most changes are of doctor-days, which workers hint at.
@@ -74,6 +80,9 @@ class BackgroundWork:
         self._tasks.start(self._sealer.follow)
         self._tasks.start(self._keep_clean)
         self._tasks.start(self._settle)
+        self._tasks.start(self._planner.follow)
+        for sender in self._senders:
+            self._tasks.start(sender.follow)
         if self._settings.slot_horizon_days:
             self._tasks.start(self._keep_ahead)
         for relay in self._relays:
@@ -92,6 +101,8 @@ class BackgroundWork:
             except Exception as error:
                 # The next process sends twins of the last events, and waits for a while before.
                 _log.warning("relay_unfinished", relay=relay.name, **failure(error))
+        for sender in self._senders:
+            await sender.finish()
         try:
             async with asyncio.timeout(_LAST_SECONDS):
                 await self._sealer.finish()
@@ -108,6 +119,11 @@ class BackgroundWork:
     def _look_at_the_log(self) -> None:
         for relay in self._relays:
             relay.changed()
+        self._planner.changed()
+
+    def _planned(self) -> None:
+        for sender in self._senders:
+            sender.planned()
 
     async def _keep_clean(self) -> None:
         while True:
@@ -149,6 +165,24 @@ def _relays(settings: Settings, db: Database) -> Sequence[Relay]:
     encode, content_type = ENCODERS[settings.events_format], CONTENT_TYPES[settings.events_format]
     keep = settings.keep_log_days * 86400
     return [Relay(db, broker, encode, content_type, keep_seconds=keep) for broker in brokers]
+
+
+def _channels(settings: Settings) -> list[Channel]:
+    """The channels that are configured; their libraries are imported only then."""
+    found: list[Channel] = []
+    if settings.channels:
+        from frontdesk.channels.texts import Wording
+
+        wording = Wording(settings.template_dir)
+        if (server := settings.mail_server) is not None and (sender := settings.mail_sender) is not None:
+            from frontdesk.channels.mail import Mail
+
+            found.append(Mail(server, sender, wording))
+        if settings.webhook_url is not None:
+            from frontdesk.channels.webhook import Webhook
+
+            found.append(Webhook(settings.webhook_url, settings.webhook_secrets, wording))
+    return found
 
 
 def run_background(

@@ -126,6 +126,7 @@ class Worker:
             self._watchers,
             self._passwords,
             tokens,
+            channels=settings.channels,
         ):
             self._pipeline.add(servicer)
         self._server = Server(settings, self._pipeline, self._watchers, reuse_port=reuse_port)

@@ -5,6 +5,7 @@ This package and `frontdesk.cli` are the only readers of the environment and of 
 
 import re
 from collections.abc import Sequence
+from email.headerregistry import Address as MailAddress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from frontdesk.settings.addresses import Address, parse
 from frontdesk.settings.brokers import KafkaTopic, NatsServers, parse_kafka, parse_nats
 from frontdesk.settings.certificates import check_certificates, check_pair, read
+from frontdesk.settings.channels import (
+    SmtpServer,
+    check_templates,
+    check_webhook,
+    parse_secrets,
+    parse_sender,
+    parse_smtp,
+)
 from frontdesk.settings.database_url import check_database_url
 from frontdesk.settings.issuers import TrustedIssuer, read_issuers
 from frontdesk.settings.proxies import Proxy, parse_proxies
@@ -118,6 +127,20 @@ class Settings(BaseSettings):
     """PEM file of that certificate's private key."""
     api_key: str | None = Field(default=None, repr=False)
     """The API key with which `watch`, `demo` and `conformance` call the service."""
+    smtp_url: str | None = Field(default=None, repr=False)
+    """The mail server by which patients are told: smtp, smtp+starttls or smtps://USER:PASSWORD@HOST:PORT; needs
+    `mail_from` and the extra `notify`. Without it no mail is sent."""
+    mail_from: str | None = None
+    """The sender of the mails: an address, or NAME <ADDRESS>; without a name the clinic's stands there."""
+    template_dir: Path | None = None
+    """Directory of templates that take the place of the built-in ones of the same name."""
+    webhook_url: str | None = Field(default=None, repr=False)
+    """The URL to which each notification is posted, for an SMS or WhatsApp gateway; needs `webhook_secret` and the
+    extra `notify`."""
+    webhook_secret: str | None = Field(default=None, repr=False)
+    """The secrets that sign these posts (Standard Webhooks): whsec_…, several separated by blanks."""
+    retry_hours: Annotated[float, Field(ge=0.001, le=24 * 30)] = 24.0
+    """Hours after which something is given up that cannot be sent."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The lowest level that is logged."""
     metrics_listen: str | None = None
@@ -219,6 +242,39 @@ class Settings(BaseSettings):
                 raise ValueError("needs more packages: pip install 'frontdesk[events]'")
         return value
 
+    @field_validator("smtp_url", "webhook_url")
+    @classmethod
+    def _check_channel(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None:
+            if info.field_name == "smtp_url":
+                parse_smtp(value)
+            else:
+                check_webhook(value)
+            if not all(map(_is_installed, ("aiosmtplib", "httpx", "icalendar", "jinja2"))):
+                raise ValueError("needs more packages: pip install 'frontdesk[notify]'")
+        return value
+
+    @field_validator("mail_from")
+    @classmethod
+    def _check_sender(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_sender(value)
+        return value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _check_secrets(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_secrets(value)
+        return value
+
+    @field_validator("template_dir")
+    @classmethod
+    def _check_templates(cls, value: Path | None) -> Path | None:
+        if value is not None and _is_installed("jinja2"):
+            check_templates(value)
+        return value
+
     @field_validator("default_time_zone")
     @classmethod
     def _check_time_zone(cls, value: str) -> str:
@@ -253,6 +309,10 @@ class Settings(BaseSettings):
             raise ValueError("FRONTDESK_CLIENT_SERVER_NAME needs FRONTDESK_CLIENT_CA")
         if self.database_url is None and (self.pooler != "none" or self.direct_database_url is not None):
             raise ValueError("FRONTDESK_POOLER and FRONTDESK_DIRECT_DATABASE_URL need FRONTDESK_DATABASE_URL")
+        if (self.smtp_url is None) != (self.mail_from is None):
+            raise ValueError("FRONTDESK_SMTP_URL and FRONTDESK_MAIL_FROM go together")
+        if (self.webhook_url is None) != (self.webhook_secret is None):
+            raise ValueError("FRONTDESK_WEBHOOK_URL and FRONTDESK_WEBHOOK_SECRET go together")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("FRONTDESK_TLS_CLIENT_CA needs FRONTDESK_TLS_CERT")
         if self.certificate_listen is not None and self.tls_client_ca is None:
@@ -283,6 +343,27 @@ class Settings(BaseSettings):
                     check_pair(cert, key)
                 except ValueError as error:
                     raise ValueError(f"FRONTDESK_{name}_KEY: {error}") from None
+
+    @property
+    def channels(self) -> Sequence[str]:
+        """The channels on which patients are told, by the names that notifications have."""
+        urls = {"EMAIL": self.smtp_url, "WEBHOOK": self.webhook_url}
+        return [name for name, url in urls.items() if url is not None]
+
+    @property
+    def mail_server(self) -> SmtpServer | None:
+        """`smtp_url`, read."""
+        return None if self.smtp_url is None else parse_smtp(self.smtp_url)
+
+    @property
+    def mail_sender(self) -> "MailAddress | None":
+        """`mail_from`, read."""
+        return None if self.mail_from is None else parse_sender(self.mail_from)
+
+    @property
+    def webhook_secrets(self) -> Sequence[bytes]:
+        """`webhook_secret`, read."""
+        return [] if self.webhook_secret is None else parse_secrets(self.webhook_secret)
 
     @property
     def address(self) -> Address:

@@ -48,7 +48,7 @@ class AuditEvent(_message.Message):
     """The RPC, without its service."""
     resource: _builtins.str
     """What it was about: `appointments/ID`, `doctorDays/DOCTOR/DATE`, `patients/ID`, `slots/ID`, `clinics/ID`, `doctors/ID`,
-    `users/ID` or `apiKeys/ID`. Empty for lists. Of a refused access: what the request named, if anything, unless the
+    `users/ID`, `apiKeys/ID`, `notifications/ID` or `contactPreferences/PATIENT`. Empty for lists. Of a refused access: what the request named, if anything, unless the
     same caller has just named many others.
     """
     clinic_id: _builtins.str

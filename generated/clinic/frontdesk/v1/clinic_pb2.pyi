@@ -43,6 +43,7 @@ class Clinic(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     VISIT_LENGTH_FIELD_NUMBER: _builtins.int
     MAX_CALLS_FIELD_NUMBER: _builtins.int
+    REMINDERS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Output only, except in UpdateClinic, where it is required and names the clinic to change. A lower-case UUID,
     time-ordered.
@@ -92,6 +93,14 @@ class Clinic(_message.Message):
         minute to 24 hours. Default: 12 minutes.
         """
 
+    @_builtins.property
+    def reminders(self) -> _containers.RepeatedCompositeFieldContainer[_duration_pb2.Duration]:
+        """How long before a slot's start the patient is reminded, at most 5 lengths, each once, from 1 minute to 60 days, or one
+        of 0, which means that this clinic reminds nobody. If there is any, a booking of a day without a slot is reminded of at
+        18:00 of the day before, in the clinic's time. None means 24 hours. A change holds for reminders that are planned from
+        then on.
+        """
+
     def __init__(
         self,
         *,
@@ -111,10 +120,11 @@ class Clinic(_message.Message):
         etag: _builtins.str = ...,
         visit_length: _duration_pb2.Duration | None = ...,
         max_calls: _builtins.int | None = ...,
+        reminders: _abc.Iterable[_duration_pb2.Duration] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "_max_calls", b"_max_calls", "active", b"active", "create_time", b"create_time", "max_calls", b"max_calls", "update_time", b"update_time", "visit_length", b"visit_length"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "_max_calls", b"_max_calls", "active", b"active", "address", b"address", "city", b"city", "country", b"country", "create_time", b"create_time", "email", b"email", "etag", b"etag", "id", b"id", "max_calls", b"max_calls", "name", b"name", "phone", b"phone", "postal_code", b"postal_code", "state", b"state", "time_zone", b"time_zone", "update_time", b"update_time", "visit_length", b"visit_length"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "_max_calls", b"_max_calls", "active", b"active", "address", b"address", "city", b"city", "country", b"country", "create_time", b"create_time", "email", b"email", "etag", b"etag", "id", b"id", "max_calls", b"max_calls", "name", b"name", "phone", b"phone", "postal_code", b"postal_code", "reminders", b"reminders", "state", b"state", "time_zone", b"time_zone", "update_time", b"update_time", "visit_length", b"visit_length"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__active: _TypeAlias = _typing.Literal["active"]  # noqa: Y015
     _WhichOneofArgType__active: _TypeAlias = _typing.Literal["_active", b"_active"]  # noqa: Y015

@@ -246,6 +246,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """OUT_OF_RANGE: the next event after this cursor is older than events are kept. Example: a reader that was switched
     off for a year.
     """
+    ERROR_REASON_NOTIFICATION_NOT_FOUND: _ErrorReason.ValueType  # 98
+    """NOT_FOUND: the notification does not exist. Example: GetNotification with a mistyped notification_id."""
+    ERROR_REASON_NO_CHANNEL: _ErrorReason.ValueType  # 99
+    """FAILED_PRECONDITION: the operator has configured no channel on which patients are told. Example: SendConfirmation on a
+    server without FRONTDESK_SMTP_URL and FRONTDESK_WEBHOOK_URL.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
@@ -478,5 +484,11 @@ happened. Example: reading on after the loss of the primary.
 ERROR_REASON_CURSOR_TOO_OLD: ErrorReason.ValueType  # 79
 """OUT_OF_RANGE: the next event after this cursor is older than events are kept. Example: a reader that was switched
 off for a year.
+"""
+ERROR_REASON_NOTIFICATION_NOT_FOUND: ErrorReason.ValueType  # 98
+"""NOT_FOUND: the notification does not exist. Example: GetNotification with a mistyped notification_id."""
+ERROR_REASON_NO_CHANNEL: ErrorReason.ValueType  # 99
+"""FAILED_PRECONDITION: the operator has configured no channel on which patients are told. Example: SendConfirmation on a
+server without FRONTDESK_SMTP_URL and FRONTDESK_WEBHOOK_URL.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -24,8 +24,9 @@ $$;
 -- Record one change of a doctor-day, under its lock: count its revision, and append it to the log.
 --
 -- `a` is the appointment as the change leaves it; null if the change is of the request's doctor-day itself. Its queue
--- entry is recorded if the change touches the queue. Who comes to the queue, by check-in or transfer, draws the next
--- ticket. Both counters stand in the doctor-day's row: a sequence would leave gaps on rollback.
+-- entry is recorded if the change touches the queue. `p_data` is told beside the appointment. Who comes to the queue, by
+-- check-in or transfer, draws the next ticket. Both counters stand in the doctor-day's row: a sequence would leave gaps on
+-- rollback.
 create or replace function record_change(
     r request, p_type text, a appointment, p_touches_queue boolean, p_now timestamptz, p_data jsonb default null,
     out revision bigint, out ticket integer
@@ -57,6 +58,9 @@ begin
                                                           'end_time', a.end_time, 'hold_id', r.hold))
                  when a.override_reason <> '' and p_type in ('appointment.booked', 'queue.transferred_in') then
                      jsonb_build_object('state', a.state, 'number', a.number, 'over_capacity', true)
+                 when p_data is not null then
+                     jsonb_strip_nulls(jsonb_build_object('state', a.state, 'number', a.number, 'start_time', a.start_time,
+                                                          'end_time', a.end_time)) || p_data
                  when a.start_time is null then jsonb_build_object('state', a.state, 'number', a.number)
                  else jsonb_build_object('state', a.state, 'number', a.number, 'start_time', a.start_time,
                                          'end_time', a.end_time) end,

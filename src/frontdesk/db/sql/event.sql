@@ -1,8 +1,10 @@
 -- Reading the sealed log as events. Positions have no gaps, so a stretch of them is found without counting rows.
 
--- Whether a row of the log with this type is an event. A row without a type is no change, and nobody is told of holds.
+-- Whether a row of the log with this type is an event. A row without a type is no change, and nobody is told of holds,
+-- nor of what somebody does with notifications.
 create or replace function is_event(p_type text) returns boolean language sql immutable parallel safe as $$
-    select p_type is not null and p_type not like 'hold.%'
+    select p_type is not null and p_type not like 'hold.%' and p_type not like 'notification.%'
+       and p_type not like 'contact_preferences.%'
 $$;
 
 -- The position after which the kept log begins: that of the last row that retention has deleted.

@@ -63,7 +63,8 @@ begin
         v_told.state := v_new.state;
         v_told.queue_state := 'LEFT';
     end if;
-    d.revision := (record_change(r, 'appointment.undone', v_told, v_told.queue_state is not null, v_now)).revision;
+    d.revision := (record_change(r, 'appointment.undone', v_told, v_told.queue_state is not null, v_now,
+                                 jsonb_build_object('undone', t.verb))).revision;
     d.appointment := write_visit(v_new, v_now);
     d.outcome := 'OK';
     return d;

@@ -11,6 +11,7 @@ from frontdesk.core.doctor import Doctors
 from frontdesk.core.event import Events
 from frontdesk.core.hold import Holds
 from frontdesk.core.leave import Leaves
+from frontdesk.core.notification import Notifications
 from frontdesk.core.password import Passwords
 from frontdesk.core.patient import Patients
 from frontdesk.core.queue import Queues
@@ -30,6 +31,7 @@ from frontdesk.rpc.services.auth import AuthServicer
 from frontdesk.rpc.services.clinic import ClinicServicer
 from frontdesk.rpc.services.doctor import DoctorServicer
 from frontdesk.rpc.services.event import EventServicer
+from frontdesk.rpc.services.notification import NotificationServicer
 from frontdesk.rpc.services.patient import PatientServicer
 from frontdesk.rpc.services.queue import QueueServicer
 from frontdesk.rpc.services.schedule import ScheduleServicer
@@ -37,9 +39,20 @@ from frontdesk.rpc.services.slot import SlotServicer
 
 
 def servicers(
-    db: Database, feed: Feed, events: Events, tail: Tail, watchers: Watchers, passwords: Passwords, tokens: Tokens
+    db: Database,
+    feed: Feed,
+    events: Events,
+    tail: Tail,
+    watchers: Watchers,
+    passwords: Passwords,
+    tokens: Tokens,
+    *,
+    channels: Sequence[str],
 ) -> Sequence[Servicer]:
-    """All services of the server, each with its part of the core. Health and reflection follow from this list."""
+    """All services of the server, each with its part of the core. Health and reflection follow from this list.
+
+    `channels` are those on which patients are told.
+    """
     appointments = Appointments(db, feed.changed)
     patients = Patients(db, feed.changed)
     sessions = Sessions(db, tokens)
@@ -55,4 +68,5 @@ def servicers(
         AuthServicer(Auth(db, passwords, sessions, patients), sessions),
         AccessServicer(Users(db, passwords), ApiKeys(db)),
         AuditServicer(Audit(db)),
+        NotificationServicer(Notifications(db, channels)),
     )

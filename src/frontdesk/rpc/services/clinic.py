@@ -23,6 +23,8 @@ DEFAULT_VISIT_LENGTH = timedelta(minutes=12)
 
 DEFAULT_CALLS = 3
 
+DEFAULT_REMINDERS = [timedelta(hours=24)]
+
 
 def _visit_length(clinic: pb.Clinic) -> dict[str, timedelta]:
     length = clinic.visit_length.ToTimedelta() if clinic.HasField("visit_length") else DEFAULT_VISIT_LENGTH
@@ -32,6 +34,7 @@ def _visit_length(clinic: pb.Clinic) -> dict[str, timedelta]:
 _WRITABLE = writable(
     "name", "address", "city", "state", "postal_code", "country", "phone", "email", "time_zone", active=active_from,
     visit_length=_visit_length,
+    reminders=lambda clinic: {"reminders": [one.ToTimedelta() for one in clinic.reminders] or DEFAULT_REMINDERS},
     max_calls=lambda clinic: {"max_calls": clinic.max_calls if clinic.HasField("max_calls") else DEFAULT_CALLS},
 )  # fmt: skip
 

@@ -254,6 +254,7 @@ def upgrade() -> None:
         sa.Column("visit_length", sa.Interval(), server_default="00:12:00", nullable=False),
         sa.Column("is_default", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("max_calls", sa.Integer(), server_default="3", nullable=False),
+        sa.Column("reminders", postgresql.ARRAY(sa.Interval()), server_default=sa.text("'{24:00:00}'"), nullable=False),
         sa.Column("version", sa.Integer(), server_default="1", nullable=False),
         sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
         sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
@@ -657,6 +658,77 @@ def upgrade() -> None:
         postgresql_where=sa.text("state = 'HELD' and patient_id is not null"),
     )
     op.create_index("hold_expire_time_idx", "hold", ["expire_time"], unique=False, postgresql_using="brin")
+
+    op.create_table(
+        "notification",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("cause", sa.Uuid(), nullable=False),
+        sa.Column("position", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("channel", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), server_default="PLANNED", nullable=False),
+        sa.Column("skip_reason", sa.Text(), server_default="", nullable=False),
+        sa.Column("appointment_id", sa.Uuid(), nullable=True),
+        sa.Column("patient_id", sa.Uuid(), nullable=True),
+        sa.Column("clinic_id", sa.Uuid(), nullable=True),
+        sa.Column("user_id", sa.Uuid(), nullable=True),
+        sa.Column("doctor_id", sa.Uuid(), nullable=True),
+        sa.Column("date", sa.Date(), nullable=True),
+        sa.Column("slot_id", sa.Uuid(), nullable=True),
+        sa.Column("sequence", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("attempts", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("failure", sa.Text(), server_default="", nullable=False),
+        sa.Column("plan_time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("send_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("try_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("due_since", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("told", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.CheckConstraint(
+            "state in ('PLANNED', 'SENDING', 'SENT', 'SKIPPED', 'DEAD')"
+            " and (state = 'SKIPPED') = (skip_reason <> '')"
+            " and channel in ('EMAIL', 'WEBHOOK')",
+            name="notification_state_check",
+        ),
+        sa.CheckConstraint("(user_id is null) = (appointment_id is not null)", name="notification_about_check"),
+        sa.ForeignKeyConstraint(["user_id"], ["user_account.id"], name="notification_user_id_fkey"),
+        sa.PrimaryKeyConstraint("id", name="notification_pkey"),
+    )
+    op.create_index("notification_cause_key", "notification", ["cause", "channel", "kind", "plan_time"], unique=True)
+    op.create_index(
+        "notification_due_idx",
+        "notification",
+        ["channel", "plan_time", "id"],
+        unique=False,
+        postgresql_where=sa.text("state in ('PLANNED', 'SENDING')"),
+    )
+    op.create_index("notification_appointment_idx", "notification", ["appointment_id", "id"], unique=False)
+    op.create_index("notification_patient_idx", "notification", ["patient_id", "id"], unique=False)
+    op.create_index(
+        "notification_dead_idx",
+        "notification",
+        ["plan_time"],
+        unique=False,
+        postgresql_where=sa.text("state = 'DEAD'"),
+    )
+    op.create_index(
+        "notification_user_idx",
+        "notification",
+        ["user_id"],
+        unique=False,
+        postgresql_where=sa.text("user_id is not null"),
+    )
+    op.create_table(
+        "contact_preferences",
+        sa.Column("patient_id", sa.Uuid(), nullable=False),
+        sa.Column("channels", postgresql.ARRAY(sa.Text()), nullable=False),
+        sa.Column("language", sa.Text(), server_default="", nullable=False),
+        sa.Column("reminders", sa.Boolean(), nullable=False),
+        sa.Column("version", sa.Integer(), nullable=False),
+        sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
+        sa.PrimaryKeyConstraint("patient_id", name="contact_preferences_pkey"),
+    )
+    # Nobody is told of what was changed before there were notifications.
+    op.execute("insert into log_reader (name, position) select 'notifications', coalesce(max(position), 0) from seal")
 
     op.execute(
         sa.text("insert into clinic (name, time_zone, is_default) values ('Default clinic', :zone, true)").bindparams(

@@ -1,0 +1,1 @@
+"""How notifications leave the house: their texts, and a module a channel. Imported only where one is configured."""
