@@ -3,6 +3,7 @@
 import asyncio
 import json
 import ssl
+import warnings
 from collections.abc import Callable
 from email import message_from_bytes
 from email.message import EmailMessage
@@ -148,18 +149,22 @@ class MailBox:
                 super().connection_made(transport)
 
         secure = self._tls is not None or self._starttls is not None
-        return Line(
-            self,
-            hostname="mail.test",
-            tls_context=self._starttls,
-            require_starttls=self._starttls is not None,
-            authenticator=self._authenticate,
-            auth_required=secure,
-            auth_require_tls=self._starttls is not None,
-        )
+        with warnings.catch_warnings():
+            # It does not know that all of it is within TLS.
+            warnings.simplefilter("ignore")
+            return Line(
+                self,
+                hostname="mail.test",
+                tls_context=self._starttls,
+                require_starttls=self._starttls is not None,
+                authenticator=self._authenticate,
+                auth_required=secure,
+                auth_require_tls=self._starttls is not None,
+            )
 
     def _authenticate(self, server: Any, session: Any, envelope: Any, mechanism: str, data: Any) -> AuthResult:
-        return AuthResult(success=(data.login, data.password) == (b"clinic", b"s3cret /"))
+        # Without `handled` it would leave the refusal to us.
+        return AuthResult(success=(data.login, data.password) == (b"clinic", b"s3cret /"), handled=False)
 
     async def handle_RCPT(self, server: Any, session: Any, envelope: Any, address: str, options: Any) -> str:
         if (refused := self.refuse(address)) is not None:

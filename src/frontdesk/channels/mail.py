@@ -63,10 +63,8 @@ class Mail:
             raise Unsent(f"SMTP_{error.code}", away=True) from error
         except (aiosmtplib.SMTPTimeoutError, TimeoutError) as error:
             raise Unsent("TIMEOUT", away=True) from error
-        except ssl.SSLError as error:
-            raise Unsent("TLS_FAILED", away=True) from error
         except (aiosmtplib.SMTPException, OSError) as error:
-            raise Unsent("CONNECTION_FAILED", away=True) from error
+            raise Unsent("TLS_FAILED" if _is_of_tls(error) else "CONNECTION_FAILED", away=True) from error
 
     async def _hand_in(self, client: aiosmtplib.SMTP, to: str, content: bytes, international: bool) -> None:
         if international and not client.supports_extension("smtputf8"):
@@ -188,6 +186,10 @@ class Mail:
         calendar.add("method", "CANCEL" if cancelled else "REQUEST")
         calendar.add_component(event)
         return calendar
+
+
+def _is_of_tls(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, ssl.SSLError) or _is_of_tls(error.__cause__))
 
 
 def _ascii_domain(address: str) -> str:

@@ -10,6 +10,7 @@ from datetime import date, datetime
 from pathlib import Path
 
 import jinja2
+import phonenumbers
 
 from frontdesk.core.notification import Outgoing
 
@@ -106,7 +107,7 @@ class Wording:
             doctor=_line(one.doctor),
             clinic=_line(one.clinic),
             place=[*filter(None, map(_line, one.address.splitlines())), *filter(None, [_line(one.city)])],
-            phone=one.phone,
+            phone=_phone(one.phone),
             email=one.email,
             day=day,
             time=time,
@@ -131,6 +132,16 @@ def day_in_words(day: date, language: str) -> str:
 
 def _clock(local: datetime | None) -> str:
     return "" if local is None else f"{local:%H:%M}"
+
+
+def _phone(number: str) -> str:
+    """The number as people read it."""
+    if not number:
+        return ""
+    try:
+        return phonenumbers.format_number(phonenumbers.parse(number), phonenumbers.PhoneNumberFormat.INTERNATIONAL)
+    except phonenumbers.NumberParseException:
+        return number
 
 
 def _line(text: str) -> str:
