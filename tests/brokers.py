@@ -33,10 +33,11 @@ _PROGRAM = str(_BESIDE) if _BESIDE.exists() else shutil.which("nats-server")
 class NatsServer:
     """A NATS server whose streams survive a kill."""
 
-    def __init__(self, directory: Path, *, port: int | None = None, user: str = "", password: str = "") -> None:
+    def __init__(self, directory: Path, *, user: str = "", password: str = "", users: str = "") -> None:
+        """With `users` in the server's own form, `user` is the one who may do everything."""
         self.directory = directory
-        self.port = port or free_port()
-        self._user, self._password = user, password
+        self.port = free_port()
+        self._user, self._password, self._users = user, password, users
         credentials = f"{user}:{quote(password)}@" if user else ""
         self.url = f"nats://{credentials}127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -46,7 +47,9 @@ class NatsServer:
         assert _PROGRAM is not None
         self.directory.mkdir(exist_ok=True)
         configuration = self.directory / "nats.conf"
-        authorization = f"authorization {{ user: '{self._user}', password: '{self._password}' }}\n"
+        authorization = (
+            f"authorization {{ users: [{{ user: '{self._user}', password: '{self._password}' }}, {self._users}] }}\n"
+        )
         configuration.write_text(
             f"listen: 127.0.0.1:{self.port}\n{authorization if self._user else ''}"
             f"jetstream {{ store_dir: '{self.directory}', sync_interval: '1h' }}\n"

@@ -20,13 +20,16 @@ from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_fa
 from google.protobuf.json_format import ParseDict
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 from nats.js.errors import NotFoundError
+from psycopg.conninfo import conninfo_to_dict
 
 from clinic.frontdesk.v1 import event_pb2
 from frontdesk.core.event import Cursor
+from frontdesk.errors import DatabaseUnavailable
+from frontdesk.jobs.relaying import Relay
 from frontdesk.settings import Settings, SettingsError
 from tests.brokers import KafkaCluster, NatsServer
 from tests.clinic import Front
-from tests.hostile.wire import working
+from tests.hostile.wire import Line, working
 from tests.servers import Service
 from tests.waiting import until, until_true
 
@@ -59,15 +62,16 @@ def replica(tmp_path: Path, conninfo: str) -> Iterator[Callable[..., Service]]:
         yield start
 
 
-def happen(conninfo: str, count: int, *, size: int = 0, of: str | None = None) -> None:
+def happen(conninfo: str, count: int, *, size: int = 0, of: str | None = None, days: int = 0) -> None:
     """So many changes of appointments, or `of` one, each in a transaction; an event has `size` more bytes."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
         for _ in range(count):
             connection.execute(
                 "insert into log (id, time, actor, method, type, resource, appointment_id, data)"
-                " select log_id(now()), now(), 'users/1', 'Test', 'appointment.updated', 'appointments/' || id, id,"
-                " jsonb_build_object('state', rpad('BOOKED', 6 + %s)) from coalesce(%s::uuid, new_id()) id",
-                (size, of),
+                " select log_id(t), t, 'users/1', 'Test', 'appointment.updated', 'appointments/' || id, id,"
+                " jsonb_build_object('state', rpad('BOOKED', 6 + %s))"
+                " from coalesce(%s::uuid, new_id()) id, (select now() - make_interval(days => %s)) moment (t)",
+                (size, of, days),
             )
 
 
@@ -155,6 +159,18 @@ async def test_kill_background(nats: NatsServer, conninfo: str, replica: Callabl
     await relayed(conninfo, nats)
 
 
+async def test_a_process_dies_that_waits(nats: NatsServer, conninfo: str, replica: Callable[..., Service]) -> None:
+    """What a process had in hand, but not delivered, is delivered by the next one."""
+    nats.kill()
+    service = await asyncio.to_thread(replica, events_nats=nats.url)
+    await asyncio.to_thread(happen, conninfo, 300)
+    await until(lambda: sealed(conninfo) and "relay_waits" in service.log.read_text())
+    (pid,) = service.workers("background")
+    os.kill(pid, signal.SIGKILL)
+    await asyncio.to_thread(nats.start)
+    await relayed(conninfo, nats)
+
+
 async def test_nats_is_killed(nats: NatsServer, conninfo: str, settings: Settings) -> None:
     """A broker that dies, or is not there yet, is waited for; what it had taken is not sent twice."""
     nats.kill()
@@ -172,7 +188,7 @@ async def test_nats_is_killed(nats: NatsServer, conninfo: str, settings: Setting
 
 
 async def more_than(server: NatsServer, count: int) -> bool:
-    """Whether the stream has grown."""
+    """Whether the stream has more messages than this."""
     return await server.count() > count
 
 
@@ -186,6 +202,64 @@ async def test_nats_does_not_answer(nats: NatsServer, conninfo: str, settings: S
         await until(lambda: work._relays[0]._circuit.open, 40)
         nats.go_on()
         await relayed(conninfo, nats)
+
+
+class Narrow(Line):
+    """A link that carries little at a time."""
+
+    async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, answers: bool) -> None:
+        while data := await source.read(2_000):
+            sink.write(data)
+            await asyncio.sleep(0.005)
+        sink.close()
+
+
+async def test_a_narrow_way(nats: NatsServer, conninfo: str, settings: Settings) -> None:
+    """A broker that is slow, but answers, is not given up: everything is sent once."""
+    happen(conninfo, 1000)
+    async with Narrow(nats.port) as line, working(settings, conninfo, events_nats=f"nats://127.0.0.1:{line.port}"):
+        await relayed(conninfo, nats)
+    async with nats.client() as client:
+        state = (await client.jetstream().stream_info("FRONTDESK")).state
+        assert (state.messages, state.last_seq) == (1000, 1000)
+
+
+async def test_answers_are_lost(nats: NatsServer, conninfo: str, settings: Settings) -> None:
+    """What the broker has taken without our knowing is sent again, which it notices by the id."""
+    async with Line(nats.port) as line, working(settings, conninfo, events_nats=f"nats://127.0.0.1:{line.port}"):
+        for _ in range(3):
+            # So that there is a connection.
+            happen(conninfo, 1)
+            await relayed(conninfo, nats)
+            before = await nats.count()
+            line.muted = True
+            happen(conninfo, 300)
+            await until_true(lambda: more_than(nats, before + 299))  # noqa: B023
+            assert position(conninfo) < last(conninfo)
+            line.muted = False
+            line.cut()
+            await until(lambda: position(conninfo) == last(conninfo))
+        await relayed(conninfo, nats)
+
+
+async def test_a_user_who_may_only_publish(tmp_path: Path, conninfo: str, settings: Settings) -> None:
+    """If the operator has made the stream, the relay needs no right but to publish and to hear answers."""
+    rights = "permissions: { publish: 'frontdesk.>', subscribe: '_INBOX.>' }"
+    users = f"{{ user: relay, password: pw, {rights} }}"
+    with NatsServer(tmp_path / "guarded", user="operator", password="pw", users=users) as server:
+        async with server.client() as client:
+            await client.jetstream().add_stream(StreamConfig(name="FRONTDESK", subjects=["frontdesk.>"]))
+        happen(conninfo, 50)
+        async with working(settings, conninfo, events_nats=f"nats://relay:pw@127.0.0.1:{server.port}"):
+            await relayed(conninfo, server)
+
+
+async def test_the_oldest_that_is_kept(nats: NatsServer, conninfo: str, settings: Settings) -> None:
+    """A new relay begins with the oldest event that is shown to readers."""
+    happen(conninfo, 3, days=2)
+    happen(conninfo, 3)
+    async with working(settings, conninfo, events_nats=nats.url, keep_log_days=1):
+        await relayed(conninfo, nats, but=ids(conninfo)[:3])
 
 
 async def test_what_nats_refuses_is_set_aside(nats: NatsServer, conninfo: str, settings: Settings) -> None:
@@ -219,6 +293,23 @@ async def test_a_full_stream_is_waited_for(nats: NatsServer, conninfo: str, sett
     assert refused(conninfo) == []
 
 
+async def test_a_large_event_is_not_overtaken(nats: NatsServer, conninfo: str, settings: Settings) -> None:
+    """Where there is no room for an event now, but for smaller ones behind it, those wait too."""
+    limited = StreamConfig(name="FRONTDESK", subjects=["frontdesk.>"], max_bytes=20_000, discard=DiscardPolicy.NEW)
+    async with nats.client() as client:
+        await client.jetstream().add_stream(limited)
+    happen(conninfo, 5)
+    happen(conninfo, 1, size=30_000)
+    happen(conninfo, 5)
+    async with working(settings, conninfo, events_nats=nats.url) as work:
+        await until(lambda: work._relays[0]._circuit.open)
+        assert await nats.count() == 5
+        async with nats.client() as client:
+            await client.jetstream().update_stream(limited.evolve(max_bytes=-1))
+        await relayed(conninfo, nats)
+    assert refused(conninfo) == []
+
+
 async def test_others_publish_into_the_stream(nats: NatsServer, conninfo: str, settings: Settings) -> None:
     """A stream that takes our subjects among others is used; what others publish there takes nothing away."""
     async with nats.client() as client:
@@ -237,14 +328,33 @@ async def test_one_replica_relays(nats: NatsServer, conninfo: str, settings: Set
         happen(conninfo, 100)
         await relayed(conninfo, nats)
         async with working(settings, conninfo, events_nats=nats.url) as other:
+            assert await other._relays[0]._take() is None
             happen(conninfo, 100)
             await relayed(conninfo, nats)
-            assert (one._relays[0].sent, other._relays[0].sent) == (200, 0)
+            await until(lambda: (one._relays[0].sent, other._relays[0].sent) == (200, 0))
             await one._tasks.close()
             await one._relays[0].finish()
             happen(conninfo, 100)
             await relayed(conninfo, nats)
-            assert (one._relays[0].sent, other._relays[0].sent) == (200, 100)
+            await until(lambda: (one._relays[0].sent, other._relays[0].sent) == (200, 100))
+
+
+async def test_a_process_that_slept(nats: NatsServer, conninfo: str, replica: Callable[..., Service]) -> None:
+    """A process that stands still loses the relay to another one, and does no harm when it goes on."""
+    first = await asyncio.to_thread(replica, events_nats=nats.url)
+    await asyncio.to_thread(happen, conninfo, 10)
+    await relayed(conninfo, nats)
+    await asyncio.to_thread(replica, events_nats=nats.url)
+    (pid,) = first.workers("background")
+    await asyncio.to_thread(happen, conninfo, 1000)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        await asyncio.to_thread(happen, conninfo, 1000)
+        await relayed(conninfo, nats)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    await asyncio.to_thread(happen, conninfo, 500)
+    await relayed(conninfo, nats)
 
 
 async def test_off_and_elsewhere(nats: NatsServer, tmp_path: Path, conninfo: str, settings: Settings) -> None:
@@ -335,8 +445,9 @@ NOT_NOW = {"NOT_ENOUGH_REPLICAS": 19, "NOT_LEADER_FOR_PARTITION": 6, "THROTTLING
 @pytest.mark.parametrize("code", NOT_NOW.values(), ids=NOT_NOW)
 async def test_kafka_refuses_for_now(code: int, kafka: KafkaCluster, conninfo: str, settings: Settings) -> None:
     """What is refused for now is sent again, and nothing overtakes it."""
-    happen(conninfo, 1500)
-    kafka.tell("refuse", code, 2)
+    # Several requests are under way for one partition.
+    happen(conninfo, 900, size=4000, of="01900000-0000-7000-8000-000000000009")
+    kafka.tell("refuse", code, 1)
     async with working(settings, conninfo, events_kafka=kafka.url):
         await in_kafka(conninfo, kafka)
     assert refused(conninfo) == []
@@ -369,6 +480,38 @@ async def test_a_killed_process_and_kafka(kafka: KafkaCluster, conninfo: str, re
     os.kill(pid, signal.SIGKILL)
     await asyncio.to_thread(happen, conninfo, 100)
     await in_kafka(conninfo, kafka, twins=True)
+
+
+async def test_the_database_is_cut_off(
+    kafka: KafkaCluster, postgres: str, conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is under way while the database is away is not sent again once it is back."""
+    failures = 0
+
+    async def take() -> int | None:
+        nonlocal failures
+        try:
+            return await Relay._take(relay)
+        except DatabaseUnavailable:
+            failures += 1
+            raise
+
+    kafka.tell("delay", 100)
+    async with working(settings, conninfo, events_kafka=kafka.url) as work:
+        (relay,) = work._relays
+        monkeypatch.setattr(relay, "_take", take)
+        happen(conninfo, 200)
+        await until(lambda: bool(relay._batch))
+        name = conninfo_to_dict(conninfo)["dbname"]
+        with psycopg.connect(postgres, autocommit=True) as admin:
+            admin.execute(f"alter database {name} allow_connections false".encode())
+            admin.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = %s", (name,))
+            await until(lambda: failures > 0)
+            assert relay._batch is not None
+            assert {parcel.done for parcel in relay._batch.parcels} == {True}
+            admin.execute(f"alter database {name} allow_connections true".encode())
+        kafka.tell("delay", 0)
+        await in_kafka(conninfo, kafka)
 
 
 async def test_an_end_leaves_no_twins(kafka: KafkaCluster, conninfo: str, settings: Settings) -> None:
@@ -427,7 +570,7 @@ async def test_from_where_a_relay_goes_on(nats: NatsServer, conninfo: str, setti
             await client.jetstream().delete_stream("FRONTDESK")
         await asyncio.to_thread(frontdesk, conninfo, "relay", "nats", "--from", cursor)
         await relayed(conninfo, nats, but=ids(conninfo)[:22])
-        assert work._relays[0].sent == 5 + 25 + 3
+        await until(lambda: work._relays[0].sent == 5 + 25 + 3)
 
 
 @pytest.mark.parametrize(
@@ -503,7 +646,7 @@ async def test_how_far_behind(
         await until(lambda: relay.backlog == 30 and relay.age > 0)
         nats.start()
         await until(lambda: relay.backlog == 0 and relay.age == 0)
-        assert (relay.sent, relay.set_aside) == (30, 0)
+        await until(lambda: (relay.sent, relay.set_aside) == (30, 0))
         measuring.cancel()
 
 
@@ -558,6 +701,43 @@ async def test_protobuf(nats: NatsServer, tmp_path: Path, conninfo: str, setting
     }
     assert read.attributes["subject"].ce_string == event.resource
     assert read.attributes["time"].ce_timestamp.ToMicroseconds() == event.time.ToMicroseconds()
+
+
+def test_the_packages_are_needed(tmp_path: Path) -> None:
+    """If the extra is not installed, one line says how to install it."""
+    # An import hook hides the packages, as if they were not installed.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Hide:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('nats', 'confluent_kafka'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Hide())\n"
+    )
+    for name, value in (("NATS", "nats://user:secret@host"), ("KAFKA", "host:9092/events")):
+        done = subprocess.run(
+            [sys.executable, "-m", "frontdesk.cli", "serve", "--data-dir", str(tmp_path / "data")],
+            env={
+                **os.environ,
+                f"FRONTDESK_EVENTS_{name}": value,
+                "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        said = f"frontdesk: FRONTDESK_EVENTS_{name}: needs more packages: pip install 'frontdesk[events]'\n"
+        assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_what_is_off_is_not_even_imported() -> None:
+    """Without relays the process for background work does not load their packages."""
+    code = (
+        "import sys, frontdesk.process.background;"
+        " print([m for m in ('nats', 'confluent_kafka', 'grpc') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
 
 
 SETTINGS = {

@@ -181,7 +181,7 @@ class Relay:
         """The sealed log may have grown: look soon."""
         self._wake.set()
 
-    async def follow(self) -> None:
+    async def work(self) -> None:
         """Relay for ever, whenever no other process does. Raises DatabaseUnavailable."""
         while True:
             position = await self._take()
@@ -195,7 +195,7 @@ class Relay:
             await self._broker.close()
 
     async def finish(self) -> None:
-        """End, after `follow` was cancelled: note what the broker has taken, and let another process go on."""
+        """End, after `work` was cancelled: note what the broker has taken, and let another process go on."""
         try:
             async with asyncio.timeout(_LAST_SECONDS):
                 if self._batch is not None:
@@ -440,11 +440,13 @@ class Nats:
                 disconnected_cb=lost,
                 closed_cb=lost,
             )
-            stream = client.jetstream(timeout=self._STEP_SECONDS)
+            streams = client.jetstream(timeout=self._STEP_SECONDS / 2)
             try:
-                await stream.find_stream_name_by_subject(self.SUBJECTS)
+                # A server does not answer whoever may not ask: then somebody else has made the stream.
+                with suppress(TimeoutError):
+                    await streams.find_stream_name_by_subject(self.SUBJECTS)
             except NotFoundError:
-                await stream.add_stream(
+                await streams.add_stream(
                     StreamConfig(name=self.STREAM, subjects=[self.SUBJECTS], storage=StorageType.FILE)
                 )
             self._inbox = client.new_inbox()

@@ -86,7 +86,7 @@ class BackgroundWork:
         if self._settings.slot_horizon_days:
             self._tasks.start(self._keep_ahead)
         for relay in self._relays:
-            self._tasks.start(relay.follow)
+            self._tasks.start(relay.work)
         if self._metrics is not None:
             self._tasks.start(self._keep_measuring)
             for relay in self._relays:
@@ -95,12 +95,7 @@ class BackgroundWork:
     async def stop(self) -> None:
         """End; whatever was begun is done, or will be begun again."""
         await self._tasks.close()
-        for relay in self._relays:
-            try:
-                await relay.finish()
-            except Exception as error:
-                # The next process sends twins of the last events, and waits for a while before.
-                _log.warning("relay_unfinished", relay=relay.name, **failure(error))
+        await asyncio.gather(*map(_finish, self._relays))
         for sender in self._senders:
             await sender.finish()
         try:
@@ -150,6 +145,14 @@ class BackgroundWork:
                     set_aside=relay.set_aside,
                 )
             await asyncio.sleep(SAMPLE_SECONDS)
+
+
+async def _finish(relay: Relay) -> None:
+    try:
+        await relay.finish()
+    except Exception as error:
+        # The next process waits for a while, and sends twins of the last events.
+        _log.warning("relay_unfinished", relay=relay.name, **failure(error))
 
 
 def _relays(settings: Settings, db: Database) -> Sequence[Relay]:
