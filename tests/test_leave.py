@@ -273,6 +273,17 @@ async def test_the_last_day_that_we_have(front: Front) -> None:
     assert (await told(front, leave)).leave.state == Leave.STATE_APPLIED
 
 
+async def test_no_move_beyond_the_last_day(front: Front) -> None:
+    """An appointment of the last days of the year 9999 has no later place, by slot or by day."""
+    doctor = await front.doctor()
+    last = date(9999, 12, 31)
+    visit = (await front.book((await front.patient()).id, doctor.id, last)).appointment
+    trial = await front.leave(doctor.id, last, policy=SAME_DOCTOR, validate_only=True)
+    answer = await front.leave(doctor.id, last, policy=SAME_DOCTOR)
+    assert outcomes(trial) == outcomes(answer) == [(visit.id, Outcome.OUTCOME_NOT_MOVED)]
+    assert await front.appointment(visit.id) == visit
+
+
 async def test_cancel(front: Front) -> None:
     """A leave is cancelled once, and only by the present etag; what it has cancelled stays so."""
     doctor = await front.doctor()

@@ -275,6 +275,14 @@ async def test_unknown_doctor(front: Front) -> None:
         assert await outcome(call) == "DOCTOR_NOT_FOUND"
 
 
+async def test_a_schedule_to_the_last_date(desk: Front) -> None:
+    """A schedule that ends with the year 9999 replaces one without an end: nothing begins after it."""
+    doctor = await desk.doctor("UTC")
+    await set_week(desk, doctor.id, [], on(1))
+    answer = await set_week(desk, doctor.id, daily("09:00", "10:00"), on(1), date(9999, 12, 31))
+    assert await schedules(desk, doctor.id) == [answer.schedule]
+
+
 async def test_past_hours_are_still_shown(at: Clock) -> None:
     """After new hours the past dates have the hours that held on them."""
     async with at(NOW) as desk:
@@ -769,6 +777,15 @@ async def test_the_first_reason_that_applies(at: Clock) -> None:
         assert skips(await generate(desk, doctor.id, first, last)) == [
             ("01:15", "TIME_DOES_NOT_EXIST"), ("02:15", "IN_PAST"), ("01:15", "IN_PAST"), ("02:15", "IN_PAST"),
         ]  # fmt: skip
+
+
+async def test_skipped_visits_are_in_order(desk: Front) -> None:
+    """Skipped visits come by date, then start, those that the clock does not show too."""
+    doctor = await desk.doctor("Europe/London")
+    when = date(2027, 3, 28)
+    await set_week(desk, doctor.id, daily("00:00", "03:15", 45), TODAY)
+    await desk.leave(doctor.id, when)
+    assert [start for start, _ in skips(await generate(desk, doctor.id, when))] == ["00:00", "00:45", "01:30", "02:15"]
 
 
 async def test_visits_during_leave(desk: Front) -> None:

@@ -209,7 +209,7 @@ begin
             loop
                 v_place := next_place(
                     v_colleagues, case when not v_same then a.clinic_id end, a, v_from_date, v_from_start, v_from_code,
-                    a.date + 60, v_plan);
+                    least(a.date + 60, '9999-12-31'), v_plan);
                 if v_from_code <> '' then null;
                 elsif a.slot_id is null then v_room_date := coalesce(v_place.date, 'infinity');
                 else v_room_start := coalesce(v_place.start_time, 'infinity');

@@ -88,7 +88,9 @@ begin
     v_before := slots_of_hours(r.doctor, r.date, null, v_now);
 
     delete from schedule
-    where doctor_id = r.doctor and daterange(effective_from, effective_until, '[]') <@ daterange(r.date, v_until, '[]');
+    -- No date comes after the year 9999, so one without end lies inside one that ends with it.
+    where doctor_id = r.doctor
+      and daterange(effective_from, coalesce(effective_until, '9999-12-31'), '[]') <@ daterange(r.date, v_until, '[]');
     -- What begins before loses all from here on, also what would come after the new one.
     update schedule set effective_until = r.date - 1, version = version + 1, update_time = v_now
     where doctor_id = r.doctor and effective_from < r.date and coalesce(effective_until >= r.date, true);
@@ -308,7 +310,9 @@ begin
         order by (s).start_time);
     d.generated := jsonb_build_object(
         'created_count', cardinality(v_new), 'kept_count', cardinality(v_kept), 'skipped_count', v_skipped_count,
-        'skipped', to_jsonb(v_skipped));
+        -- A start that does not exist has no place among the instants.
+        'skipped', coalesce((
+            select jsonb_agg(x order by x ->> 'date', (x ->> 'start')::integer) from unnest(v_skipped) x), '[]'));
     d.outcome := 'OK';
     return d;
 end
