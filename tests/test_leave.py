@@ -436,6 +436,60 @@ async def test_same_doctor_by_slot(front: Front) -> None:
 
 
 @pytest.mark.parametrize("policy", [SAME_DOCTOR, SAME_SPECIALTY])
+async def test_many_slots(front: Front, policy: "Leave.Policy.ValueType") -> None:
+    """Hundreds of appointments move past thousands of slots within the time of a call, tried or done."""
+    doctor = await front.doctor(specialty="Cardiology", max_patients_per_day=1000)
+    colleague = await front.doctor(specialty="Cardiology", clinic_id=doctor.clinic_id, max_patients_per_day=1000)
+    for of in (doctor, colleague):
+        front.sql(
+            "insert into slot (doctor_id, clinic_id, date, start_time, end_time, capacity, create_time, update_time)"
+            " select %s, %s, %s::date + n / 60, t, t + interval '10 min', 1, moment(), moment()"
+            " from generate_series(0, 3599) n,"
+            " lateral (values (%s + n / 60 * interval '1 day' + n %% 60 * interval '10 min')) v (t)",
+            of.id, of.clinic_id, after(0), soon(0),
+        )  # fmt: skip
+    front.sql(
+        "with p as (insert into patient (given_name, name_key) select 'P', id from slot"
+        " where doctor_id = %s and date < %s returning id, name_key::uuid as slot)"
+        " insert into appointment"
+        " (patient_id, doctor_id, clinic_id, date, number, state, slot_id, start_time, end_time)"
+        " select p.id, s.doctor_id, s.clinic_id, s.date, row_number() over (partition by s.date), 'BOOKED', s.id,"
+        " s.start_time, s.end_time from p join slot s on s.id = p.slot",
+        doctor.id, after(10),
+    )  # fmt: skip
+    plan = await front.leave(doctor.id, after(0), after(9), policy=policy, validate_only=True)
+    assert Counter(one.outcome for one in plan.affected) == {Outcome.OUTCOME_MOVED: 600}
+    answer = await front.leave(doctor.id, after(0), after(9), policy=policy)
+    assert list(answer.affected) == list(plan.affected)
+    of, first = (doctor, 10) if policy == SAME_DOCTOR else (colleague, 0)
+    assert {place and place[0] for place in places(answer)} == {of.id}
+    assert Counter(one.moved_to.date.day for one in answer.affected) == {after(first + n).day: 60 for n in range(10)}
+
+
+async def test_closed_dates_are_passed_over(front: Front) -> None:
+    """Nobody moves to a date that an exception closes, by slot or by day."""
+    doctor = await front.doctor()
+    slots = [await front.slot(doctor.id, soon(24 * n)) for n in (0, 1, 2)]
+    (by_day,) = await booked(front, doctor.id, 0)
+    by_slot = (await front.book_slot((await front.patient()).id, slots[0].id)).appointment.id
+    closed = pb.SetScheduleExceptionRequest(doctor_id=doctor.id, date=day(after(1)), closed=True)
+    await front.schedules.SetScheduleException(closed)
+    answer = await front.leave(doctor.id, after(0), policy=SAME_DOCTOR)
+    assert [one for one, _ in outcomes(answer)] == [by_day, by_slot]
+    assert places(answer) == [(doctor.id, after(2).day, ""), (doctor.id, after(2).day, slots[2].id)]
+
+
+async def test_nobody_moves_to_an_inactive_doctor(front: Front) -> None:
+    """An inactive doctor takes no patients of his own leave either."""
+    doctor = await front.doctor()
+    (mine,) = await booked(front, doctor.id, 0)
+    retired = doctor_pb2.Doctor(id=doctor.id, active=False)
+    await front.doctors.UpdateDoctor(doctor_pb2.UpdateDoctorRequest(doctor=retired))
+    answer = await front.leave(doctor.id, after(0), policy=SAME_DOCTOR)
+    assert outcomes(answer) == [(mine, Outcome.OUTCOME_NOT_MOVED)]
+
+
+@pytest.mark.parametrize("policy", [SAME_DOCTOR, SAME_SPECIALTY])
 async def test_slots_within_sixty_days(front: Front, policy: "Leave.Policy.ValueType") -> None:
     """A slot is sought up to 60 days after the appointment; without one it stays where it is."""
     doctor = await front.doctor(specialty="Cardiology")

@@ -442,6 +442,15 @@ async def test_stale_slots(desk: Front) -> None:
     assert list(answer.stale_slot_ids) == [by_start[n, at] for n in (6, 7) for at in ("10:00", "11:00")]
 
 
+async def test_stale_slots_are_many(desk: Front) -> None:
+    """New hours of a doctor who has thousands of slots are set within the time of a call, and name all of them."""
+    doctor = await desk.doctor("UTC")
+    await set_week(desk, doctor.id, daily("00:00", "24:00", 10), TODAY)
+    slots = (await generate(desk, doctor.id, on(1), on(30))).slots
+    assert len(slots) == 4320
+    assert list((await set_week(desk, doctor.id, [], on(1))).stale_slot_ids) == [slot.id for slot in slots]
+
+
 async def test_started_slots_are_not_stale(at: Clock) -> None:
     """A slot that has started cannot be booked any more, so new hours do not name it."""
     async with at(NOW) as desk:

@@ -81,7 +81,9 @@ create or replace function next_place(
     p_doctors uuid[], p_clinic uuid, a appointment, p_date date, p_start timestamptz, p_code text, p_last date,
     p_plan uuid,
     out doctor uuid, out date date, out slot uuid, out start_time timestamptz, out end_time timestamptz, out code text
-) language plpgsql as $$
+) language plpgsql
+    -- To a planner without statistics it looks as cheap to read every later slot and to sort them.
+    set enable_bitmapscan = off set enable_hashjoin = off as $$
 declare
     v_now timestamptz := moment();
 begin
@@ -97,6 +99,8 @@ begin
               and s.date <= p_last and (p_clinic is null or s.clinic_id = p_clinic)
               and s.state = 'OPEN' and coalesce(y.is_present, true)
               and not exists (select from leaves_over(s.doctor_id, s.date, s.start_time, s.end_time))
+              and not exists (select from schedule_exception e
+                              where e.doctor_id = s.doctor_id and e.date = s.date and e.closed)
               and s.capacity > (select count(*) from appointment o where o.slot_id = s.id and holds_place(o.state))
                   + (select count(*) from live_holds(s.doctor_id, s.date, v_now) h where h.slot_id = s.id)
                   + (select p.count from planned(p_plan, s.doctor_id, s.date, s.id) p)
@@ -118,6 +122,8 @@ begin
         where d.id = any (p_doctors) and (next_place.date > p_date or d.code collate "C" > p_code)
           and coalesce(y.is_present, true)
           and not exists (select from leaves_over(d.id, next_place.date, null, null))
+          and not exists (select from schedule_exception e
+                          where e.doctor_id = d.id and e.date = next_place.date and e.closed)
           and coalesce(y.max_patients, d.max_patients_per_day)
               > (select count(*) from appointment o
                  where o.doctor_id = d.id and o.date = next_place.date and holds_place(o.state))
@@ -194,7 +200,9 @@ begin
                 v_clinic := a.clinic_id;
                 v_room_date := null;
                 v_room_start := null;
-                v_colleagues := case when v_same then array[l.doctor_id] else array(
+                -- Who is inactive would be refused at each of his places.
+                v_colleagues := case when v_same then array(
+                    select x.id from doctor x where x.id = l.doctor_id and x.active) else array(
                     select x.id from doctor me join doctor x on x.specialty_key = me.specialty_key
                     where me.id = l.doctor_id and me.specialty_key <> '' and x.id <> me.id and x.active
                       and x.clinic_id = a.clinic_id) end;

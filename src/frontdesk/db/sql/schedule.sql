@@ -49,9 +49,10 @@ $$;
 create or replace function stale_slots(p_before uuid[], p_doctor uuid, p_from date, p_to date, p_now timestamptz)
 returns uuid[] language sql stable as $$
     select coalesce(array_agg(s.id order by s.start_time), '{}')
-    from slot s
-    where s.id = any (p_before) and s.state = 'OPEN'
-      and s.id <> all (slots_of_hours(p_doctor, p_from, p_to, p_now))
+    -- Not a condition on each slot, which would ask for all of them again for each one.
+    from (select unnest(p_before) except select unnest(slots_of_hours(p_doctor, p_from, p_to, p_now))) gone (id)
+    join slot s using (id)
+    where s.state = 'OPEN'
 $$;
 
 -- Have the slots of these dates generated again, because the doctor's hours, or what keeps them from being held, have
