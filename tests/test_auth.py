@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections import Counter
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -570,10 +571,17 @@ async def test_one_time_passwords(front: Front) -> None:
     assert await outcome(login(front, late.email, password)) == "BAD_LOGIN"
 
 
-async def test_unverified_emails(front: Front) -> None:
+@pytest.fixture
+async def mailing(conninfo: str, settings: Settings) -> AsyncIterator[Front]:
+    """A server that would send mails, which need not arrive."""
+    async with serving(settings, conninfo, smtp_url="smtp://localhost:1", mail_from="a@clinic.test") as (_, front):
+        yield front
+
+
+async def test_unverified_emails(mailing: Front) -> None:
     """Until the e-mail is verified a patient may only use AuthService, whatever other roles he has."""
+    front = mailing
     user, session = (made := await register(front, email=EMAIL)).user, made.session
-    front.sql("update user_account set email_verified = false where id = %s", user.id)
     for roles in (("PATIENT",), ("PATIENT", "STAFF")):
         await set_roles(front, user.id, *roles)
         session = await refresh(front, session.refresh_token)

@@ -179,6 +179,7 @@ FACTS: dict[str, Fact] = {
     "SetContactPreferences": _about("patient", "PATIENT_NOT_FOUND"),
     "GetContactPreferences": _about("patient", "PATIENT_NOT_FOUND"),
     **dict.fromkeys(("RegisterUser", "Login", "VerifySecondFactor", "RefreshToken", "Logout"), _FREE),
+    **dict.fromkeys(("VerifyEmail", "RequestPasswordReset", "ResetPassword"), _FREE),
     **dict.fromkeys(("GetProfile", "UpdateProfile", "ChangePassword"), _PROFILE),
     **dict.fromkeys(("EnrollSecondFactor", "ConfirmSecondFactor", "RemoveSecondFactor"), _PROFILE),
     "CreateUser": _about("clinic", "CLINIC_NOT_FOUND"),

@@ -680,9 +680,10 @@ SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
 
 ELSEWHERE = {
     "ChangePassword", "EnrollSecondFactor", "ConfirmSecondFactor", "RemoveSecondFactor", "SendConfirmation",
+    "VerifyEmail", "RequestPasswordReset", "ResetPassword",
 }  # fmt: skip
-"""Methods that are good once for a user, or end the session that they are called with: tests/test_auth.py; and one that
-needs a channel: tests/test_notifications.py."""
+"""Methods that are good once for a user, or end the session that they are called with: tests/test_auth.py; and those
+that need a channel: tests/test_notifications.py, tests/test_email_codes.py."""
 
 
 def keyed(request: Message, key: str = KEY) -> Message:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from frontdesk.core import second_factor
+from frontdesk.core import email_code, second_factor
 from frontdesk.core.caller import Caller
+from frontdesk.core.credential import changed
 from frontdesk.core.limit import holder_of
 from frontdesk.core.password import Passwords, require_acceptable
 from frontdesk.core.patient import Patients
@@ -21,6 +22,7 @@ from frontdesk.errors import (
     BadLogin,
     EmailTaken,
     LoginThrottled,
+    NoChannel,
     RoleRequired,
     SecondFactorState,
 )
@@ -32,6 +34,8 @@ _FAILURES_OF_ADDRESS = 5
 """Failures in a row of an e-mail from one address after which logins wait."""
 _FAILURES_OF_ALL = 50
 """The same from all addresses together."""
+_REQUESTS_OF_EMAIL = 5
+"""Requests for a new password for an e-mail after which others wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +79,12 @@ _password_of_user = _password.format("id = %s")
 class Auth:
     """What people do with their own users."""
 
-    def __init__(self, db: Database, passwords: Passwords, sessions: Sessions, patients: Patients) -> None:
+    def __init__(
+        self, db: Database, passwords: Passwords, sessions: Sessions, patients: Patients, *, mails: bool
+    ) -> None:
+        """`mails`: whether the service sends mails."""
         self._db = db
+        self._mails = mails
         self._passwords = passwords
         self._sessions = sessions
         self._patients = patients
@@ -105,8 +113,11 @@ class Auth:
                 "roles": ["PATIENT"],
                 "patient_id": patient_id,
                 "password_hash": hashed,
+                "email_verified": not self._mails,
             }
             user = await records.insert(tx, claimed.result_id, values)
+            if self._mails:
+                await email_code.plan(tx, user.id, email_code.VERIFICATION)
             await log_own(tx, key, user, "registered")
             return Change(Registered(user, await self._sessions.open(tx, user)), False)
 
@@ -168,6 +179,8 @@ class Auth:
         await tx.run(_forget_attempts, (attempts,))
         user = await records.get(tx, user_id)
         await log_own(tx, key, user, "logged_in")
+        if self._mails and not user.email_verified:
+            await email_code.plan(tx, user_id, email_code.VERIFICATION, again=False)
         return await self._sessions.open(tx, user)
 
     async def profile(self, caller: Caller, method: str) -> User:
@@ -278,6 +291,101 @@ class Auth:
         change = await records.update(self._db, key, user_id, changes, None, prepare, event="second_factor_removed")
         return Change(None, change.replayed)
 
+    async def verify_email(self, code: str, *, key: Key) -> bool:
+        """The user of the code has shown that the e-mail is his; whether this is a replay.
+
+        Raises BadLogin, LoginThrottled.
+        """
+        if key.name and await acted(self._db, key):
+            return True
+        attempts = await self._attempt_code(key.address)
+
+        async def work(tx: Transaction) -> bool:
+            if (await claim(tx, key)).replayed:
+                return True
+            user_id = await email_code.use(tx, code, email_code.VERIFICATION)
+            if user_id is None:
+                raise BadLogin
+            await tx.run(
+                "update user_account set email_verified = true, version = version + 1, update_time = moment()"
+                " where id = %s",
+                (user_id,),
+            )
+            await changed(tx, f"users/{user_id}")
+            await tx.run(_forget_attempts, (attempts,))
+            await log_own(tx, key, await records.get(tx, user_id), "email_verified")
+            return False
+
+        return await self._db.transaction(work)
+
+    async def request_password_reset(self, email: str, *, key: Key) -> bool:
+        """Plan a mail with a code, if there is such a user; whether this is a replay.
+
+        Raises LoginThrottled, NoChannel.
+        """
+        if not self._mails:
+            raise NoChannel
+
+        async def work(tx: Transaction) -> bool:
+            if (await claim(tx, key)).replayed:
+                return True
+            # Also for an e-mail of nobody's: then this is what the transaction writes, and takes as long.
+            await _count(tx, _subject("reset", email_key(email)), _REQUESTS_OF_EMAIL)
+            user_id = await tx.row(
+                "select id from user_account where email_key = %s and active", (email_key(email),), str
+            )
+            if user_id is not None:
+                await email_code.plan(tx, user_id, email_code.RESET)
+                # Not by the user: nobody has proved anything.
+                await records.log(tx, key, await records.get(tx, user_id), "password_reset_requested", {})
+            return False
+
+        return await self._db.transaction(work)
+
+    async def reset_password(self, code: str, password: str, *, key: Key) -> bool:
+        """Set the password of the code's user and end all sessions; whether this is a replay.
+
+        Raises BadLogin, LoginThrottled, InvalidField, Overloaded.
+        """
+        if key.name and await acted(self._db, key):
+            return True
+        attempts = await self._attempt_code(key.address)
+        found = await email_code.owner(self._db, code, email_code.RESET)
+        if found is None:
+            raise BadLogin
+        email = (await records.get(self._db, found)).email
+        require_acceptable(password, email, "password")
+        hashed = await self._passwords.hashed(password, key)
+
+        async def work(tx: Transaction) -> bool:
+            if (await claim(tx, key)).replayed:
+                return True
+            user_id = await email_code.use(tx, code, email_code.RESET)
+            user = None if user_id is None else await records.get(tx, user_id, lock=True)
+            if user is None or not user.active:
+                raise BadLogin
+            await tx.run(
+                "update user_account set password_hash = %s, password_expire_time = null, email_verified = true,"
+                " version = version + 1, update_time = moment() where id = %s",
+                (hashed, user.id),
+            )
+            await end_sessions(tx, user.id)
+            await changed(tx, f"users/{user.id}")
+            # Whoever has forgotten the password has tried some.
+            of_email = email_key(user.email)
+            tried = [_subject("reset", of_email), _subject(of_email), _subject(of_email, holder_of(key.address))]
+            await tx.run(_forget_attempts, ([*attempts, *tried],))
+            await log_own(tx, key, await records.get(tx, user.id), "password_reset")
+            return False
+
+        return await self._db.transaction(work)
+
+    async def _attempt_code(self, address: str) -> Sequence[bytes]:
+        """Count the attempt of a code before it is made; what counts it. Raises LoginThrottled."""
+        subject = _subject("code", holder_of(address))
+        await _count(self._db, subject, _FAILURES_OF_ADDRESS)
+        return [subject]
+
     async def _attempt(self, email: str, address: str) -> Sequence[bytes]:
         """Count an attempt before it is made, so that many at once are no more guesses; what counts it.
 
@@ -285,10 +393,7 @@ class Auth:
         """
         subjects = [_subject(email, holder_of(address)), _subject(email)]
         for subject, most in zip(subjects, (_FAILURES_OF_ADDRESS, _FAILURES_OF_ALL), strict=True):
-            counted = await self._db.row(_count_attempt, {"subject": subject, "most": most}, int)
-            if counted is None:
-                seconds = await self._db.row(_wait, (subject,), lambda seconds: seconds)
-                raise LoginThrottled("login", retry_after=max(1.0, seconds or 0.0))
+            await _count(self._db, subject, most)
         return subjects
 
     async def _proved(
@@ -312,6 +417,14 @@ class Auth:
         same = await tx.row(_password_of_user + " for update", (checked.user_id,), _Password)
         if same != checked:
             raise BadLogin
+
+
+async def _count(via: Database | Transaction, subject: bytes, most: int) -> None:
+    """Count an attempt. Raises LoginThrottled if the subject must wait."""
+    counted = await via.row(_count_attempt, {"subject": subject, "most": most}, int)
+    if counted is None:
+        seconds = await via.row(_wait, (subject,), lambda seconds: seconds)
+        raise LoginThrottled("login", retry_after=max(1.0, seconds or 0.0))
 
 
 def _own(caller: Caller, method: str) -> str:

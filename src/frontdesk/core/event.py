@@ -36,7 +36,8 @@ TYPES = frozenset(
         "registration": "processed completed failed",
         "payment": "recorded refunded waived",
         "user": "registered created updated roles_set patient_linked password_changed logged_out refresh_reused"
-        " second_factor_enrolled second_factor_confirmed second_factor_removed second_factor_reset",
+        " second_factor_enrolled second_factor_confirmed second_factor_removed second_factor_reset"
+        " email_verified password_reset_requested password_reset",
         "api_key": "created revoked",
     }.items()
     for verb in verbs.split()

@@ -837,6 +837,20 @@ login_challenge = Table(
 )
 Index("login_challenge_user_id_idx", login_challenge.c.user_id)
 
+# Codes that were sent by mail, as SHA-256: for a new password, or to show that the e-mail is the user's. Made when the
+# mail is sent, so that no code waits in a table.
+email_code = Table(
+    "email_code",
+    metadata,
+    Column("hash", LargeBinary, nullable=False),
+    Column("user_id", Uuid, ForeignKey("user_account.id"), nullable=False),
+    # The kind of the notification that had it.
+    Column("kind", Text, nullable=False),
+    Column("expire_time", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("hash"),
+)
+Index("email_code_user_id_idx", email_code.c.user_id)
+
 # The public halves of the keys with which the processes sign access tokens.
 signing_key = Table(
     "signing_key",

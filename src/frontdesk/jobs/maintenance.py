@@ -39,6 +39,10 @@ _holds = """
 delete from hold where ctid = any (array(
     select ctid from hold where expire_time < moment() - interval '7 days' limit %s for update skip locked))
 """
+_email_codes = """
+delete from email_code where ctid = any (array(
+    select ctid from email_code where expire_time < moment() limit %s for update skip locked))
+"""
 _rate_windows = """
 delete from rate_window where ctid = any (array(
     select ctid from rate_window where minute < clock_timestamp() - interval '1 hour' limit %s for update skip locked))
@@ -71,7 +75,16 @@ async def clean(db: Database, *, keep_keys_seconds: float, keep_audit_seconds: f
     A retry whose key was deleted acts again. Raises DatabaseUnavailable.
     """
     keys = await _delete_in_batches(db, _keys, (keep_keys_seconds, BATCH))
-    for statement in (_access_changes, _sessions, _login_attempts, _challenges, _holds, _rate_windows, _signing_keys):
+    for statement in (
+        _access_changes,
+        _sessions,
+        _login_attempts,
+        _challenges,
+        _holds,
+        _email_codes,
+        _rate_windows,
+        _signing_keys,
+    ):
         await _delete_in_batches(db, statement, (BATCH,))
     audit_events = 0
     while deleted := await db.row("select delete_old_log(%s, %s)", (keep_audit_seconds, BATCH), int):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import psycopg
 import structlog
 
+from frontdesk.core import email_code
 from frontdesk.core.event import Event, advance_reader, read_events, reader_position
 from frontdesk.core.notification import READER, Outgoing, Unsent
 from frontdesk.db.database import Database, Transaction
@@ -211,9 +212,13 @@ class Sender:
         probes = self._circuit.open
         try:
             async with asyncio.timeout(SEND_SECONDS):
-                await self._channel.send(one, "")
+                code = "" if one.user_id is None else await email_code.make(self._db, one.user_id, one.kind)
+                await self._channel.send(one, code)
         except Unsent as unsent:
             await self._failed(one, unsent, probes)
+        except Refused:
+            # Our own database.
+            await self._failed(one, Unsent("DATABASE_UNAVAILABLE"), probes)
         except TimeoutError:
             await self._failed(one, Unsent("TIMEOUT", away=True, perhaps=True), probes)
         except Exception as error:

@@ -98,6 +98,7 @@ class Worker:
             tokens,
             Issuers([_issuer(one) for one in settings.issuers]),
             user_requests_per_minute=settings.user_requests_per_minute,
+            mails=settings.smtp_url is not None,
         )
         self._limits = Limits(self._db)
         self._notes = Notes(self._db)

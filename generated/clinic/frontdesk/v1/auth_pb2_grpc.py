@@ -94,6 +94,21 @@ class AuthServiceStub:
                 request_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RemoveSecondFactorRequest.SerializeToString,
                 response_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RemoveSecondFactorResponse.FromString,
                 _registered_method=True)
+        self.VerifyEmail = channel.unary_unary(
+                '/clinic.frontdesk.v1.AuthService/VerifyEmail',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.VerifyEmailRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.VerifyEmailResponse.FromString,
+                _registered_method=True)
+        self.RequestPasswordReset = channel.unary_unary(
+                '/clinic.frontdesk.v1.AuthService/RequestPasswordReset',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RequestPasswordResetRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RequestPasswordResetResponse.FromString,
+                _registered_method=True)
+        self.ResetPassword = channel.unary_unary(
+                '/clinic.frontdesk.v1.AuthService/ResetPassword',
+                request_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ResetPasswordRequest.SerializeToString,
+                response_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ResetPasswordResponse.FromString,
+                _registered_method=True)
 
 
 class AuthServiceServicer:
@@ -195,6 +210,32 @@ class AuthServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def VerifyEmail(self, request, context):
+        """Shows that the e-mail is the user's, by the code that RegisterUser has sent there. A login sends another one if the
+        last one is older than an hour. Errors: BAD_LOGIN if the code is wrong, used or older than an hour, LOGIN_THROTTLED
+        after five wrong ones in a row from one address.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RequestPasswordReset(self, request, context):
+        """Sends a code for a new password to the e-mail of an active user. The answer is the same, in the same time, if there
+        is none. Errors: LOGIN_THROTTLED after five requests for one e-mail, NO_CHANNEL if the service sends no mail.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResetPassword(self, request, context):
+        """Sets a new password by the code that RequestPasswordReset has sent, and ends all sessions of the user: then log in. A
+        second factor stays. It also shows that the e-mail is the user's. Errors: BAD_LOGIN if the code is wrong, used or
+        older than an hour, LOGIN_THROTTLED after five wrong ones in a row from one address.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuthServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -252,6 +293,21 @@ def add_AuthServiceServicer_to_server(servicer, server):
                     servicer.RemoveSecondFactor,
                     request_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RemoveSecondFactorRequest.FromString,
                     response_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RemoveSecondFactorResponse.SerializeToString,
+            ),
+            'VerifyEmail': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyEmail,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.VerifyEmailRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.VerifyEmailResponse.SerializeToString,
+            ),
+            'RequestPasswordReset': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequestPasswordReset,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RequestPasswordResetRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RequestPasswordResetResponse.SerializeToString,
+            ),
+            'ResetPassword': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetPassword,
+                    request_deserializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ResetPasswordRequest.FromString,
+                    response_serializer=clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ResetPasswordResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -556,6 +612,87 @@ class AuthService:
             '/clinic.frontdesk.v1.AuthService/RemoveSecondFactor',
             clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RemoveSecondFactorRequest.SerializeToString,
             clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RemoveSecondFactorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyEmail(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AuthService/VerifyEmail',
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.VerifyEmailRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.VerifyEmailResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequestPasswordReset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AuthService/RequestPasswordReset',
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RequestPasswordResetRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.RequestPasswordResetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetPassword(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clinic.frontdesk.v1.AuthService/ResetPassword',
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ResetPasswordRequest.SerializeToString,
+            clinic_dot_frontdesk_dot_v1_dot_auth__pb2.ResetPasswordResponse.FromString,
             options,
             channel_credentials,
             insecure,

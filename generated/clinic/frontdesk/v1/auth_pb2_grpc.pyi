@@ -84,6 +84,20 @@ class AuthServiceStub:
     """Removes the caller's second factor. Errors: BAD_LOGIN if the password or the code is wrong, LOGIN_THROTTLED,
     SECOND_FACTOR_STATE if the caller has none, ROLE_REQUIRED if the caller is no user.
     """
+    VerifyEmail: _grpc.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]
+    """Shows that the e-mail is the user's, by the code that RegisterUser has sent there. A login sends another one if the
+    last one is older than an hour. Errors: BAD_LOGIN if the code is wrong, used or older than an hour, LOGIN_THROTTLED
+    after five wrong ones in a row from one address.
+    """
+    RequestPasswordReset: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RequestPasswordResetRequest, _auth_pb2.RequestPasswordResetResponse]
+    """Sends a code for a new password to the e-mail of an active user. The answer is the same, in the same time, if there
+    is none. Errors: LOGIN_THROTTLED after five requests for one e-mail, NO_CHANNEL if the service sends no mail.
+    """
+    ResetPassword: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ResetPasswordRequest, _auth_pb2.ResetPasswordResponse]
+    """Sets a new password by the code that RequestPasswordReset has sent, and ends all sessions of the user: then log in. A
+    second factor stays. It also shows that the e-mail is the user's. Errors: BAD_LOGIN if the code is wrong, used or
+    older than an hour, LOGIN_THROTTLED after five wrong ones in a row from one address.
+    """
 
 @_typing.type_check_only
 class AuthServiceAsyncStub(AuthServiceStub):
@@ -140,6 +154,20 @@ class AuthServiceAsyncStub(AuthServiceStub):
     RemoveSecondFactor: _aio.UnaryUnaryMultiCallable[_auth_pb2.RemoveSecondFactorRequest, _auth_pb2.RemoveSecondFactorResponse]  # type: ignore[assignment]
     """Removes the caller's second factor. Errors: BAD_LOGIN if the password or the code is wrong, LOGIN_THROTTLED,
     SECOND_FACTOR_STATE if the caller has none, ROLE_REQUIRED if the caller is no user.
+    """
+    VerifyEmail: _aio.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]  # type: ignore[assignment]
+    """Shows that the e-mail is the user's, by the code that RegisterUser has sent there. A login sends another one if the
+    last one is older than an hour. Errors: BAD_LOGIN if the code is wrong, used or older than an hour, LOGIN_THROTTLED
+    after five wrong ones in a row from one address.
+    """
+    RequestPasswordReset: _aio.UnaryUnaryMultiCallable[_auth_pb2.RequestPasswordResetRequest, _auth_pb2.RequestPasswordResetResponse]  # type: ignore[assignment]
+    """Sends a code for a new password to the e-mail of an active user. The answer is the same, in the same time, if there
+    is none. Errors: LOGIN_THROTTLED after five requests for one e-mail, NO_CHANNEL if the service sends no mail.
+    """
+    ResetPassword: _aio.UnaryUnaryMultiCallable[_auth_pb2.ResetPasswordRequest, _auth_pb2.ResetPasswordResponse]  # type: ignore[assignment]
+    """Sets a new password by the code that RequestPasswordReset has sent, and ends all sessions of the user: then log in. A
+    second factor stays. It also shows that the e-mail is the user's. Errors: BAD_LOGIN if the code is wrong, used or
+    older than an hour, LOGIN_THROTTLED after five wrong ones in a row from one address.
     """
 
 class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -260,6 +288,38 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_auth_pb2.RemoveSecondFactorResponse, _abc.Awaitable[_auth_pb2.RemoveSecondFactorResponse]]:
         """Removes the caller's second factor. Errors: BAD_LOGIN if the password or the code is wrong, LOGIN_THROTTLED,
         SECOND_FACTOR_STATE if the caller has none, ROLE_REQUIRED if the caller is no user.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifyEmail(
+        self,
+        request: _auth_pb2.VerifyEmailRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.VerifyEmailResponse, _abc.Awaitable[_auth_pb2.VerifyEmailResponse]]:
+        """Shows that the e-mail is the user's, by the code that RegisterUser has sent there. A login sends another one if the
+        last one is older than an hour. Errors: BAD_LOGIN if the code is wrong, used or older than an hour, LOGIN_THROTTLED
+        after five wrong ones in a row from one address.
+        """
+
+    @_abc_1.abstractmethod
+    def RequestPasswordReset(
+        self,
+        request: _auth_pb2.RequestPasswordResetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RequestPasswordResetResponse, _abc.Awaitable[_auth_pb2.RequestPasswordResetResponse]]:
+        """Sends a code for a new password to the e-mail of an active user. The answer is the same, in the same time, if there
+        is none. Errors: LOGIN_THROTTLED after five requests for one e-mail, NO_CHANNEL if the service sends no mail.
+        """
+
+    @_abc_1.abstractmethod
+    def ResetPassword(
+        self,
+        request: _auth_pb2.ResetPasswordRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ResetPasswordResponse, _abc.Awaitable[_auth_pb2.ResetPasswordResponse]]:
+        """Sets a new password by the code that RequestPasswordReset has sent, and ends all sessions of the user: then log in. A
+        second factor stays. It also shows that the e-mail is the user's. Errors: BAD_LOGIN if the code is wrong, used or
+        older than an hour, LOGIN_THROTTLED after five wrong ones in a row from one address.
         """
 
 def add_AuthServiceServicer_to_server(servicer: AuthServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

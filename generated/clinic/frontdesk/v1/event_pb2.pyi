@@ -80,7 +80,7 @@ class Event(_message.Message):
     `registration.processed`, `completed`, `failed`; `payment.recorded`, `refunded`, `waived`;
     `user.registered`, `created`, `updated`, `roles_set`, `patient_linked`, `password_changed`, `logged_out`,
     `refresh_reused`, `second_factor_enrolled`, `second_factor_confirmed`, `second_factor_removed`,
-    `second_factor_reset`; `api_key.created`, `revoked`.
+    `second_factor_reset`, `email_verified`, `password_reset_requested`, `password_reset`; `api_key.created`, `revoked`.
     A move between two doctor-days is two events, of each day one. Later releases add types.
     """
     actor: _builtins.str

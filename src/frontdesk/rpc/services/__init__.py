@@ -11,7 +11,7 @@ from frontdesk.core.doctor import Doctors
 from frontdesk.core.event import Events
 from frontdesk.core.hold import Holds
 from frontdesk.core.leave import Leaves
-from frontdesk.core.notification import Notifications
+from frontdesk.core.notification import EMAIL, Notifications
 from frontdesk.core.password import Passwords
 from frontdesk.core.patient import Patients
 from frontdesk.core.queue import Queues
@@ -65,7 +65,7 @@ def servicers(
         AppointmentServicer(appointments, Holds(db)),
         QueueServicer(Queues(db, appointments, feed.paces), feed, watchers),
         EventServicer(events, tail, watchers),
-        AuthServicer(Auth(db, passwords, sessions, patients), sessions),
+        AuthServicer(Auth(db, passwords, sessions, patients, mails=EMAIL in channels), sessions),
         AccessServicer(Users(db, passwords), ApiKeys(db)),
         AuditServicer(Audit(db)),
         NotificationServicer(Notifications(db, channels)),

@@ -119,6 +119,20 @@ class AuthServicer:
         )
         return pb.ChangePasswordResponse(session=_to_session(change.result), replayed=change.replayed)
 
+    async def VerifyEmail(self, request: pb.VerifyEmailRequest, call: Call) -> pb.VerifyEmailResponse:
+        replayed = await self._auth.verify_email(request.code, key=key_of(request, call))
+        return pb.VerifyEmailResponse(replayed=replayed)
+
+    async def RequestPasswordReset(
+        self, request: pb.RequestPasswordResetRequest, call: Call
+    ) -> pb.RequestPasswordResetResponse:
+        replayed = await self._auth.request_password_reset(request.email, key=key_of(request, call))
+        return pb.RequestPasswordResetResponse(replayed=replayed)
+
+    async def ResetPassword(self, request: pb.ResetPasswordRequest, call: Call) -> pb.ResetPasswordResponse:
+        replayed = await self._auth.reset_password(request.code, request.password, key=key_of(request, call))
+        return pb.ResetPasswordResponse(replayed=replayed)
+
     async def EnrollSecondFactor(
         self, request: pb.EnrollSecondFactorRequest, call: Call
     ) -> pb.EnrollSecondFactorResponse:

@@ -727,6 +727,16 @@ def upgrade() -> None:
         sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
         sa.PrimaryKeyConstraint("patient_id", name="contact_preferences_pkey"),
     )
+    op.create_table(
+        "email_code",
+        sa.Column("hash", sa.LargeBinary(), nullable=False),
+        sa.Column("user_id", sa.Uuid(), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("expire_time", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(["user_id"], ["user_account.id"], name="email_code_user_id_fkey"),
+        sa.PrimaryKeyConstraint("hash", name="email_code_pkey"),
+    )
+    op.create_index("email_code_user_id_idx", "email_code", ["user_id"], unique=False)
     # Nobody is told of what was changed before there were notifications.
     op.execute("insert into log_reader (name, position) select 'notifications', coalesce(max(position), 0) from seal")
 
