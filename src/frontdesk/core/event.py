@@ -50,6 +50,9 @@ MERGED = "patient.merged"
 SCANNED = 20_000
 """The rows of the log that one call looks at, at most."""
 
+AT_ONCE = 250
+"""The most events that are read at once: some milliseconds of work."""
+
 _OF_USERS = ("user.", "api_key.")
 _FORM = struct.Struct(">BQ")
 _VERSION = 1
@@ -129,19 +132,27 @@ class Event(NamedTuple):
     @property
     def texts(self) -> dict[str, str]:
         """More of the change by name, as readers are told it: ids, states and times as text."""
-        found = {} if self.data is None else {name: _text(value) for name, value in self.data.items()}
+        found = {}
+        for name, value in (self.data or {}).items():
+            if value.__class__ is not str:
+                value = _text(value)
+            if value:
+                found[name] = value
         if self.queue_state is not None:
-            found |= {name: _text(value) for name in _OF_ENTRY if (value := getattr(self, name)) is not None}
-        return {name: value for name, value in found.items() if value}
+            for name, value in zip(_OF_ENTRY, (self.queue_state, *self[_AFTER_DATA:]), strict=True):
+                if value is not None:
+                    found[name] = value if value.__class__ is str else _text(value)
+        return found
 
 
-_OF_ENTRY = ("queue_state", "ticket", "call_count", "priority", "check_in_time", "call_time", "start_visit_time")
+_AFTER_DATA = Event._fields.index("data") + 1
+_OF_ENTRY = ("queue_state", *Event._fields[_AFTER_DATA:])
 
 
 def _text(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    if isinstance(value, bool):
+    if value is None:
+        return ""
+    if value.__class__ is bool:
         return "true" if value else "false"
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
@@ -311,6 +322,21 @@ class Events:
         found = await self._db.row(_place, (keep_seconds,), Cursor.at)
         assert found is not None
         return found
+
+    async def list(self, after: Cursor, reach: Reach, size: int, *, resumes: bool) -> Pages:
+        """At most `size` events of a bounded stretch of the log. Raises as `read`."""
+        events: list[Event] = []
+        end, scanned = after, 0
+        while True:
+            # In parts, so that other calls of this process get their turns.
+            part = await self.read(
+                end, reach, min(size - len(events), AT_ONCE), rows=SCANNED - scanned, resumes=resumes and not scanned
+            )
+            scanned += part.end.position - end.position
+            events += part.events
+            end = part.end
+            if len(events) == size or end.position >= part.last or scanned >= SCANNED:
+                return Pages(events, end, part.last)
 
     async def read(
         self, after: Cursor, reach: Reach, size: int, *, rows: int = SCANNED, resumes: bool = False

@@ -12,7 +12,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple
 
-from frontdesk.core.event import EVERYTHING, MERGED, Cursor, Event, Events, Reach, patients_of
+from frontdesk.core.event import AT_ONCE, EVERYTHING, MERGED, Cursor, Event, Events, Reach, patients_of
 from frontdesk.errors import CursorGone
 from frontdesk.live.hints import SEALED, Hints
 from frontdesk.live.watcher import Watcher
@@ -23,8 +23,8 @@ POLL_SECONDS = 0.25
 
 _KEPT = 2_000
 """Events that the tailer keeps for its readers: more than can come between two looks of one that keeps up."""
-_AT_ONCE = 500
-"""Events that are read at once."""
+SLICE = 50
+"""Events that are serialised without a pause: others want their turn."""
 _MOST_READING = 2
 """Readers that are behind and read at once: calls need the connections too."""
 
@@ -82,8 +82,8 @@ class Tail:
         Raises CursorLost, CursorTooOld, DatabaseUnavailable.
         """
         async with self._reading:
-            found = await self._events.read(after, reach, _AT_ONCE, resumes=resumes)
-        return self._tell(found.events), found.end, found.last
+            found = await self._events.read(after, reach, AT_ONCE, resumes=resumes)
+            return await self._tell(found.events), found.end, found.last
 
     def has(self, place: Cursor) -> bool:
         """Whether everything after this place is kept, or still to come."""
@@ -93,8 +93,8 @@ class Tail:
         """What is kept after this place, but at most so much as is read at once; up to where; whether there is more."""
         assert self.end is not None
         first = bisect_right(self._positions, place.position)
-        found = self._told[first : first + _AT_ONCE]
-        if first + _AT_ONCE < len(self._told):
+        found = self._told[first : first + AT_ONCE]
+        if first + AT_ONCE < len(self._told):
             return found, found[-1].event.cursor, True
         return found, max(self.end, place), False
 
@@ -119,8 +119,13 @@ class Tail:
             if not readers:
                 del self._readers[key]
 
-    def _tell(self, events: Sequence[Event]) -> Sequence[Told]:
-        return [Told(event, self._serialise(event)) for event in events]
+    async def _tell(self, events: Sequence[Event]) -> Sequence[Told]:
+        told: list[Told] = []
+        for first in range(0, len(events), SLICE):
+            if first:
+                await asyncio.sleep(0)
+            told += [Told(event, self._serialise(event)) for event in events[first : first + SLICE]]
+        return told
 
     async def _follow(self) -> None:
         while True:
@@ -146,7 +151,7 @@ class Tail:
     async def _read(self, end: Cursor) -> bool:
         """Read what follows; whether there is more."""
         try:
-            found = await self._events.read(end, EVERYTHING, _AT_ONCE)
+            found = await self._events.read(end, EVERYTHING, AT_ONCE)
         except CursorGone:
             # Another database has taken the place of this one. The readers look for their places, and are told.
             self._forget()
@@ -155,7 +160,8 @@ class Tail:
             return False
         if found.end != end:
             before = end
-            self._told += self._tell(found.events)
+            told = await self._tell(found.events)
+            self._told += told
             self._positions += [event.position for event in found.events]
             self.end = found.end
             if len(self._told) > 2 * _KEPT:

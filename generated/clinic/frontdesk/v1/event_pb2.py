@@ -30,7 +30,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.type import date_pb2 as google_dot_type_dot_date__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63linic/frontdesk/v1/event.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/queue.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\"\xf3\x02\n\x05\x45vent\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\x12\x0c\n\x04type\x18\x03 \x01(\t\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x05 \x01(\t\x12\x10\n\x08resource\x18\x06 \x01(\t\x12\x11\n\tclinic_id\x18\x07 \x01(\t\x12\x11\n\tdoctor_id\x18\x08 \x01(\t\x12\x12\n\npatient_id\x18\t \x01(\t\x12\x16\n\x0e\x61ppointment_id\x18\n \x01(\t\x12\x0f\n\x07slot_id\x18\x0b \x01(\t\x12\x1f\n\x04\x64\x61te\x18\x0c \x01(\x0b\x32\x11.google.type.Date\x12\x10\n\x08revision\x18\r \x01(\x03\x12\x32\n\x04\x64\x61ta\x18\x0e \x03(\x0b\x32$.clinic.frontdesk.v1.Event.DataEntry\x1a+\n\tDataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\" \n\x0e\x45ventHeartbeat\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\"\xf1\x01\n\x11ListEventsRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\"\n\x06\x63ursor\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\x12\x12\n\nfrom_start\x18\x03 \x01(\x08\x12\'\n\x05types\x18\x04 \x03(\tB\x18\xbaH\x15\x92\x01\x12\x10\x64\"\x0er\x0c\x18\x64\x32\x08^[ -~]*$\x12\x1e\n\tclinic_id\x18\x05 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x06 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\npatient_id\x18\x07 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"P\n\x12ListEventsResponse\x12*\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1a.clinic.frontdesk.v1.Event\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"\x8d\x02\n\x12WatchEventsRequest\x12\"\n\x06\x63ursor\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\x12\x12\n\nfrom_start\x18\x02 \x01(\x08\x12\'\n\x05types\x18\x03 \x03(\tB\x18\xbaH\x15\x92\x01\x12\x10\x64\"\x0er\x0c\x18\x64\x32\x08^[ -~]*$\x12\x1e\n\tclinic_id\x18\x04 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x05 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\npatient_id\x18\x06 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x35\n\x12heartbeat_interval\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xbe\x01\n\x13WatchEventsResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1a.clinic.frontdesk.v1.EventH\x00\x12\x38\n\theartbeat\x18\x02 \x01(\x0b\x32#.clinic.frontdesk.v1.EventHeartbeatH\x00\x12\x35\n\x07\x63losing\x18\x03 \x01(\x0b\x32\".clinic.frontdesk.v1.StreamClosingH\x00\x42\t\n\x07\x63ontent2\xe9\x01\n\x0c\x45ventService\x12i\n\nListEvents\x12&.clinic.frontdesk.v1.ListEventsRequest\x1a\'.clinic.frontdesk.v1.ListEventsResponse\"\n\xd2\xb5\x18\x06\x18\x02 \x02(\x02\x12n\n\x0bWatchEvents\x12\'.clinic.frontdesk.v1.WatchEventsRequest\x1a(.clinic.frontdesk.v1.WatchEventsResponse\"\n\xd2\xb5\x18\x06\x18\x02 \x02(\x02\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63linic/frontdesk/v1/event.proto\x12\x13\x63linic.frontdesk.v1\x1a\x1b\x62uf/validate/validate.proto\x1a clinic/frontdesk/v1/policy.proto\x1a\x1f\x63linic/frontdesk/v1/queue.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16google/type/date.proto\"\xf3\x02\n\x05\x45vent\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\x12\x0c\n\x04type\x18\x03 \x01(\t\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x05 \x01(\t\x12\x10\n\x08resource\x18\x06 \x01(\t\x12\x11\n\tclinic_id\x18\x07 \x01(\t\x12\x11\n\tdoctor_id\x18\x08 \x01(\t\x12\x12\n\npatient_id\x18\t \x01(\t\x12\x16\n\x0e\x61ppointment_id\x18\n \x01(\t\x12\x0f\n\x07slot_id\x18\x0b \x01(\t\x12\x1f\n\x04\x64\x61te\x18\x0c \x01(\x0b\x32\x11.google.type.Date\x12\x10\n\x08revision\x18\r \x01(\x03\x12\x32\n\x04\x64\x61ta\x18\x0e \x03(\x0b\x32$.clinic.frontdesk.v1.Event.DataEntry\x1a+\n\tDataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"8\n\nEventBatch\x12*\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1a.clinic.frontdesk.v1.Event\" \n\x0e\x45ventHeartbeat\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\"\xf1\x01\n\x11ListEventsRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\"\n\x06\x63ursor\x18\x02 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\x12\x12\n\nfrom_start\x18\x03 \x01(\x08\x12\'\n\x05types\x18\x04 \x03(\tB\x18\xbaH\x15\x92\x01\x12\x10\x64\"\x0er\x0c\x18\x64\x32\x08^[ -~]*$\x12\x1e\n\tclinic_id\x18\x05 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x06 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\npatient_id\x18\x07 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"P\n\x12ListEventsResponse\x12*\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1a.clinic.frontdesk.v1.Event\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"\xaa\x02\n\x12WatchEventsRequest\x12\"\n\x06\x63ursor\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x18\x80\x08\x32\x08^[ -~]*$\x12\x12\n\nfrom_start\x18\x02 \x01(\x08\x12\'\n\x05types\x18\x03 \x03(\tB\x18\xbaH\x15\x92\x01\x12\x10\x64\"\x0er\x0c\x18\x64\x32\x08^[ -~]*$\x12\x1e\n\tclinic_id\x18\x04 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1e\n\tdoctor_id\x18\x05 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\npatient_id\x18\x06 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x35\n\x12heartbeat_interval\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\nbatch_size\x18\x08 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\"\xf0\x01\n\x13WatchEventsResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1a.clinic.frontdesk.v1.EventH\x00\x12\x38\n\theartbeat\x18\x02 \x01(\x0b\x32#.clinic.frontdesk.v1.EventHeartbeatH\x00\x12\x35\n\x07\x63losing\x18\x03 \x01(\x0b\x32\".clinic.frontdesk.v1.StreamClosingH\x00\x12\x30\n\x05\x62\x61tch\x18\x04 \x01(\x0b\x32\x1f.clinic.frontdesk.v1.EventBatchH\x00\x42\t\n\x07\x63ontent2\xe9\x01\n\x0c\x45ventService\x12i\n\nListEvents\x12&.clinic.frontdesk.v1.ListEventsRequest\x1a\'.clinic.frontdesk.v1.ListEventsResponse\"\n\xd2\xb5\x18\x06\x18\x02 \x02(\x02\x12n\n\x0bWatchEvents\x12\'.clinic.frontdesk.v1.WatchEventsRequest\x1a(.clinic.frontdesk.v1.WatchEventsResponse\"\n\xd2\xb5\x18\x06\x18\x02 \x02(\x02\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -61,6 +61,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHEVENTSREQUEST'].fields_by_name['doctor_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_WATCHEVENTSREQUEST'].fields_by_name['patient_id']._loaded_options = None
   _globals['_WATCHEVENTSREQUEST'].fields_by_name['patient_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
+  _globals['_WATCHEVENTSREQUEST'].fields_by_name['batch_size']._loaded_options = None
+  _globals['_WATCHEVENTSREQUEST'].fields_by_name['batch_size']._serialized_options = b'\272H\004\032\002(\000'
   _globals['_EVENTSERVICE'].methods_by_name['ListEvents']._loaded_options = None
   _globals['_EVENTSERVICE'].methods_by_name['ListEvents']._serialized_options = b'\322\265\030\006\030\002 \002(\002'
   _globals['_EVENTSERVICE'].methods_by_name['WatchEvents']._loaded_options = None
@@ -69,16 +71,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVENT']._serialized_end=613
   _globals['_EVENT_DATAENTRY']._serialized_start=570
   _globals['_EVENT_DATAENTRY']._serialized_end=613
-  _globals['_EVENTHEARTBEAT']._serialized_start=615
-  _globals['_EVENTHEARTBEAT']._serialized_end=647
-  _globals['_LISTEVENTSREQUEST']._serialized_start=650
-  _globals['_LISTEVENTSREQUEST']._serialized_end=891
-  _globals['_LISTEVENTSRESPONSE']._serialized_start=893
-  _globals['_LISTEVENTSRESPONSE']._serialized_end=973
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=976
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=1245
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1248
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1438
-  _globals['_EVENTSERVICE']._serialized_start=1441
-  _globals['_EVENTSERVICE']._serialized_end=1674
+  _globals['_EVENTBATCH']._serialized_start=615
+  _globals['_EVENTBATCH']._serialized_end=671
+  _globals['_EVENTHEARTBEAT']._serialized_start=673
+  _globals['_EVENTHEARTBEAT']._serialized_end=705
+  _globals['_LISTEVENTSREQUEST']._serialized_start=708
+  _globals['_LISTEVENTSREQUEST']._serialized_end=949
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=951
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=1031
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=1034
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1332
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1335
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1575
+  _globals['_EVENTSERVICE']._serialized_start=1578
+  _globals['_EVENTSERVICE']._serialized_end=1811
 # @@protoc_insertion_point(module_scope)

@@ -1,13 +1,20 @@
 """clinic.frontdesk.v1.EventService."""
 
+import asyncio
 import time
+from collections.abc import Sequence
+from datetime import UTC, date, datetime
+from functools import lru_cache
 from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.type.date_pb2 import Date
 
 from clinic.frontdesk.v1 import event_pb2 as pb
 from clinic.frontdesk.v1.queue_pb2 import StreamClosing
 from frontdesk.core.event import Cursor, Event, EventFilter, Events, Reach
 from frontdesk.errors import InvalidField
-from frontdesk.live.tail import Tail
+from frontdesk.live.tail import SLICE, Tail
 from frontdesk.live.watcher import Watchers
 from frontdesk.rpc import stream
 from frontdesk.rpc.convert import DEFAULT_PAGE, date_to, id_or_none
@@ -16,19 +23,30 @@ from frontdesk.rpc.pipeline import Call
 MOST_PAGE = 1_000
 """A page of so many events is some 600 kB, well below what clients take by default."""
 
+MOST_BATCH = 500
+
 PREFIX = "clinic.frontdesk.v1."
 """Of every type on the wire."""
 
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@lru_cache(1_000)
+def _date_to(day: date) -> Date:
+    return date_to(day)
+
+
 def to_event(event: Event) -> pb.Event:
     """The message of an event."""
-    # Protobuf takes an instant, and None for what is not there, as the types do not say.
+    since = event.time - _EPOCH
+    # Protobuf takes None for what is not there, as the types do not say.
     message: Any = pb.Event
     found: pb.Event = message(
         id=event.id,
         cursor=event.cursor.encode(),
         type=PREFIX + event.type,
-        time=event.time,
+        time=Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1_000),
         actor=event.actor,
         resource=event.resource,
         clinic_id=event.clinic_id,
@@ -36,16 +54,37 @@ def to_event(event: Event) -> pb.Event:
         patient_id=event.patient_id,
         appointment_id=event.appointment_id,
         slot_id=event.slot_id,
-        date=None if event.date is None else date_to(event.date),
+        date=None if event.date is None else _date_to(event.date),
         revision=event.revision,
         data=event.texts,
     )
     return found
 
 
+def _part(number: int, content: bytes) -> bytes:
+    """A field with a message of this content, as protobuf writes it."""
+    found = bytearray([number << 3 | 2])
+    size = len(content)
+    while size > 127:
+        found.append(size & 127 | 128)
+        size >>= 7
+    found.append(size)
+    return bytes(found + content)
+
+
+_EVENT, _BATCH = pb.WatchEventsResponse.EVENT_FIELD_NUMBER, pb.WatchEventsResponse.BATCH_FIELD_NUMBER
+# So the same bytes are a message of the stream, an element of a batch and one of a page.
+assert pb.EventBatch.EVENTS_FIELD_NUMBER == pb.ListEventsResponse.EVENTS_FIELD_NUMBER == _EVENT
+
+
 def message_of(event: Event) -> bytes:
     """The event as a message of a stream."""
-    return pb.WatchEventsResponse(event=to_event(event)).SerializeToString()
+    return _part(_EVENT, to_event(event).SerializeToString())
+
+
+def batch_of(messages: Sequence[bytes]) -> bytes:
+    """Several events as one message of a stream."""
+    return _part(_BATCH, b"".join(messages))
 
 
 class EventServicer:
@@ -61,14 +100,20 @@ class EventServicer:
     async def ListEvents(self, request: pb.ListEventsRequest, call: Call) -> pb.ListEventsResponse:
         reach, given = await self._reach(request, call), _cursor(request)
         size = min(request.page_size or DEFAULT_PAGE, MOST_PAGE)
-        found = await self._events.read(given or await self._events.start(), reach, size, resumes=given is not None)
-        return pb.ListEventsResponse(events=map(to_event, found.events), cursor=found.end.encode())
+        found = await self._events.list(given or await self._events.start(), reach, size, resumes=given is not None)
+        answer = pb.ListEventsResponse(cursor=found.end.encode())
+        for first in range(0, len(found.events), SLICE):
+            if first:
+                await asyncio.sleep(0)
+            answer.events.extend(map(to_event, found.events[first : first + SLICE]))
+        return answer
 
     async def WatchEvents(self, request: pb.WatchEventsRequest, call: Call) -> None:
         self._watchers.require_room(call.identity)
         reach, place = await self._reach(request, call), _cursor(request)
         heartbeat = stream.heartbeat_seconds(request)
         ends, reason = stream.end_of(call.identity)
+        batch = min(max(request.batch_size, 1), MOST_BATCH)
         resumes = place is not None
         if place is None:
             place = await (self._events.start() if request.from_start else self._events.now())
@@ -84,19 +129,22 @@ class EventServicer:
                 if await call.judged_anew():
                     reader.reach = await self._reach(request, call)
                 sent = reader.place
-                told = None
-                for told in await reader.read():
+                told = await reader.read()
+                for first in range(0, len(told), batch):
                     if self._watchers.draining or time.monotonic() >= looks:
                         reader.back_to(sent)
                         break
-                    await stream.write(call, told.message)
-                    sent = told.event.cursor
-                if told is None and silent_until <= time.monotonic():
+                    several = told[first : first + batch]
+                    await stream.write(
+                        call, several[0].message if batch == 1 else batch_of([one.message for one in several])
+                    )
+                    sent = several[-1].event.cursor
+                now = time.monotonic()
+                if not told and silent_until <= now:
                     await stream.write(call, _heartbeat(reader.place))
-                    silent_until = time.monotonic() + heartbeat
-                elif told is not None:
-                    silent_until = time.monotonic() + heartbeat
-                await reader.news(min(silent_until, looks) - time.monotonic())
+                if told or silent_until <= now:
+                    silent_until = now + heartbeat
+                await reader.news(min(silent_until, looks) - now)
             closing = stream.closing(StreamClosing.REASON_DRAINING if self._watchers.draining else reason)
             await stream.write(call, pb.WatchEventsResponse(closing=closing).SerializeToString())
 
