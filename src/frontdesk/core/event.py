@@ -268,7 +268,7 @@ class Pages(NamedTuple):
 EVERYTHING = Reach(True, None, None, None, None, None)
 """Every event."""
 
-_place = "select * from event_place(%s)"
+_place = "select position, chain, waiting::text[] from event_place(%s)"
 _stretch = "select * from read_stretch(%s, %s, %s, %s, %s, %s, %s::text[], %s::uuid[], %s::uuid, %s::uuid, %s::uuid[])"
 _same_record = "select same_record(%s)::text[]"
 _elsewhere = """
@@ -312,14 +312,22 @@ class Events:
 
     async def start(self) -> Cursor:
         """The place before the oldest event that is kept."""
-        return await self._place(self._keep_seconds)
+        place, _ = await self._place(self._keep_seconds)
+        return place
 
     async def now(self) -> Cursor:
         """The present end of the log."""
+        place, _ = await self.from_now()
+        return place
+
+    async def from_now(self) -> tuple[Cursor, Collection[str]]:
+        """The present end, and the ids of changes that come after it although they were made before."""
         return await self._place(None)
 
-    async def _place(self, keep_seconds: float | None) -> Cursor:
-        found = await self._db.row(_place, (keep_seconds,), Cursor.at)
+    async def _place(self, keep_seconds: float | None) -> tuple[Cursor, Collection[str]]:
+        found = await self._db.row(
+            _place, (keep_seconds,), lambda position, chain, waiting: (Cursor.at(position, chain), waiting or ())
+        )
         assert found is not None
         return found
 

@@ -6,7 +6,7 @@ nothing else. One that is behind what the tailer keeps reads pages from the data
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -98,12 +98,13 @@ class Tail:
             return found, found[-1].event.cursor, True
         return found, max(self.end, place), False
 
-    def reader(self, place: Cursor, reach: Reach, *, resumes: bool) -> "Reader":
+    def reader(self, place: Cursor, reach: Reach, *, resumes: bool, without: Collection[str] = ()) -> "Reader":
         """Read from this place on until the end of the `with` block that this begins.
 
-        `resumes`: the reader has come with the place, so he is told if he has missed something.
+        `resumes`: the reader has come with the place, so he is told if he has missed something. `without` are the ids
+        of events that he is not shown.
         """
-        return Reader(self, place, reach, resumes=resumes)
+        return Reader(self, place, reach, resumes=resumes, without=without)
 
     def add(self, reader: "Reader", keys: Set[_Key]) -> None:
         """Wake the reader from now on for events with one of these keys."""
@@ -199,9 +200,9 @@ class Reader(Watcher):
     A context manager; at its end it reads no more.
     """
 
-    __slots__ = ("_joined", "_keys", "_reach", "_resumes", "_tail", "place")
+    __slots__ = ("_joined", "_keys", "_reach", "_resumes", "_tail", "_without", "place")
 
-    def __init__(self, tail: Tail, place: Cursor, reach: Reach, *, resumes: bool) -> None:
+    def __init__(self, tail: Tail, place: Cursor, reach: Reach, *, resumes: bool, without: Collection[str]) -> None:
         super().__init__()
         self.place = place
         """Up to where the log was read for it."""
@@ -209,6 +210,7 @@ class Reader(Watcher):
         self._keys: frozenset[_Key] = frozenset()
         self._tail = tail
         self._resumes = resumes
+        self._without = set(without)
         self._joined = False
 
     def __enter__(self) -> "Reader":
@@ -272,12 +274,18 @@ class Reader(Watcher):
         return found
 
     def _shown(self, found: Sequence[Told]) -> Sequence[Told]:
+        if self._without:
+            found = [told for told in found if told.event.id not in self._without]
         patients = self._reach.patient_ids
-        if patients is not None:
-            # From a merge on, what concerns one of the records concerns the other.
-            merged = {one for told in found if told.event.type == MERGED for one in patients_of(told.event)}
-            if merged - patients:
-                self.reach = replace(self._reach, patient_ids=patients | merged)
+        if patients is None:
+            return found
+        for number, told in enumerate(found):
+            if told.event.type == MERGED and not patients.issuperset(merged := patients_of(told.event)):
+                # From here on, what concerns one of the records concerns the other: look again.
+                self.reach = replace(self._reach, patient_ids=patients.union(merged))
+                self.place = told.event.cursor
+                self.wake()
+                return found[: number + 1]
         return found
 
     def back_to(self, place: Cursor) -> None:

@@ -12,19 +12,28 @@ create or replace function log_begins() returns bigint language sql stable as $$
     select case when s.position = 1 then 0 else s.position end from seal s order by s.position limit 1
 $$;
 
--- The place before the oldest event that is not older than `p_keep_seconds`, or, without that, the end.
+-- The place before the oldest event that is not older than `p_keep_seconds`, or, without that, the end: then `waiting` has
+-- the changes that were committed already and are still to be sealed, which come after that place and yet are not new.
 --
 -- Ids have the time in them, so the first row that is young enough is found by its id. It need not have the lowest
 -- position of these, as rows are sealed some moments after their times: the lowest of a few is taken.
-create or replace function event_place(p_keep_seconds float8, out "position" bigint, out chain bytea)
+create or replace function event_place(p_keep_seconds float8, out "position" bigint, out chain bytea, out waiting uuid[])
     language plpgsql stable set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 declare
     v_begins bigint := coalesce(log_begins(), 0);
+    v_last seal;
     v_first uuid;
 begin
+    select * into v_last from seal s order by s.position desc limit 1;
     if p_keep_seconds is null then
-        select s.position, s.chain into event_place.position, event_place.chain
-        from seal s order by s.position desc limit 1;
+        event_place.position := v_last.position;
+        event_place.chain := v_last.chain;
+        -- Beyond that many, something has kept the log from being sealed for long.
+        waiting := array(
+            select l.id from log l
+            where l.transaction >= coalesce(v_last.horizon, 0) and is_event(l.type)
+              and (select s.position from seal s where s.id = l.id) is null
+            limit 10000);
     else
         v_first := (encode(substring(int8send(
             (extract(epoch from greatest(moment() - make_interval(secs => p_keep_seconds), 'epoch')) * 1000)::bigint
@@ -35,7 +44,7 @@ begin
             from (select id from log where id >= v_first order by id limit 100) l;
             -- Nothing is so young.
             if event_place.position is null then
-                select s.position into event_place.position from seal s order by s.position desc limit 1;
+                event_place.position := v_last.position;
             end if;
             event_place.position := greatest(event_place.position, v_begins);
         end if;

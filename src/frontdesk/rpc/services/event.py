@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, date, datetime
 from functools import lru_cache
 from typing import Any
@@ -115,12 +115,15 @@ class EventServicer:
         ends, reason = stream.end_of(call.identity)
         batch = min(max(request.batch_size, 1), MOST_BATCH)
         resumes = place is not None
-        if place is None:
-            place = await (self._events.start() if request.from_start else self._events.now())
+        before: Collection[str] = ()
+        if place is None and request.from_start:
+            place = await self._events.start()
+        elif place is None:
+            place, before = await self._events.from_now()
         # Others may have come during the round trips.
         self._watchers.require_room(call.identity)
         with (
-            self._tail.reader(place, reach, resumes=resumes) as reader,
+            self._tail.reader(place, reach, resumes=resumes, without=before) as reader,
             self._watchers.counting(reader, call.identity.name),
         ):
             silent_until = 0.0
