@@ -27,6 +27,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from clinic.frontdesk.v1 import clinic_pb2, doctor_pb2, queue_pb2
 from frontdesk.settings import Settings, SettingsError
 from tests.clinic import Front, day, outcome, today, tomorrow
+from tests.receivers import SECRET
 from tests.servers import Service
 from tests.test_server import two_fronts
 from tests.waiting import until, until_true
@@ -46,6 +47,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     monkeypatch.setenv("FRONTDESK_POOL_SIZE", "4")
     # Nobody is there.
     monkeypatch.setenv("FRONTDESK_EVENTS_NATS", "nats://127.0.0.1:9")
+    monkeypatch.setenv("FRONTDESK_WEBHOOK_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("FRONTDESK_WEBHOOK_SECRET", SECRET)
     monkeypatch.setenv("FRONTDESK_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     started: list[Service] = []
@@ -156,6 +159,8 @@ async def test_one_page_for_all_workers(service: Service, conninfo: str) -> None
     assert value(found, "pool_limit") == 8
     assert value(found, "worker_restarts_total") == value(found, "postgresql_restarts_total") == 0
     assert value(found, "build_info", version=version("frontdesk")) == 1
+    for name in ("notifications_sent_total", "notifications_dead_total"):
+        assert value(found, name, channel="WEBHOOK") == 0
     assert value(found, "relay_sent_total", relay="nats") == value(found, "relay_set_aside_total", relay="nats") == 0
 
     said = text(service)
@@ -163,6 +168,8 @@ async def test_one_page_for_all_workers(service: Service, conninfo: str) -> None
     for secret in (*person.values(), "vertigo", "tell-nobody", patient.id, doctor.id, "Quintanilha"):
         assert secret not in said
 
+    await until(lambda: (value(page(service), "notifications_due", channel="WEBHOOK") or 0) > 0, 30)
+    assert (value(page(service), "notification_age_seconds", channel="WEBHOOK") or 0) > 0
     names = {name for name, _ in found}
     shown = dashboard_expressions()
     assert used_in(shown) <= names

@@ -11,6 +11,8 @@ from psycopg.conninfo import conninfo_to_dict
 
 from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, notification_pb2, patient_pb2
 from clinic.frontdesk.v1.notification_pb2 import Notification
+from frontdesk.db.database import Database
+from frontdesk.jobs.maintenance import clean
 from frontdesk.settings import Settings
 from tests.clinic import Front, outcome
 from tests.hostile.wire import serving
@@ -286,3 +288,19 @@ async def test_clinics_of_ones_own(when: Any) -> None:
         assert [one.id for one in found.notifications] == [hidden.id]
         filtered.time_to.FromDatetime(START)
         assert not (await service(front).ListNotifications(filtered)).notifications
+
+
+async def test_old_notifications_go(when: Any, conninfo: str) -> None:
+    """Ninety days after its date a visit's notifications are deleted, and not before, nor one that waits."""
+    async with when(START) as front:
+        visit, _ = await slot_visit(front, START + 40 * 24 * HOUR)
+        await reminders(front, visit, "PLANNED")
+        for days, left in ((129, 2), (131, 1)):
+            name = conninfo_to_dict(conninfo)["dbname"]
+            front.sql(f"alter database {name} set frontdesk.now = '{(START + days * 24 * HOUR).isoformat()}'")
+            front.sql("update notification set state = 'PLANNED', skip_reason = '' where kind = 'REMINDER'")
+            db = Database(conninfo, pool_size=1)
+            await db.open()
+            await clean(db, keep_keys_seconds=1e6, keep_audit_seconds=1e9)
+            await db.close()
+            assert front.sql("select count(*) from notification") == [(left,)]

@@ -3,6 +3,8 @@
 import asyncio
 from dataclasses import dataclass
 
+from psycopg.abc import Params
+
 from frontdesk.db.database import Database
 from frontdesk.settings import Settings
 
@@ -39,6 +41,15 @@ _holds = """
 delete from hold where ctid = any (array(
     select ctid from hold where expire_time < moment() - interval '7 days' limit %s for update skip locked))
 """
+# Of a visit as long as its changes are kept, so that a late cancellation still knows who was told.
+_notifications = """
+delete from notification where ctid = any (array(
+    select n.ctid from notification n
+    where n.plan_time < moment() - make_interval(secs => %(keep)s)
+      and coalesce((select a.date from appointment a where a.id = n.appointment_id), '-infinity')
+          < (moment() - make_interval(secs => %(keep)s))::date
+      and n.state not in ('PLANNED', 'SENDING') limit %(most)s for update skip locked))
+"""
 _email_codes = """
 delete from email_code where ctid = any (array(
     select ctid from email_code where expire_time < moment() limit %s for update skip locked))
@@ -58,6 +69,7 @@ def retention(settings: Settings) -> dict[str, float]:
     return {
         "keep_keys_seconds": settings.keep_keys_hours * 3600,
         "keep_audit_seconds": settings.keep_audit_days * 86400,
+        "keep_events_seconds": settings.keep_events_days * 86400,
     }
 
 
@@ -69,8 +81,10 @@ class Removed:
     audit_events: int
 
 
-async def clean(db: Database, *, keep_keys_seconds: float, keep_audit_seconds: float) -> Removed:
-    """Delete idempotency keys and rows of the log that are older, in small transactions, beside any traffic.
+async def clean(
+    db: Database, *, keep_keys_seconds: float, keep_audit_seconds: float, keep_events_seconds: float = 90 * 86400
+) -> Removed:
+    """Delete idempotency keys, rows of the log and notifications that are older, in small transactions.
 
     A retry whose key was deleted acts again. Raises DatabaseUnavailable.
     """
@@ -86,13 +100,14 @@ async def clean(db: Database, *, keep_keys_seconds: float, keep_audit_seconds: f
         _signing_keys,
     ):
         await _delete_in_batches(db, statement, (BATCH,))
+    await _delete_in_batches(db, _notifications, {"keep": keep_events_seconds, "most": BATCH})
     audit_events = 0
     while deleted := await db.row("select delete_old_log(%s, %s)", (keep_audit_seconds, BATCH), int):
         audit_events += deleted
     return Removed(keys, audit_events)
 
 
-async def _delete_in_batches(db: Database, statement: str, params: tuple[float, ...]) -> int:
+async def _delete_in_batches(db: Database, statement: str, params: Params) -> int:
     total = 0
     while True:
         removed = await db.run(statement, params)

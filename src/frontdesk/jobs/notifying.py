@@ -6,7 +6,6 @@ what it plans; senders of all replicas take due rows, each row for some seconds.
 
 import asyncio
 import json
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -43,6 +42,7 @@ _EVENTS = 500
 """Rows of the log in one transaction."""
 
 _MEASURE_SECONDS = 5.0
+"""Between two looks at how much is due."""
 
 _FAULTS = (Refused, psycopg.Error, TimeoutError, OSError)
 
@@ -62,7 +62,7 @@ _due = """
 select count(*)::integer, coalesce(extract(epoch from moment() - min(plan_time)), 0)::float8
 from (select plan_time from notification
       where channel = %s and state in ('PLANNED', 'SENDING') and plan_time <= (select moment())
-      order by plan_time limit 100000) n
+      order by plan_time limit 10000) n
 """
 
 _log = structlog.get_logger("frontdesk.notifications")
@@ -157,10 +157,9 @@ class Sender:
         self._circuit = Circuit()
         self._wake = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
-        self._measured = -_MEASURE_SECONDS
         self.name = channel.name
         self.due = 0
-        """How many are due and not sent yet, at most 100,000."""
+        """How many are due and not sent yet, at most 10,000."""
         self.age = 0.0
         """Seconds for which the oldest of them has been due."""
         self.sent = 0
@@ -174,7 +173,6 @@ class Sender:
     async def follow(self) -> None:
         """Send for ever. Raises DatabaseUnavailable."""
         while True:
-            await self._measure()
             if self._circuit.open:
                 # One at a time probes, and the rest waits for it.
                 await self._settled()
@@ -253,9 +251,10 @@ class Sender:
                 return await self._db.row(statement, params, lambda found: found)
             await asyncio.sleep(0.5)
 
-    async def _measure(self) -> None:
-        if time.monotonic() - self._measured >= _MEASURE_SECONDS:
-            self._measured = time.monotonic()
+    async def measure(self) -> None:
+        """Keep `due` and `age` for ever. Raises DatabaseUnavailable."""
+        while True:
             found = await self._db.row(_due, (self.name,), lambda due, age: (due, age))
             assert found is not None
             self.due, self.age = found
+            await asyncio.sleep(_MEASURE_SECONDS)

@@ -91,6 +91,8 @@ class BackgroundWork:
             self._tasks.start(self._keep_measuring)
             for relay in self._relays:
                 self._tasks.start(relay.measure)
+            for sender in self._senders:
+                self._tasks.start(sender.measure)
 
     async def stop(self) -> None:
         """End; whatever was begun is done, or will be begun again."""
@@ -143,6 +145,10 @@ class BackgroundWork:
                     age=relay.age,
                     sent=relay.sent,
                     set_aside=relay.set_aside,
+                )
+            for sender in self._senders:
+                self._metrics.sample_channel(
+                    sender.name, due=sender.due, age=sender.age, sent=sender.sent, dead=sender.dead
                 )
             await asyncio.sleep(SAMPLE_SECONDS)
 

@@ -183,6 +183,17 @@ class BackgroundMetrics:
         )
         self._sent = _counter("relay_sent", "Events that the broker has taken.", "relay")
         self._set_aside = _counter("relay_set_aside", "Events that the broker has refused for good.", "relay")
+        self._due = _gauge(
+            "notifications_due", "Notifications that wait to be sent, up to 10,000.", "channel", mode="livemax"
+        )
+        self._due_age = _gauge(
+            "notification_age_seconds",
+            "Time for which the oldest notification waits to be sent.",
+            "channel",
+            mode="livemax",
+        )
+        self._told = _counter("notifications_sent", "Notifications that were sent.", "channel")
+        self._dead = _counter("notifications_dead", "Notifications that were given up.", "channel")
         self._before: dict[str, tuple[int, int]] = {}
 
     def sample(self, *, unsealed: float) -> None:
@@ -197,6 +208,15 @@ class BackgroundMetrics:
         self._before[relay] = sent, set_aside
         self._sent.labels(relay).inc(sent - before_sent)
         self._set_aside.labels(relay).inc(set_aside - before_set_aside)
+
+    def sample_channel(self, channel: str, *, due: int, age: float, sent: int, dead: int) -> None:
+        """Write a channel's numbers. `age` is in seconds; `sent` and `dead` are since the process began."""
+        self._due.labels(channel).set(due)
+        self._due_age.labels(channel).set(age)
+        before_sent, before_dead = self._before.get(channel, (0, 0))
+        self._before[channel] = sent, dead
+        self._told.labels(channel).inc(sent - before_sent)
+        self._dead.labels(channel).inc(dead - before_dead)
 
 
 class MethodMetrics:
