@@ -731,7 +731,7 @@ class Clients:
             left = where.visits.pop(made.appointment, None)
             where.full.discard(target)
             if left is not None:
-                left.day, left.etag = target, etag
+                left.day, left.slot, left.etag = target, made.about[3], etag
                 where.ended[made.appointment] = left
                 for who in [*where.ended][:-4]:
                     del where.ended[who]
