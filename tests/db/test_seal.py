@@ -113,6 +113,33 @@ def test_a_doctor_day_is_in_order(conninfo: str, connection: psycopg.Connection[
     assert sealed(connection) == [first, second, third, fourth]
 
 
+def test_a_revision_waits_for_the_one_before(conninfo: str, connection: psycopg.Connection[Any]) -> None:
+    """A revision of an early transaction waits if another one holds up the revision before, and so does the next.
+
+    Rows that have nothing to do with it do not wait. In the end none is left out.
+    """
+    with (
+        another(conninfo) as early,
+        another(conninfo) as next_one,
+        another(conninfo) as aside,
+        another(conninfo) as slow,
+    ):
+        first = write(connection, 2)
+        second = write(early, 3)
+        early.commit()
+        third = write(next_one, 4)
+        next_one.commit()
+        of_nothing = write(aside)
+        aside.commit()
+        assert (seal(connection), seal(connection)) == (1, 0)
+        assert sealed(connection) == [of_nothing]
+        last = write(slow)
+    assert seal(connection) == 4
+    found = sealed(connection)
+    assert [row for row in found if row != last] == [of_nothing, first, second, third]
+    assert last in found
+
+
 def test_one_seals_at_a_time(conninfo: str, connection: psycopg.Connection[Any]) -> None:
     """Who comes while another one seals does nothing."""
     write(connection)

@@ -578,8 +578,8 @@ MUTANTS = (
         LONG_LINE,
         _edited(
             "seal_log",
-            ("l.revision, l.id\n    loop", "l.id desc\n    loop"),
-            ("order by max(l.transaction) over (", "order by max(0) over ("),
+            ("w.revision, w.id\n    loop", "w.id desc\n    loop"),
+            ("max(w.transaction) over revisions, ", ""),
         ),
     ),
     Mutant(

@@ -22,8 +22,9 @@ $$;
 -- seconds.
 --
 -- The rows of a doctor-day are sealed in the order of their revisions. Their transactions need not be in that order: one
--- may have got its id before it waited for the lock. But a revision is committed before the next one is made, so
--- whenever one is below the horizon, those before it are.
+-- may have got its id before it got the lock, such as one that settles a leave and moves patients to another doctor-day.
+-- If an earlier revision is above the horizon, then those after it wait for it, though they are below. The horizon that
+-- is stored is not above them, so the next look finds them.
 --
 -- Ids of transactions begin anew in another cluster, where a dump was restored, or goes on from another number. So a
 -- row is sealed or not by `seal`, and the horizon only says where to begin to look. After a change of clusters that is
@@ -39,6 +40,7 @@ declare
     v_begins bigint;
     v_horizon bigint;
     v_next bigint;
+    v_resume bigint;
     v_row record;
     v_position bigint;
     v_chain bytea;
@@ -55,37 +57,53 @@ begin
     v_chain := coalesce(v_last.chain, first_chain());
     select pg_snapshot_xmin(s)::text::bigint, pg_snapshot_xmax(s)::text::bigint into v_horizon, v_next
     from pg_current_snapshot() s;
+    v_resume := v_horizon;
 
     for v_row in
-        select l.id, log_digest(l) as digest
-        from log l
-        where l.transaction >= v_begins
-          and (l.transaction < v_horizon
-               or v_last.cluster is distinct from v_cluster
-                  -- By the snapshot of this statement: the next id at its beginning.
-                  and l.transaction >= (select pg_snapshot_xmax(pg_current_snapshot())::text::bigint))
-          -- A subquery for each row, by the index. As a join the planner would read the whole of `seal` for each row: when it
-          -- made the plan that is kept, `seal` was empty.
-          and (select s.position from seal s where s.id = l.id) is null
-        order by max(l.transaction) over (
-                     partition by case when l.revision = 0 then l.id else l.doctor_id end,
-                                  case when l.revision = 0 then null else l.date end
-                     order by l.revision),
-                 l.revision, l.id
+        select w.id, w.transaction, w.digest, bool_or(w.behind) over revisions as waits
+        from (
+            select l.id, l.transaction, l.doctor_id, l.date, l.revision, log_digest(l) as digest,
+                   -- Whether the revision before is above the horizon. If it is below and waits itself, it is one of
+                   -- these rows.
+                   coalesce((select e.transaction >= v_horizon
+                                    and e.transaction < (select pg_snapshot_xmax(pg_current_snapshot())::text::bigint)
+                             from log e
+                             where e.doctor_id = l.doctor_id and e.date = l.date and e.revision = l.revision - 1
+                               and e.revision > 0), false) as behind
+            from log l
+            where l.transaction >= v_begins
+              and (l.transaction < v_horizon
+                   or v_last.cluster is distinct from v_cluster
+                      -- By the snapshot of this statement: the next id at its beginning.
+                      and l.transaction >= (select pg_snapshot_xmax(pg_current_snapshot())::text::bigint))
+              -- A subquery for each row, by the index. As a join the planner would read the whole of `seal` for each
+              -- row: when it made the plan that is kept, `seal` was empty.
+              and (select s.position from seal s where s.id = l.id) is null
+        ) w
+        window revisions as (
+            partition by case when w.revision = 0 then w.id else w.doctor_id end,
+                         case when w.revision = 0 then null else w.date end
+            order by w.revision)
+        -- Those that wait come first, since the horizon is stored with the others.
+        order by bool_or(w.behind) over revisions desc, max(w.transaction) over revisions, w.revision, w.id
     loop
+        if v_row.waits then
+            v_resume := least(v_resume, v_row.transaction);
+            continue;
+        end if;
         v_chain := sha256(v_chain || v_row.digest);
         v_ids := v_ids || v_row.id;
         v_chains := v_chains || v_chain;
         sealed := sealed + 1;
         if sealed % 1000 = 0 then
-            perform write_seals(v_position, v_ids, v_chains, v_horizon, v_cluster);
+            perform write_seals(v_position, v_ids, v_chains, v_resume, v_cluster);
             v_position := v_position + 1000;
             v_ids := '{}';
             v_chains := '{}';
         end if;
     end loop;
     if cardinality(v_ids) > 0 then
-        perform write_seals(v_position, v_ids, v_chains, v_horizon, v_cluster);
+        perform write_seals(v_position, v_ids, v_chains, v_resume, v_cluster);
     end if;
 
     select extract(epoch from moment() - l.time) into age from log l
