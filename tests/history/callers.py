@@ -193,7 +193,8 @@ class Callers:
         self.former = [one for one in self.former if time.monotonic() < one.grant.ended + LATE_SECONDS]
         if self.former and mine.random() < 0.08:
             one = mine.choice(self.former)
-            if isinstance(one, Program) or (isinstance(one, Person) and one.whose in (physician, operation.patient)):
+            whose = {physician, operation.patient if operation.method in _OF_PATIENTS else ""}
+            if isinstance(one, Program) or (isinstance(one, Person) and one.whose in whose):
                 return one
         if self.clerks and mine.random() < 0.1:
             return mine.choice(self.clerks)
