@@ -230,13 +230,18 @@ async def test_a_server_can_forbid_retries() -> None:
 
 
 def test_the_service_config_covers_every_service() -> None:
-    """The published JSON names every service, keeps gRPC's limits, and leaves WatchQueue to its resume token."""
+    """The published JSON names every service, keeps gRPC's limits, and leaves streams to their resume tokens."""
     config = json.loads(SERVICE_CONFIG)
     retried, watch = config["methodConfig"]
     assert {name["service"] for name in retried["name"]} == services_of_the_protos()
     assert retried["retryPolicy"]["maxAttempts"] <= 5
     assert set(retried["retryPolicy"]["retryableStatusCodes"]) == {"UNAVAILABLE", "ABORTED", "CANCELLED"}
-    assert watch == {"name": [{"service": "clinic.frontdesk.v1.QueueService", "method": "WatchQueue"}]}
+    assert watch == {
+        "name": [
+            {"service": "clinic.frontdesk.v1.QueueService", "method": "WatchQueue"},
+            {"service": "clinic.frontdesk.v1.EventService", "method": "WatchEvents"},
+        ]
+    }
     assert dict(CHANNEL_OPTIONS)["grpc.service_config"] == SERVICE_CONFIG
 
 

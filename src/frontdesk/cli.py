@@ -366,6 +366,37 @@ events = typer.Typer(help="Events, and the relays that send them to message brok
 app.add_typer(events, name="events")
 
 
+@events.command("tail")
+def tail_events(
+    target: _Target = None,
+    types: Annotated[
+        str, typer.Option(metavar="TYPE,…", help="Only these types, such as appointment.booked. Default: all.")
+    ] = "",
+    from_start: Annotated[bool, typer.Option("--from-start", help="Begin with the oldest event that is kept.")] = False,
+    cursor: Annotated[str, typer.Option(metavar="CURSOR", help="Go on after this cursor of an event.")] = "",
+    api_key: _ApiKey = None,
+) -> None:
+    """Print events as they happen, a line each, until Ctrl-C, which ends with status 130."""
+    import asyncio
+
+    wanted = {"types": [one for one in types.split(",") if one], "from_start": from_start, "cursor": cursor}
+    target = _target(target)
+    try:
+        with _refusals(target), _terminal() as terminal:
+            asyncio.run(_tail(target, _client_settings(api_key), terminal, wanted))
+    except KeyboardInterrupt:
+        _discard_output()
+        raise typer.Exit(130) from None
+
+
+async def _tail(target: str, connection: dict[str, Any], terminal: "Terminal", wanted: dict[str, Any]) -> None:
+    from frontdesk.client import FrontdeskClient
+    from frontdesk.tools.events import tail
+
+    async with FrontdeskClient(target, **connection, caller="frontdesk-events") as client:
+        await tail(client, terminal, **wanted)
+
+
 @events.command("relay")
 def set_relay(
     name: Annotated[str, typer.Argument(metavar="NAME", help="nats, or kafka/TOPIC.")],

@@ -2,7 +2,7 @@
 
 import asyncio
 import datetime
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, Self, cast
@@ -10,14 +10,25 @@ from typing import Any, Self, cast
 import grpc
 from google.protobuf.message import Message
 
-from clinic.frontdesk.v1 import queue_pb2
+from clinic.frontdesk.v1 import event_pb2, queue_pb2
 from clinic.frontdesk.v1.auth_pb2_grpc import AuthServiceStub
 from frontdesk.client.channel import aio_channel
 from frontdesk.client.defaults import DEFAULT_TIMEOUT, CallDefaults
 from frontdesk.client.errors import FrontdeskError
 from frontdesk.client.login import Login
 from frontdesk.client.stubs import Stubs
-from frontdesk.client.watch import DEFAULT_HEARTBEAT_SECONDS, OnConnection, OnEstimates, RevisionGap, Update, Watch
+from frontdesk.client.watch import (
+    DEFAULT_HEARTBEAT_SECONDS,
+    EVENTS_AT_ONCE,
+    EventWatch,
+    Following,
+    Item,
+    OnConnection,
+    OnEstimates,
+    RevisionGap,
+    Update,
+    Watch,
+)
 
 
 class FrontdeskClient(Stubs[grpc.aio.Channel]):
@@ -117,6 +128,40 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
         """
         login = None if self._renewal is None else self._renewal.login
         watch = Watch(doctor_id, date, heartbeat, view, resume_token, on_connection, on_estimates, login)
+        async with aclosing(self._follow(watch, lambda request: self.queues.WatchQueue(request))) as updates:
+            async for update in updates:
+                yield update
+
+    async def watch_events(
+        self,
+        *,
+        types: Sequence[str] = (),
+        clinic_id: str = "",
+        doctor_id: str = "",
+        patient_id: str = "",
+        cursor: str = "",
+        from_start: bool = False,
+        heartbeat: float = DEFAULT_HEARTBEAT_SECONDS,
+        on_connection: OnConnection | None = None,
+    ) -> AsyncGenerator[event_pb2.Event, None]:
+        """Yield every event with this filter: from now on, after `cursor`, or from the oldest that is kept.
+
+        After any interruption it goes on from where it was: no event is left out, none comes twice. Keep the `cursor`
+        of the last event that you have done with, to go on from there another time. `types` are as in `Event.type`.
+
+        Raises FrontdeskError as `watch_updates` does, and for CURSOR_LOST and CURSOR_TOO_OLD.
+        """
+        request = event_pb2.WatchEventsRequest(
+            types=types, clinic_id=clinic_id, doctor_id=doctor_id, patient_id=patient_id, cursor=cursor,
+            from_start=from_start, batch_size=EVENTS_AT_ONCE,
+        )  # fmt: skip
+        login = None if self._renewal is None else self._renewal.login
+        watch = EventWatch(request, heartbeat, on_connection, login)
+        async with aclosing(self._follow(watch, lambda request: self.events.WatchEvents(request))) as events:
+            async for event in events:
+                yield event
+
+    async def _follow(self, watch: Following[Item], begin: Callable[[Any], Any]) -> AsyncGenerator[Item, None]:
         while not self._closed.is_set():
             call: Any = None
             error: Exception | None = None
@@ -126,17 +171,17 @@ class FrontdeskClient(Stubs[grpc.aio.Channel]):
                         if call is None:
                             if self._renewal is not None:
                                 await self._renewal.in_time()
-                            call = self.queues.WatchQueue(watch.request())
+                            call = begin(watch.request())
                         async with asyncio.timeout(watch.longest_silence):
                             message = await call.read()
-                        if not isinstance(message, queue_pb2.WatchQueueResponse):
+                        if message is grpc.aio.EOF:
                             break
-                        update = watch.take(message)
+                        found = watch.take(message)
                     except (grpc.RpcError, FrontdeskError, TimeoutError, RevisionGap) as ended:
                         error = ended
                         break
-                    if update is not None:
-                        yield update
+                    for item in found:
+                        yield item
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 # Closing the channel looks like this too.

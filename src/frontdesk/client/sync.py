@@ -3,7 +3,7 @@
 import datetime
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -11,14 +11,25 @@ from typing import Any, Self, TypeVar, cast
 import grpc
 from google.protobuf.message import Message
 
-from clinic.frontdesk.v1 import queue_pb2
+from clinic.frontdesk.v1 import event_pb2, queue_pb2
 from clinic.frontdesk.v1.auth_pb2_grpc import AuthServiceStub
 from frontdesk.client.channel import sync_channel
 from frontdesk.client.defaults import DEFAULT_TIMEOUT, CallDefaults
 from frontdesk.client.errors import FrontdeskError
 from frontdesk.client.login import Login
 from frontdesk.client.stubs import Stubs
-from frontdesk.client.watch import DEFAULT_HEARTBEAT_SECONDS, OnConnection, OnEstimates, RevisionGap, Update, Watch
+from frontdesk.client.watch import (
+    DEFAULT_HEARTBEAT_SECONDS,
+    EVENTS_AT_ONCE,
+    EventWatch,
+    Following,
+    Item,
+    OnConnection,
+    OnEstimates,
+    RevisionGap,
+    Update,
+    Watch,
+)
 
 R = TypeVar("R")
 
@@ -95,6 +106,32 @@ class SyncFrontdeskClient(Stubs[grpc.Channel]):
         """
         login = None if self._renewal is None else self._renewal.login
         watch = Watch(doctor_id, date, heartbeat, view, resume_token, on_connection, on_estimates, login)
+        with closing(self._follow(watch, lambda request: self.queues.WatchQueue(request))) as updates:
+            yield from updates
+
+    def watch_events(
+        self,
+        *,
+        types: Sequence[str] = (),
+        clinic_id: str = "",
+        doctor_id: str = "",
+        patient_id: str = "",
+        cursor: str = "",
+        from_start: bool = False,
+        heartbeat: float = DEFAULT_HEARTBEAT_SECONDS,
+        on_connection: OnConnection | None = None,
+    ) -> Generator[event_pb2.Event, None, None]:
+        """Yield every event with this filter; see `FrontdeskClient.watch_events`. It ends as `watch_updates` does."""
+        request = event_pb2.WatchEventsRequest(
+            types=types, clinic_id=clinic_id, doctor_id=doctor_id, patient_id=patient_id, cursor=cursor,
+            from_start=from_start, batch_size=EVENTS_AT_ONCE,
+        )  # fmt: skip
+        login = None if self._renewal is None else self._renewal.login
+        watch = EventWatch(request, heartbeat, on_connection, login)
+        with closing(self._follow(watch, lambda request: self.events.WatchEvents(request))) as events:
+            yield from events
+
+    def _follow(self, watch: Following[Item], begin: Callable[[Any], Any]) -> Generator[Item, None, None]:
         while not self._closed.is_set():
             error: Exception | None = None
             try:
@@ -103,7 +140,7 @@ class SyncFrontdeskClient(Stubs[grpc.Channel]):
             except FrontdeskError as failure:
                 self._closed.wait(watch.pause(failure))
                 continue
-            call = self.queues.WatchQueue(watch.request())
+            call = begin(watch.request())
             silence = _SilenceTimeout(watch.longest_silence, call.cancel)
             try:
                 while True:
@@ -112,12 +149,11 @@ class SyncFrontdeskClient(Stubs[grpc.Channel]):
                             message = next(call, None)
                         if message is None:
                             break
-                        update = watch.take(message)
+                        found = watch.take(message)
                     except (grpc.RpcError, RevisionGap) as ended:
                         error = ended
                         break
-                    if update is not None:
-                        yield update
+                    yield from found
             finally:
                 call.cancel()
                 silence.end()

@@ -4,13 +4,14 @@ import datetime
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import grpc
 from google.type.date_pb2 import Date
 
-from clinic.frontdesk.v1 import queue_pb2
+from clinic.frontdesk.v1 import event_pb2, queue_pb2
 from frontdesk.client.errors import FrontdeskError
 from frontdesk.client.login import Login
 
@@ -36,9 +37,14 @@ If waiting seems not to help, the resume token is given up then too: the service
 MOST_ATTEMPTS = 10
 """After so many streams in a row without a message, for a cause that waiting does not mend, the watch ends."""
 
+EVENTS_AT_ONCE = 500
+"""Events that come in one message at most, while a reader is behind."""
+
 _FINAL = {
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.INVALID_ARGUMENT,
+    # A cursor of events that is lost or too old.
+    grpc.StatusCode.OUT_OF_RANGE,
     grpc.StatusCode.UNIMPLEMENTED,
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
@@ -51,6 +57,8 @@ _PASSING = {
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _log = logging.getLogger("frontdesk.client")
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,30 +95,20 @@ class RevisionGap(Exception):
     """The service went on from another revision than the one that the watcher knows."""
 
 
-class Watch:
-    """One watcher of one queue, over as many streams as it takes."""
+class Following(Generic[Item]):
+    """One watcher, over as many streams as it takes: when it tries again, and when it gives up."""
 
     def __init__(
-        self,
-        doctor_id: str,
-        date: datetime.date | None,
-        heartbeat: float,
-        view: queue_pb2.QueueView.ValueType,
-        resume_token: str,
-        on_connection: OnConnection | None,
-        on_estimates: OnEstimates | None = None,
-        login: Login | None = None,
+        self, request: Any, about: str, heartbeat: float, on_connection: OnConnection | None, login: Login | None
     ) -> None:
+        """`about` says in the log what is watched."""
+        self._request = request
+        self._about = about
         self._login = login
-        self._request = queue_pb2.WatchQueueRequest(doctor_id=doctor_id, view=view)
-        if date is not None:
-            self._request.date.CopyFrom(Date(year=date.year, month=date.month, day=date.day))
         heartbeat = min(max(heartbeat, HEARTBEAT_SECONDS[0]), HEARTBEAT_SECONDS[1])
         self._request.heartbeat_interval.FromMilliseconds(round(heartbeat * 1000))
         self.longest_silence = SILENT_INTERVALS * heartbeat
         """Seconds without a message after which a stream is dead."""
-        self._token = resume_token
-        self._revision: int | None = None
         self._pushback: float | None = None
         self._longest_pause = 0.0
         self._opened_at = 0.0
@@ -119,43 +117,28 @@ class Watch:
         """Streams in a row that ended without a message."""
         self._warn_at = ATTEMPTS_BEFORE_WARNING
         self._on_connection = on_connection or (lambda live: None)
-        self._on_estimates = on_estimates or (lambda heartbeat: None)
 
-    def request(self) -> queue_pb2.WatchQueueRequest:
+    def request(self) -> Any:
         """The request that opens the next stream."""
         self._opened_at = time.monotonic()
-        request = queue_pb2.WatchQueueRequest()
+        request = type(self._request)()
         request.CopyFrom(self._request)
-        request.resume_token = self._token
         return request
 
-    def take(self, message: queue_pb2.WatchQueueResponse) -> Update | None:
-        """Learn from a message; the update to yield, if it has one. Raises RevisionGap."""
-        update = None
+    def take(self, message: Any) -> Sequence[Item]:
+        """Learn from a message; what to yield. Raises RevisionGap."""
+        raise NotImplementedError
+
+    def _has_come(self, message: Any) -> None:
+        """A message of any kind has come."""
         if message.HasField("closing"):
             if self._login is not None and message.closing.reason == queue_pb2.StreamClosing.REASON_AUTH_EXPIRING:
                 self._login.expire()
             self._pushback = min(message.closing.reconnect_delay.ToNanoseconds() / 1e9, LONGEST_PUSHBACK)
-        elif message.HasField("update"):
-            previous = message.previous_revision
-            told = [change.revision for change in message.update.changes]
-            if previous and (
-                self._revision not in (None, previous) or told != [*range(previous + 1, message.revision + 1)]
-            ):
-                raise RevisionGap
-            changes = tuple(message.update.changes)
-            update = Update(message.update.queue, changes, previous, message.resume_token)
-        elif self._revision not in (None, message.revision):
-            raise RevisionGap
-        self._revision = message.revision
-        self._token = message.resume_token or self._token
         if not self._live:
             self._live = True
             self._attempts, self._warn_at = 0, ATTEMPTS_BEFORE_WARNING
             self._on_connection(True)
-        if message.HasField("heartbeat"):
-            self._on_estimates(message.heartbeat)
-        return update
 
     def pause(self, error: Exception | None) -> float:
         """Seconds to wait after a stream that ended, in `error` or well. Raises FrontdeskError for a final error."""
@@ -175,7 +158,7 @@ class Watch:
             self._login.expire()
             self._give_up_in_the_end(failure, error)
         elif failure.code in _FINAL:
-            if failure.code is not grpc.StatusCode.INVALID_ARGUMENT or self._revision is None:
+            if failure.code is not grpc.StatusCode.INVALID_ARGUMENT or not self._can_start_afresh():
                 raise failure from error
             # The request was accepted before, so it is the token that is wrong: another release may have made it.
             self._start_afresh()
@@ -194,13 +177,85 @@ class Watch:
             raise failure from error
         if self._attempts == self._warn_at:
             self._warn_at *= 2
-            doctor_id = self._request.doctor_id
-            _log.warning("no message about doctor %s in %d attempts to watch: %s", doctor_id, self._attempts, failure)
+            _log.warning("no message about %s in %d attempts to watch: %s", self._about, self._attempts, failure)
             if not passes:
                 self._start_afresh()
 
+    def _can_start_afresh(self) -> bool:
+        return False
+
     def _start_afresh(self) -> None:
-        self._token, self._revision = "", None
+        """Give up the place from which the watch went on, if it can do without."""
+
+
+class Watch(Following[Update]):
+    """One watcher of one queue."""
+
+    def __init__(
+        self,
+        doctor_id: str,
+        date: datetime.date | None,
+        heartbeat: float,
+        view: queue_pb2.QueueView.ValueType,
+        resume_token: str,
+        on_connection: OnConnection | None,
+        on_estimates: OnEstimates | None = None,
+        login: Login | None = None,
+    ) -> None:
+        request = queue_pb2.WatchQueueRequest(doctor_id=doctor_id, view=view, resume_token=resume_token)
+        if date is not None:
+            request.date.CopyFrom(Date(year=date.year, month=date.month, day=date.day))
+        super().__init__(request, f"doctor {doctor_id}", heartbeat, on_connection, login)
+        self._revision: int | None = None
+        self._on_estimates = on_estimates or (lambda heartbeat: None)
+
+    def take(self, message: queue_pb2.WatchQueueResponse) -> Sequence[Update]:
+        """Learn from a message; the update to yield, if it has one. Raises RevisionGap."""
+        updates: Sequence[Update] = ()
+        if message.HasField("update"):
+            previous = message.previous_revision
+            told = [change.revision for change in message.update.changes]
+            if previous and (
+                self._revision not in (None, previous) or told != [*range(previous + 1, message.revision + 1)]
+            ):
+                raise RevisionGap
+            changes = tuple(message.update.changes)
+            updates = (Update(message.update.queue, changes, previous, message.resume_token),)
+        elif not message.HasField("closing") and self._revision not in (None, message.revision):
+            raise RevisionGap
+        self._revision = message.revision
+        self._request.resume_token = message.resume_token or self._request.resume_token
+        self._has_come(message)
+        if message.HasField("heartbeat"):
+            self._on_estimates(message.heartbeat)
+        return updates
+
+    def _can_start_afresh(self) -> bool:
+        return self._revision is not None
+
+    def _start_afresh(self) -> None:
+        self._request.resume_token, self._revision = "", None
+
+
+class EventWatch(Following[event_pb2.Event]):
+    """One reader of events. It never gives up its place, so that it never leaves out an event by itself."""
+
+    def __init__(
+        self,
+        request: event_pb2.WatchEventsRequest,
+        heartbeat: float,
+        on_connection: OnConnection | None,
+        login: Login | None = None,
+    ) -> None:
+        super().__init__(request, "events", heartbeat, on_connection, login)
+
+    def take(self, message: event_pb2.WatchEventsResponse) -> Sequence[event_pb2.Event]:
+        """Learn from a message; the events to yield."""
+        found = (message.event,) if message.HasField("event") else tuple(message.batch.events)
+        if cursor := found[-1].cursor if found else message.heartbeat.cursor:
+            self._request.cursor, self._request.from_start = cursor, False
+        self._has_come(message)
+        return found
 
 
 def _failure(error: Exception | None) -> FrontdeskError:
