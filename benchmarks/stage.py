@@ -192,6 +192,13 @@ class Stage:
         settings = Settings(listen="127.0.0.1:0", data_dir=self.directory / "unused", drain_seconds=1, **more)
         return _ServiceProcess(settings, conninfo, str(self.directory / "service.log"))
 
+    def work(self, conninfo: str, **more: Any) -> Child:
+        """Start the process for background work alone; it works when this returns."""
+        settings = Settings(data_dir=self.directory / "unused", **more)
+        child = Child(_work, settings, conninfo, str(self.directory / "service.log"))
+        child.receive(_START_SECONDS)
+        return child
+
     @property
     def cpu(self) -> float:
         """Seconds of CPU that PostgreSQL has used, all its processes together."""

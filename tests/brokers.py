@@ -33,11 +33,11 @@ _PROGRAM = str(_BESIDE) if _BESIDE.exists() else shutil.which("nats-server")
 class NatsServer:
     """A NATS server whose streams survive a kill."""
 
-    def __init__(self, directory: Path, *, user: str = "", password: str = "", users: str = "") -> None:
-        """With `users` in the server's own form, `user` is the one who may do everything."""
+    def __init__(self, directory: Path, *, user: str = "", password: str = "", users: str = "", more: str = "") -> None:
+        """With `users` in the server's own form, `user` is the one who may do everything; `more` are other settings."""
         self.directory = directory
         self.port = free_port()
-        self._user, self._password, self._users = user, password, users
+        self._user, self._password, self._users, self._more = user, password, users, more
         credentials = f"{user}:{quote(password)}@" if user else ""
         self.url = f"nats://{credentials}127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -51,7 +51,7 @@ class NatsServer:
             f"authorization {{ users: [{{ user: '{self._user}', password: '{self._password}' }}, {self._users}] }}\n"
         )
         configuration.write_text(
-            f"listen: 127.0.0.1:{self.port}\n{authorization if self._user else ''}"
+            f"listen: 127.0.0.1:{self.port}\n{self._more}\n{authorization if self._user else ''}"
             f"jetstream {{ store_dir: '{self.directory}', sync_interval: '1h' }}\n"
         )
         log = self.directory / "log"

@@ -27,6 +27,7 @@ from frontdesk.core.event import Cursor
 from frontdesk.errors import DatabaseUnavailable
 from frontdesk.jobs.relaying import Relay
 from frontdesk.settings import Settings, SettingsError
+from frontdesk.settings.brokers import KafkaTopic, NatsServers, parse_kafka, parse_nats
 from tests.brokers import KafkaCluster, NatsServer
 from tests.clinic import Front
 from tests.hostile.wire import Line, working
@@ -278,6 +279,18 @@ async def test_what_nats_refuses_is_set_aside(nats: NatsServer, conninfo: str, s
             await client.jetstream().stream_info("FRONTDESK")
 
 
+async def test_what_no_stream_of_nats_may_take(tmp_path: Path, conninfo: str, settings: Settings) -> None:
+    """An event that is larger than any message of the server is set aside too."""
+    with NatsServer(tmp_path / "small", more="max_payload: 8192") as server:
+        for size in (0, 9000, 0):
+            happen(conninfo, 2, size=size)
+        async with working(settings, conninfo, events_nats=server.url):
+            await until(lambda: position(conninfo) == 6)
+            large = ids(conninfo)[2:4]
+            await relayed(conninfo, server, but=large)
+    assert refused(conninfo) == [("nats", one, "MAX_PAYLOAD") for one in large]
+
+
 async def test_a_full_stream_is_waited_for(nats: NatsServer, conninfo: str, settings: Settings) -> None:
     """A stream at its limit refuses for now. Once it has room, nothing is missing and nothing is out of order."""
     limited = StreamConfig(name="FRONTDESK", subjects=["frontdesk.>"], max_msgs=150, discard=DiscardPolicy.NEW)
@@ -413,6 +426,14 @@ async def test_kafka_has_every_event_in_order(kafka: KafkaCluster, conninfo: str
     assert message.headers() == [("content-type", b"application/cloudevents+json; charset=utf-8")]
     read = JSONFormat().read(CloudEvent, message.value())
     assert (read.get_type(), read.get_subject()) == (TYPE, message.key().decode())
+    assert refused(conninfo) == []
+
+
+async def test_kafka_judges_the_size(kafka: KafkaCluster, conninfo: str, settings: Settings) -> None:
+    """An event above librdkafka's own limit is sent, because the broker's limit counts."""
+    happen(conninfo, 1, size=1_500_000)
+    async with working(settings, conninfo, events_kafka=kafka.url):
+        await in_kafka(conninfo, kafka)
     assert refused(conninfo) == []
 
 
@@ -588,7 +609,7 @@ def test_a_place_that_is_none(arguments: Sequence[str], status: int, said: str, 
     (line,) = frontdesk(conninfo, "relay", *arguments, status=status).splitlines()
     assert said in line
     with psycopg.connect(conninfo) as connection:
-        assert connection.execute("select * from log_reader").fetchall() == []
+        assert connection.execute("select * from log_reader where name ~ '^(nats|kafka)'").fetchall() == []
 
 
 async def test_redrive(nats: NatsServer, conninfo: str, settings: Settings) -> None:
@@ -738,6 +759,16 @@ def test_what_is_off_is_not_even_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_forms_of_settings() -> None:
+    """Credentials are told apart from the servers, which may be several."""
+    assert parse_nats("nats://a") == NatsServers(["nats://a:4222"])
+    assert parse_nats("nats://u:p%40ss%2F@a:1,tls://b:2") == NatsServers(["nats://a:1", "tls://b:2"], "u", "p@ss/")
+    assert parse_nats("nats://t%2Fken@[::1]:1") == NatsServers(["nats://[::1]:1"], None, "t/ken")
+    assert parse_kafka("a:1,[::1]:2/front.desk-1") == KafkaTopic("a:1,[::1]:2", "front.desk-1")
+    assert "p@ss" not in repr(parse_nats("nats://u:p%40ss@a"))
+    assert "p%40ss" not in repr(Settings(events_nats="nats://u:p%40ss@a"))
 
 
 SETTINGS = {

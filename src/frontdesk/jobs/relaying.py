@@ -574,6 +574,8 @@ class Kafka:
                 "enable.gapless.guarantee": True,
                 # What waits longer would be left out.
                 "message.timeout.ms": 0,
+                # What is too large is for the broker to say.
+                "message.max.bytes": 1_000_000_000,
                 # That of the Java clients, so that both find the same partition.
                 "partitioner": "murmur2_random",
                 "socket.keepalive.enable": True,
