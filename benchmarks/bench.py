@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import access, booking, lists, neighbours, report, watching
+from benchmarks import access, booking, events, lists, neighbours, report, watching
 from benchmarks.report import Part, Progress, table
 from benchmarks.stage import Stage
 
@@ -49,6 +49,14 @@ def _watch(stage: Stage, arguments: Namespace, progress: Progress) -> dict[str, 
 
 def _lists(stage: Stage, arguments: Namespace, progress: Progress) -> dict[str, Any]:
     return lists.measure(stage, few=10_000, many=100_000 if arguments.quick else 1_000_000, progress=progress)
+
+
+def _events(stage: Stage, arguments: Namespace, progress: Progress) -> dict[str, Any]:
+    quick = arguments.quick
+    return events.measure(
+        stage, events=100_000 if quick else 1_000_000, seconds=4.0 if quick else 15.0, readers=100 if quick else 500,
+        rounds=1 if quick else 3, progress=progress,
+    )  # fmt: skip
 
 
 def _number(value: float | None) -> str:
@@ -159,6 +167,48 @@ def _show_lists(console: Console, found: dict[str, Any]) -> None:
     console.print(shown)
 
 
+def _show_events(console: Console, found: dict[str, Any]) -> None:
+    shown = table(
+        "WatchEvents: from a change to its receipt",
+        "readers", "changes/s", "messages", "p50 ms", "p99 ms", "worst ms", "server cores", "PostgreSQL cores",
+        "client cores", "wrong",
+    )  # fmt: skip
+    for row in found["followed"]:
+        shown.add_row(
+            str(row["readers"]), f"{row['changes_per_second']:.0f}", f"{row['messages']:,}", f"{row['p50_ms']:.0f}",
+            f"{row['p99_ms']:.0f}", f"{row['worst_ms']:.0f}", f"{row['server_cores']:.2f}",
+            f"{row['postgres_cores']:.2f}", f"{row['client_cores']:.2f}", str(row["wrong"]),
+        )  # fmt: skip
+    console.print(shown)
+    shown = table(
+        f"{found['events']:,} events from the oldest on", "how", "events/s", "server µs", "PostgreSQL µs", "client µs"
+    )
+    for row in found["read"]:
+        shown.add_row(
+            row["name"], f"{row['per_second']:,.0f}", f"{row['server_us']:.1f}", f"{row['postgres_us']:.1f}",
+            f"{row['client_us']:.1f}",
+        )  # fmt: skip
+    console.print(shown)
+    shown = table("100 bookings a second, alone and beside such a reader", "", "p50 ms", "p99 ms", "events/s")
+    for name, (p50, p99) in found["beside"]["p50_and_p99_ms"].items():
+        rates = " ".join(f"{rate:,.0f}" for rate in found["beside"]["per_second"].get(name, ()))
+        shown.add_row(name, f"{p50:.2f}", f"{p99:.2f}", rates)
+    console.print(shown)
+    shown = table("CPU of a booking by FRONTDESK_BACKGROUND: service and PostgreSQL, µs", "", "each round", "median")
+    for name, rounds in found["background"]["cpu_us"].items():
+        shown.add_row(name, " ".join(f"{us:.0f}" for us in rounds), f"{median(rounds):.0f}")
+    console.print(shown)
+
+
+def _event_failures(found: dict[str, Any]) -> Iterator[str]:
+    for row in found["followed"]:
+        if row["wrong"]:
+            yield f"{row['wrong']} of {row['readers']} readers were told something else than the others"
+    for part in ("beside", "background"):
+        if found[part]["refused"]:
+            yield f"bookings ({part}): {found[part]['refused']} failed"
+
+
 def _booking_failures(found: dict[str, Any]) -> Iterator[str]:
     for cost in found["costs"]:
         if cost["refused"]:
@@ -200,6 +250,7 @@ _PARTS = {
     "access": Part(_access, _show_access, _access_failures),
     "neighbours": Part(_neighbours, _show_neighbours, _neighbour_failures),
     "watch": Part(_watch, _show_watch, _watch_failures),
+    "events": Part(_events, _show_events, _event_failures),
     "lists": Part(_lists, _show_lists, _list_failures),
 }
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -33,16 +34,16 @@ insert into log (id, time, actor, method, type, resource, clinic_id, doctor_id, 
 select log_id(t), t, 'users/' || bench_id(99, i %% 50), 'CheckIn', 'queue.checked_in',
        'appointments/' || bench_id(98, i), bench_id(%(clinic)s, i %% %(clinics)s),
        bench_id(%(doctor)s, i %% %(doctors)s), bench_id(%(patient)s, i %% 20000), bench_id(98, i),
-       '2026-01-01', i / %(doctors)s + 2,
+       date '2026-01-01' + %(part)s, i / %(doctors)s + 2,
        jsonb_build_object('state', 'CHECKED_IN', 'number', i %% 10), 'WAITING', 3, 0, 'NORMAL', t
 from (select i, clock_timestamp() as t from generate_series(%(first)s::bigint, %(last)s::bigint) i) i
 """
 
 
-def _values(first: int, last: int) -> dict[str, Any]:
+def _values(part: int, first: int, last: int) -> dict[str, Any]:
     return {
         "clinic": CLINIC, "clinics": people.CLINICS, "doctor": DOCTOR, "doctors": _DOCTORS, "patient": PATIENT,
-        "first": first, "last": last,
+        "part": part, "first": first, "last": last,
     }  # fmt: skip
 
 
@@ -154,8 +155,9 @@ class _Readers:
 class _Writers:
     """Writes changes at an even rate, each in its own transaction."""
 
-    def __init__(self, conninfo: str, rate: float) -> None:
+    def __init__(self, conninfo: str, part: int, rate: float) -> None:
         self._conninfo = conninfo
+        self._part = part
         self._pause = _WRITERS / rate
         self.written = 0
         self._stop = threading.Event()
@@ -179,7 +181,7 @@ class _Writers:
                 due += self._pause
                 time.sleep(max(0.0, due - time.perf_counter()))
                 number += _WRITERS
-                connection.execute(_WRITE, _values(number, number))
+                connection.execute(_WRITE, _values(self._part, number, number))
                 self.written += 1
 
 
@@ -193,10 +195,10 @@ def measure(
         people.found(connection, zone, _DOCTORS, _PATIENTS)
     people.settle(conninfo)
     followed = []
-    for many, rate in ((1, 1_000.0), (readers, 20.0)):
+    for part, (many, rate) in enumerate(((1, 1_000.0), (readers, 20.0)), 1):
         progress(f"{many} readers, {rate:.0f} changes a second")
         with stage.serve(conninfo) as server:
-            followed.append(_follow(stage, server, conninfo, many, rate, seconds))
+            followed.append(_follow(stage, server, conninfo, part, many, rate, seconds))
     progress(f"a log of {events:,} events")
     _fill(conninfo, events)
     with stage.serve(conninfo) as server, Child(event_client) as client:
@@ -222,17 +224,17 @@ def _fill(conninfo: str, events: int) -> None:
     with psycopg.connect(conninfo, autocommit=True) as connection:
         step = 100_000
         for first in range(0, events, step):
-            connection.execute(_WRITE, _values(first, min(first + step, events) - 1))
+            connection.execute(_WRITE, _values(0, first, min(first + step, events) - 1))
             connection.execute("select seal_log()")
     people.settle(conninfo)
 
 
 def _follow(
-    stage: Stage, server: ServerProcess, conninfo: str, readers: int, rate: float, seconds: float
+    stage: Stage, server: ServerProcess, conninfo: str, part: int, readers: int, rate: float, seconds: float
 ) -> dict[str, Any]:
     with Child(event_client) as client:
         client.ask("follow", server.port, readers)
-        with _Writers(conninfo, rate) as writers:
+        with _Writers(conninfo, part, rate) as writers:
             time.sleep(1.0)
             client.ask("begin")
             before = writers.written
@@ -263,22 +265,20 @@ def _read(
     }  # fmt: skip
 
 
-def _booking(name: str, server: ServerProcess, day: Any, later: int) -> Kind:
-    on = Date(year=day.year, month=day.month, day=day.day)
+def _booking(name: str, server: ServerProcess, day: date, later: int) -> Kind:
+    """Bookings of a year of their own, in which no patient meets a doctor-day again."""
 
     def book(n: int) -> appointment_pb2.BookAppointmentRequest:
-        on.day = 1 + n // _DOCTORS // 900 % 28
+        on = Date(year=day.year + 1 + later, month=1 + n // _PATIENTS, day=1 + n // _DOCTORS % 28)
         return appointment_pb2.BookAppointmentRequest(
-            patient_id=make_id(PATIENT, (n * 7 + later) % _PATIENTS),
-            doctor_day=appointment_pb2.DoctorDay(
-                doctor_id=make_id(DOCTOR, n % _DOCTORS), date=Date(year=on.year + 1 + later, month=1, day=1 + n // 400)
-            ),
+            patient_id=make_id(PATIENT, n % _PATIENTS),
+            doctor_day=appointment_pb2.DoctorDay(doctor_id=make_id(DOCTOR, n % _DOCTORS), date=on),
         )
 
     return Kind(name, server, server.port, "/clinic.frontdesk.v1.AppointmentService/BookAppointment", book)
 
 
-def _beside(stage: Stage, server: ServerProcess, day: Any, rounds: int, events: int) -> dict[str, Any]:
+def _beside(stage: Stage, server: ServerProcess, day: date, rounds: int, events: int) -> dict[str, Any]:
     """Bookings at an even rate, alone and beside a reader from the oldest on, in turns."""
     kind = _booking("BookAppointment", server, day, 0)
     waits: dict[str, list[float]] = {"alone": [], "beside pages": [], "beside a stream": []}
@@ -304,20 +304,14 @@ def _beside(stage: Stage, server: ServerProcess, day: Any, rounds: int, events: 
     }
 
 
-def _background(stage: Stage, conninfo: str, day: Any, rounds: int) -> dict[str, Any]:
-    """The CPU of a booking of service and PostgreSQL, with background work and without, in turns."""
+def _background(stage: Stage, conninfo: str, day: date, rounds: int) -> dict[str, Any]:
+    """The CPU of a booking, of service and PostgreSQL, with background work and without, in turns."""
     us: dict[str, list[float]] = {"on": [], "off": []}
     refused = 0
-    with stage.serve(conninfo) as on, stage.serve(conninfo, background="off") as off, Child(unary_client) as client:
-        # Both write into one database, whose log the one seals; so the one without is measured while it is stopped.
-        kinds = {"on": _booking("on", on, day, 1), "off": _booking("off", off, day, 2)}
-        for kind in kinds.values():
-            spend(stage, [client], kind, 200, 8)
-        del kinds
     for number in range(rounds):
         for name in us:
             with stage.serve(conninfo, background=name) as server, Child(unary_client) as client:
-                kind = _booking(name, server, day, 3 + 2 * number + (name == "on"))
+                kind = _booking(name, server, day, 1 + 2 * number + (name == "on"))
                 spend(stage, [client], kind, 200, 8)
                 spent = spend(stage, [client], kind, 1_500, 8)
                 us[name].append((spent.server + spent.postgres) / spent.calls * 1e6)

@@ -13,6 +13,12 @@ _HELD_SECONDS = 1.0
 POLL_SECONDS = 0.32
 """The longest pause while nothing is to be sealed; a hint of a change ends it. Not all changes are hinted at."""
 
+# Of other roles only if this one may see them: a superuser, or a member of pg_read_all_stats.
+_oldest = """
+select coalesce(extract(epoch from max(clock_timestamp() - xact_start)), 0)::float8
+from pg_stat_activity where backend_xid is not null and pid <> pg_backend_pid()
+"""
+
 _seal = "select sealed, coalesce(waiting, true), coalesce(age, 0) from seal_log()"
 
 
@@ -43,6 +49,10 @@ class Sealer:
             self._wake.clear()
             sealed, waiting, self.age = await self._run()
             idle = PAUSE_SECONDS if sealed else min(2 * idle, _HELD_SECONDS if waiting else POLL_SECONDS)
+
+    async def oldest_transaction(self) -> float:
+        """Seconds for which the oldest transaction is open that holds up sealing. Raises DatabaseUnavailable."""
+        return await self._db.row(_oldest, (), float) or 0.0
 
     async def finish(self) -> None:
         """Seal what is there now. Raises DatabaseUnavailable."""

@@ -137,7 +137,8 @@ class BackgroundWork:
     async def _keep_measuring(self) -> None:
         assert self._metrics is not None
         while True:
-            self._metrics.sample(unsealed=self._sealer.age)
+            open_transaction = await self._sealer.oldest_transaction()
+            self._metrics.sample(unsealed=self._sealer.age, open_transaction=open_transaction)
             for relay in self._relays:
                 self._metrics.sample_relay(
                     relay.name,

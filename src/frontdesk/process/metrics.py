@@ -93,6 +93,16 @@ class WorkerMetrics:
             "Time since every watched doctor-day was last read, of the slowest worker.",
             mode="livemax",
         )
+        self._events_backlog = _gauge(
+            "events_backlog", "Rows of the sealed log that those who watch events have not been told of yet."
+        )
+        self._event_lag = Histogram(
+            "frontdesk_event_lag_seconds",
+            "Time from a change until those who watch events are told. The clocks of PostgreSQL and this machine must"
+            " agree.",
+            buckets=_LAGS,
+            registry=None,
+        )
         connections = _gauge("pool_connections", "Database connections in the pools.", "state")
         self._used, self._idle = connections.labels("used"), connections.labels("idle")
         self._limit = _gauge("pool_limit", "Maximum of database connections in the pools.")
@@ -125,10 +135,17 @@ class WorkerMetrics:
 
     def change_seen(self, change_micros: int) -> None:
         """Watchers are woken with a change of that time, in microseconds since 1970."""
+        self._observe(self._lag, change_micros)
+
+    def event_seen(self, change_micros: int) -> None:
+        """Readers of events are woken with a change of that time, in microseconds since 1970."""
+        self._observe(self._event_lag, change_micros)
+
+    def _observe(self, lags: Histogram, change_micros: int) -> None:
         lag = time.time() - change_micros / 1_000_000
         # Negative if the clocks do not agree.
         if self.clock_is_real and lag >= 0:
-            self._lag.observe(lag)
+            lags.observe(lag)
 
     def sample(
         self,
@@ -138,6 +155,7 @@ class WorkerMetrics:
         watchers: int,
         backlog: int,
         age: float,
+        events_backlog: int,
         notes_dropped: int,
         pool: dict[str, int],
         lines_dropped: int,
@@ -151,6 +169,7 @@ class WorkerMetrics:
         self._watchers.set(watchers)
         self._backlog.set(backlog)
         self._age.set(age)
+        self._events_backlog.set(events_backlog)
         self._used.set(pool["pool_size"] - pool["pool_available"])
         self._idle.set(pool["pool_available"])
         self._limit.set(pool["pool_max"])
@@ -175,6 +194,11 @@ class BackgroundMetrics:
             "Time for which a change waits to be sealed, because an older transaction is open in the database cluster.",
             mode="livemax",
         )
+        self._open = _gauge(
+            "transaction_open_seconds",
+            "Age of the oldest transaction of the database cluster that may write, if the service's role may see it.",
+            mode="livemax",
+        )
         self._backlog = _gauge(
             "relay_backlog", "Events that are still to be sent to the broker, up to 10,000.", "relay", mode="livemax"
         )
@@ -196,9 +220,10 @@ class BackgroundMetrics:
         self._dead = _counter("notifications_dead", "Notifications that were given up.", "channel")
         self._before: dict[str, tuple[int, int]] = {}
 
-    def sample(self, *, unsealed: float) -> None:
-        """Write the gauges. `unsealed` is in seconds."""
+    def sample(self, *, unsealed: float, open_transaction: float) -> None:
+        """Write the gauges. Both are in seconds."""
         self._unsealed.set(unsealed)
+        self._open.set(open_transaction)
 
     def sample_relay(self, relay: str, *, backlog: int, age: float, sent: int, set_aside: int) -> None:
         """Write a relay's numbers. `age` is in seconds; `sent` and `set_aside` are since the process began."""

@@ -89,7 +89,7 @@ class Worker:
             seen=None if metrics is None else metrics.change_seen,
         )
         events = Events(self._db, keep_seconds=settings.keep_log_days * 86400)
-        self._tail = Tail(events, self._hints, message_of)
+        self._tail = Tail(events, self._hints, message_of, seen=None if metrics is None else metrics.event_seen)
         self._watchers = Watchers(most=settings.max_watchers, most_of_caller=settings.max_watchers_per_caller)
         self._passwords = Passwords()
         tokens = Tokens(self._db, seconds=settings.access_token_seconds)
@@ -182,6 +182,7 @@ class Worker:
                 watchers=len(self._watchers),
                 backlog=self._feed.backlog,
                 age=self._feed.age,
+                events_backlog=self._tail.backlog,
                 notes_dropped=self._notes.dropped,
                 pool=self._db.pool_stats(),
                 lines_dropped=dropped(),
