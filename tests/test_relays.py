@@ -279,6 +279,19 @@ async def test_what_nats_refuses_is_set_aside(nats: NatsServer, conninfo: str, s
             await client.jetstream().stream_info("FRONTDESK")
 
 
+async def test_an_event_that_cannot_be_written(nats: NatsServer, conninfo: str, settings: Settings) -> None:
+    """A row that no release of ours writes stops one event, and none behind it."""
+    happen(conninfo, 3)
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute("update log set data = '[1]' where id = (select max(id::text)::uuid from log)")
+    happen(conninfo, 3)
+    async with working(settings, conninfo, events_nats=nats.url):
+        await until(lambda: position(conninfo) == 6)
+        broken = ids(conninfo)[2]
+        await relayed(conninfo, nats, but=[broken])
+    assert refused(conninfo) == [("nats", broken, "INTERNAL")]
+
+
 async def test_what_no_stream_of_nats_may_take(tmp_path: Path, conninfo: str, settings: Settings) -> None:
     """An event that is larger than any message of the server is set aside too."""
     with NatsServer(tmp_path / "small", more="max_payload: 8192") as server:

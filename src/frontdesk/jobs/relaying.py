@@ -257,13 +257,18 @@ class Relay:
         return _Batch(position, [self._parcel(event) for event in stretch.events], stretch.end)
 
     def _parcel(self, event: Event) -> Parcel:
-        kind, body = self._encode(event)
-        return Parcel(event.position, str(event.id), kind, event.resource, body, self._content_type)
+        parcel = Parcel(event.position, str(event.id), event.type, event.resource, b"", self._content_type)
+        try:
+            parcel.type, parcel.body = self._encode(event)
+        except Exception:
+            # A fault of ours may stop one event, but none behind it.
+            parcel.done, parcel.refusal = True, "INTERNAL"
+        return parcel
 
     async def _deliver(self, parcels: Sequence[Parcel], position: int) -> None:
         """Send until the broker has answered each, however long that takes."""
         since, told = time.monotonic(), False
-        left = len(parcels)
+        left = sum(not parcel.done for parcel in parcels)
         while left:
             cause = "no answer"
             try:
@@ -572,6 +577,8 @@ class Kafka:
                 "client.id": "frontdesk",
                 "enable.idempotence": True,
                 "enable.gapless.guarantee": True,
+                # A broker takes a new producer's second request though it has refused the first one.
+                "max.in.flight.requests.per.connection": 1,
                 # What waits longer would be left out.
                 "message.timeout.ms": 0,
                 # What is too large is for the broker to say.
