@@ -1,10 +1,14 @@
 """Notifications over the wire, with a real receiver of webhooks: what is told, when, once, and what is not."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from clinic.frontdesk.v1 import appointment_pb2, notification_pb2, queue_pb2, schedule_pb2
@@ -14,6 +18,7 @@ from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, tomorrow
 from tests.hostile.wire import serving, working
 from tests.receivers import SECRET, Receiver
+from tests.servers import Service
 from tests.waiting import until, until_true
 
 PHONE = "+5511987654321"
@@ -352,3 +357,32 @@ async def test_a_killed_sender(hooked: Settings, conninfo: str, receiver: Receiv
             (one,) = await told(front, "CONFIRMATION SENT", appointment_id=visit)
             assert one.attempts == 2
         assert set(receiver.ids) == {one.id}
+
+
+async def test_kill_9(conninfo: str, receiver: Receiver, tmp_path: Path) -> None:
+    """A killed background process loses and doubles nothing: what it had begun goes out again under the same id."""
+    settings: Any = {"webhook_url": receiver.url, "webhook_secret": SECRET}
+    with await asyncio.to_thread(lambda: Service(tmp_path / "log", conninfo, **settings)) as running:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}") as channel:
+            front = Front(channel, conninfo, running.port)
+            doctor = await front.doctor(max_patients_per_day=30)
+            receiver.gate.clear()
+            people = await front.people(6)
+            for person in people[:3]:
+                await front.book(person.id, doctor.id, tomorrow())
+            await until(lambda: len(receiver.ids) == 3)
+            (pid,) = running.workers("background")
+            os.kill(pid, signal.SIGKILL)
+            for person in people[3:]:
+                await front.book(person.id, doctor.id, tomorrow())
+            receiver.gate.set()
+            await until(lambda: len(set(receiver.ids)) == 6)
+            # Not to wait for the end of the lease.
+            front.sql("update notification set try_time = now() where state = 'SENDING'")
+            sent = "select count(*), count(distinct appointment_id) from notification where state = 'SENT'"
+            await until(lambda: front.sql(sent) == [(6, 6)])
+            ids = {found for (found,) in front.sql("select id::text from notification where kind = 'CONFIRMATION'")}
+            assert set(receiver.ids) == ids
+            assert len(ids) == 6
+    assert PHONE not in running.log.read_text()
+    assert receiver.url not in running.log.read_text()

@@ -1,5 +1,6 @@
 """The channel EMAIL: a mail with text, HTML and, for an appointment, an entry for the calendar."""
 
+import asyncio
 import socket
 import ssl
 import time
@@ -88,6 +89,15 @@ class Mail:
             client.close()
             raise
         self._idle.append(_Line(client, time.monotonic()))
+        asyncio.get_running_loop().call_later(_IDLE_SECONDS, self._hang_up)
+
+    def _hang_up(self) -> None:
+        """Close the connections that nobody has used for a while."""
+        now = time.monotonic()
+        for line in self._idle:
+            if now - line.used >= _IDLE_SECONDS:
+                line.client.close()
+        self._idle = [line for line in self._idle if now - line.used < _IDLE_SECONDS]
 
     async def _kept(self) -> aiosmtplib.SMTP | None:
         """A connection of an earlier mail that still answers."""
