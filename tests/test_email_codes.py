@@ -23,7 +23,7 @@ from tests.waiting import until, until_true
 
 EMAIL = "rosa@patients.test"
 NEW = "another horse battery"
-_CODE = re.compile("[0-9A-Z]{5}(-[0-9A-Z]{5}){3}")
+CODE = re.compile("[0-9A-Z]{5}(-[0-9A-Z]{5}){3}")
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ async def desk(settings: Settings, conninfo: str, box: MailBox) -> AsyncIterator
 async def code_of(box: MailBox, nth: int) -> str:
     """The code in the nth mail: alone on a line."""
     await until(lambda: len(box.mails) >= nth)
-    (code,) = (line for line in body(box.mails[nth - 1], "plain").splitlines() if _CODE.fullmatch(line))
+    (code,) = (line for line in body(box.mails[nth - 1], "plain").splitlines() if CODE.fullmatch(line))
     assert code in body(box.mails[nth - 1], "html")
     return code
 

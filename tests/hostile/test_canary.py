@@ -54,8 +54,10 @@ from tests.identities import (
     user,
     user_token,
 )
+from tests.receivers import MailBox, body
 from tests.servers import Service
 from tests.test_auth import login, refresh
+from tests.test_email_codes import CODE
 from tests.test_metrics import text
 from tests.test_second_factor import Owner
 from tests.test_traces import Collector
@@ -364,13 +366,15 @@ async def operate(ears: Ears, service: Service) -> None:
 
 @asynccontextmanager
 async def measured(
-    mode: str, conninfo: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, conninfo: str, directory: Path, monkeypatch: pytest.MonkeyPatch, box: MailBox
 ) -> AsyncIterator[tuple[Service, Collector]]:
     """A service that tells as much as it can, and those it tells it to."""
     collector = Collector()
     for name, value in {
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
         "FRONTDESK_METRICS_LISTEN": "127.0.0.1:0",
+        "FRONTDESK_SMTP_URL": f"smtp://127.0.0.1:{box.port}",
+        "FRONTDESK_MAIL_FROM": "desk@clinic.test",
         "FRONTDESK_USER_REQUESTS_PER_MINUTE": "100000",
         "FRONTDESK_ADDRESS_REQUESTS_PER_MINUTE": "100000",
     }.items():
@@ -393,7 +397,11 @@ async def test_no_canary_gets_out(
     await a_day(front, here.doctor_id)
     everybody = [(), CALLER, user_token()] if mode == "open" else await identities(ears, front, here, elsewhere)
     with psycopg.connect(postgres, autocommit=True) as admin:
-        async with measured(mode, front.conninfo, tmp_path, monkeypatch) as (service, collector):
+        async with (
+            MailBox() as box,
+            measured(mode, front.conninfo, tmp_path, monkeypatch, box) as (service, collector),
+        ):
+            box.refuse = lambda address: None if "life" in address else "550 nobody here"
             async with grpc.aio.insecure_channel(f"127.0.0.1:{service.port}") as channel:
                 desk = Front(channel, front.conninfo, service.port)
                 await lives(ears, desk)
@@ -416,7 +424,11 @@ async def test_no_canary_gets_out(
             if mode == "required":
                 await operate(ears, service)
             page = await asyncio.to_thread(text, service)
+        mails = [body(mail, "plain") for mail in box.mails]
+        assert mails
+        ears.secrets |= {line for mail in mails for line in mail.splitlines() if CODE.fullmatch(line)}
     log = service.log.read_text()
+    assert "notification_unsent" in log
     ears.hear("log", log)
     ears.hear("metrics", page)
     ears.hear("traces", collector.requests)
