@@ -31,6 +31,7 @@ from clinic.frontdesk.v1 import (
     schedule_pb2_grpc,
     slot_pb2,
     slot_pb2_grpc,
+    waitlist_pb2_grpc,
 )
 
 _numbers = itertools.count(1)
@@ -126,6 +127,7 @@ class Front:
         self.appointments = appointment_pb2_grpc.AppointmentServiceStub(self.channel)
         self.queues = queue_pb2_grpc.QueueServiceStub(self.channel)
         self.events = event_pb2_grpc.EventServiceStub(self.channel)
+        self.waitlist = waitlist_pb2_grpc.WaitlistServiceStub(self.channel)
 
     def sql(self, query: str, *params: Any) -> list[tuple[Any, ...]]:
         """The rows of a query on the test's database."""

@@ -115,6 +115,13 @@ class HoldNotFound(NotFound):
     resource = "hold"
 
 
+class WaitlistEntryNotFound(NotFound):
+    """The entry of the waiting list does not exist."""
+
+    reason = "WAITLIST_ENTRY_NOT_FOUND"
+    resource = "waitlist_entry"
+
+
 class LeaveNotFound(NotFound):
     """The leave does not exist."""
 
@@ -251,6 +258,26 @@ class HoldExpired(Precondition):
     resource = "hold"
 
 
+class NoOffer(Precondition):
+    """No place is offered to the patient."""
+
+    reason = "NO_OFFER"
+    resource = "waitlist_entry"
+
+
+class OfferExpired(Precondition):
+    """The offer has run out."""
+
+    reason = "OFFER_EXPIRED"
+    resource = "waitlist_entry"
+
+
+class TooLate(Precondition):
+    """The visit begins too soon for an offer."""
+
+    reason = "TOO_LATE"
+
+
 class LeaveState(Precondition):
     """The leave has already been cancelled."""
 
@@ -372,6 +399,13 @@ class LeaveOverlap(AlreadyExists):
 
     reason = "LEAVE_OVERLAP"
     resource = "leave"
+
+
+class AlreadyWaiting(AlreadyExists):
+    """The patient already waits for this on some of these dates."""
+
+    reason = "ALREADY_WAITING"
+    resource = "waitlist_entry"
 
 
 class CodeTaken(AlreadyExists):

@@ -16,6 +16,7 @@ from clinic.frontdesk.v1.patient_pb2_grpc import PatientServiceStub
 from clinic.frontdesk.v1.queue_pb2_grpc import QueueServiceStub
 from clinic.frontdesk.v1.schedule_pb2_grpc import ScheduleServiceStub
 from clinic.frontdesk.v1.slot_pb2_grpc import SlotServiceStub
+from clinic.frontdesk.v1.waitlist_pb2_grpc import WaitlistServiceStub
 
 ChannelT = TypeVar("ChannelT", grpc.Channel, grpc.aio.Channel)
 SyncStub = TypeVar("SyncStub", covariant=True)
@@ -65,6 +66,7 @@ class Stubs(Generic[ChannelT]):
     appointments = Service(AppointmentServiceStub)
     queues = Service(QueueServiceStub)
     events = Service(EventServiceStub)
+    waitlist = Service(WaitlistServiceStub)
     auth = Service(AuthServiceStub)
     access = Service(AccessServiceStub)
     audit = Service(AuditServiceStub)

@@ -36,6 +36,7 @@ class Clinic:
     max_calls: int
     reminders: list[timedelta]
     """How long before a visit its patient is reminded; 0 alone means never."""
+    offer_ttl: timedelta
     version: int
     create_time: datetime
     update_time: datetime

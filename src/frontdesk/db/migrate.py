@@ -32,9 +32,8 @@ SQL_FILES = (
     "time.sql", "state.sql",
     # After the tables, in the order in which they build on one another.
     "request.sql", "clinic.sql", "lock.sql", "key.sql", "seal.sql", "change.sql", "patient.sql", "leave.sql",
-    "hold.sql", "place.sql", "appointment.sql", "queue.sql", "undo.sql", "doctor.sql", "schedule.sql", "slot.sql",
-    "limit.sql", "access.sql", "decide.sql", "retention.sql", "event.sql",
-    "notification.sql",
+    "hold.sql", "place.sql", "waitlist.sql", "appointment.sql", "queue.sql", "undo.sql", "doctor.sql", "schedule.sql",
+    "slot.sql", "limit.sql", "access.sql", "decide.sql", "retention.sql", "event.sql", "notification.sql",
 )  # fmt: skip
 _BEFORE_TABLES = 2
 

@@ -126,6 +126,8 @@ clinic = Table(
     Column("max_calls", Integer, nullable=False, server_default="3"),
     # How long before a visit its patient is reminded; 0 alone means never.
     Column("reminders", ARRAY(Interval), nullable=False, server_default=text("'{24:00:00}'")),
+    # How long a free place is kept for somebody of the waiting list.
+    Column("offer_ttl", Interval, nullable=False, server_default="00:30:00"),
     *_versioned(),
     CheckConstraint("max_calls between 0 and 1000", name="max_calls"),
 )
@@ -387,6 +389,8 @@ hold = Table(
     Column("date", Date, nullable=False),
     Column("slot_id", Uuid),
     Column("patient_id", Uuid),
+    # Of the waiting list, whose offer this is.
+    Column("entry_id", Uuid),
     Column("state", Text, nullable=False, server_default="HELD"),
     Column("expire_time", DateTime(timezone=True), nullable=False),
     Column("create_time", DateTime(timezone=True), nullable=False),
@@ -396,6 +400,78 @@ hold = Table(
 Index("hold_live_idx", hold.c.doctor_id, hold.c.date, hold.c.expire_time, postgresql_where=text("state = 'HELD'"))
 Index("hold_patient_idx", hold.c.patient_id, postgresql_where=text("state = 'HELD' and patient_id is not null"))
 Index("hold_expire_time_idx", hold.c.expire_time, postgresql_using="brin")
+
+# Who waits for a place: at a doctor, or at any of a specialty in a clinic.
+waitlist_entry = Table(
+    "waitlist_entry",
+    metadata,
+    _id(),
+    Column("patient_id", Uuid, nullable=False),
+    # Of the doctor, if it is for one.
+    Column("clinic_id", Uuid, nullable=False),
+    Column("doctor_id", Uuid),
+    _text("specialty"),
+    # In the form in which it is compared.
+    _text("specialty_key"),
+    Column("from_date", Date, nullable=False),
+    Column("to_date", Date, nullable=False),
+    # 1 is Monday; empty means every day.
+    Column("weekdays", ARRAY(Integer), nullable=False, server_default=text("'{}'")),
+    # Minutes of the clinic's day, between which a slot must lie.
+    Column("earliest", Integer),
+    Column("latest", Integer),
+    # The later appointment that is moved to the place, and where it was when the patient joined.
+    Column("appointment_id", Uuid),
+    Column("appointment_doctor", Uuid),
+    Column("appointment_date", Date),
+    Column("appointment_slot", Uuid),
+    Column("priority", Text, nullable=False, server_default="NORMAL"),
+    # 1 to 3, for the order.
+    Column("rank", Integer, nullable=False, server_default="3"),
+    Column("state", Text, nullable=False, server_default="WAITING"),
+    # Of the last offer.
+    Column("hold_id", Uuid),
+    # Whether the last offer ended because its place was closed.
+    Column("withdrawn", Boolean, nullable=False, server_default=text("false")),
+    Column("booked_appointment_id", Uuid),
+    Column("create_time", DateTime(timezone=True), nullable=False),
+    Column("update_time", DateTime(timezone=True), nullable=False),
+    CheckConstraint("state in ('WAITING', 'OFFERED', 'BOOKED', 'LEFT', 'EXPIRED')", name="state"),
+    CheckConstraint("(doctor_id is null) = (specialty_key <> '')", name="target"),
+    CheckConstraint("from_date <= to_date", name="dates"),
+)
+_order = (waitlist_entry.c.rank, waitlist_entry.c.create_time, waitlist_entry.c.id)
+_live_entry = text("state in ('WAITING', 'OFFERED')")
+Index("waitlist_doctor_idx", waitlist_entry.c.doctor_id, *_order, postgresql_where=text("state = 'WAITING'"))
+Index(
+    "waitlist_specialty_idx",
+    waitlist_entry.c.clinic_id,
+    waitlist_entry.c.specialty_key,
+    *_order,
+    postgresql_where=text("state = 'WAITING' and doctor_id is null"),
+)
+Index("waitlist_patient_idx", waitlist_entry.c.patient_id, postgresql_where=_live_entry)
+Index("waitlist_to_date_idx", waitlist_entry.c.to_date, postgresql_where=_live_entry)
+Index(
+    "waitlist_appointment_idx",
+    waitlist_entry.c.appointment_id,
+    postgresql_where=text("state in ('WAITING', 'OFFERED') and appointment_id is not null"),
+)
+Index("waitlist_offered_idx", waitlist_entry.c.id, postgresql_where=text("state = 'OFFERED'"))
+Index("waitlist_clinic_idx", waitlist_entry.c.clinic_id, waitlist_entry.c.id)
+
+# Places that a patient who waits has let go by, and the revision of the doctor-day then.
+waitlist_pass = Table(
+    "waitlist_pass",
+    metadata,
+    _id(),
+    Column("entry_id", Uuid, nullable=False),
+    Column("doctor_id", Uuid, nullable=False),
+    Column("date", Date, nullable=False),
+    Column("slot_id", Uuid),
+    Column("revision", BigInteger, nullable=False),
+)
+Index("waitlist_pass_entry_idx", waitlist_pass.c.entry_id)
 
 # A booking, the visit and its queue entry: one row, because they change together.
 appointment = Table(

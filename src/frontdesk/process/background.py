@@ -21,6 +21,7 @@ from frontdesk.jobs.horizon import keep_ahead
 from frontdesk.jobs.maintenance import clean, retention
 from frontdesk.jobs.notifying import Channel, Planner, Sender
 from frontdesk.jobs.relaying import Broker, Kafka, Nats, Relay
+from frontdesk.jobs.offering import Offering
 from frontdesk.jobs.sealing import Sealer
 from frontdesk.jobs.settling import go_on
 from frontdesk.live.hints import QUEUE, SEALED, Hints
@@ -71,6 +72,7 @@ class BackgroundWork:
         self._hints.hear(QUEUE, lambda _: self._sealer.changed(), self._sealer.changed)
         self._hints.hear(SEALED, lambda _: self._look_at_the_log(), self._look_at_the_log)
         self._leaves = Leaves(self._db, lambda doctor_id, day: self._hints.send(QUEUE, f"{doctor_id}/{day}"))
+        self._offering = Offering(self._db)
         self._tasks = Background()
 
     async def start(self) -> None:
@@ -83,6 +85,7 @@ class BackgroundWork:
         self._tasks.start(self._planner.follow)
         for sender in self._senders:
             self._tasks.start(sender.follow)
+        self._tasks.start(self._offering.follow)
         if self._settings.slot_horizon_days:
             self._tasks.start(self._keep_ahead)
         for relay in self._relays:

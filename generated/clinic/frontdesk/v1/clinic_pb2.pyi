@@ -44,6 +44,7 @@ class Clinic(_message.Message):
     VISIT_LENGTH_FIELD_NUMBER: _builtins.int
     MAX_CALLS_FIELD_NUMBER: _builtins.int
     REMINDERS_FIELD_NUMBER: _builtins.int
+    OFFER_TTL_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Output only, except in UpdateClinic, where it is required and names the clinic to change. A lower-case UUID,
     time-ordered.
@@ -101,6 +102,12 @@ class Clinic(_message.Message):
         then on.
         """
 
+    @_builtins.property
+    def offer_ttl(self) -> _duration_pb2.Duration:
+        """How long a free place is kept for a patient of the waiting list to whom it is offered: 1 s to 24 h. Default: 30
+        minutes.
+        """
+
     def __init__(
         self,
         *,
@@ -121,10 +128,11 @@ class Clinic(_message.Message):
         visit_length: _duration_pb2.Duration | None = ...,
         max_calls: _builtins.int | None = ...,
         reminders: _abc.Iterable[_duration_pb2.Duration] | None = ...,
+        offer_ttl: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "_max_calls", b"_max_calls", "active", b"active", "create_time", b"create_time", "max_calls", b"max_calls", "update_time", b"update_time", "visit_length", b"visit_length"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "_max_calls", b"_max_calls", "active", b"active", "create_time", b"create_time", "max_calls", b"max_calls", "offer_ttl", b"offer_ttl", "update_time", b"update_time", "visit_length", b"visit_length"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "_max_calls", b"_max_calls", "active", b"active", "address", b"address", "city", b"city", "country", b"country", "create_time", b"create_time", "email", b"email", "etag", b"etag", "id", b"id", "max_calls", b"max_calls", "name", b"name", "phone", b"phone", "postal_code", b"postal_code", "reminders", b"reminders", "state", b"state", "time_zone", b"time_zone", "update_time", b"update_time", "visit_length", b"visit_length"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "_max_calls", b"_max_calls", "active", b"active", "address", b"address", "city", b"city", "country", b"country", "create_time", b"create_time", "email", b"email", "etag", b"etag", "id", b"id", "max_calls", b"max_calls", "name", b"name", "offer_ttl", b"offer_ttl", "phone", b"phone", "postal_code", b"postal_code", "reminders", b"reminders", "state", b"state", "time_zone", b"time_zone", "update_time", b"update_time", "visit_length", b"visit_length"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__active: _TypeAlias = _typing.Literal["active"]  # noqa: Y015
     _WhichOneofArgType__active: _TypeAlias = _typing.Literal["_active", b"_active"]  # noqa: Y015

@@ -252,6 +252,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the operator has configured no channel on which patients are told. Example: SendConfirmation on a
     server without FRONTDESK_SMTP_URL and FRONTDESK_WEBHOOK_URL.
     """
+    ERROR_REASON_WAITLIST_ENTRY_NOT_FOUND: _ErrorReason.ValueType  # 90
+    """NOT_FOUND: the entry of the waiting list does not exist. Example: LeaveWaitlist with a mistyped entry_id."""
+    ERROR_REASON_ALREADY_WAITING: _ErrorReason.ValueType  # 91
+    """ALREADY_EXISTS: the patient already waits for this doctor or specialty on some of these dates. Example: joining twice."""
+    ERROR_REASON_NO_OFFER: _ErrorReason.ValueType  # 92
+    """FAILED_PRECONDITION: no place is offered to the patient. Example: AcceptOffer of what was declined."""
+    ERROR_REASON_OFFER_EXPIRED: _ErrorReason.ValueType  # 93
+    """FAILED_PRECONDITION: the offer has run out. Example: AcceptOffer after an hour."""
+    ERROR_REASON_TOO_LATE: _ErrorReason.ValueType  # 94
+    """FAILED_PRECONDITION: the visit begins too soon for an offer. Example: OfferPlace half an hour before a slot."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. On the wire, the reason is `google.rpc.ErrorInfo.reason` without the prefix, such as
@@ -491,4 +501,14 @@ ERROR_REASON_NO_CHANNEL: ErrorReason.ValueType  # 99
 """FAILED_PRECONDITION: the operator has configured no channel on which patients are told. Example: SendConfirmation on a
 server without FRONTDESK_SMTP_URL and FRONTDESK_WEBHOOK_URL.
 """
+ERROR_REASON_WAITLIST_ENTRY_NOT_FOUND: ErrorReason.ValueType  # 90
+"""NOT_FOUND: the entry of the waiting list does not exist. Example: LeaveWaitlist with a mistyped entry_id."""
+ERROR_REASON_ALREADY_WAITING: ErrorReason.ValueType  # 91
+"""ALREADY_EXISTS: the patient already waits for this doctor or specialty on some of these dates. Example: joining twice."""
+ERROR_REASON_NO_OFFER: ErrorReason.ValueType  # 92
+"""FAILED_PRECONDITION: no place is offered to the patient. Example: AcceptOffer of what was declined."""
+ERROR_REASON_OFFER_EXPIRED: ErrorReason.ValueType  # 93
+"""FAILED_PRECONDITION: the offer has run out. Example: AcceptOffer after an hour."""
+ERROR_REASON_TOO_LATE: ErrorReason.ValueType  # 94
+"""FAILED_PRECONDITION: the visit begins too soon for an offer. Example: OfferPlace half an hour before a slot."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

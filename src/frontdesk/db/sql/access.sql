@@ -4,7 +4,7 @@
 -- The refusal of a patient who writes notes or sets a priority, which are the clinic's; null if he does neither.
 create or replace function clinics_own_refused(r request) returns decision language plpgsql as $$
 begin
-    if r.verb = 'CheckIn' and r.priority <> 'NORMAL' then
+    if r.verb in ('CheckIn', 'JoinWaitlist') and r.priority <> 'NORMAL' then
         return refused('ROLE_REQUIRED', null, jsonb_build_object('method', r.verb, 'field', 'priority'));
     end if;
     if r.verb = 'BookAppointment' and r.notes <> '' or r.verb = 'UpdateAppointment' and r.notes is not null then
@@ -43,6 +43,7 @@ declare
     v record;
     v_own_only boolean := own_only(r);
     h hold;
+    e waitlist_entry;
 begin
     if v_own_only then
         -- Whatever it is about.
@@ -55,7 +56,7 @@ begin
     if (r.sight).patient is not null then
         r.sight := ((r.sight).clinics, coalesce(current_patient((r.sight).patient), (r.sight).patient), (r.sight).doctor);
     end if;
-    if r.verb in ('BookAppointment', 'HoldPlace', 'UpdatePatient') and v_own_only
+    if r.verb in ('BookAppointment', 'HoldPlace', 'UpdatePatient', 'JoinWaitlist') and v_own_only
        and r.patient is distinct from (r.sight).patient then
         return refused('PATIENT_NOT_FOUND', r.wanted);
     end if;
@@ -65,6 +66,12 @@ begin
             case when (r.sight).doctor is null or r.verb in (
                 'RescheduleAppointment', 'CancelAppointment', 'UpdateAppointment') then 'APPOINTMENT_NOT_FOUND' end,
             p_old.id);
+        if d.outcome is not null then return d; end if;
+    end if;
+    if r.entry is not null then
+        select * into e from waitlist_entry where id = r.entry;
+        if not found then return refused('WAITLIST_ENTRY_NOT_FOUND', r.entry); end if;
+        d := out_of_sight(r, e.clinic_id, coalesce(e.doctor_id, r.doctor), e.patient_id, 'WAITLIST_ENTRY_NOT_FOUND', r.entry);
         if d.outcome is not null then return d; end if;
     end if;
     if r.verb = 'ReleaseHold' then
@@ -82,6 +89,8 @@ begin
         select s.clinic_id, s.doctor_id from slot s where s.id = any (r.slots)
         union all
         select x.clinic_id, x.id from unnest(r.new_slots) w join doctor x on x.id = w.doctor
+        union all
+        select c.id, null from clinic c where c.id = (r.waits ->> 'clinic_id')::uuid
     loop
         d := out_of_sight(
             r, v.clinic_id, v.doctor_id, coalesce(p_old.patient_id, r.patient),

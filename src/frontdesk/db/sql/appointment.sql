@@ -28,6 +28,7 @@ begin
     d.outcome := 'OK';
     d.patient_name := v_place.patient_name;
     d.doctor_name := v_place.doctor_name;
+    r.hold := v_place.hold;
 
     if r.validate_only then
         d.appointment := jsonb_populate_record(null::appointment, jsonb_build_object(
@@ -46,6 +47,9 @@ begin
     returning a into d.appointment;
     d.revision := (record_change(r, 'appointment.booked', d.appointment, false, v_now)).revision;
     if r.hold is not null then update hold set state = 'USED' where id = r.hold; end if;
+    if exists (select from waitlist_entry e where e.patient_id = r.patient and e.state in ('WAITING', 'OFFERED')) then
+        perform end_waiting(r, d.appointment, v_now);
+    end if;
     return d;
 end
 $$;
@@ -68,6 +72,7 @@ begin
 
     d.patient_name := v_place.patient_name;
     d.doctor_name := v_place.doctor_name;
+    r.hold := v_place.hold;
     update appointment as a
     set doctor_id = r.doctor, clinic_id = v_place.clinic_id, date = r.date, number = v_place.number, slot_id = r.slot,
         start_time = v_place.start_time, end_time = v_place.end_time, undo = null,

@@ -45,7 +45,8 @@ begin
                                         'already_registered', d.already_registered)
                 else jsonb_build_object('day', d.day, 'slots', d.slots, 'affected', d.affected,
                                         'schedule', d.schedule, 'schedule_exception', d.schedule_exception,
-                                        'stale', d.stale, 'generated', d.generated, 'hold', d.hold) end,
+                                        'stale', d.stale, 'generated', d.generated, 'hold', d.hold,
+                                        'entry', d.entry) end,
             d.revision, d.vacated_revision)
     on conflict do nothing;
     if not found then

@@ -47,16 +47,25 @@ begin
         -- A patient holds for himself.
         r.patient := (r.sight).patient;
     end if;
+    if r.entry is not null then
+        -- For AcceptOffer also its appointment, and the place that is offered.
+        select e.patient_id, case r.verb when 'AcceptOffer' then e.appointment_id end,
+               coalesce(r.slot, case r.verb when 'AcceptOffer' then h.slot_id end),
+               coalesce(r.doctor, case r.verb when 'AcceptOffer' then h.doctor_id end),
+               coalesce(r.date, case r.verb when 'AcceptOffer' then h.date end)
+        into r.patient, r.appointment, r.slot, r.doctor, r.date
+        from waitlist_entry e left join hold h on h.id = e.hold_id where e.id = r.entry;
+    end if;
     r.wanted := coalesce(r.wanted, r.patient);
     if r.record is not null or r.keep is not null then
         return locate_patient(r);
     end if;
-    if r.verb in ('BookAppointment', 'HoldPlace', 'AddWalkIn') then
+    if r.verb in ('BookAppointment', 'HoldPlace', 'AddWalkIn', 'JoinWaitlist') then
         r.patient := coalesce((select p.merged_into from patient p where p.id = r.patient), r.patient);
     end if;
     if r.slot is not null then
         select doctor_id, date into r.doctor, r.date from slot where id = r.slot;
-    elsif r.doctor is not null and r.date is null then
+    elsif r.doctor is not null and r.date is null and r.waits is null then
         r.date := clinic_today(r.doctor);
     end if;
     if r.appointment is not null then
@@ -97,7 +106,7 @@ begin
         return array[schedule_name(r.doctor)];
     end if;
     if r.verb in ('BookAppointment', 'RescheduleAppointment', 'HoldPlace', 'AddWalkIn', 'TransferPatient',
-                  'UndoTransition') then
+                  'UndoTransition', 'JoinWaitlist', 'LeaveWaitlist', 'OfferPlace', 'AcceptOffer', 'DeclineOffer') then
         v_names := v_names || ('patient/' || coalesce(r.from_patient, r.patient));
     elsif r.verb in ('SetScheduleException', 'DeleteScheduleException', 'SetDoctorAvailability') then
         v_names := v_names || schedule_name(r.doctor);

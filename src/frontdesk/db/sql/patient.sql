@@ -290,6 +290,7 @@ begin
          ) added
     where k.id = v_kept.id
     returning k into d.patient;
+    perform merge_waitlist(r, v_merged.id, v_kept.id, v_now);
     perform append_change(r, 'patient.merged', v_kept.id, null, v_now,
                           jsonb_build_object('merged_patient_id', v_merged.id));
     d.outcome := 'OK';

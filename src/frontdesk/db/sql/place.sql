@@ -2,8 +2,9 @@
 -- the patient. Answers OK with a place, or why not. `p_moving` is the appointment that would give up its own place; a
 -- move within its doctor-day or slot takes no further place of it. `details` is more of a refusal's metadata.
 --
--- A live hold takes a place as a booking does, but not from one who has a hold himself, `p_hold`. `p_patient` may be null
--- if the place is not for anybody yet.
+-- A live hold takes a place as a booking does, but not from one who has a hold himself: `p_hold`, or an offer of this place
+-- that the waiting list has made to the patient. `hold` is the one that the booking uses up. `p_patient` may be null if the
+-- place is not for anybody yet.
 --
 -- `p_again`: `p_moving` takes back the place that it had here, with its number if that is free. Then only the count and
 -- the patient's other appointments matter. `p_override`: on a full doctor-day there is a place above its capacity.
@@ -12,7 +13,7 @@ create or replace function find_place(
     p_hold uuid default null, p_again boolean default false, p_override boolean default false,
     out outcome text, out subject uuid, out details jsonb,
     out clinic_id uuid, out number integer, out start_time timestamptz, out end_time timestamptz,
-    out patient_name text, out doctor_name text, out over_capacity boolean
+    out patient_name text, out doctor_name text, out over_capacity boolean, out hold uuid
 ) language plpgsql as $$
 declare
     v record;
@@ -68,6 +69,12 @@ begin
             return;
         end if;
         v.held := 0;
+        hold := p_hold;
+    elsif v.held > 0 and p_patient is not null then
+        select h.id into hold from live_holds(p_doctor, p_date, p_now) h
+        where h.patient_id = p_patient and h.slot_id is not distinct from p_slot
+          and (select o.entry_id from hold o where o.id = h.id) is not null limit 1;
+        if found then v.held := 0; end if;
     end if;
     if p_patient is not null then
         if v.patient_active is null then outcome := 'PATIENT_NOT_FOUND'; return; end if;

@@ -34,7 +34,8 @@ begin
             from_doctor uuid, from_date date, from_patient uuid, from_dates date[],
             keep uuid, record jsonb, locks text[], wanted uuid, priority text,
             to_date date, hours jsonb, closed boolean, hold uuid, ttl interval,
-            override_reason text, may_override boolean
+            override_reason text, may_override boolean,
+            entry uuid, waits jsonb, leaves boolean
         );
     end if;
 end
@@ -44,7 +45,8 @@ $do$;
 -- its metadata. The rest is the change: the appointment, day or slots after it; the revision of its doctor-day, and of
 -- the one that a reschedule left; the place in the queue, and the names; the appointments that it concerns; the patient,
 -- and the doctor-days that changed with the patient ([[doctor, date], …]); the schedule or its exception; the open slots
--- of hours that are no more; how many slots were generated, and why others were not; the hold.
+-- of hours that are no more; how many slots were generated, and why others were not; the hold; the entry of the waiting
+-- list.
 do $do$
 begin
     if to_regtype('decision') is null then
@@ -54,7 +56,8 @@ begin
             "position" integer, patient_name text, doctor_name text,
             appointment appointment, day doctor_day, slots slot[], affected uuid[],
             patient patient, already_registered boolean, days jsonb,
-            schedule schedule, schedule_exception schedule_exception, stale uuid[], generated jsonb, hold hold
+            schedule schedule, schedule_exception schedule_exception, stale uuid[], generated jsonb, hold hold,
+            entry waitlist_entry
         );
     end if;
 end

@@ -19,6 +19,7 @@ from frontdesk.core.schedule import Schedules
 from frontdesk.core.slot import Slots
 from frontdesk.core.token import Tokens
 from frontdesk.core.user_session import Sessions
+from frontdesk.core.waitlist import Waitlist
 from frontdesk.db.database import Database
 from frontdesk.live.feed import Feed
 from frontdesk.live.tail import Tail
@@ -36,6 +37,7 @@ from frontdesk.rpc.services.patient import PatientServicer
 from frontdesk.rpc.services.queue import QueueServicer
 from frontdesk.rpc.services.schedule import ScheduleServicer
 from frontdesk.rpc.services.slot import SlotServicer
+from frontdesk.rpc.services.waitlist import WaitlistServicer
 
 
 def servicers(
@@ -65,6 +67,7 @@ def servicers(
         AppointmentServicer(appointments, Holds(db)),
         QueueServicer(Queues(db, appointments, feed.paces), feed, watchers),
         EventServicer(events, tail, watchers),
+        WaitlistServicer(Waitlist(db, appointments)),
         AuthServicer(Auth(db, passwords, sessions, patients, mails=EMAIL in channels), sessions),
         AccessServicer(Users(db, passwords), ApiKeys(db)),
         AuditServicer(Audit(db)),

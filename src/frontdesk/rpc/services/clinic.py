@@ -24,6 +24,7 @@ DEFAULT_VISIT_LENGTH = timedelta(minutes=12)
 DEFAULT_CALLS = 3
 
 DEFAULT_REMINDERS = [timedelta(hours=24)]
+DEFAULT_OFFER_TTL = timedelta(minutes=30)
 
 
 def _visit_length(clinic: pb.Clinic) -> dict[str, timedelta]:
@@ -31,10 +32,14 @@ def _visit_length(clinic: pb.Clinic) -> dict[str, timedelta]:
     return {"visit_length": length}
 
 
+def _offer_ttl(clinic: pb.Clinic) -> dict[str, timedelta]:
+    return {"offer_ttl": clinic.offer_ttl.ToTimedelta() if clinic.HasField("offer_ttl") else DEFAULT_OFFER_TTL}
+
+
 _WRITABLE = writable(
     "name", "address", "city", "state", "postal_code", "country", "phone", "email", "time_zone", active=active_from,
-    visit_length=_visit_length,
     reminders=lambda clinic: {"reminders": [one.ToTimedelta() for one in clinic.reminders] or DEFAULT_REMINDERS},
+    visit_length=_visit_length, offer_ttl=_offer_ttl,
     max_calls=lambda clinic: {"max_calls": clinic.max_calls if clinic.HasField("max_calls") else DEFAULT_CALLS},
 )  # fmt: skip
 

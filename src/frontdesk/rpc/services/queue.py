@@ -103,12 +103,12 @@ class QueueServicer:
 
     async def CheckIn(self, request: pb.CheckInRequest, call: Call) -> pb.CheckInResponse:
         return await self._change(
-            request, call, pb.CheckInResponse, patient_id=request.patient_id or None, priority=_priority(request)
+            request, call, pb.CheckInResponse, patient_id=request.patient_id or None, priority=priority_from(request)
         )
 
     async def AddWalkIn(self, request: pb.AddWalkInRequest, call: Call) -> pb.AddWalkInResponse:
         change = await self._queues.add_walk_in(
-            call.caller, request.doctor_id, request.patient_id, _priority(request), request.reason,
+            call.caller, request.doctor_id, request.patient_id, priority_from(request), request.reason,
             request.override_reason, key=key_of(request, call),
         )  # fmt: skip
         return _answer(change, call, pb.AddWalkInResponse)
@@ -121,7 +121,7 @@ class QueueServicer:
         return _answer(change, call, pb.TransferPatientResponse, vacated_revision=change.vacated_revision)
 
     async def SetPriority(self, request: pb.SetPriorityRequest, call: Call) -> pb.SetPriorityResponse:
-        return await self._change(request, call, pb.SetPriorityResponse, priority=_priority(request))
+        return await self._change(request, call, pb.SetPriorityResponse, priority=priority_from(request))
 
     async def GetQueue(self, request: pb.GetQueueRequest, call: Call) -> pb.GetQueueResponse:
         view = _VIEWS[request.view]
@@ -211,7 +211,7 @@ def _answer(change: Change[Appointment], call: Call, response: Callable[..., R],
     )
 
 
-def _priority(request: Any) -> str | None:
+def priority_from(request: Any) -> str | None:
     return _PRIORITIES[request.priority] if request.priority else None
 
 

@@ -255,6 +255,7 @@ def upgrade() -> None:
         sa.Column("is_default", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("max_calls", sa.Integer(), server_default="3", nullable=False),
         sa.Column("reminders", postgresql.ARRAY(sa.Interval()), server_default=sa.text("'{24:00:00}'"), nullable=False),
+        sa.Column("offer_ttl", sa.Interval(), server_default="00:30:00", nullable=False),
         sa.Column("version", sa.Integer(), server_default="1", nullable=False),
         sa.Column("create_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
         sa.Column("update_time", sa.DateTime(timezone=True), server_default=sa.text("moment()"), nullable=False),
@@ -636,6 +637,7 @@ def upgrade() -> None:
         sa.Column("date", sa.Date(), nullable=False),
         sa.Column("slot_id", sa.Uuid(), nullable=True),
         sa.Column("patient_id", sa.Uuid(), nullable=True),
+        sa.Column("entry_id", sa.Uuid(), nullable=True),
         sa.Column("state", sa.Text(), server_default="HELD", nullable=False),
         sa.Column("expire_time", sa.DateTime(timezone=True), nullable=False),
         sa.Column("create_time", sa.DateTime(timezone=True), nullable=False),
@@ -658,6 +660,67 @@ def upgrade() -> None:
         postgresql_where=sa.text("state = 'HELD' and patient_id is not null"),
     )
     op.create_index("hold_expire_time_idx", "hold", ["expire_time"], unique=False, postgresql_using="brin")
+    op.create_table(
+        "waitlist_entry",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("patient_id", sa.Uuid(), nullable=False),
+        sa.Column("clinic_id", sa.Uuid(), nullable=False),
+        sa.Column("doctor_id", sa.Uuid(), nullable=True),
+        sa.Column("specialty", sa.Text(), server_default="", nullable=False),
+        sa.Column("specialty_key", sa.Text(), server_default="", nullable=False),
+        sa.Column("from_date", sa.Date(), nullable=False),
+        sa.Column("to_date", sa.Date(), nullable=False),
+        sa.Column("weekdays", sa.ARRAY(sa.Integer()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column("earliest", sa.Integer(), nullable=True),
+        sa.Column("latest", sa.Integer(), nullable=True),
+        sa.Column("appointment_id", sa.Uuid(), nullable=True),
+        sa.Column("appointment_doctor", sa.Uuid(), nullable=True),
+        sa.Column("appointment_date", sa.Date(), nullable=True),
+        sa.Column("appointment_slot", sa.Uuid(), nullable=True),
+        sa.Column("priority", sa.Text(), server_default="NORMAL", nullable=False),
+        sa.Column("rank", sa.Integer(), server_default="3", nullable=False),
+        sa.Column("state", sa.Text(), server_default="WAITING", nullable=False),
+        sa.Column("hold_id", sa.Uuid(), nullable=True),
+        sa.Column("withdrawn", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("booked_appointment_id", sa.Uuid(), nullable=True),
+        sa.Column("create_time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("update_time", sa.DateTime(timezone=True), nullable=False),
+        sa.CheckConstraint(
+            "state in ('WAITING', 'OFFERED', 'BOOKED', 'LEFT', 'EXPIRED')", name="waitlist_entry_state_check"
+        ),
+        sa.CheckConstraint("(doctor_id is null) = (specialty_key <> '')", name="waitlist_entry_target_check"),
+        sa.CheckConstraint("from_date <= to_date", name="waitlist_entry_dates_check"),
+        sa.PrimaryKeyConstraint("id", name="waitlist_entry_pkey"),
+    )
+    for name, columns, where in (
+        ("waitlist_doctor_idx", ["doctor_id", "rank", "create_time", "id"], "state = 'WAITING'"),
+        (
+            "waitlist_specialty_idx",
+            ["clinic_id", "specialty_key", "rank", "create_time", "id"],
+            "state = 'WAITING' and doctor_id is null",
+        ),
+        ("waitlist_patient_idx", ["patient_id"], "state in ('WAITING', 'OFFERED')"),
+        ("waitlist_to_date_idx", ["to_date"], "state in ('WAITING', 'OFFERED')"),
+        (
+            "waitlist_appointment_idx",
+            ["appointment_id"],
+            "state in ('WAITING', 'OFFERED') and appointment_id is not null",
+        ),
+        ("waitlist_offered_idx", ["id"], "state = 'OFFERED'"),
+    ):
+        op.create_index(name, "waitlist_entry", columns, unique=False, postgresql_where=sa.text(where))
+    op.create_index("waitlist_clinic_idx", "waitlist_entry", ["clinic_id", "id"], unique=False)
+    op.create_table(
+        "waitlist_pass",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
+        sa.Column("entry_id", sa.Uuid(), nullable=False),
+        sa.Column("doctor_id", sa.Uuid(), nullable=False),
+        sa.Column("date", sa.Date(), nullable=False),
+        sa.Column("slot_id", sa.Uuid(), nullable=True),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="waitlist_pass_pkey"),
+    )
+    op.create_index("waitlist_pass_entry_idx", "waitlist_pass", ["entry_id"], unique=False)
 
     op.create_table(
         "notification",
