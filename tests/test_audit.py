@@ -57,6 +57,11 @@ CHANGES: dict[str, list[str]] = {
     "BookAppointment": ["appointment.booked"],
     "HoldPlace": ["hold.placed"],
     "ReleaseHold": ["hold.released"],
+    "JoinWaitlist": ["waitlist.joined"],
+    "LeaveWaitlist": ["waitlist.left"],
+    "OfferPlace": ["waitlist.offered"],
+    "AcceptOffer": ["appointment.booked", "waitlist.accepted"],
+    "DeclineOffer": ["waitlist.declined"],
     "UpdateAppointment": ["appointment.updated"],
     "RescheduleAppointment": ["appointment.moved_in", "appointment.moved_out"],
     "CancelAppointment": ["appointment.cancelled"],
@@ -101,7 +106,7 @@ CHANGES: dict[str, list[str]] = {
 RESOURCES = {
     "appointment": "appointments/", "queue": "appointments/", "doctor_day": "doctorDays/", "clinic": "clinics/",
     "patient": "patients/", "doctor": "doctors/", "slot": "slots/", "api_key": "apiKeys/", "user": "users/",
-    "schedule": "schedules/", "hold": "holds/", "leave": "leaves/",
+    "schedule": "schedules/", "hold": "holds/", "leave": "leaves/", "waitlist": "waitlistEntries/",
     "notification": "notifications/", "contact_preferences": "contactPreferences/",
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ from clinic.frontdesk.v1 import (
 )
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, details, outcome, refusal, tomorrow
-from tests.hostile.methods import METHODS, STREAMS, VALID, World, given_up, noon, path_of, world
+from tests.hostile.methods import METHODS, STREAMS, VALID, World, given_up, noon, path_of, waiting, world
 from tests.hostile.wire import serving
 from tests.identities import Metadata, bearing, create_key, user
 
@@ -99,6 +99,7 @@ _SLOT = _about("doctor", "SLOT_NOT_FOUND", told=True)
 _DAY = _about("doctor", "DOCTOR_NOT_FOUND", told=True)
 _VISIT = _about("visit", "APPOINTMENT_NOT_FOUND")
 _VERB = replace(_VISIT, told=True)
+_ENTRY = _about("visit", "WAITLIST_ENTRY_NOT_FOUND")
 _FREE = _about("free")
 _USER = _about("clinic", "USER_NOT_FOUND")
 _PROFILE = _about("profile")
@@ -141,6 +142,13 @@ FACTS: dict[str, Fact] = {
     "BookAppointment": _about("visit", "PATIENT_NOT_FOUND", "DOCTOR_NOT_FOUND", told=True),
     "HoldPlace": _about("visit", "PATIENT_NOT_FOUND", "DOCTOR_NOT_FOUND", told=True),
     "ReleaseHold": _about("visit", "HOLD_NOT_FOUND"),
+    "JoinWaitlist": _about("visit", "PATIENT_NOT_FOUND", "DOCTOR_NOT_FOUND"),
+    "GetWaitlistEntry": _ENTRY,
+    "ListWaitlist": _FREE,
+    "LeaveWaitlist": _ENTRY,
+    "OfferPlace": _ENTRY,
+    "AcceptOffer": _ENTRY,
+    "DeclineOffer": _ENTRY,
     "GetAppointment": _VISIT,
     "ListAppointments": _about("list", request=_of_doctor),
     "UpdateAppointment": _VISIT,
@@ -326,6 +334,7 @@ async def worlds(front: Front) -> Mapping[str, World]:
         slot_id=(await front.slot(doctor.id, noon(2))).id,
         appointment_id=visit,
         notification_id=given_up(front, visit),
+        entry_id=await waiting(front, person.id, doctor.id),
         hold_id=(await front.hold(doctor.id, noon(5).date(), patient_id=person.id)).id,
         leave_id=(await front.leave(doctor.id, tomorrow() + timedelta(days=50))).leave.id,
     )
@@ -409,7 +418,7 @@ async def test_what_is_hidden_is_told_as_what_is_unknown(
     elsewhere = worlds[ELSEWHERE]
     merging = patient_pb2.MergePatientsRequest(keep_patient_id=elsewhere.patient_id, merge_patient_id=merged.id)
     await front.patients.MergePatients(merging)
-    unknown = {name: getattr(worlds[NONE], name) for name in ("patient_id", "appointment_id", "hold_id")}
+    unknown = {name: getattr(worlds[NONE], name) for name in ("patient_id", "appointment_id", "hold_id", "entry_id")}
     compared = 0
     for row, method, said in policies():
         fact = FACTS[row]

@@ -35,13 +35,14 @@ from clinic.frontdesk.v1 import (
     queue_pb2,
     schedule_pb2,
     slot_pb2,
+    waitlist_pb2,
 )
 from tests.clinic import Front, day, details, today, tomorrow
 from tests.identities import ADMIN, PASSWORD, Metadata, auth, create_key, user_token
 
 _FILES = (
     clinic_pb2, patient_pb2, doctor_pb2, schedule_pb2, slot_pb2, appointment_pb2, queue_pb2, auth_pb2, access_pb2,
-    audit_pb2, event_pb2, notification_pb2,
+    audit_pb2, event_pb2, notification_pb2, waitlist_pb2,
 )  # fmt: skip
 
 METHODS: dict[str, MethodDescriptor] = {
@@ -240,6 +241,8 @@ class World:
     leave_id: str
     notification_id: str
     """One that was given up."""
+    entry_id: str
+    """Of the waiting list; a place is offered."""
 
 
 def given_up(front: Front, appointment_id: str) -> str:
@@ -252,6 +255,16 @@ def given_up(front: Front, appointment_id: str) -> str:
         appointment_id,
     )
     return str(found)
+
+
+async def waiting(front: Front, patient_id: str, doctor_id: str) -> str:
+    """An entry of the waiting list to which a place is offered; its id."""
+    on = day(noon(60).date())
+    wish = waitlist_pb2.JoinWaitlistRequest(patient_id=patient_id, doctor_id=doctor_id, from_date=on, to_date=on)
+    entry = (await front.waitlist.JoinWaitlist(wish)).entry
+    place = appointment_pb2.DoctorDay(doctor_id=doctor_id, date=on)
+    await front.waitlist.OfferPlace(waitlist_pb2.OfferPlaceRequest(entry_id=entry.id, doctor_day=place))
+    return entry.id
 
 
 async def register(front: Front, **fields: Any) -> auth_pb2.RegisterUserResponse:
@@ -286,6 +299,7 @@ async def world(front: Front) -> World:
         held.id,
         leave.leave.id,
         given_up(front, booked.appointment.id),
+        await waiting(front, patient.id, doctor.id),
     )
 
 
@@ -453,6 +467,24 @@ VALID: dict[str, Callable[[World], Message]] = {
     "SetContactPreferences": lambda w: notification_pb2.SetContactPreferencesRequest(
         patient_id=w.patient_id, channels=[notification_pb2.Notification.CHANNEL_EMAIL], language="es-PE"
     ),
+    "JoinWaitlist": lambda w: waitlist_pb2.JoinWaitlistRequest(
+        patient_id=w.patient_id,
+        doctor_id=w.doctor_id,
+        from_date=day(noon(100).date()),
+        to_date=day(noon(101).date()),
+        weekdays=[MONDAY],
+        earliest=TimeOfDay(hours=8),
+        latest=TimeOfDay(hours=12),
+    ),
+    "GetWaitlistEntry": lambda w: waitlist_pb2.GetWaitlistEntryRequest(entry_id=w.entry_id),
+    "ListWaitlist": lambda w: waitlist_pb2.ListWaitlistRequest(states=[waitlist_pb2.WaitlistEntry.STATE_WAITING]),
+    "LeaveWaitlist": lambda w: waitlist_pb2.LeaveWaitlistRequest(entry_id=w.entry_id),
+    "OfferPlace": lambda w: waitlist_pb2.OfferPlaceRequest(
+        entry_id=w.entry_id,
+        doctor_day=appointment_pb2.DoctorDay(doctor_id=w.doctor_id, date=day(noon(61).date())),
+    ),
+    "AcceptOffer": lambda w: waitlist_pb2.AcceptOfferRequest(entry_id=w.entry_id),
+    "DeclineOffer": lambda w: waitlist_pb2.DeclineOfferRequest(entry_id=w.entry_id),
     "GetContactPreferences": lambda w: notification_pb2.GetContactPreferencesRequest(patient_id=w.patient_id),
     "CreateApiKey": lambda w: access_pb2.CreateApiKeyRequest(api_key=_api_key(clinic_ids=[w.clinic_id])),
     "ListApiKeys": lambda w: access_pb2.ListApiKeysRequest(),

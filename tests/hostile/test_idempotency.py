@@ -26,6 +26,7 @@ from clinic.frontdesk.v1 import (
     queue_pb2,
     schedule_pb2,
     slot_pb2,
+    waitlist_pb2,
 )
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today, tomorrow
@@ -40,6 +41,7 @@ from tests.hostile.methods import (
     register,
     request_class,
     slot_at,
+    waiting,
 )
 from tests.hostile.wire import Line, serving
 from tests.identities import bearing, create_key
@@ -409,6 +411,65 @@ async def _release_hold(front: Front) -> Scenario:
     return Scenario(request(hold_id=first.id), request(hold_id=other.id))
 
 
+async def _join_waitlist(front: Front) -> Scenario:
+    doctor, patient = await front.doctor(), await front.patient()
+
+    def wish(days: int) -> waitlist_pb2.JoinWaitlistRequest:
+        on = day(noon(days).date())
+        return waitlist_pb2.JoinWaitlistRequest(patient_id=patient.id, doctor_id=doctor.id, from_date=on, to_date=on)
+
+    async def later() -> None:
+        for (entry,) in front.sql("select id::text from waitlist_entry where patient_id = %s", patient.id):
+            await front.waitlist.LeaveWaitlist(waitlist_pb2.LeaveWaitlistRequest(entry_id=entry))
+
+    return Scenario(wish(5), wish(6), later)
+
+
+async def _two_offers(front: Front) -> tuple[str, str]:
+    first, other = [await waiting(front, (await front.patient()).id, (await front.doctor()).id) for _ in range(2)]
+    return first, other
+
+
+async def _leave_waitlist(front: Front) -> Scenario:
+    first, other = await _two_offers(front)
+    request = waitlist_pb2.LeaveWaitlistRequest
+    return Scenario(request(entry_id=first), request(entry_id=other))
+
+
+async def _offer_place(front: Front) -> Scenario:
+    doctor = await front.doctor()
+    on = day(noon(60).date())
+    first, other = [
+        (
+            await front.waitlist.JoinWaitlist(
+                waitlist_pb2.JoinWaitlistRequest(
+                    patient_id=(await front.patient()).id, doctor_id=doctor.id, from_date=on, to_date=on
+                )
+            )
+        ).entry.id
+        for _ in range(2)
+    ]
+    place = appointment_pb2.DoctorDay(doctor_id=doctor.id, date=day(noon(9).date()))
+
+    async def later() -> None:
+        await front.waitlist.AcceptOffer(waitlist_pb2.AcceptOfferRequest(entry_id=first))
+
+    request = waitlist_pb2.OfferPlaceRequest
+    return Scenario(request(entry_id=first, doctor_day=place), request(entry_id=other, doctor_day=place), later)
+
+
+async def _accept_offer(front: Front) -> Scenario:
+    first, other = await _two_offers(front)
+    request = waitlist_pb2.AcceptOfferRequest
+    return Scenario(request(entry_id=first), request(entry_id=other), same=lambda answer: answer.appointment.id)
+
+
+async def _decline_offer(front: Front) -> Scenario:
+    first, other = await _two_offers(front)
+    request = waitlist_pb2.DeclineOfferRequest
+    return Scenario(request(entry_id=first), request(entry_id=other))
+
+
 async def _update_appointment(front: Front) -> Scenario:
     appointment, _ = await _appointment(front)
 
@@ -647,6 +708,11 @@ SCENARIOS: dict[str, Callable[[Front], Awaitable[Scenario]]] = {
     "BookAppointment": _book,
     "HoldPlace": _hold_place,
     "ReleaseHold": _release_hold,
+    "JoinWaitlist": _join_waitlist,
+    "LeaveWaitlist": _leave_waitlist,
+    "OfferPlace": _offer_place,
+    "AcceptOffer": _accept_offer,
+    "DeclineOffer": _decline_offer,
     "UpdateAppointment": _update_appointment,
     "RescheduleAppointment": _reschedule,
     "CancelAppointment": _visit("CancelAppointment", later="GetAppointment"),

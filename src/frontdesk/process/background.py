@@ -20,8 +20,8 @@ from frontdesk.db.database import Database
 from frontdesk.jobs.horizon import keep_ahead
 from frontdesk.jobs.maintenance import clean, retention
 from frontdesk.jobs.notifying import Channel, Planner, Sender
-from frontdesk.jobs.relaying import Broker, Kafka, Nats, Relay
 from frontdesk.jobs.offering import Offering
+from frontdesk.jobs.relaying import Broker, Kafka, Nats, Relay
 from frontdesk.jobs.sealing import Sealer
 from frontdesk.jobs.settling import go_on
 from frontdesk.live.hints import QUEUE, SEALED, Hints

@@ -1,5 +1,8 @@
 """clinic.frontdesk.v1.WaitlistService."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from google.type import timeofday_pb2
 
 from clinic.frontdesk.v1 import appointment_pb2
@@ -7,6 +10,7 @@ from clinic.frontdesk.v1 import waitlist_pb2 as pb
 from frontdesk.core.decision import Target
 from frontdesk.core.formats import require_order
 from frontdesk.core.waitlist import Offer, Waitlist, WaitlistEntry, WaitlistFilter, Wish
+from frontdesk.db.change import Change
 from frontdesk.errors import InvalidField
 from frontdesk.rpc.convert import (
     converter,
@@ -25,6 +29,8 @@ from frontdesk.rpc.pipeline import Call
 from frontdesk.rpc.services.appointment import saw as saw_appointment
 from frontdesk.rpc.services.appointment import to_appointment
 from frontdesk.rpc.services.queue import priority_from
+
+R = TypeVar("R")
 
 MOST_DAYS = 366
 _STATES = {number: name for name, number in enum_numbers(pb.WaitlistEntry.State.DESCRIPTOR).items()}
@@ -74,7 +80,7 @@ class WaitlistServicer:
             priority_from(request) or "NORMAL",
             key=key_of(request, call),
         )
-        return pb.JoinWaitlistResponse(entry=to_entry(change.result), replayed=change.replayed)
+        return _answer(change, call, pb.JoinWaitlistResponse)
 
     async def GetWaitlistEntry(self, request: pb.GetWaitlistEntryRequest, call: Call) -> pb.GetWaitlistEntryResponse:
         found = await self._waitlist.get(call.caller, request.entry_id)
@@ -100,7 +106,7 @@ class WaitlistServicer:
 
     async def LeaveWaitlist(self, request: pb.LeaveWaitlistRequest, call: Call) -> pb.LeaveWaitlistResponse:
         change = await self._waitlist.leave(call.caller, request.entry_id, key=key_of(request, call))
-        return pb.LeaveWaitlistResponse(entry=to_entry(change.result), replayed=change.replayed)
+        return _answer(change, call, pb.LeaveWaitlistResponse)
 
     async def OfferPlace(self, request: pb.OfferPlaceRequest, call: Call) -> pb.OfferPlaceResponse:
         day = request.doctor_day
@@ -112,7 +118,7 @@ class WaitlistServicer:
         change = await self._waitlist.offer(
             call.caller, request.entry_id, target, length_from(request, "ttl"), key=key_of(request, call)
         )
-        return pb.OfferPlaceResponse(entry=to_entry(change.result), replayed=change.replayed)
+        return _answer(change, call, pb.OfferPlaceResponse)
 
     async def AcceptOffer(self, request: pb.AcceptOfferRequest, call: Call) -> pb.AcceptOfferResponse:
         entry, change = await self._waitlist.accept(call.caller, request.entry_id, key=key_of(request, call))
@@ -130,7 +136,7 @@ class WaitlistServicer:
         change = await self._waitlist.decline(
             call.caller, request.entry_id, leave=request.leave, key=key_of(request, call)
         )
-        return pb.DeclineOfferResponse(entry=to_entry(change.result), replayed=change.replayed)
+        return _answer(change, call, pb.DeclineOfferResponse)
 
 
 def _saw(call: Call, entry: WaitlistEntry) -> None:
@@ -140,6 +146,13 @@ def _saw(call: Call, entry: WaitlistEntry) -> None:
         clinic_id=entry.clinic_id,
         doctor_id=entry.doctor_id,
     )
+
+
+def _answer(change: Change[WaitlistEntry], call: Call, response: Callable[..., R]) -> R:
+    if change.replayed:
+        # A change is in the log; a replay shows it once more.
+        _saw(call, change.result)
+    return response(entry=to_entry(change.result), replayed=change.replayed)
 
 
 def _wish(request: pb.JoinWaitlistRequest) -> Wish:
