@@ -495,7 +495,8 @@ async def test_a_closed_place_is_withdrawn(desk: Front, closed: str) -> None:
     """An offer whose place is closed is withdrawn, and accepting says why; a lowered capacity leaves it."""
     doctor, on = await desk.doctor(), after(7)
     slot = await desk.slot(doctor.id, at(on, 9))
-    entry = await join(desk, (await desk.patient()).id, doctor.id, **only(on))
+    # At some time of the day: without open slots the day's places would be offered.
+    entry = await join(desk, (await desk.patient()).id, doctor.id, **only(on), earliest=minute(1))
     await offered(desk, entry)
     await desk.doctors.UpdateDoctor(
         doctor_pb2.UpdateDoctorRequest(doctor=doctor_pb2.Doctor(id=doctor.id, max_patients_per_day=1))

@@ -118,7 +118,7 @@ def _select(conditions: Collection[str], sight: Collection[str] | None) -> str:
 
 def _entry(*columns: Any) -> WaitlistEntry:
     offer = columns[len(_COLUMNS) :]
-    return WaitlistEntry(*columns[: len(_COLUMNS)], None if offer[0] is None else Offer(*offer))
+    return WaitlistEntry(*columns[: len(_COLUMNS)], offer=None if offer[0] is None else Offer(*offer))
 
 
 def _decision(
