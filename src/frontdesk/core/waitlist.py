@@ -117,8 +117,10 @@ def _select(conditions: Collection[str], sight: Collection[str] | None) -> str:
 
 
 def _entry(*columns: Any) -> WaitlistEntry:
-    offer = columns[len(_COLUMNS) :]
-    return WaitlistEntry(*columns[: len(_COLUMNS)], offer=None if offer[0] is None else Offer(*offer))
+    entry, offer = columns[: len(_COLUMNS)], columns[len(_COLUMNS) :]
+    made: Any = WaitlistEntry
+    found: WaitlistEntry = made(*entry, None if offer[0] is None else Offer(*offer))
+    return found
 
 
 def _decision(
