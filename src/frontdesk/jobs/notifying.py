@@ -6,6 +6,7 @@ what it plans; senders of all replicas take due rows, each row for some seconds.
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -28,6 +29,9 @@ CONCURRENCY = 8
 
 RATE = 50.0
 """Notifications of a channel that a process begins in a second at most: after an outage thousands may be due."""
+
+PROBE_SECONDS = 30.0
+"""Between the beginnings of two probes at most."""
 
 SEND_SECONDS = 15.0
 """One attempt."""
@@ -157,6 +161,8 @@ class Sender:
         self._circuit = Circuit()
         self._wake = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
+        self._began = 0.0
+        """When the latest attempt began, by `time.monotonic`."""
         self.name = channel.name
         self.due = 0
         """How many are due and not sent yet, at most 10,000."""
@@ -176,10 +182,12 @@ class Sender:
             if self._circuit.open:
                 # One at a time probes, and the rest waits for it.
                 await self._settled()
-                await asyncio.sleep(self._circuit.wait_seconds)
+                await asyncio.sleep(self._pause)
             self._wake.clear()
             room = 1 if self._circuit.open else CONCURRENCY - len(self._running)
             claimed = await self._db.rows(_claim, (self.name, room, LEASE_SECONDS), Outgoing) if room else []
+            if claimed:
+                self._began = time.monotonic()
             for one in claimed:
                 task = asyncio.create_task(self._send(one), name="send")
                 self._running.add(task)
@@ -192,6 +200,11 @@ class Sender:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_SECONDS):
                         await self._wake.wait()
+
+    @property
+    def _pause(self) -> float:
+        """Seconds until the channel is probed again. The time of an attempt in vain counts, because it may be long."""
+        return max(0.0, min(self._circuit.wait_seconds, self._began + PROBE_SECONDS - time.monotonic()))
 
     async def finish(self) -> None:
         """Let the attempts end, for a while; what was begun and not ended is taken up again after its lease."""
@@ -234,7 +247,7 @@ class Sender:
         elif probed or not self._circuit.open:
             # Of several that failed together the first one counts.
             self._circuit.failed()
-        again = self._circuit.wait_seconds if unsent.away else retry_seconds(one.attempts)
+        again = self._pause if unsent.away else retry_seconds(one.attempts)
         dead = await self._written(
             _failed,
             (one.id, one.attempts, unsent.code, unsent.for_good, unsent.perhaps, again, self._patience),
