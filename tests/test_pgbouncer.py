@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from clinic.frontdesk.v1 import appointment_pb2, doctor_pb2, queue_pb2
+from clinic.frontdesk.v1 import appointment_pb2, doctor_pb2, event_pb2, queue_pb2
 from frontdesk.db.migrate import SchemaError, check_schema, migrate
 from frontdesk.settings import Settings, SettingsError
 from tests.clinic import Front, day, outcome, reason_of, refusal, today
@@ -284,3 +284,22 @@ def test_a_pooler_needs_a_database() -> None:
     for given in ({"pooler": "transaction"}, {"direct_database_url": "dbname=x"}):
         with pytest.raises(SettingsError, match="FRONTDESK_DATABASE_URL"):
             Settings.load(**given)
+
+
+async def test_events_through_the_pooler(fronts: list[Front]) -> None:
+    """Readers at both replicas are told every event once, in one order, with hints and without."""
+    streams: list[Any] = [front.events.WatchEvents(event_pb2.WatchEventsRequest()) for front in fronts]
+    for stream in streams:
+        assert (await stream.read()).HasField("heartbeat")
+    doctor = await fronts[0].doctor(max_patients_per_day=20)
+    await asyncio.gather(*(front.arrive(doctor.id) for front in fronts for _ in range(5)))
+    told: list[list[str]] = [[], []]
+    async with asyncio.timeout(30):
+        for stream, found in zip(streams, told, strict=True):
+            while len(found) < 2 + 3 * 10:
+                if (message := await stream.read()).HasField("event"):
+                    found.append(message.event.id)
+    assert told[0] == told[1]
+    assert len(set(told[0])) == 32
+    for stream in streams:
+        stream.cancel()

@@ -23,7 +23,7 @@ POLL_SECONDS = 0.25
 
 _KEPT = 2_000
 """Events that the tailer keeps for its readers: more than can come between two looks of one that keeps up."""
-SLICE = 50
+SLICE = 25
 """Events that are serialised without a pause: others want their turn."""
 _MOST_READING = 2
 """Readers that are behind and read at once: calls need the connections too."""
