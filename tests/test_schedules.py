@@ -1103,6 +1103,21 @@ async def test_the_horizon_after_leave(
         await until(lambda: slots_by_date(desk, doctor.id) == Counter({on(n): 2 for n in range(4)}))
 
 
+async def test_the_horizon_of_a_doctor_who_moves(
+    at: Clock, conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hours of a doctor who moves to another clinic are those of its clock: its visits are generated as well."""
+    monkeypatch.setattr(horizon, "PAUSE_SECONDS", 0.02)
+    async with at(NOW), serving(settings, conninfo, background="on", slot_horizon_days=4) as (_, desk):
+        doctor, tokyo = await desk.doctor("UTC"), await desk.clinic("Asia/Tokyo")
+        await set_week(desk, doctor.id, daily("09:00", "11:00", 60), TODAY)
+        await until(lambda: desk.sql("select count(*) from slot") == [(8,)])
+        moved = doctor_pb2.Doctor(id=doctor.id, clinic_id=tokyo.id)
+        await desk.doctors.UpdateDoctor(doctor_pb2.UpdateDoctorRequest(doctor=moved))
+        of_tokyo = "select min(start_time at time zone 'Asia/Tokyo')::time from slot where clinic_id = %s"
+        await until(lambda: str(desk.sql(of_tokyo, tokyo.id)[0][0]) == "09:00:00")
+
+
 async def test_one_replica_generates(
     at: Clock, conninfo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,4 +181,12 @@ async def _completed(tx: Transaction, current: Doctor | None, values: Mapping[st
         values["clinic_id"] = (await clinic.records.get(tx, values["clinic_id"])).id
     elif current is None or "clinic_id" in values:
         values["clinic_id"] = await tx.row("select id from clinic where is_default", (), str)
+    if current is not None and values.get("clinic_id", current.clinic_id) != current.clinic_id:
+        # The hours are of another clock from now on.
+        await tx.run(_lock_hours, (current.id,))
+        await tx.run(_generate_again, (current.id,))
     return values
+
+
+_lock_hours = "select lock_all(array[schedule_name(%s)])"
+_generate_again = "select generate_again(%s, daterange(null, null))"

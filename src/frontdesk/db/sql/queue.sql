@@ -162,8 +162,12 @@ $$;
 -- Book a place for a patient who is here, and check the patient in: two revisions, which others see together.
 create or replace function add_walk_in(r request) returns decision language plpgsql as $$
 declare
-    d decision := book(r);
+    d decision;
 begin
+    if r.date <> clinic_today(r.doctor) then
+        raise exception 'the day has ended meanwhile' using errcode = 'serialization_failure';
+    end if;
+    d := book(r);
     if d.outcome <> 'OK' then return d; end if;
     return change_visit(r, d.appointment);
 end
