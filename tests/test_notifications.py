@@ -216,7 +216,20 @@ async def test_send_confirmation(desk: Front, receiver: Receiver) -> None:
     ask.idempotency_key = ""
     await service(desk).SendConfirmation(ask)
     await told(desk, *["CONFIRMATION SENT"] * 3, appointment_id=visit)
+    ask.idempotency_key = "twins"
+    twins = await asyncio.gather(*(service(desk).SendConfirmation(ask) for _ in range(20)))
+    assert sorted(one.replayed for one in twins) == [False] + [True] * 19
+    assert len({one.notification.id for one in twins}) == 1
+    await told(desk, *["CONFIRMATION SENT"] * 4, appointment_id=visit)
+    ((resources, actors),) = desk.sql(
+        "select array_agg(resource order by id), array_agg(distinct actor) from log"
+        " where type = 'notification.requested'"
+    )
+    assert resources[0] == f"notifications/{first.notification.id}"
+    assert (len(resources), actors) == (3, ["anonymous"])
     await desk.check_in(visit)
+    assert await outcome(service(desk).SendConfirmation(ask)) == "OK"
+    ask.idempotency_key = ""
     assert await outcome(service(desk).SendConfirmation(ask)) == "INVALID_TRANSITION"
     ask.appointment_id = person.id
     assert await outcome(service(desk).SendConfirmation(ask)) == "APPOINTMENT_NOT_FOUND"
