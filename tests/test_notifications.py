@@ -4,14 +4,14 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from clinic.frontdesk.v1 import appointment_pb2, notification_pb2, queue_pb2, schedule_pb2
+from clinic.frontdesk.v1 import appointment_pb2, notification_pb2, queue_pb2, schedule_pb2, waitlist_pb2
 from clinic.frontdesk.v1.notification_pb2 import Notification
 from clinic.frontdesk.v1.notification_pb2_grpc import NotificationServiceStub
 from frontdesk.settings import Settings
@@ -124,6 +124,40 @@ async def test_each_change_is_told_once(desk: Front, receiver: Receiver) -> None
     assert "private" not in str(receiver.posts)
     found = desk.sql("select sequence from notification where kind <> 'REMINDER' order by id")
     assert found == [(0,), (1,), (2,), (3,)]
+
+
+def wish(patient_id: str, doctor_id: str, on: date) -> waitlist_pb2.JoinWaitlistRequest:
+    return waitlist_pb2.JoinWaitlistRequest(
+        patient_id=patient_id, doctor_id=doctor_id, from_date=day(on), to_date=day(on)
+    )
+
+
+async def test_an_offer_is_told(desk: Front, receiver: Receiver) -> None:
+    """Whom the waiting list offers a place is told so; an accepted offer is confirmed as a booking is."""
+    doctor, on = await desk.doctor(max_patients_per_day=1, display_name="Dr. Who"), tomorrow() + timedelta(days=6)
+    taken = (await desk.book((await desk.patient()).id, doctor.id, on)).appointment
+    person = await desk.patient(phone=PHONE)
+    entry = (await desk.waitlist.JoinWaitlist(wish(person.id, doctor.id, on))).entry
+    await desk.cancel(taken.id)
+    (one,) = await told(desk, "WAITLIST_OFFER SENT", patient_id=person.id)
+    assert (one.appointment_id, one.channel) == ("", Notification.CHANNEL_WEBHOOK)
+    (post,) = [post for post in receiver.posts if post["type"] == "notification.waitlist_offer"]
+    assert post["data"]["to"] == PHONE
+    assert "Dr. Who" in post["data"]["text"]
+    await desk.waitlist.AcceptOffer(waitlist_pb2.AcceptOfferRequest(entry_id=entry.id))
+    await told(desk, "WAITLIST_OFFER SENT", "CONFIRMATION SENT", patient_id=person.id)
+
+
+async def test_an_offer_that_is_no_more(desk: Front, receiver: Receiver) -> None:
+    """An offer that was declined before anybody could be told is not told."""
+    await receiver.stop()
+    doctor, person, on = await desk.doctor(), await desk.patient(), tomorrow() + timedelta(days=2)
+    entry = (await desk.waitlist.JoinWaitlist(wish(person.id, doctor.id, on))).entry
+    await until(lambda: desk.sql("select 1 from notification where failure = 'CONNECTION_FAILED'") != [])
+    await desk.waitlist.DeclineOffer(waitlist_pb2.DeclineOfferRequest(entry_id=entry.id, leave=True))
+    await receiver.start()
+    await told(desk, "WAITLIST_OFFER SKIPPED SUPERSEDED", patient_id=person.id)
+    assert not receiver.posts
 
 
 async def test_a_leave_is_told(desk: Front, receiver: Receiver) -> None:

@@ -267,8 +267,8 @@ MUTANTS = (
         _edited(
             "add_walk_in",
             (
-                "    d decision := book(r);\nbegin",
-                "    d decision;\nbegin\n    if r.appointment is null then return book(r); end if;\n"
+                "    d := book(r);",
+                "    if r.appointment is null then return book(r); end if;\n"
                 "    select a into d.appointment from appointment a where a.id = r.appointment;\n"
                 "    d.outcome := 'OK';",
             ),

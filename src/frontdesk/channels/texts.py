@@ -113,6 +113,7 @@ class Wording:
             time=time,
             when=", ".join(filter(None, (day, time))),
             code=code,
+            until="" if one.until is None else f"{day_in_words(one.until.date(), language)}, {_clock(one.until)}",
         )
 
 

@@ -99,6 +99,8 @@ class Outgoing:
     local_start: datetime | None
     """`start_time` by the clinic's clock, without a zone."""
     reminder: bool
+    until: datetime | None
+    """By the clinic's clock: when the offer that it tells of runs out."""
 
 
 class Unsent(Exception):

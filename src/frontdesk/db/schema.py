@@ -687,6 +687,8 @@ notification = Table(
     Column("patient_id", Uuid),
     Column("clinic_id", Uuid),
     Column("user_id", Uuid, ForeignKey("user_account.id")),
+    # The offer of the waiting list that it tells of.
+    Column("hold_id", Uuid),
     # The place that it tells of. If the appointment has another one by then, it is not sent.
     Column("doctor_id", Uuid),
     Column("date", Date),
@@ -711,7 +713,7 @@ notification = Table(
         " and channel in ('EMAIL', 'WEBHOOK')",
         name="state",
     ),
-    CheckConstraint("(user_id is null) = (appointment_id is not null)", name="about"),
+    CheckConstraint("num_nonnulls(user_id, appointment_id, hold_id) = 1", name="about"),
 )
 # Nothing is planned twice, whatever becomes of the reader's position.
 Index(

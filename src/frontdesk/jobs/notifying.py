@@ -132,6 +132,8 @@ def _matters(event: Event) -> bool:
             return True
         case "appointment.undone":
             return (event.data or {}).get("undone") in ("CancelAppointment", "CheckIn")
+        case "waitlist.offered":
+            return True
     return False
 
 
@@ -144,6 +146,7 @@ def _told(event: Event) -> dict[str, Any]:
         "method": event.method,
         "undone": (event.data or {}).get("undone"),
         "appointment_id": event.appointment_id,
+        "entry_id": event.resource.partition("/")[2] if event.type == "waitlist.offered" else None,
         "doctor_id": event.doctor_id,
         "date": None if event.date is None else event.date.isoformat(),
         "slot_id": event.slot_id,

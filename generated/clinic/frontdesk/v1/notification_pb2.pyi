@@ -188,7 +188,7 @@ class Notification(_message.Message):
     skip_reason: Global___Notification.SkipReason.ValueType
     """Why it was not sent, if it was skipped."""
     appointment_id: _builtins.str
-    """The appointment; empty for KIND_EMAIL_VERIFICATION and KIND_PASSWORD_RESET."""
+    """The appointment; empty for KIND_WAITLIST_OFFER, KIND_EMAIL_VERIFICATION and KIND_PASSWORD_RESET."""
     patient_id: _builtins.str
     """The patient. Empty for a user who is linked to no patient."""
     attempts: _builtins.int

@@ -64,8 +64,21 @@ begin
     for e in
         select * from json_to_recordset(p_events) as x (
             id uuid, "position" bigint, time timestamptz, type text, method text, undone text, appointment_id uuid,
-            doctor_id uuid, date date, slot_id uuid)
+            entry_id uuid, doctor_id uuid, date date, slot_id uuid)
     loop
+        if e.type = 'waitlist.offered' then
+            insert into notification (cause, position, kind, channel, hold_id, patient_id, clinic_id, doctor_id, date,
+                                      slot_id, plan_time)
+            select e.id, e.position, 'WAITLIST_OFFER', channel, h.id, w.patient_id, h.clinic_id, h.doctor_id, h.date,
+                   h.slot_id, e.time
+            from waitlist_entry w
+            join hold h on h.id = w.hold_id and (h.doctor_id, h.date) = (e.doctor_id, e.date)
+                           and h.slot_id is not distinct from e.slot_id
+            cross join unnest(p_channels) channel
+            where w.id = e.entry_id and w.state = 'OFFERED'
+            on conflict do nothing;
+            continue;
+        end if;
         v_kind := case
             when e.type = 'appointment.booked' then 'CONFIRMATION'
             when e.type = 'appointment.moved_in' and e.method = 'CreateLeave' then 'LEAVE_MOVED'
@@ -115,6 +128,13 @@ begin
             -- Whoever asked for it has asked again, or does not wait any more.
             when n.kind = 'PASSWORD_RESET' and p_now > n.plan_time + interval '1 hour' then 'TOO_LATE' end;
     end if;
+    if n.hold_id is not null then
+        return case
+            when not exists (
+                select from hold h join waitlist_entry w on w.hold_id = h.id and w.state = 'OFFERED'
+                where h.id = n.hold_id and h.state = 'HELD') then 'SUPERSEDED'
+            when exists (select from hold h where h.id = n.hold_id and h.expire_time <= p_now) then 'TOO_LATE' end;
+    end if;
     if n.kind = 'CANCELLATION' then
         return case when a.state <> 'CANCELLED' or not was_told(a.id, n.channel) then 'SUPERSEDED'
                     when p_now >= visit_day_end(a) then 'TOO_LATE' end;
@@ -140,7 +160,7 @@ returns table (
     id uuid, kind text, attempts integer, sequence integer, plan_time timestamptz, appointment_id uuid, patient_id uuid,
     user_id uuid, "to" text, language text, country text, name text, doctor text, clinic text, address text, city text,
     phone text, email text, time_zone text, date date, start_time timestamptz, end_time timestamptz,
-    local_start timestamp, reminder boolean
+    local_start timestamp, reminder boolean, until timestamp
 ) language plpgsql set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 #variable_conflict use_column
 declare
@@ -171,7 +191,10 @@ begin
                 where o.appointment_id = n.appointment_id and o.channel = n.channel and o.state = 'SENDING'
                   and o.id <> n.id);
             select * into a from appointment x where x.id = n.appointment_id;
-            select * into p from patient x where x.id = (select current_patient(a.patient_id));
+        end if;
+        if n.user_id is null then
+            select * into p from patient x
+            where x.id = (select current_patient(case when n.hold_id is null then a.patient_id else n.patient_id end));
             select * into c from contact_preferences x where x.patient_id = any (same_record(p.id))
             order by x.patient_id = p.id desc, x.update_time desc limit 1;
         end if;
@@ -180,7 +203,7 @@ begin
             -- Its sender was killed, maybe after it had sent it.
             update notification x set told = true where x.id = n.id;
         end if;
-        if v_skip is null and n.appointment_id is not null then
+        if v_skip is null and n.user_id is null then
             v_to := case p_channel when 'EMAIL' then p.email else p.phone end;
             v_skip := case
                 when not coalesce(p_channel = any (c.channels), true)
@@ -200,7 +223,7 @@ begin
             return query
                 select n.id, n.kind, n.attempts + 1, 0, n.plan_time, null::uuid, n.patient_id, n.user_id, u.email,
                        coalesce(l.language, ''), coalesce(l.country, ''), u.name, '', '', '', '', '', '', 'UTC',
-                       null::date, null::timestamptz, null::timestamptz, null::timestamp, false
+                       null::date, null::timestamptz, null::timestamptz, null::timestamp, false, null::timestamp
                 from user_account u
                 -- Of the clinic where the user's patient was last; else the default one.
                 left join lateral (
@@ -210,13 +233,22 @@ begin
                                            order by o.date desc limit 1),
                                           (select d.id from clinic d where d.is_default))) l on true
                 where u.id = n.user_id;
+        elsif n.hold_id is not null then
+            return query
+                select n.id, n.kind, n.attempts + 1, 0, n.plan_time, null::uuid, p.id, null::uuid, v_to,
+                       coalesce(c.language, ''), k.country, concat_ws(' ', p.given_name, nullif(p.family_name, '')),
+                       d.display_name, k.name, k.address, k.city, k.phone, k.email, k.time_zone, h.date, s.start_time,
+                       s.end_time, s.start_time at time zone k.time_zone, false, h.expire_time at time zone k.time_zone
+                from hold h join clinic k on k.id = h.clinic_id join doctor d on d.id = h.doctor_id
+                left join slot s on s.id = h.slot_id
+                where h.id = n.hold_id;
         else
             v_taken := v_taken || n.appointment_id;
             return query
                 select n.id, n.kind, n.attempts + 1, n.sequence, n.plan_time, a.id, p.id, null::uuid, v_to,
                        coalesce(c.language, ''), k.country, concat_ws(' ', p.given_name, nullif(p.family_name, '')),
                        d.display_name, k.name, k.address, k.city, k.phone, k.email, k.time_zone, a.date, a.start_time,
-                       a.end_time, a.start_time at time zone k.time_zone, n.kind = 'REMINDER'
+                       a.end_time, a.start_time at time zone k.time_zone, n.kind = 'REMINDER', null::timestamp
                 from clinic k, doctor d where k.id = a.clinic_id and d.id = a.doctor_id;
         end if;
     end loop;

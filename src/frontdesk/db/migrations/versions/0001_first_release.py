@@ -735,6 +735,7 @@ def upgrade() -> None:
         sa.Column("patient_id", sa.Uuid(), nullable=True),
         sa.Column("clinic_id", sa.Uuid(), nullable=True),
         sa.Column("user_id", sa.Uuid(), nullable=True),
+        sa.Column("hold_id", sa.Uuid(), nullable=True),
         sa.Column("doctor_id", sa.Uuid(), nullable=True),
         sa.Column("date", sa.Date(), nullable=True),
         sa.Column("slot_id", sa.Uuid(), nullable=True),
@@ -752,7 +753,7 @@ def upgrade() -> None:
             " and channel in ('EMAIL', 'WEBHOOK')",
             name="notification_state_check",
         ),
-        sa.CheckConstraint("(user_id is null) = (appointment_id is not null)", name="notification_about_check"),
+        sa.CheckConstraint("num_nonnulls(user_id, appointment_id, hold_id) = 1", name="notification_about_check"),
         sa.ForeignKeyConstraint(["user_id"], ["user_account.id"], name="notification_user_id_fkey"),
         sa.PrimaryKeyConstraint("id", name="notification_pkey"),
     )
