@@ -172,9 +172,9 @@ async def test_two_starts(front: Front) -> None:
 
 def test_the_types() -> None:
     """What the contract lists is what the methods write, but for holds; the rest comes with later services."""
-    later = {one for one in TYPES if one.startswith(("waitlist.", "registration.", "payment."))}
-    assert len(later) == 13
-    elsewhere = {"user.refresh_reused"}
+    later = {one for one in TYPES if one.startswith(("registration.", "payment."))}
+    assert len(later) == 6
+    elsewhere = {"user.refresh_reused", "waitlist.offer_expired", "waitlist.expired"}
     assert {one for types in CHANGES.values() for one in types if not one.startswith("hold.")} | elsewhere == (
         TYPES - later
     )
@@ -182,7 +182,7 @@ def test_the_types() -> None:
 
 async def test_later_types_are_known(desk: Front) -> None:
     """A reader may ask for what no service tells yet."""
-    found = await every(desk, types=[PREFIX + "waitlist.offered", PREFIX + "payment.waived"])
+    found = await every(desk, types=[PREFIX + "registration.failed", PREFIX + "payment.waived"])
     assert found == []
 
 

@@ -24,6 +24,7 @@ from clinic.frontdesk.v1 import (
     patient_pb2,
     policy_pb2,
     queue_pb2,
+    waitlist_pb2,
 )
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, details, outcome, refusal, tomorrow
@@ -95,6 +96,11 @@ def _of_doctor(w: World) -> Message:
     return appointment_pb2.ListAppointmentsRequest(doctor_id=w.doctor_id)
 
 
+def _for_doctor(w: World) -> Message:
+    on = day(noon(100).date())
+    return waitlist_pb2.JoinWaitlistRequest(patient_id=w.patient_id, doctor_id=w.doctor_id, from_date=on, to_date=on)
+
+
 _SLOT = _about("doctor", "SLOT_NOT_FOUND", told=True)
 _DAY = _about("doctor", "DOCTOR_NOT_FOUND", told=True)
 _VISIT = _about("visit", "APPOINTMENT_NOT_FOUND")
@@ -142,7 +148,7 @@ FACTS: dict[str, Fact] = {
     "BookAppointment": _about("visit", "PATIENT_NOT_FOUND", "DOCTOR_NOT_FOUND", told=True),
     "HoldPlace": _about("visit", "PATIENT_NOT_FOUND", "DOCTOR_NOT_FOUND", told=True),
     "ReleaseHold": _about("visit", "HOLD_NOT_FOUND"),
-    "JoinWaitlist": _about("visit", "PATIENT_NOT_FOUND", "DOCTOR_NOT_FOUND"),
+    "JoinWaitlist": _about("visit", "PATIENT_NOT_FOUND", "DOCTOR_NOT_FOUND", request=_for_doctor),
     "GetWaitlistEntry": _ENTRY,
     "ListWaitlist": _FREE,
     "LeaveWaitlist": _ENTRY,

@@ -53,7 +53,8 @@ def services(
     with ExitStack() as stack:
         made = [stack.enter_context(Service(logs / name, url, workers=2, **given)) for name in ("one", "two")]
         listening = "select count(*)::integer from pg_stat_activity where application_name = 'frontdesk listen'"
-        wanted = 4 if request.param == "direct" else 0
+        # Each worker, and each background process.
+        wanted = 6 if request.param == "direct" else 0
         wait_for(lambda: cluster.sql(listening) == [(wanted,)], 30)
         yield made
         for service in made:

@@ -4,7 +4,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -257,9 +257,9 @@ def given_up(front: Front, appointment_id: str) -> str:
     return str(found)
 
 
-async def waiting(front: Front, patient_id: str, doctor_id: str) -> str:
+async def waiting(front: Front, patient_id: str, doctor_id: str, date: date | None = None) -> str:
     """An entry of the waiting list to which a place is offered; its id."""
-    on = day(noon(60).date())
+    on = day(date or noon(60).date())
     wish = waitlist_pb2.JoinWaitlistRequest(patient_id=patient_id, doctor_id=doctor_id, from_date=on, to_date=on)
     entry = (await front.waitlist.JoinWaitlist(wish)).entry
     place = appointment_pb2.DoctorDay(doctor_id=doctor_id, date=on)
@@ -469,7 +469,7 @@ VALID: dict[str, Callable[[World], Message]] = {
     ),
     "JoinWaitlist": lambda w: waitlist_pb2.JoinWaitlistRequest(
         patient_id=w.patient_id,
-        doctor_id=w.doctor_id,
+        specialty=waitlist_pb2.Specialty(clinic_id=w.clinic_id, specialty="Cardiology"),
         from_date=day(noon(100).date()),
         to_date=day(noon(101).date()),
         weekdays=[MONDAY],

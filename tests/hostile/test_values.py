@@ -6,7 +6,7 @@ import gc
 import json
 from collections import Counter
 from collections.abc import Awaitable, Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from clinic.frontdesk.v1 import (
     rules_pb2,
     schedule_pb2,
     slot_pb2,
+    waitlist_pb2,
 )
 from frontdesk import errors
 from frontdesk.rpc.requests import MOST_ELEMENTS
@@ -220,6 +221,7 @@ async def _tokens(front: Front) -> dict[str, tuple[Message, str]]:
         await front.slot(here.doctor_id, noon(5 + n))
         person = await front.patient()
         await front.book(person.id, here.doctor_id, today())
+        await call(front, "JoinWaitlist", VALID["JoinWaitlist"](replace(here, patient_id=person.id)))
         said = VALID["SetDoctorAvailability"](here)
         said.date.year += n  # type: ignore[attr-defined]
         said.date.day = 1  # type: ignore[attr-defined]
@@ -326,6 +328,7 @@ async def test_page_tokens_of_another_filter(front: Front) -> None:
         "ListUsers": access_pb2.ListUsersRequest(email="tests@example.com"),
         "ListAuditEvents": audit_pb2.ListAuditEventsRequest(method="GetPatient"),
         "ListNotifications": notification_pb2.ListNotificationsRequest(appointment_id=here.appointment_id),
+        "ListWaitlist": waitlist_pb2.ListWaitlistRequest(doctor_id=here.doctor_id),
     }
     assert others.keys() == tokens.keys()
 

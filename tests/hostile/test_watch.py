@@ -15,13 +15,13 @@ import grpc
 import psycopg
 import pytest
 
-from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, queue_pb2
+from clinic.frontdesk.v1 import appointment_pb2, clinic_pb2, doctor_pb2, queue_pb2, waitlist_pb2
 from frontdesk.live.hints import Hints
 from frontdesk.rpc import stream as streams
 from frontdesk.settings import Settings
 from tests.clinic import Front, day, outcome, reason_of, refusal, today, tomorrow, without_estimates
 from tests.history.world import Served
-from tests.hostile.methods import METHODS, MUTATIONS, call, manners, path_of, request_class
+from tests.hostile.methods import METHODS, MUTATIONS, call, manners, path_of, request_class, waiting
 from tests.hostile.test_domain import cancelling, to_day
 from tests.hostile.wire import RawConnection, another_client, framed, serving
 from tests.waiting import SOON, until
@@ -684,7 +684,10 @@ async def test_every_answer_names_its_revision(front: Front) -> None:
     said = doctor_pb2.SetDoctorAvailabilityRequest(doctor_id=doctor.id, date=day(tomorrow()), is_present=True)
     told[tomorrow()].append((
         (await front.doctors.SetDoctorAvailability(said)).revision, kinds.KIND_AVAILABILITY, ""))  # fmt: skip
-    used |= {"AddWalkIn", "TransferPatient"}
+    entry = await waiting(front, (await front.patient()).id, doctor.id, tomorrow())
+    taken = await front.waitlist.AcceptOffer(waitlist_pb2.AcceptOfferRequest(entry_id=entry))
+    told[tomorrow()].append((taken.revision, kinds.KIND_BOOKED, taken.appointment.id))
+    used |= {"AddWalkIn", "TransferPatient", "AcceptOffer"}
     used |= {"BookAppointment", "CallNext", "UpdateAppointment", "RescheduleAppointment", "SetDoctorAvailability"}
     assert used == {name for name in MUTATIONS if "revision" in METHODS[name].output_type.fields_by_name}
     for on, stream in streams.items():
