@@ -14,6 +14,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.type import dayofweek_pb2, timeofday_pb2
+from google.type.date_pb2 import Date
 
 from clinic.frontdesk.v1 import appointment_pb2, doctor_pb2, patient_pb2, queue_pb2, schedule_pb2, slot_pb2
 from clinic.frontdesk.v1 import waitlist_pb2 as pb
@@ -698,3 +699,152 @@ async def test_a_killed_background_process(conninfo: str, tmp_path: Any) -> None
             await front.cancel(taken)
             await offered(front, entry)
             assert (await accept(front, entry)).entry.state == Entry.STATE_BOOKED
+
+
+# What must not stop the others
+
+
+async def _others_wait(front: Front) -> None:
+    """So many who wait for a full doctor that the slow look through the list comes to nobody else in time."""
+    full, on = await front.doctor(max_patients_per_day=1), after(90)
+    await front.book((await front.patient()).id, full.id, on)
+    front.sql(
+        "with p as (insert into patient (given_name, name_key) select 'W', 'w' || n from generate_series(1, 200) n"
+        " returning id)"
+        " insert into waitlist_entry (patient_id, clinic_id, doctor_id, from_date, to_date, create_time, update_time)"
+        " select id, %s, %s, %s, %s, now(), now() from p",
+        *(full.clinic_id, full.id, on, on),
+    )
+
+
+async def test_a_place_that_is_given_up(desk: Front) -> None:
+    """Whoever leaves the list, books elsewhere or releases a hold gives the place to the next one at once."""
+    await _others_wait(desk)
+    doctor, taken, on = await one_place(desk)
+    first, second, third = [
+        await join(desk, one.id, doctor.id, from_date=day(on), to_date=day(on + timedelta(days=1)), weekdays=())
+        if n == 1
+        else await join(desk, one.id, doctor.id, **only(on))
+        for n, one in enumerate(await desk.people(3))
+    ]
+    blocker = await desk.book((await desk.patient()).id, doctor.id, on + timedelta(days=1))
+    await desk.cancel(taken)
+    await offered(desk, first)
+    await leave(desk, first)
+    await offered(desk, second)
+    await desk.cancel(blocker.appointment.id)
+    await desk.book(second.patient_id, doctor.id, on + timedelta(days=1))
+    assert (await now(desk, second)).state == Entry.STATE_BOOKED
+    await offered(desk, third)
+    await accept(desk, third)
+
+    held = await desk.doctor(max_patients_per_day=1)
+    hold = await desk.hold(held.id, on)
+    fourth = await join(desk, (await desk.patient()).id, held.id, **only(on))
+    await looked(desk)
+    assert (await now(desk, fourth)).state == Entry.STATE_WAITING
+    await desk.appointments.ReleaseHold(appointment_pb2.ReleaseHoldRequest(hold_id=hold.id))
+    await offered(desk, fourth)
+
+
+async def test_nobody_is_kept_by_others(desk: Front) -> None:
+    """Neither a closed day that thousands want, nor who cannot book, nor a far wish keeps others from their offers."""
+    await _others_wait(desk)
+    wanted, on = await desk.doctor(max_patients_per_day=5), after(20)
+    desk.sql(
+        "with p as (insert into patient (given_name, name_key, active) select 'P', 'p' || n, n % 2 = 0"
+        " from generate_series(1, 3000) n returning id)"
+        " insert into waitlist_entry (patient_id, clinic_id, doctor_id, from_date, to_date, create_time, update_time)"
+        " select id, %s, %s, %s, %s, now() - interval '1 day', now() from p".replace("n % 2", "n %% 2"),
+        *(wanted.clinic_id, wanted.id, on, on),
+    )
+    far = {"from_date": Date(year=9999, month=12, day=30), "to_date": Date(year=9999, month=12, day=31)}
+    await join(desk, (await desk.patient()).id, wanted.id, **far)
+    doctor, taken, _ = await one_place(desk)
+    good = await join(desk, (await desk.patient()).id, doctor.id, **only(after(7)))
+    visit = (await desk.book((await desk.patient()).id, wanted.id, on)).appointment
+    await desk.leave(wanted.id, on, on, policy=schedule_pb2.Leave.POLICY_CANCEL)
+    await desk.cancel(taken)
+    await offered(desk, good)
+    assert (await desk.appointment(visit.id)).state == appointment_pb2.Appointment.STATE_CANCELLED
+    of_that_day = "select count(*) from waitlist_entry where state = 'OFFERED' and doctor_id = %s and from_date = %s"
+    assert desk.sql(of_that_day, wanted.id, on) == [(0,)]
+
+
+async def test_one_bad_row(desk: Front) -> None:
+    """An entry that cannot be changed keeps nobody from an offer."""
+    doctor, taken, on = await one_place(desk)
+    bad, good = [await join(desk, one.id, doctor.id, **only(on)) for one in await desk.people(2)]
+    desk.sql("update waitlist_entry set from_date = current_date - 9, to_date = current_date - 8 where id = %s", bad.id)
+    desk.sql(
+        "create function broken() returns trigger language plpgsql as"
+        " $$ begin raise exception 'broken' using errcode = 'XX000'; end $$"
+    )
+    desk.sql(
+        "create trigger broken before update on waitlist_entry for each row"
+        f" when (old.id = '{bad.id}') execute function broken()"
+    )
+    await desk.cancel(taken)
+    await offered(desk, good)
+
+
+async def test_declined_among_several_places(desk: Front) -> None:
+    """A booking of another place of the day is no reason to offer the declined one again."""
+    doctor, on = await desk.doctor(max_patients_per_day=2), after(7)
+    entry = await join(desk, (await desk.patient()).id, doctor.id, **only(on))
+    await offered(desk, entry)
+    await decline(desk, entry)
+    other = await desk.book((await desk.patient()).id, doctor.id, on)
+    await looked(desk)
+    assert (await now(desk, entry)).state == Entry.STATE_WAITING
+    await desk.cancel(other.appointment.id)
+    await offered(desk, entry)
+
+
+async def test_an_offered_slot_that_is_deleted(desk: Front) -> None:
+    """Accepting an offer whose slot was closed and deleted says that there is none; one that has moved has run out."""
+    doctor, on = await desk.doctor(), after(7)
+    slot = await desk.slot(doctor.id, at(on, 9))
+    entry = await join(desk, (await desk.patient()).id, doctor.id, **only(on), earliest=minute(1))
+    await offered(desk, entry)
+    await desk.slots.BlockSlots(slot_pb2.BlockSlotsRequest(slot_ids=[slot.id]))
+    await in_state(desk, entry, Entry.STATE_WAITING)
+    await desk.slots.DeleteSlot(slot_pb2.DeleteSlotRequest(slot_id=slot.id))
+    assert await outcome(accept(desk, entry)) == "SLOT_NOT_FOUND"
+
+
+async def test_a_moved_appointment_is_not_moved_back(front: Front) -> None:
+    """Nobody is moved to an offer that was made for another appointment than he has now."""
+    doctor, person = await front.doctor(), await front.patient()
+    mine = (await front.book(person.id, doctor.id, after(9))).appointment
+    entry = await join(front, person.id, doctor.id, appointment_id=mine.id)
+    place = appointment_pb2.DoctorDay(doctor_id=doctor.id, date=day(after(5)))
+    await front.waitlist.OfferPlace(pb.OfferPlaceRequest(entry_id=entry.id, doctor_day=place))
+    await front.appointments.RescheduleAppointment(
+        appointment_pb2.RescheduleAppointmentRequest(
+            appointment_id=mine.id, doctor_day=appointment_pb2.DoctorDay(doctor_id=doctor.id, date=day(after(3)))
+        )
+    )
+    assert await outcome(accept(front, entry)) == "NO_OFFER"
+
+
+async def test_who_reaches_what(front: Front) -> None:
+    """Staff learn nothing of another clinic's appointment; a doctor reaches no entry for another specialty."""
+    here, there = await front.clinic(), await front.clinic()
+    doctor = await front.doctor(clinic_id=here.id, specialty="Cardiology")
+    other = await front.doctor(clinic_id=there.id, specialty="Neurology")
+    person = await front.patient()
+    visit = (await front.book(person.id, other.id, after(9))).appointment
+    await front.cancel(visit.id)
+    staff = user(front, "STAFF", clinic_ids=[here.id])
+    wish = pb.JoinWaitlistRequest(
+        patient_id=person.id, doctor_id=doctor.id, appointment_id=visit.id,
+        from_date=day(after(1)), to_date=day(after(1)),
+    )  # fmt: skip
+    assert await outcome(front.waitlist.JoinWaitlist(wish, metadata=staff)) == "CLINIC_NOT_YOURS"
+    entry = await join(front, person.id, specialty=pb.Specialty(clinic_id=there.id, specialty="Neurology"))
+    mine = user(front, "DOCTOR", doctor_id=doctor.id)
+    offer = pb.OfferPlaceRequest(
+        entry_id=entry.id, doctor_day=appointment_pb2.DoctorDay(doctor_id=doctor.id, date=day(after(3)))
+    )
+    assert await outcome(front.waitlist.OfferPlace(offer, metadata=mine)) == "WAITLIST_ENTRY_NOT_FOUND"

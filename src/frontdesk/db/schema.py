@@ -450,7 +450,8 @@ Index(
     *_order,
     postgresql_where=text("state = 'WAITING' and doctor_id is null"),
 )
-Index("waitlist_patient_idx", waitlist_entry.c.patient_id, postgresql_where=_live_entry)
+Index("waitlist_patient_idx", waitlist_entry.c.patient_id, waitlist_entry.c.id)
+Index("waitlist_doctor_list_idx", waitlist_entry.c.doctor_id, waitlist_entry.c.id)
 Index("waitlist_to_date_idx", waitlist_entry.c.to_date, postgresql_where=_live_entry)
 Index(
     "waitlist_appointment_idx",

@@ -54,6 +54,10 @@ _email_codes = """
 delete from email_code where ctid = any (array(
     select ctid from email_code where expire_time < moment() limit %s for update skip locked))
 """
+_passes = """
+delete from waitlist_pass where ctid = any (array(
+    select ctid from waitlist_pass where date < (select moment() - interval '2 days') limit %s for update skip locked))
+"""
 _rate_windows = """
 delete from rate_window where ctid = any (array(
     select ctid from rate_window where minute < clock_timestamp() - interval '1 hour' limit %s for update skip locked))
@@ -95,6 +99,7 @@ async def clean(
         _login_attempts,
         _challenges,
         _holds,
+        _passes,
         _email_codes,
         _rate_windows,
         _signing_keys,

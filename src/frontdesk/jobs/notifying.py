@@ -147,6 +147,7 @@ def _told(event: Event) -> dict[str, Any]:
         "undone": (event.data or {}).get("undone"),
         "appointment_id": event.appointment_id,
         "entry_id": event.resource.partition("/")[2] if event.type == "waitlist.offered" else None,
+        "hold_id": (event.data or {}).get("hold_id"),
         "doctor_id": event.doctor_id,
         "date": None if event.date is None else event.date.isoformat(),
         "slot_id": event.slot_id,

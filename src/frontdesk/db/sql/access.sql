@@ -71,8 +71,21 @@ begin
     if r.entry is not null then
         select * into e from waitlist_entry where id = r.entry;
         if not found then return refused('WAITLIST_ENTRY_NOT_FOUND', r.entry); end if;
-        d := out_of_sight(r, e.clinic_id, coalesce(e.doctor_id, r.doctor), e.patient_id, 'WAITLIST_ENTRY_NOT_FOUND', r.entry);
+        -- An entry for a specialty is a doctor's own if it is his clinic's and specialty.
+        d := out_of_sight(
+            r, e.clinic_id, coalesce(e.doctor_id, (
+                select x.id from doctor x
+                where x.id = r.doctor and (x.clinic_id, x.specialty_key) = (e.clinic_id, e.specialty_key))),
+            e.patient_id, 'WAITLIST_ENTRY_NOT_FOUND', r.entry);
         if d.outcome is not null then return d; end if;
+    end if;
+    if r.waits ->> 'appointment_id' is not null then
+        select * into p_old from appointment where id = (r.waits ->> 'appointment_id')::uuid;
+        if found then
+            d := out_of_sight(r, p_old.clinic_id, p_old.doctor_id, p_old.patient_id, 'APPOINTMENT_NOT_FOUND', p_old.id);
+            if d.outcome is not null then return d; end if;
+        end if;
+        p_old := null;
     end if;
     if r.verb = 'ReleaseHold' then
         select * into h from hold where id = r.hold;

@@ -90,6 +90,10 @@ begin
     d.vacated_doctor := p_old.doctor_id;
     d.vacated_date := p_old.date;
     if r.hold is not null then update hold set state = 'USED' where id = r.hold; end if;
+    if exists (
+        select from waitlist_entry e where e.patient_id = p_old.patient_id and e.state in ('WAITING', 'OFFERED')) then
+        perform end_waiting(r, d.appointment, v_now);
+    end if;
     d.outcome := 'OK';
     return d;
 end

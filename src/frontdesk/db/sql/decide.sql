@@ -47,6 +47,10 @@ begin
             -- Its own statement, so it sees what was committed while we waited for the lock.
             select * into v_old from appointment where id = r.appointment;
         end if;
+        if r.entry is not null
+           and (select e.patient_id from waitlist_entry e where e.id = r.entry) is distinct from r.patient then
+            raise exception 'the patient was merged meanwhile' using errcode = 'serialization_failure';
+        end if;
         if r.locks is not null then
             v_locks := r.locks;
             r := locate(r);

@@ -63,9 +63,9 @@ begin
     if r.verb in ('BookAppointment', 'HoldPlace', 'AddWalkIn', 'JoinWaitlist') then
         r.patient := coalesce((select p.merged_into from patient p where p.id = r.patient), r.patient);
     end if;
-    if r.slot is not null then
+    if r.slot is not null and r.verb <> 'AcceptOffer' then
         select doctor_id, date into r.doctor, r.date from slot where id = r.slot;
-    elsif r.doctor is not null and r.date is null and r.waits is null then
+    elsif r.slot is null and r.doctor is not null and r.date is null and r.waits is null then
         r.date := clinic_today(r.doctor);
     end if;
     if r.appointment is not null then

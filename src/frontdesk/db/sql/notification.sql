@@ -64,7 +64,7 @@ begin
     for e in
         select * from json_to_recordset(p_events) as x (
             id uuid, "position" bigint, time timestamptz, type text, method text, undone text, appointment_id uuid,
-            entry_id uuid, doctor_id uuid, date date, slot_id uuid)
+            entry_id uuid, hold_id uuid, doctor_id uuid, date date, slot_id uuid)
     loop
         if e.type = 'waitlist.offered' then
             insert into notification (cause, position, kind, channel, hold_id, patient_id, clinic_id, doctor_id, date,
@@ -72,8 +72,7 @@ begin
             select e.id, e.position, 'WAITLIST_OFFER', channel, h.id, w.patient_id, h.clinic_id, h.doctor_id, h.date,
                    h.slot_id, e.time
             from waitlist_entry w
-            join hold h on h.id = w.hold_id and (h.doctor_id, h.date) = (e.doctor_id, e.date)
-                           and h.slot_id is not distinct from e.slot_id
+            join hold h on h.id = w.hold_id and h.id = e.hold_id
             cross join unnest(p_channels) channel
             where w.id = e.entry_id and w.state = 'OFFERED'
             on conflict do nothing;

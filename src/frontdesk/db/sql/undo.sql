@@ -19,6 +19,7 @@ declare
     v_told appointment;
     v_now timestamptz := moment();
     v_place record;
+    v_hold uuid;
 begin
     if v_step is null or v_now - (v_step ->> 'time')::timestamptz > interval '15 minutes' or (
         select (v_now at time zone c.time_zone)::date <> ((v_step ->> 'time')::timestamptz at time zone c.time_zone)::date
@@ -54,6 +55,8 @@ begin
             return refused_place(r, v_place.outcome, v_place.subject, v_place.details, p_old.date);
         end if;
         v_new.number := v_place.number;
+        v_hold := v_place.hold;
+        if v_hold is not null then update hold set state = 'USED' where id = v_hold; end if;
     end if;
 
     v_told := v_new;
@@ -66,6 +69,11 @@ begin
     d.revision := (record_change(r, 'appointment.undone', v_told, v_told.queue_state is not null, v_now,
                                  jsonb_build_object('undone', t.verb))).revision;
     d.appointment := write_visit(v_new, v_now);
+    if v_hold is not null then
+        -- The waiting list had offered him his own place.
+        r.hold := v_hold;
+        perform end_waiting(r, d.appointment, v_now);
+    end if;
     d.outcome := 'OK';
     return d;
 end

@@ -27,7 +27,7 @@ language sql stable as $$
           and case when p_start is null or a.start_time is null then p_date < a.date else p_start < a.start_time end)
 $$;
 
--- Whether the patient has let this place go by, and nobody has taken it since.
+-- Whether the patient has let this place go by, and it was not taken and freed since.
 create or replace function passed(p_entry uuid, p_doctor uuid, p_date date, p_slot uuid) returns boolean
 language sql stable as $$
     select exists (
@@ -37,7 +37,17 @@ language sql stable as $$
               select from log l
               where l.doctor_id = p.doctor_id and l.date = p.date and l.revision > p.revision and l.revision > 0
                 and l.slot_id is not distinct from p.slot_id
-                and l.type in ('appointment.booked', 'appointment.moved_in', 'queue.transferred_in')))
+                and (l.type in ('appointment.booked', 'appointment.moved_in', 'queue.transferred_in')
+                     or l.type = 'appointment.undone' and l.data ->> 'undone' in ('CancelAppointment', 'MarkNoShow',
+                                                                                  'LeaveQueue'))
+                and exists (
+                    select from log f
+                    where f.doctor_id = l.doctor_id and f.date = l.date and f.revision > l.revision
+                      -- A move within the doctor-day is told by its new slot alone.
+                      and (f.type = 'appointment.moved_in' and f.slot_id is distinct from l.slot_id
+                           or f.type in ('appointment.cancelled', 'appointment.no_show', 'appointment.moved_out',
+                                         'queue.left', 'queue.transferred_out')
+                              and f.slot_id is not distinct from l.slot_id))))
 $$;
 
 -- The latest instant to which a place may be offered: an hour before the visit, of a day place before the day begins.
@@ -56,7 +66,7 @@ begin
     values (log_id(p_now), p_now, r.actor, r.verb, coalesce(r.address, ''), coalesce(r.trace_id, ''), p_type,
             'waitlistEntries/' || e.id, e.clinic_id, coalesce(h.doctor_id, e.doctor_id), e.patient_id,
             coalesce(e.booked_appointment_id, e.appointment_id), h.slot_id, h.date,
-            jsonb_strip_nulls(jsonb_build_object('state', e.state, 'expire_time', h.expire_time)));
+            jsonb_strip_nulls(jsonb_build_object('state', e.state, 'expire_time', h.expire_time, 'hold_id', h.id)));
 end
 $$;
 
@@ -71,13 +81,16 @@ declare
     v_now timestamptz := moment();
 begin
     w := jsonb_populate_record(null::waitlist_entry, r.waits);
-    select p.active as patient_active, x.active as doctor_active, c.active as clinic_active, c.id as clinic_id,
+    select p.active as patient_active, p.merged_into, x.active as doctor_active, c.active as clinic_active, c.id as clinic_id,
            (v_now at time zone c.time_zone)::date as today, x.id as doctor_id
     into v
     from (select 1) one
     left join patient p on p.id = r.patient
     left join doctor x on x.id = r.doctor
     left join clinic c on c.id = coalesce(x.clinic_id, w.clinic_id);
+    if v.merged_into is not null then
+        raise exception 'the patient was merged meanwhile' using errcode = 'serialization_failure';
+    end if;
     if v.patient_active is null then return refused('PATIENT_NOT_FOUND', r.wanted); end if;
     if not v.patient_active then return refused('PATIENT_INACTIVE', r.patient); end if;
     if r.doctor is not null and v.doctor_id is null then return refused('DOCTOR_NOT_FOUND', r.doctor); end if;
@@ -167,17 +180,21 @@ begin
 end
 $$;
 
--- Leave the list for good: `p_state` is LEFT, BOOKED or EXPIRED. A live offer is given up, or was used.
+-- Leave the list for good: `p_state` is LEFT, BOOKED or EXPIRED. A live offer is given up, and its place told, so that
+-- it is looked at; or it was used.
 create or replace function end_entry(
     r request, e waitlist_entry, p_state text, p_appointment uuid, p_now timestamptz
 ) returns waitlist_entry language plpgsql as $$
+declare
+    h hold;
 begin
-    update hold set state = 'RELEASED' where id = e.hold_id and state = 'HELD' and expire_time > p_now;
+    update hold x set state = 'RELEASED' where x.id = e.hold_id and x.state = 'HELD' and x.expire_time > p_now
+    returning x.* into h;
     e.state := p_state;
     e.booked_appointment_id := p_appointment;
     e := write_entry(e, p_now);
     perform append_of_entry(
-        r, 'waitlist.' || case p_state when 'BOOKED' then 'accepted' else lower(p_state) end, e, null, p_now);
+        r, 'waitlist.' || case p_state when 'BOOKED' then 'accepted' else lower(p_state) end, e, h, p_now);
     return e;
 end
 $$;
@@ -210,6 +227,7 @@ declare
     v_ends timestamptz;
     v_ttl interval;
     v_other uuid;
+    v_last hold;
     v_now timestamptz := moment();
 begin
     select * into e from waitlist_entry where id = r.entry;
@@ -230,7 +248,11 @@ begin
         return refused('TOO_LATE', null, jsonb_build_object('date', r.date, 'start_time', v_place.start_time));
     end if;
     select c.offer_ttl into v_ttl from clinic c where c.id = v_place.clinic_id;
-    if e.state = 'OFFERED' then e := end_offer(r, 'waitlist.offer_expired', e, false, v_now); end if;
+    if e.state = 'OFFERED' then
+        select * into v_last from hold where id = e.hold_id;
+        e := end_offer(r, 'waitlist.offer_expired', e,
+                       no_offer(e, v_last, v_now) is not distinct from 'OFFER_EXPIRED', v_now);
+    end if;
     d.entry := make_offer(r, e, v_place.clinic_id, r.doctor, r.date, r.slot,
                           least(v_now + coalesce(r.ttl, v_ttl), v_ends), v_now);
     select h into d.hold from hold h where h.id = (d.entry).hold_id;
@@ -262,8 +284,13 @@ begin
         raise exception 'the offer was changed meanwhile' using errcode = 'serialization_failure';
     end if;
     v_refusal := no_offer(e, h, v_now);
+    if v_refusal is null and p_old.state = 'BOOKED' and not is_unmoved(e) then
+        -- The entry is about to be LEFT.
+        v_refusal := 'NO_OFFER';
+    end if;
     if v_refusal is not null then
-        if v_refusal = 'NO_OFFER' and e.state = 'WAITING' and e.withdrawn then
+        if v_refusal = 'NO_OFFER' and e.state = 'WAITING' and e.withdrawn and h.id is not null
+           and coalesce((select s.date from slot s where s.id = h.slot_id), h.date) = h.date then
             v_place := find_place(e.patient_id, h.doctor_id, h.date, h.slot_id, p_old, v_now);
             if v_place.outcome <> 'OK' then
                 return refused_place(r, v_place.outcome, v_place.subject, v_place.details, h.date);
@@ -278,7 +305,6 @@ begin
         d := book(r);
     else
         d := reschedule(r, p_old);
-        if d.outcome = 'OK' then perform end_entry(r, e, 'BOOKED', (d.appointment).id, v_now); end if;
     end if;
     return d;
 end
@@ -314,7 +340,7 @@ begin
     for e in
         select * from waitlist_entry w where w.patient_id = a.patient_id and w.state in ('WAITING', 'OFFERED')
     loop
-        if exists (select from hold h where h.id = e.hold_id and h.state = 'USED')
+        if e.hold_id = r.hold
            or fits(e, a.doctor_id, a.clinic_id, x.specialty_key, x.time_zone, a.date, a.start_time, a.end_time)
               and is_earlier(e, a.date, a.start_time) then
             perform end_entry(r, e, 'BOOKED', a.id, p_now);
@@ -343,28 +369,6 @@ begin
 end
 $$;
 
--- The first of those who wait for this place, by priority and then by joining, without some. Each branch reads an index
--- in the order of the list, and the merge of both ends at the first row.
-create or replace function first_waiting(
-    x doctor, p_clinic uuid, p_zone text, p_date date, p_slot uuid, p_start timestamptz, p_end timestamptz,
-    p_without uuid[]
-) returns waitlist_entry language sql stable as $$
-    select w from (
-        (select o as w, o.rank, o.create_time, o.id from waitlist_entry o
-         where o.state = 'WAITING' and o.doctor_id = x.id and o.id <> all (p_without)
-           and fits(o, x.id, p_clinic, x.specialty_key, p_zone, p_date, p_start, p_end)
-           and is_earlier(o, p_date, p_start) and not passed(o.id, x.id, p_date, p_slot)
-         order by o.rank, o.create_time, o.id limit 1)
-        union all
-        (select o, o.rank, o.create_time, o.id from waitlist_entry o
-         where o.state = 'WAITING' and o.doctor_id is null and o.clinic_id = p_clinic
-           and o.specialty_key = x.specialty_key and o.id <> all (p_without)
-           and fits(o, x.id, p_clinic, x.specialty_key, p_zone, p_date, p_start, p_end)
-           and is_earlier(o, p_date, p_start) and not passed(o.id, x.id, p_date, p_slot)
-         order by o.rank, o.create_time, o.id limit 1)) both_lists
-    order by rank, create_time, id limit 1
-$$;
-
 -- Offer this place to the first who waits for it and can have it, under the lock of its doctor-day. Answers OFFERED; NONE
 -- if there is nobody; BUSY if the first is being booked or changed just now.
 create or replace function offer_to_first(
@@ -377,26 +381,39 @@ declare
     c record;
     v_place record;
     v_ends timestamptz := offer_ends(p_clinic, p_date, p_start);
-    v_without uuid[] := '{}';
 begin
     if v_ends <= p_now then return 'NONE'; end if;
     select time_zone, offer_ttl into c from clinic where id = p_clinic;
+    -- Each branch has an index in the order of the list.
+    for e in
+        select * from (
+            select o.* from waitlist_entry o
+            where o.state = 'WAITING' and o.doctor_id = x.id
+              and fits(o, x.id, p_clinic, x.specialty_key, c.time_zone, p_date, p_start, p_end)
+            union all
+            select o.* from waitlist_entry o
+            where o.state = 'WAITING' and o.doctor_id is null and o.clinic_id = p_clinic
+              and o.specialty_key = x.specialty_key
+              and fits(o, x.id, p_clinic, x.specialty_key, c.time_zone, p_date, p_start, p_end)) w
+        order by w.rank, w.create_time, w.id
     loop
-        e := first_waiting(x, p_clinic, c.time_zone, p_date, p_slot, p_start, p_end, v_without);
-        if e.id is null then return 'NONE'; end if;
+        continue when not is_earlier(e, p_date, p_start) or passed(e.id, x.id, p_date, p_slot);
+        -- Without a lock first: those who cannot have it may be many. What keeps one from it leaves an event when it goes.
+        select * into a from appointment where id = e.appointment_id;
+        continue when (find_place(e.patient_id, x.id, p_date, p_slot, a, p_now)).outcome <> 'OK';
         -- Whoever holds locks may not wait for more. Nobody else may have the place instead.
         if not try_lock('patient/' || e.patient_id) then return 'BUSY'; end if;
-        v_without := v_without || e.id;
         -- Their own statements, so they see what was committed before we got the lock.
         select * into e from waitlist_entry where id = e.id and state = 'WAITING' and patient_id = e.patient_id;
         continue when not found;
         select * into a from appointment where id = e.appointment_id;
         v_place := find_place(e.patient_id, x.id, p_date, p_slot, a, p_now);
-        continue when v_place.outcome <> 'OK' or not is_earlier(e, p_date, p_start) or exists (
+        continue when v_place.outcome <> 'OK' or not is_earlier(e, p_date, p_start) or not is_unmoved(e) or exists (
             select from live_holds(x.id, p_date, p_now) h where h.patient_id = e.patient_id);
         perform make_offer(r, e, p_clinic, x.id, p_date, p_slot, least(p_now + c.offer_ttl, v_ends), p_now);
         return 'OFFERED';
     end loop;
+    return 'NONE';
 end
 $$;
 
@@ -417,21 +434,20 @@ declare
     r request;
     x doctor;
     s slot;
-    v_day_capacity integer;
     v_has_slots boolean := false;
     v_now timestamptz;
     v_said text;
-    v_today date;
 begin
     offered := 0;
     busy := false;
     select * into x from doctor where id = p_doctor and active;
     if not found or not exists (
         select from waitlist_entry e
-        where e.state = 'WAITING' and e.doctor_id = p_doctor
+        where e.state = 'WAITING' and e.doctor_id = p_doctor and p_date between e.from_date and e.to_date
         union all
         select from waitlist_entry e
         where e.state = 'WAITING' and e.doctor_id is null and e.specialty_key = x.specialty_key
+          and p_date between e.from_date and e.to_date
           and e.clinic_id = any (x.clinic_id || array(
               select y.clinic_id from slot y where y.doctor_id = p_doctor and y.date = p_date))) then
         return;
@@ -440,14 +456,11 @@ begin
     r.actor := 'system';
     perform lock_all(array[doctor_day_name(p_doctor, p_date)]);
     v_now := moment();
-    v_day_capacity := coalesce((select y.max_patients from doctor_day y where y.doctor_id = p_doctor and y.date = p_date),
-                               x.max_patients_per_day);
     for s in
         select * from slot y where y.doctor_id = p_doctor and y.date = p_date and y.state = 'OPEN' order by y.start_time
     loop
         v_has_slots := true;
-        while places_left(p_doctor, p_date, s.id, s.capacity, v_now) > 0
-              and places_left(p_doctor, p_date, null, v_day_capacity, v_now) > 0 loop
+        while (find_place(null, p_doctor, p_date, s.id, null, v_now)).outcome = 'OK' loop
             v_said := offer_to_first(r, x, s.clinic_id, p_date, s.id, s.start_time, s.end_time, v_now);
             exit when v_said <> 'OFFERED';
             offered := offered + 1;
@@ -455,7 +468,7 @@ begin
         busy := busy or v_said = 'BUSY';
     end loop;
     if v_has_slots then return; end if;
-    while places_left(p_doctor, p_date, null, v_day_capacity, v_now) > 0 loop
+    while (find_place(null, p_doctor, p_date, null, null, v_now)).outcome = 'OK' loop
         v_said := offer_to_first(r, x, x.clinic_id, p_date, null, null, null, v_now);
         exit when v_said <> 'OFFERED';
         offered := offered + 1;
@@ -500,23 +513,33 @@ begin
               and y.state = 'OPEN' offset 0) s on true
         join lateral (select * from doctor y where y.id = s.doctor_id offset 0) x on true
         join lateral (select * from clinic y where y.id = s.clinic_id offset 0) c on true
-        where (e.id is null or fits(e, x.id, s.clinic_id, x.specialty_key, c.time_zone, s.date, s.start_time, s.end_time))
+        where (e.id is null or fits(e, x.id, s.clinic_id, x.specialty_key, c.time_zone, s.date, s.start_time, s.end_time)
+                               and is_earlier(e, s.date, s.start_time) and not passed(e.id, x.id, s.date, s.id))
           and places_left(s.doctor_id, s.date, s.id, s.capacity, v_now) > 0
         union
         select v, day.date
         from unnest(v_doctors) v
         join lateral (select * from doctor y where y.id = v offset 0) x on true
         join lateral (select * from clinic y where y.id = x.clinic_id offset 0) c on true
+        -- Only dates that somebody waits for.
+        cross join lateral unnest(case when e.id is not null then datemultirange(daterange(e.from_date, e.to_date, '[]'))
+            else coalesce((select range_agg(daterange(w.from_date, w.to_date, '[]')) from waitlist_entry w
+                           where w.state = 'WAITING' and w.doctor_id = v), '{}')
+                 + coalesce((select range_agg(daterange(w.from_date, w.to_date, '[]')) from waitlist_entry w
+                             where w.state = 'WAITING' and w.doctor_id is null and w.clinic_id = x.clinic_id
+                               and w.specialty_key = x.specialty_key), '{}') end) m
         cross join lateral (
             select g::date as date
-            from generate_series(greatest(e.from_date, (v_now at time zone c.time_zone)::date + 1), v_last,
-                                 interval '1 day') g) day
+            from generate_series(greatest(lower(m), (v_now at time zone c.time_zone)::date + 1), upper(m) - 1,
+                                 interval '1 day') g limit 1000) day
         left join doctor_day dd on dd.doctor_id = v and dd.date = day.date
-        where (e.id is null or fits(e, x.id, x.clinic_id, x.specialty_key, c.time_zone, day.date, null, null))
+        where (e.id is null or fits(e, x.id, x.clinic_id, x.specialty_key, c.time_zone, day.date, null, null)
+                               and is_earlier(e, day.date, null) and not passed(e.id, v, day.date, null))
+          and coalesce(dd.is_present, true)
           and not exists (
               select from slot y where y.doctor_id = v and y.date = day.date and y.state = 'OPEN')
           and places_left(v, day.date, null, coalesce(dd.max_patients, x.max_patients_per_day), v_now) > 0) f
-    order by f.date, f.doctor_id;
+    order by f.date, f.doctor_id limit 1000;
 end
 $$;
 
@@ -543,20 +566,20 @@ create or replace function is_unmoved(e waitlist_entry) returns boolean language
               (e.appointment_doctor, e.appointment_date, e.appointment_slot))
 $$;
 
--- The entries that must change because of the time, or of something outside the list.
+-- The entries that must change because of the time, or because the place that is offered was closed. In any order, so that
+-- some that cannot be settled keep nobody.
 create or replace function unsettled_entries(p_most integer) returns setof uuid
-language sql stable set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
-    (select e.id from waitlist_entry e
-     where e.state in ('WAITING', 'OFFERED') and e.to_date < (moment() + interval '14 hours')::date
-       and e.to_date < (select (moment() at time zone c.time_zone)::date from clinic c where c.id = e.clinic_id) limit p_most)
-    union
-    (select e.id from waitlist_entry e
-     where e.state in ('WAITING', 'OFFERED') and e.appointment_id is not null and not is_unmoved(e) limit p_most)
-    union
-    (select e.id from waitlist_entry e
-     where e.state = 'OFFERED' and coalesce(
-         (select h.state <> 'HELD' or h.expire_time <= moment() or stands(h) is not true from hold h where h.id = e.hold_id),
-         true) limit p_most)
+language sql volatile set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+    select id from (
+        select e.id from waitlist_entry e
+        where e.state in ('WAITING', 'OFFERED') and e.to_date < (select (moment() + interval '14 hours')::date)
+          and e.to_date < (select (moment() at time zone c.time_zone)::date from clinic c where c.id = e.clinic_id)
+        union
+        select e.id from waitlist_entry e
+        where e.state = 'OFFERED' and coalesce(
+            (select h.state <> 'HELD' or h.expire_time <= moment() or stands(h) is not true
+             from hold h where h.id = e.hold_id), true)) unsettled
+    order by random() limit p_most
 $$;
 
 -- Settle one of them; the doctor-day whose place it gives up, if it does.

@@ -699,7 +699,6 @@ def upgrade() -> None:
             ["clinic_id", "specialty_key", "rank", "create_time", "id"],
             "state = 'WAITING' and doctor_id is null",
         ),
-        ("waitlist_patient_idx", ["patient_id"], "state in ('WAITING', 'OFFERED')"),
         ("waitlist_to_date_idx", ["to_date"], "state in ('WAITING', 'OFFERED')"),
         (
             "waitlist_appointment_idx",
@@ -710,6 +709,8 @@ def upgrade() -> None:
     ):
         op.create_index(name, "waitlist_entry", columns, unique=False, postgresql_where=sa.text(where))
     op.create_index("waitlist_clinic_idx", "waitlist_entry", ["clinic_id", "id"], unique=False)
+    op.create_index("waitlist_patient_idx", "waitlist_entry", ["patient_id", "id"], unique=False)
+    op.create_index("waitlist_doctor_list_idx", "waitlist_entry", ["doctor_id", "id"], unique=False)
     op.create_table(
         "waitlist_pass",
         sa.Column("id", sa.Uuid(), server_default=sa.text("new_id()"), nullable=False),
