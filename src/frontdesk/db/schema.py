@@ -442,12 +442,15 @@ waitlist_entry = Table(
 )
 _order = (waitlist_entry.c.rank, waitlist_entry.c.create_time, waitlist_entry.c.id)
 _live_entry = text("state in ('WAITING', 'OFFERED')")
-Index("waitlist_doctor_idx", waitlist_entry.c.doctor_id, *_order, postgresql_where=text("state = 'WAITING'"))
+# The dates come last: those of other dates are passed over in the index.
+_dates = (waitlist_entry.c.from_date, waitlist_entry.c.to_date)
+Index("waitlist_doctor_idx", waitlist_entry.c.doctor_id, *_order, *_dates, postgresql_where=text("state = 'WAITING'"))
 Index(
     "waitlist_specialty_idx",
     waitlist_entry.c.clinic_id,
     waitlist_entry.c.specialty_key,
     *_order,
+    *_dates,
     postgresql_where=text("state = 'WAITING' and doctor_id is null"),
 )
 Index("waitlist_patient_idx", waitlist_entry.c.patient_id, waitlist_entry.c.id)

@@ -381,37 +381,54 @@ declare
     c record;
     v_place record;
     v_ends timestamptz := offer_ends(p_clinic, p_date, p_start);
+    v_rank integer := 0;
+    v_time timestamptz := '-infinity';
+    v_id uuid := '00000000-0000-0000-0000-000000000000';
+    v_found integer;
 begin
     if v_ends <= p_now then return 'NONE'; end if;
     select time_zone, offer_ttl into c from clinic where id = p_clinic;
-    -- Each branch has an index in the order of the list.
-    for e in
-        select * from (
-            select o.* from waitlist_entry o
-            where o.state = 'WAITING' and o.doctor_id = x.id
-              and fits(o, x.id, p_clinic, x.specialty_key, c.time_zone, p_date, p_start, p_end)
-            union all
-            select o.* from waitlist_entry o
-            where o.state = 'WAITING' and o.doctor_id is null and o.clinic_id = p_clinic
-              and o.specialty_key = x.specialty_key
-              and fits(o, x.id, p_clinic, x.specialty_key, c.time_zone, p_date, p_start, p_end)) w
-        order by w.rank, w.create_time, w.id
+    -- A few at a time: each branch reads an index in the order of the list, and most searches end with the first.
     loop
-        continue when not is_earlier(e, p_date, p_start) or passed(e.id, x.id, p_date, p_slot);
-        -- Without a lock first: those who cannot have it may be many. What keeps one from it leaves an event when it goes.
-        select * into a from appointment where id = e.appointment_id;
-        continue when (find_place(e.patient_id, x.id, p_date, p_slot, a, p_now)).outcome <> 'OK';
-        -- Whoever holds locks may not wait for more. Nobody else may have the place instead.
-        if not try_lock('patient/' || e.patient_id) then return 'BUSY'; end if;
-        -- Their own statements, so they see what was committed before we got the lock.
-        select * into e from waitlist_entry where id = e.id and state = 'WAITING' and patient_id = e.patient_id;
-        continue when not found;
-        select * into a from appointment where id = e.appointment_id;
-        v_place := find_place(e.patient_id, x.id, p_date, p_slot, a, p_now);
-        continue when v_place.outcome <> 'OK' or not is_earlier(e, p_date, p_start) or not is_unmoved(e) or exists (
-            select from live_holds(x.id, p_date, p_now) h where h.patient_id = e.patient_id);
-        perform make_offer(r, e, p_clinic, x.id, p_date, p_slot, least(p_now + c.offer_ttl, v_ends), p_now);
-        return 'OFFERED';
+        v_found := 0;
+        for e in
+            select * from (
+                (select o.* from waitlist_entry o
+                 where o.state = 'WAITING' and o.doctor_id = x.id
+                   and (o.rank, o.create_time, o.id) > (v_rank, v_time, v_id)
+                   and fits(o, x.id, p_clinic, x.specialty_key, c.time_zone, p_date, p_start, p_end)
+                 order by o.rank, o.create_time, o.id limit 20)
+                union all
+                (select o.* from waitlist_entry o
+                 where o.state = 'WAITING' and o.doctor_id is null and o.clinic_id = p_clinic
+                   and o.specialty_key = x.specialty_key
+                   and (o.rank, o.create_time, o.id) > (v_rank, v_time, v_id)
+                   and fits(o, x.id, p_clinic, x.specialty_key, c.time_zone, p_date, p_start, p_end)
+                 order by o.rank, o.create_time, o.id limit 20)) w
+            order by w.rank, w.create_time, w.id limit 20
+        loop
+            v_found := v_found + 1;
+            v_rank := e.rank;
+            v_time := e.create_time;
+            v_id := e.id;
+            continue when not is_earlier(e, p_date, p_start) or passed(e.id, x.id, p_date, p_slot);
+            -- Without a lock first: those who cannot have it may be many. What keeps one from it leaves an event when it
+            -- goes.
+            select * into a from appointment where id = e.appointment_id;
+            continue when (find_place(e.patient_id, x.id, p_date, p_slot, a, p_now)).outcome <> 'OK';
+            -- Whoever holds locks may not wait for more. Nobody else may have the place instead.
+            if not try_lock('patient/' || e.patient_id) then return 'BUSY'; end if;
+            -- Their own statements, so they see what was committed before we got the lock.
+            select * into e from waitlist_entry where id = e.id and state = 'WAITING' and patient_id = e.patient_id;
+            continue when not found;
+            select * into a from appointment where id = e.appointment_id;
+            v_place := find_place(e.patient_id, x.id, p_date, p_slot, a, p_now);
+            continue when v_place.outcome <> 'OK' or not is_earlier(e, p_date, p_start) or not is_unmoved(e) or exists (
+                select from live_holds(x.id, p_date, p_now) h where h.patient_id = e.patient_id);
+            perform make_offer(r, e, p_clinic, x.id, p_date, p_slot, least(p_now + c.offer_ttl, v_ends), p_now);
+            return 'OFFERED';
+        end loop;
+        exit when v_found < 20;
     end loop;
     return 'NONE';
 end

@@ -693,10 +693,14 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="waitlist_entry_pkey"),
     )
     for name, columns, where in (
-        ("waitlist_doctor_idx", ["doctor_id", "rank", "create_time", "id"], "state = 'WAITING'"),
+        (
+            "waitlist_doctor_idx",
+            ["doctor_id", "rank", "create_time", "id", "from_date", "to_date"],
+            "state = 'WAITING'",
+        ),
         (
             "waitlist_specialty_idx",
-            ["clinic_id", "specialty_key", "rank", "create_time", "id"],
+            ["clinic_id", "specialty_key", "rank", "create_time", "id", "from_date", "to_date"],
             "state = 'WAITING' and doctor_id is null",
         ),
         ("waitlist_to_date_idx", ["to_date"], "state in ('WAITING', 'OFFERED')"),
