@@ -280,14 +280,14 @@ class Clients:
         if mine.random() < self._undos:
             known = {who: one for who, one in [*shift.visits.items(), *shift.ended.items()] if one.etag}
             if known:
-                await self._undo(number, shift, mine.choice([*known]), mine)
+                visit = mine.choice([*known])
+                await self._undo(number, shift, visit, known[visit], mine)
                 return
         operation, request = self._intention(number, shift, mine)
         await self._pursue(shift, operation, request, mine, twins=mine.random() < self._twins)
 
-    async def _undo(self, number: int, shift: Shift, visit: str, mine: random.Random) -> None:
+    async def _undo(self, number: int, shift: Shift, visit: str, known: Known, mine: random.Random) -> None:
         """Take back the last verb of a visit. Now and then two clients do, who have seen the same version."""
-        known = shift.visits.get(visit) or shift.ended[visit]
         etag, wishes = known.etag, []
         if mine.random() < 0.08:
             # Nobody else does it meanwhile, and it may be too late then.
