@@ -277,9 +277,14 @@ def test_a_reused_process_id_in_a_stale_file_harms_nobody(cluster: Path) -> None
 
 
 def test_an_interrupted_initdb_leaves_nothing_that_starts(directory: Path) -> None:
-    first = owner(directory)
-    wait_for(lambda: list(directory.glob("initdb-*/global")))
-    kill(first)
+    for attempt in range(5):
+        directory = directory / str(attempt)
+        first = owner(directory)
+        wait_for(lambda directory=directory: list(directory.glob("initdb-*/global")))  # type: ignore[misc]
+        kill(first)
+        # On a busy machine it may have ended before it was killed.
+        if not (directory / "postgres").exists():
+            break
     assert not (directory / "postgres").exists()
     with EmbeddedPostgres(directory) as postgres:
         assert ask(postgres.conninfo, "SELECT 1") == 1
