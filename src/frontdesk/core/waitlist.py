@@ -1,7 +1,7 @@
 """The waiting list: who waits for a place, and what is offered. `db/sql/waitlist.sql` decides about both."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import date, datetime, timedelta
 from functools import cache
 from typing import Any
@@ -144,15 +144,10 @@ class Waitlist:
     ) -> Change[WaitlistEntry]:
         """Wait for a place. Raises what JoinWaitlist names."""
         waits = {
-            "clinic_id": wish.clinic_id,
-            "specialty": wish.specialty,
+            **asdict(wish),
             "specialty_key": folded(wish.specialty),
             "from_date": iso(wish.from_date),
             "to_date": iso(wish.to_date),
-            "weekdays": list(wish.weekdays),
-            "earliest": wish.earliest,
-            "latest": wish.latest,
-            "appointment_id": wish.appointment_id,
         }
         return await self._decide(
             asked(caller, key, patient=patient_id, doctor=wish.doctor_id, waits=waits, priority=priority)

@@ -15,6 +15,7 @@ declare
     v_refused decision[];
     r request;
     v_old appointment;
+    v_entry waitlist_entry;
     v_locks text[] := '{}';
     d decision;
 begin
@@ -47,9 +48,11 @@ begin
             -- Its own statement, so it sees what was committed while we waited for the lock.
             select * into v_old from appointment where id = r.appointment;
         end if;
-        if r.entry is not null
-           and (select e.patient_id from waitlist_entry e where e.id = r.entry) is distinct from r.patient then
-            raise exception 'the patient was merged meanwhile' using errcode = 'serialization_failure';
+        if r.entry is not null then
+            select * into v_entry from waitlist_entry where id = r.entry;
+            if v_entry.patient_id is distinct from r.patient then
+                raise exception 'the patient was merged meanwhile' using errcode = 'serialization_failure';
+            end if;
         end if;
         if r.locks is not null then
             v_locks := r.locks;
@@ -74,6 +77,9 @@ begin
                 d := refused('ETAG_MISMATCH', v_old.id);
             end if;
         end if;
+        if d.outcome is null and r.entry is not null and v_entry.id is null then
+            d := refused('WAITLIST_ENTRY_NOT_FOUND', r.entry);
+        end if;
         if d.outcome is null then
             d := case r.verb
                 when 'BookAppointment' then book(r)
@@ -81,10 +87,10 @@ begin
                 when 'HoldPlace' then hold_place(r)
                 when 'ReleaseHold' then release_hold(r)
                 when 'JoinWaitlist' then join_waitlist(r)
-                when 'LeaveWaitlist' then leave_waitlist(r)
-                when 'OfferPlace' then offer_place(r)
-                when 'AcceptOffer' then accept_offer(r, v_old)
-                when 'DeclineOffer' then decline_offer(r)
+                when 'LeaveWaitlist' then leave_waitlist(r, v_entry)
+                when 'OfferPlace' then offer_place(r, v_entry)
+                when 'AcceptOffer' then accept_offer(r, v_entry, v_old)
+                when 'DeclineOffer' then decline_offer(r, v_entry)
                 when 'UpdateAppointment' then update_appointment(r, v_old)
                 when 'CallNext' then call_next(r)
                 when 'AddWalkIn' then add_walk_in(r)

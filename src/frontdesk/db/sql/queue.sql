@@ -8,8 +8,13 @@ begin
 end
 $do$;
 
+-- The class of a priority: the lower is called first.
+create or replace function priority_class(p_priority text) returns integer language sql immutable parallel safe as $$
+    select array_position('{URGENT,PRIORITY,NORMAL}'::text[], p_priority)
+$$;
+
 create or replace function place_in_queue(a appointment) returns queue_place language sql immutable parallel safe as $$
-    select row(array_position('{URGENT,PRIORITY,NORMAL}'::text[], a.priority), a.returned_revision, a.check_in_time,
+    select row(priority_class(a.priority), a.returned_revision, a.check_in_time,
                a.ticket)::queue_place
 $$;
 

@@ -1,7 +1,7 @@
 -- The waiting list: who waits for a place, and which free place is offered to whom. An offer is a hold for the patient.
 --
--- All changes of an entry are made under the lock of its patient, and all changes of its offer under that of the offer's
--- doctor-day as well.
+-- All changes of an entry are made under the lock of its patient. An offer is made under that of its doctor-day as well; it
+-- is given up without, which only frees a place.
 
 -- Whether the place is what the patient waits for. Of a day place the times are null.
 create or replace function fits(
@@ -117,7 +117,7 @@ begin
                                      appointment_slot, priority, rank, create_time, update_time)
     values (r.patient, v.clinic_id, r.doctor, w.specialty, w.specialty_key, w.from_date, w.to_date, w.weekdays,
             w.earliest, w.latest, a.id, a.doctor_id, a.date, a.slot_id, r.priority,
-            array_position('{URGENT,PRIORITY,NORMAL}'::text[], r.priority), v_now, v_now)
+            priority_class(r.priority), v_now, v_now)
     returning e into d.entry;
     perform append_of_entry(r, 'waitlist.joined', d.entry, null, v_now);
     d.outcome := 'OK';
@@ -158,7 +158,7 @@ end
 $$;
 
 -- End the present offer of an entry, which waits again. `p_passes`: the place is not offered to the patient again until
--- somebody has taken it.
+-- it was taken and freed.
 create or replace function end_offer(
     r request, p_type text, e waitlist_entry, p_passes boolean, p_now timestamptz
 ) returns waitlist_entry language plpgsql as $$
@@ -199,13 +199,10 @@ begin
 end
 $$;
 
-create or replace function leave_waitlist(r request) returns decision language plpgsql as $$
+create or replace function leave_waitlist(r request, e waitlist_entry) returns decision language plpgsql as $$
 declare
     d decision;
-    e waitlist_entry;
 begin
-    select * into e from waitlist_entry where id = r.entry;
-    if not found then return refused('WAITLIST_ENTRY_NOT_FOUND', r.entry); end if;
     if e.state not in ('WAITING', 'OFFERED') then return refused_entry(e); end if;
     d.entry := end_entry(r, e, 'LEFT', null, moment());
     d.outcome := 'OK';
@@ -219,10 +216,9 @@ $$;
 
 -- Offer a place that the desk has chosen. It need not be what the patient asked for, but he must be able to book it. A
 -- present offer is withdrawn.
-create or replace function offer_place(r request) returns decision language plpgsql as $$
+create or replace function offer_place(r request, e waitlist_entry) returns decision language plpgsql as $$
 declare
     d decision;
-    e waitlist_entry;
     v_place record;
     v_ends timestamptz;
     v_ttl interval;
@@ -230,8 +226,6 @@ declare
     v_last hold;
     v_now timestamptz := moment();
 begin
-    select * into e from waitlist_entry where id = r.entry;
-    if not found then return refused('WAITLIST_ENTRY_NOT_FOUND', r.entry); end if;
     if e.state not in ('WAITING', 'OFFERED') then return refused_entry(e); end if;
     v_place := find_place(
         e.patient_id, r.doctor, r.date, r.slot, (select a from appointment a where a.id = e.appointment_id), v_now);
@@ -268,17 +262,14 @@ create or replace function no_offer(e waitlist_entry, h hold, p_now timestamptz)
 $$;
 
 -- Take the offered place: book it, or move the entry's appointment to it.
-create or replace function accept_offer(r request, p_old appointment) returns decision language plpgsql as $$
+create or replace function accept_offer(r request, e waitlist_entry, p_old appointment) returns decision language plpgsql as $$
 declare
     d decision;
-    e waitlist_entry;
     h hold;
     v_place record;
     v_refusal text;
     v_now timestamptz := moment();
 begin
-    select * into e from waitlist_entry where id = r.entry;
-    if not found then return refused('WAITLIST_ENTRY_NOT_FOUND', r.entry); end if;
     select * into h from hold where id = e.hold_id;
     if (h.doctor_id, h.date, h.slot_id, e.patient_id) is distinct from (r.doctor, r.date, r.slot, r.patient) then
         raise exception 'the offer was changed meanwhile' using errcode = 'serialization_failure';
@@ -310,16 +301,13 @@ begin
 end
 $$;
 
-create or replace function decline_offer(r request) returns decision language plpgsql as $$
+create or replace function decline_offer(r request, e waitlist_entry) returns decision language plpgsql as $$
 declare
     d decision;
-    e waitlist_entry;
     h hold;
     v_refusal text;
     v_now timestamptz := moment();
 begin
-    select * into e from waitlist_entry where id = r.entry;
-    if not found then return refused('WAITLIST_ENTRY_NOT_FOUND', r.entry); end if;
     select * into h from hold where id = e.hold_id;
     v_refusal := no_offer(e, h, v_now);
     if v_refusal is not null then return refused(v_refusal, e.id, jsonb_build_object('state', e.state)); end if;
