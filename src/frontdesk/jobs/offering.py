@@ -34,11 +34,13 @@ T = TypeVar("T")
 _log = structlog.get_logger("frontdesk.waitlist")
 
 # While nobody waits there is nothing to look for; who joins later has an event beyond this.
+_anybody = "select exists (select from waitlist_entry where state in ('WAITING', 'OFFERED'))"
 _skip = """
-update log_reader r set position = m.position, update_time = moment()
-from (select coalesce(max(position), 0) as position from seal) m
-where r.name = %s and r.position < m.position
-  and not exists (select from waitlist_entry where state in ('WAITING', 'OFFERED'))
+insert into log_reader as r (name, position)
+select %s, coalesce(max(position), 0) from seal
+having not exists (select from waitlist_entry where state in ('WAITING', 'OFFERED'))
+on conflict (name) do update set position = excluded.position, update_time = moment()
+where r.position < excluded.position
 """
 _offer = "select offered, busy from offer_places(%s, %s)"
 _unsettled = "select id from unsettled_entries(%s) id"
@@ -97,7 +99,8 @@ class Offering:
 
     async def look(self) -> bool:
         """Offer what is free now; whether there is more to read."""
-        if await self._db.run(_skip, (_READER,)):
+        if not await self._db.row(_anybody, (), bool):
+            await self._db.run(_skip, (_READER,))
             self._position = None
             return False
         began = self._position
